@@ -1,2 +1,207 @@
-//! Skeleton.
-fn main() {}
+//! `testbed`: starts, looks at and ends test clusters.
+
+use std::{
+    io::Write,
+    os::unix::process::CommandExt,
+    path::PathBuf,
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, Subcommand};
+use testbed::{
+    cluster::Cluster,
+    images::{self, Archive},
+    progress::say,
+    sandbox, supervisor,
+    tools::Tools,
+    up,
+};
+
+/// A real Kubernetes on one machine, for tests: no container engine, no registry, nothing left behind.
+#[derive(Parser)]
+#[command(name = "testbed", version)]
+struct Cli {
+    /// Which cluster; several can run side by side.
+    #[arg(long, global = true, env = "TESTBED_NAME", default_value = "dev")]
+    name: String,
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Start the cluster, or finish or repair an earlier start. Returns when it is ready.
+    Up,
+    /// End the cluster and remove everything it has left.
+    Down {
+        /// End every cluster of this machine.
+        #[arg(long)]
+        all: bool,
+    },
+    /// Show the components, their restarts and the logs' place. Fails if the cluster does not run.
+    Status,
+    /// Print the path of the administrator's kubeconfig.
+    Kubeconfig,
+    /// Load images from OCI archives into the cluster.
+    Load {
+        /// Archives, as `buildah push … oci-archive:FILE:NAME` or `make images` write them.
+        #[arg(required = true)]
+        archives: Vec<PathBuf>,
+    },
+    /// Run a command in the cluster's network, with its kubectl, helm and ctr.
+    Exec {
+        /// The command and its arguments.
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Build the pinned components if needed and print the directory of their binaries.
+    Tools,
+    /// Build the images of the stores, the exchange and the operator from binaries in a directory, and print their
+    /// archives' paths.
+    Images {
+        /// The repository's root.
+        #[arg(long, default_value = ".")]
+        repository: PathBuf,
+        /// Where cargo has put the release binaries.
+        #[arg(long)]
+        binaries: PathBuf,
+        /// The tag of the exchange's and the operator's images.
+        #[arg(long, default_value = "dev")]
+        tag: String,
+    },
+    /// First half of a start; `up` calls it.
+    #[command(hide = true)]
+    Launch,
+    /// Process 1 of the cluster; `launch` calls it.
+    #[command(hide = true)]
+    Supervise,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(format!("error: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    let cluster = Cluster::named(&cli.name)?;
+    match &cli.action {
+        Action::Launch => return sandbox::launch(&cluster, &["supervise", "--name", cluster.name()]),
+        Action::Supervise => return supervisor::run(&cluster),
+        _ => {}
+    }
+    ensure!(
+        rustls::crypto::ring::default_provider().install_default().is_ok(),
+        "two TLS providers in one process"
+    );
+    match &cli.action {
+        Action::Up => start(&cluster),
+        Action::Down { all } => {
+            for cluster in if *all { Cluster::all()? } else { vec![cluster] } {
+                sandbox::destroy(&cluster)?;
+                say(format!("Cluster {:?} is gone.", cluster.name()));
+            }
+            Ok(())
+        }
+        Action::Status => status(&cluster),
+        Action::Kubeconfig => print(&cluster.kubeconfig().display().to_string()),
+        Action::Load { archives } => {
+            let tools = Tools::ensure()?;
+            for path in archives {
+                let name = path
+                    .file_name()
+                    .unwrap_or_default()
+                    .to_string_lossy()
+                    .into_owned();
+                images::load(
+                    &cluster,
+                    &tools,
+                    &Archive {
+                        image: name.clone(),
+                        path: path.clone(),
+                    },
+                )?;
+                say(format!("  ✓ loaded {name}"));
+            }
+            Ok(())
+        }
+        Action::Exec { command } => {
+            let tools = Tools::ensure()?;
+            sandbox::join_network(&cluster)?;
+            let (program, args) = command.split_first().context("no command")?;
+            let error = Command::new(program)
+                .args(args)
+                .envs(cluster.environment(&tools))
+                .exec();
+            Err(error).with_context(|| format!("cannot start `{program}`"))
+        }
+        Action::Tools => print(&Tools::ensure()?.dir().display().to_string()),
+        Action::Images {
+            repository,
+            binaries,
+            tag,
+        } => {
+            let tools = Tools::ensure()?;
+            let mut archives = vec![images::helper(&tools)?];
+            archives.extend(images::stores(&tools)?);
+            archives.extend(images::services(&repository.canonicalize()?, binaries, tag)?);
+            archives
+                .iter()
+                .try_for_each(|archive| print(&archive.path.display().to_string()))
+        }
+        Action::Launch | Action::Supervise => Ok(()),
+    }
+}
+
+fn start(cluster: &Cluster) -> Result<()> {
+    let times = up::up(cluster)?;
+    let build = times.build.map_or_else(
+        || "nothing to build".into(),
+        |took| format!("cold build {:.0} s", took.as_secs_f64()),
+    );
+    say(format!(
+        "Cluster {:?} is ready: {build}, node Ready after {:.1} s, everything after {:.1} s.\n  export KUBECONFIG={}",
+        cluster.name(),
+        times.node_ready.as_secs_f64(),
+        times.all_ready.as_secs_f64(),
+        cluster.kubeconfig().display()
+    ));
+    Ok(())
+}
+
+fn status(cluster: &Cluster) -> Result<()> {
+    let pid = sandbox::supervisor(cluster).with_context(|| {
+        format!(
+            "cluster {:?} does not run: `make cluster` starts one",
+            cluster.name()
+        )
+    })?;
+    print(&format!(
+        "cluster {:?}, supervisor {pid}, logs in {}",
+        cluster.name(),
+        cluster.logs().display()
+    ))?;
+    print(&format!(
+        "{:<26} {:>8} {:>9}  LAST EXIT",
+        "COMPONENT", "PID", "RESTARTS"
+    ))?;
+    let mut states: Vec<_> = supervisor::read_status(cluster).into_iter().collect();
+    states.sort_by(|a, b| a.0.cmp(&b.0));
+    for (name, state) in states {
+        let pid = state.pid.and_then(|pid| sandbox::host_pid(cluster, pid));
+        let pid = pid.map_or_else(|| "-".into(), |pid| pid.to_string());
+        let exit = state.last_exit.unwrap_or_default();
+        print(&format!("{name:<26} {pid:>8} {:>9}  {exit}", state.restarts))?;
+    }
+    Ok(())
+}
+
+fn print(line: &str) -> Result<()> {
+    writeln!(std::io::stdout(), "{line}").context("cannot write to standard output")
+}

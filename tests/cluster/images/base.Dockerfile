@@ -1,0 +1,5 @@
+# What a dynamically linked binary needs, from Debian packages: stands in for distroless `cc` where no image
+# registry can be reached.
+FROM scratch
+ADD rootfs.tar /
+USER 65532:65532

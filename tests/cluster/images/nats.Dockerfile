@@ -1,0 +1,6 @@
+# nats-server as pinned in tests/cluster/go.mod.
+ARG BASE=exchange.local/base:1
+FROM ${BASE}
+COPY nats-server /usr/bin/nats-server
+USER 1000:1000
+ENTRYPOINT ["/usr/bin/nats-server"]

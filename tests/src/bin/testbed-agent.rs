@@ -1,0 +1,183 @@
+//! `testbed-agent`: what end-to-end tests run inside a cluster. Not part of the product.
+
+use std::{
+    collections::BTreeMap,
+    io::Write,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use axum::{Router, routing::get};
+use clap::{Parser, Subcommand};
+use http_body_util::{BodyExt, Empty};
+use hyper::{
+    Request,
+    body::Bytes,
+    client::conn::http1::{SendRequest, handshake},
+};
+use hyper_util::rt::TokioIo;
+use serde_json::json;
+use tokio::{
+    net::TcpStream,
+    task::JoinSet,
+    time::{Instant, MissedTickBehavior, interval, timeout},
+};
+
+/// A request that takes longer has failed.
+const REQUEST_LIMIT: Duration = Duration::from_secs(5);
+
+#[derive(Parser)]
+struct Cli {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Answer every `GET /` with an identity.
+    Serve {
+        /// The identity.
+        #[arg(long, env = "AGENT_ID")]
+        id: String,
+        #[arg(long, default_value_t = 8080)]
+        port: u16,
+    },
+    /// Print the answer to one `GET`.
+    Get {
+        /// `host:port`.
+        address: String,
+    },
+    /// Send requests at a fixed rate over kept-alive connections, count what comes back, print it as JSON.
+    Load {
+        /// `host:port`.
+        address: String,
+        /// Requests a second, all connections together.
+        #[arg(long, default_value_t = 500)]
+        rate: u32,
+        #[arg(long, default_value_t = 20)]
+        seconds: u64,
+        #[arg(long, default_value_t = 20)]
+        connections: u32,
+        /// Requests after which a connection is replaced by a new one; 0 keeps each for ever.
+        #[arg(long, default_value_t = 50)]
+        requests_per_connection: u32,
+    },
+}
+
+/// What came back.
+#[derive(Default)]
+struct Tally {
+    answered: u64,
+    /// By error.
+    failed: BTreeMap<String, u64>,
+    /// Answers by identity.
+    by_identity: BTreeMap<String, u64>,
+    last_identity: String,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<()> {
+    match Cli::parse().action {
+        Action::Serve { id, port } => {
+            let router = Router::new().route("/", get(async move || id.clone()));
+            let listener = tokio::net::TcpListener::bind(("0.0.0.0", port)).await?;
+            axum::serve(listener, router).await.context("cannot serve")
+        }
+        Action::Get { address } => {
+            let answer = request(&mut connect(&address).await?, &address).await?;
+            writeln!(std::io::stdout(), "{answer}").context("cannot print")
+        }
+        Action::Load {
+            address,
+            rate,
+            seconds,
+            connections,
+            requests_per_connection,
+        } => {
+            let tally = Arc::new(Mutex::new(Tally::default()));
+            let pause = Duration::from_secs(1) * connections / rate;
+            let end = Instant::now() + Duration::from_secs(seconds);
+            let mut tasks = JoinSet::new();
+            for number in 0..connections {
+                let (address, tally) = (address.clone(), Arc::clone(&tally));
+                tasks.spawn(async move {
+                    tokio::time::sleep(pause * number / connections).await; // spread over the interval
+                    send(&address, pause, end, requests_per_connection, &tally).await;
+                });
+            }
+            tasks.join_all().await;
+            let tally = tally
+                .lock()
+                .map_err(|_| anyhow::anyhow!("a connection's task has panicked"))?;
+            let report = json!({
+                "answered": tally.answered, "failed": tally.failed.values().sum::<u64>(), "errors": tally.failed,
+                "by_identity": tally.by_identity, "last_identity": tally.last_identity,
+            });
+            writeln!(std::io::stdout(), "{report}").context("cannot print")
+        }
+    }
+}
+
+/// One connection's requests. Nothing is retried: an error counts, and the next request gets a new connection.
+async fn send(address: &str, pause: Duration, end: Instant, per_connection: u32, tally: &Mutex<Tally>) {
+    let mut clock = interval(pause);
+    clock.set_missed_tick_behavior(MissedTickBehavior::Burst);
+    let mut connection = None;
+    let mut carried = 0_u32;
+    while Instant::now() < end {
+        clock.tick().await;
+        if per_connection > 0 && carried == per_connection {
+            connection = None;
+            carried = 0;
+        }
+        let outcome = timeout(REQUEST_LIMIT, async {
+            let mut open = match connection.take() {
+                Some(open) => open,
+                None => connect(address).await?,
+            };
+            let answer = request(&mut open, address).await?;
+            anyhow::Ok((open, answer))
+        })
+        .await;
+        let Ok(mut tally) = tally.lock() else { return };
+        match outcome {
+            Ok(Ok((open, identity))) => {
+                connection = Some(open);
+                carried += 1;
+                tally.answered += 1;
+                *tally.by_identity.entry(identity.clone()).or_default() += 1;
+                tally.last_identity = identity;
+            }
+            Ok(Err(error)) => *tally.failed.entry(format!("{error:#}")).or_default() += 1,
+            Err(_) => *tally.failed.entry("no answer in time".into()).or_default() += 1,
+        }
+    }
+}
+
+async fn connect(address: &str) -> Result<SendRequest<Empty<Bytes>>> {
+    let stream = TcpStream::connect(address)
+        .await
+        .with_context(|| format!("cannot connect to {address}"))?;
+    stream.set_nodelay(true)?;
+    let (sender, connection) = handshake(TokioIo::new(stream)).await?;
+    tokio::spawn(connection);
+    Ok(sender)
+}
+
+async fn request(connection: &mut SendRequest<Empty<Bytes>>, host: &str) -> Result<String> {
+    connection.ready().await.context("the connection was closed")?;
+    let request = Request::get("/")
+        .header(hyper::header::HOST, host)
+        .body(Empty::new())?;
+    let answer = connection
+        .send_request(request)
+        .await
+        .context("the request failed")?;
+    let status = answer.status();
+    let body = answer.into_body().collect().await?.to_bytes();
+    if !status.is_success() {
+        bail!("status {status}");
+    }
+    Ok(String::from_utf8_lossy(&body).into_owned())
+}

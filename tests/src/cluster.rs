@@ -1,0 +1,279 @@
+//! A cluster's name, its files, its addresses: what every other module needs to agree on.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::tools::Tools;
+
+/// The only node of a cluster.
+pub const NODE: &str = "node";
+/// Addresses of pods; the same in every cluster, because each has a network of its own.
+pub const POD_CIDR: &str = "10.244.0.0/16";
+/// Addresses of Services.
+pub const SERVICE_CIDR: &str = "10.96.0.0/16";
+/// The ClusterIP of `kubernetes.default`, first of [`SERVICE_CIDR`].
+pub const API_SERVICE: &str = "10.96.0.1";
+/// The domain of Services.
+pub const DOMAIN: &str = "cluster.local";
+
+/// The longest name: it becomes part of file names, cgroups and socket paths, and those are limited to 107 bytes.
+const NAME_MAX: usize = 20;
+
+/// One test cluster on this machine, running or not.
+#[derive(Clone, Debug)]
+pub struct Cluster {
+    name: String,
+    home: PathBuf,
+}
+
+impl Cluster {
+    /// Names a cluster. Touches nothing.
+    ///
+    /// # Errors
+    /// If the name is not a DNS label of at most 20 characters, or `TESTBED_HOME` is unusable.
+    pub fn named(name: &str) -> Result<Self> {
+        let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        let edges = name.starts_with('-') || name.ends_with('-');
+        ensure!(
+            !name.is_empty() && name.len() <= NAME_MAX && name.chars().all(allowed) && !edges,
+            "--name {name:?} is not usable: at most {NAME_MAX} lower-case letters, digits and inner dashes, such as \
+             `ci-2`"
+        );
+        Ok(Self {
+            name: name.to_owned(),
+            home: home()?.join(name),
+        })
+    }
+
+    /// Every cluster that has left files on this machine, running or not.
+    pub fn all() -> Result<Vec<Self>> {
+        let home = home()?;
+        let Ok(entries) = fs::read_dir(&home) else {
+            return Ok(Vec::new());
+        };
+        let mut clusters = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                clusters.push(Self {
+                    name: entry.file_name().to_string_lossy().into_owned(),
+                    home: entry.path(),
+                });
+            }
+        }
+        clusters.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(clusters)
+    }
+
+    /// The name given with `--name`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The directory that holds everything of this cluster.
+    pub fn home(&self) -> &Path {
+        &self.home
+    }
+
+    /// Keys and certificates.
+    pub fn pki(&self) -> PathBuf {
+        self.home.join("pki")
+    }
+
+    /// Configuration files of the components.
+    pub fn conf(&self) -> PathBuf {
+        self.home.join("conf")
+    }
+
+    /// A kubeconfig by the name of who uses it.
+    pub fn kubeconfig_of(&self, user: &str) -> PathBuf {
+        self.conf().join(format!("{user}.kubeconfig"))
+    }
+
+    /// The administrator's kubeconfig, usable from the host and from inside.
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.kubeconfig_of("admin")
+    }
+
+    /// The log of a component, kept over restarts.
+    pub fn log_of(&self, component: &str) -> PathBuf {
+        self.logs().join(format!("{component}.log"))
+    }
+
+    /// The directory of the components' logs.
+    pub fn logs(&self) -> PathBuf {
+        self.home.join("logs")
+    }
+
+    /// Locked for as long as the supervisor lives.
+    pub fn lock_file(&self) -> PathBuf {
+        self.home.join("lock")
+    }
+
+    /// The supervisor's process id as the host sees it.
+    pub fn pid_file(&self) -> PathBuf {
+        self.home.join("supervisor.pid")
+    }
+
+    /// What the supervisor says about its components, as JSON.
+    pub fn status_file(&self) -> PathBuf {
+        self.home.join("status.json")
+    }
+
+    /// The directory that stands for `/var/lib`, `/var/log` or `/run` inside the cluster.
+    pub fn inner(&self, what: &str) -> PathBuf {
+        self.home.join("root").join(what)
+    }
+
+    /// containerd's socket as seen from the host.
+    pub fn containerd_socket(&self) -> PathBuf {
+        self.inner("run").join("containerd/containerd.sock")
+    }
+
+    /// The cgroup below which all pods live, as the kubelet names it.
+    pub fn cgroup(&self) -> String {
+        format!("/exchange-testbed-{}", self.name)
+    }
+
+    /// The number that keeps this cluster's link apart from the others'.
+    ///
+    /// # Errors
+    /// If the cluster was never started.
+    pub fn link(&self) -> Result<Link> {
+        let path = self.home.join("link");
+        let text = fs::read_to_string(&path)
+            .with_context(|| format!("there is no cluster {:?}: `make cluster` starts one", self.name))?;
+        Ok(Link(
+            text.trim()
+                .parse()
+                .with_context(|| format!("{} is damaged", path.display()))?,
+        ))
+    }
+
+    /// Takes the first link number that no other cluster and nothing else on this machine uses.
+    ///
+    /// # Errors
+    /// If all 256 are taken.
+    pub fn claim_link(&self, taken_addresses: &str) -> Result<Link> {
+        let guard = fs::File::create(home()?.join("links.lock"))?;
+        guard.lock()?;
+        let others: Vec<u8> = Self::all()?
+            .iter()
+            .filter(|other| other.name != self.name)
+            .filter_map(|c| c.link().ok())
+            .map(|l| l.0)
+            .collect();
+        let free = |n: &u8| !others.contains(n) && !taken_addresses.contains(&format!("10.231.{n}."));
+        let Some(number) = (0..=u8::MAX).find(free) else {
+            bail!(
+                "no free network for the cluster: all of 10.231.0.0/16 is in use. `ip -4 addr` shows by what; `testbed \
+                 down --all` ends the test clusters"
+            );
+        };
+        fs::write(self.home.join("link"), number.to_string())?;
+        Ok(Link(number))
+    }
+
+    /// An environment in which `kubectl`, `helm` and `ctr` speak with this cluster.
+    pub fn environment(&self, tools: &Tools) -> Vec<(String, String)> {
+        vec![
+            ("KUBECONFIG".into(), self.kubeconfig().display().to_string()),
+            ("PATH".into(), tools.path_variable()),
+            (
+                "CONTAINERD_ADDRESS".into(),
+                self.containerd_socket().display().to_string(),
+            ),
+            ("CONTAINERD_NAMESPACE".into(), "k8s.io".into()),
+        ]
+    }
+}
+
+/// The veth pair between the host and a cluster, and its /30 network.
+#[derive(Clone, Copy, Debug)]
+pub struct Link(u8);
+
+impl Link {
+    /// The interface on the host.
+    pub fn host_interface(self) -> String {
+        format!("testbed{}", self.0)
+    }
+
+    /// The interface that moves into the cluster, under its name on the way there.
+    pub fn inner_interface(self) -> String {
+        format!("testbed{}-in", self.0)
+    }
+
+    /// The host's address.
+    pub fn host_address(self) -> String {
+        format!("10.231.{}.1", self.0)
+    }
+
+    /// The node's address: the API server and DNS listen there.
+    pub fn node_address(self) -> String {
+        format!("10.231.{}.2", self.0)
+    }
+}
+
+/// Where clusters live. A directory on a real disk (images are unpacked there), not below the ones that a
+/// cluster replaces with its own.
+fn home() -> Result<PathBuf> {
+    let home =
+        env::var_os("TESTBED_HOME").map_or_else(|| PathBuf::from("/var/tmp/exchange-testbed"), PathBuf::from);
+    ensure!(
+        home.is_absolute(),
+        "TESTBED_HOME must be an absolute path, not {}",
+        home.display()
+    );
+    for replaced in [
+        "/var/lib", "/var/log", "/run", "/var/run", "/proc", "/sys", "/dev",
+    ] {
+        ensure!(
+            !home.starts_with(replaced),
+            "TESTBED_HOME must not be below {replaced}: inside the cluster that is another directory"
+        );
+    }
+    fs::create_dir_all(&home).with_context(|| format!("cannot create {}; are you root?", home.display()))?;
+    Ok(home)
+}
+
+/// Where built tools and images are kept between clusters and clones.
+pub(crate) fn cache_dir() -> Result<PathBuf> {
+    if let Some(dir) = env::var_os("TESTBED_CACHE") {
+        return Ok(dir.into());
+    }
+    let base = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let base = base.or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
+    Ok(base
+        .context("neither TESTBED_CACHE nor HOME is set: no place for the built tools")?
+        .join("exchange-testbed"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_checked_with_a_sentence() {
+        for bad in [
+            "",
+            "-a",
+            "a-",
+            "A",
+            "a b",
+            "a/b",
+            "..",
+            "a-name-that-is-too-long-for-a-socket",
+        ] {
+            let error = Cluster::named(bad).expect_err(bad).to_string();
+            assert!(
+                error.contains("--name") && error.contains("lower-case"),
+                "{bad:?}: {error}"
+            );
+        }
+        Cluster::named("ci-2").expect("a good name");
+    }
+}

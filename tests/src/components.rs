@@ -1,0 +1,418 @@
+//! The processes of a cluster: their command lines, their configuration files, and when each may start.
+
+use std::{
+    fs,
+    net::{SocketAddr, TcpStream},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use crate::{
+    addons::{HELPER_IMAGE, NAMESPACE},
+    cluster::{Cluster, DOMAIN, NODE, POD_CIDR, SERVICE_CIDR},
+    tools::Tools,
+    up,
+};
+
+/// Where CoreDNS says over HTTP whether it is ready.
+pub const DNS_READY_PORT: u16 = 8181;
+
+/// A process that the supervisor keeps running.
+#[derive(Clone, Debug)]
+pub struct Component {
+    /// What logs and messages call it.
+    pub name: String,
+    /// The binary.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub args: Vec<String>,
+    /// Variables beside the supervisor's own.
+    pub environment: Vec<(String, String)>,
+    after: Gate,
+    /// How the gate asks the API server.
+    kubeconfig: PathBuf,
+}
+
+/// What must be true before a component is started, also before it is started again.
+#[derive(Clone, Debug)]
+enum Gate {
+    Nothing,
+    /// Something listens there.
+    Listening(SocketAddr),
+    /// The socket is there: a kubelet without its container runtime gives up.
+    File(PathBuf),
+    /// The API server answers. Its port is open seconds before that, and clients give up on what it says then.
+    ApiServer,
+    /// The node is registered: kube-proxy ends itself when the node's address changes, from none too.
+    NodeRegistered,
+}
+
+impl Component {
+    /// True if what the component needs is there.
+    pub fn may_start(&self) -> bool {
+        match &self.after {
+            Gate::Nothing => true,
+            Gate::Listening(address) => {
+                TcpStream::connect_timeout(address, Duration::from_millis(200)).is_ok()
+            }
+            Gate::File(path) => path.exists(),
+            Gate::ApiServer => ask_api_server(&self.kubeconfig, "/livez").is_ok(),
+            Gate::NodeRegistered => {
+                ask_api_server(&self.kubeconfig, &format!("/api/v1/nodes/{NODE}")).is_ok()
+            }
+        }
+    }
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn ask_api_server(kubeconfig: &Path, path: &str) -> Result<String> {
+    let client = up::client(kubeconfig).await?;
+    Ok(client
+        .request_text(http::Request::get(path).body(Vec::new())?)
+        .await?)
+}
+
+/// Everything the supervisor runs. Order does not matter: each waits for its own gate.
+///
+/// # Errors
+/// If the cluster has no link yet.
+pub fn all(cluster: &Cluster, tools: &Tools) -> Result<Vec<Component>> {
+    let parts = Parts {
+        cluster,
+        tools,
+        address: cluster.link()?.node_address(),
+    };
+    let mut all = parts.control_plane();
+    all.extend(parts.node());
+    all.extend(parts.addons());
+    Ok(all)
+}
+
+/// What command lines are put together from.
+struct Parts<'a> {
+    cluster: &'a Cluster,
+    tools: &'a Tools,
+    address: String,
+}
+
+impl Parts<'_> {
+    fn control_plane(&self) -> Vec<Component> {
+        let etcd = self.component(
+            "etcd",
+            "etcd",
+            Gate::Nothing,
+            flags(&[
+                ("name", NODE),
+                ("data-dir", "/var/lib/etcd"),
+                ("listen-client-urls", "http://127.0.0.1:2379"),
+                ("advertise-client-urls", "http://127.0.0.1:2379"),
+                ("listen-peer-urls", "http://127.0.0.1:2380"),
+                ("initial-advertise-peer-urls", "http://127.0.0.1:2380"),
+                ("initial-cluster", "node=http://127.0.0.1:2380"),
+                // The cluster does not outlive the machine, so its data need not either.
+                ("unsafe-no-fsync", "true"),
+            ]),
+        );
+        let apiserver = self.component(
+            "kube-apiserver",
+            "kube-apiserver",
+            Gate::Listening(([127, 0, 0, 1], 2379).into()),
+            flags(&[
+                ("etcd-servers", "http://127.0.0.1:2379"),
+                ("advertise-address", &self.address),
+                ("service-cluster-ip-range", SERVICE_CIDR),
+                ("allow-privileged", "true"),
+                ("authorization-mode", "Node,RBAC"),
+                ("enable-admission-plugins", "NodeRestriction"),
+                ("client-ca-file", &self.key("ca.crt")),
+                ("tls-cert-file", &self.key("apiserver.crt")),
+                ("tls-private-key-file", &self.key("apiserver.key")),
+                (
+                    "service-account-issuer",
+                    &format!("https://kubernetes.default.svc.{DOMAIN}"),
+                ),
+                ("service-account-key-file", &self.key("service-accounts.pub")),
+                (
+                    "service-account-signing-key-file",
+                    &self.key("service-accounts.key"),
+                ),
+                ("kubelet-certificate-authority", &self.key("ca.crt")),
+                (
+                    "kubelet-client-certificate",
+                    &self.key("apiserver-kubelet-client.crt"),
+                ),
+                ("kubelet-client-key", &self.key("apiserver-kubelet-client.key")),
+                // The node's name does not resolve anywhere.
+                ("kubelet-preferred-address-types", "InternalIP"),
+                ("requestheader-client-ca-file", &self.key("front-proxy-ca.crt")),
+                ("requestheader-allowed-names", "front-proxy-client"),
+                ("requestheader-extra-headers-prefix", "X-Remote-Extra-"),
+                ("requestheader-group-headers", "X-Remote-Group"),
+                ("requestheader-username-headers", "X-Remote-User"),
+                ("proxy-client-cert-file", &self.key("front-proxy-client.crt")),
+                ("proxy-client-key-file", &self.key("front-proxy-client.key")),
+                ("enable-aggregator-routing", "true"),
+            ]),
+        );
+        let controller_manager = self.component(
+            "kube-controller-manager",
+            "kube-controller-manager",
+            Gate::ApiServer,
+            flags(&[
+                ("kubeconfig", &self.kubeconfig("controller-manager")),
+                (
+                    "authentication-kubeconfig",
+                    &self.kubeconfig("controller-manager"),
+                ),
+                ("authorization-kubeconfig", &self.kubeconfig("controller-manager")),
+                ("bind-address", "127.0.0.1"),
+                ("leader-elect", "false"),
+                ("use-service-account-credentials", "true"),
+                ("root-ca-file", &self.key("ca.crt")),
+                (
+                    "service-account-private-key-file",
+                    &self.key("service-accounts.key"),
+                ),
+                ("cluster-cidr", POD_CIDR),
+                ("flex-volume-plugin-dir", "/var/lib/kubelet/plugins-exec"),
+            ]),
+        );
+        let scheduler = self.component(
+            "kube-scheduler",
+            "kube-scheduler",
+            Gate::ApiServer,
+            flags(&[
+                ("kubeconfig", &self.kubeconfig("scheduler")),
+                ("authentication-kubeconfig", &self.kubeconfig("scheduler")),
+                ("authorization-kubeconfig", &self.kubeconfig("scheduler")),
+                ("bind-address", "127.0.0.1"),
+                ("leader-elect", "false"),
+            ]),
+        );
+        vec![etcd, apiserver, controller_manager, scheduler]
+    }
+
+    fn node(&self) -> Vec<Component> {
+        let containerd = self.component(
+            "containerd",
+            "containerd",
+            Gate::Nothing,
+            flags(&[(
+                "config",
+                &self.cluster.conf().join("containerd.toml").display().to_string(),
+            )]),
+        );
+        let kubelet = self.component(
+            "kubelet",
+            "kubelet",
+            Gate::File("/run/containerd/containerd.sock".into()),
+            flags(&[
+                (
+                    "config",
+                    &self.cluster.conf().join("kubelet.json").display().to_string(),
+                ),
+                ("kubeconfig", &self.kubeconfig("kubelet")),
+                ("hostname-override", NODE),
+                ("node-ip", &self.address),
+            ]),
+        );
+        let proxy = self.component(
+            "kube-proxy",
+            "kube-proxy",
+            Gate::NodeRegistered,
+            flags(&[(
+                "config",
+                &self.cluster.conf().join("kube-proxy.json").display().to_string(),
+            )]),
+        );
+        vec![containerd, kubelet, proxy]
+    }
+
+    /// What a bare node lacks, as processes beside it: no images to build, nothing to wait for but themselves.
+    fn addons(&self) -> Vec<Component> {
+        let dns = self.component(
+            "coredns",
+            "coredns",
+            Gate::ApiServer,
+            vec![
+                "-conf".into(),
+                self.cluster.conf().join("Corefile").display().to_string(),
+            ],
+        );
+        let metrics = self.component(
+            "metrics-server",
+            "metrics-server",
+            Gate::NodeRegistered,
+            flags(&[
+                ("kubeconfig", &self.kubeconfig("addons")),
+                ("authentication-kubeconfig", &self.kubeconfig("addons")),
+                ("authorization-kubeconfig", &self.kubeconfig("addons")),
+                ("bind-address", &self.address),
+                ("secure-port", "4443"),
+                ("tls-cert-file", &self.key("metrics-server.crt")),
+                ("tls-private-key-file", &self.key("metrics-server.key")),
+                ("kubelet-preferred-address-types", "InternalIP"),
+                ("kubelet-certificate-authority", &self.key("ca.crt")),
+                ("metric-resolution", "10s"),
+                ("kubelet-request-timeout", "5s"),
+            ]),
+        );
+        let mut volume_args = vec!["start".to_owned()];
+        volume_args.extend(flags(&[
+            (
+                "config",
+                &self.cluster.conf().join("volumes.json").display().to_string(),
+            ),
+            (
+                "helper-pod-file",
+                &self
+                    .cluster
+                    .conf()
+                    .join("volume-helper.yaml")
+                    .display()
+                    .to_string(),
+            ),
+            ("helper-image", HELPER_IMAGE),
+            ("namespace", NAMESPACE),
+            ("service-account-name", "default"),
+            ("kubeconfig", &self.kubeconfig("addons")),
+        ]));
+        let volumes = self.component(
+            "local-path-provisioner",
+            "local-path-provisioner",
+            Gate::ApiServer,
+            volume_args,
+        );
+        vec![dns, metrics, volumes]
+    }
+
+    fn component(&self, name: &str, binary: &str, after: Gate, args: Vec<String>) -> Component {
+        Component {
+            name: name.to_owned(),
+            program: self.tools.path(binary),
+            args,
+            environment: vec![
+                ("PATH".into(), self.tools.path_variable()),
+                (
+                    "TMPDIR".into(),
+                    self.cluster.home().join("tmp").display().to_string(),
+                ),
+            ],
+            after,
+            kubeconfig: self.cluster.kubeconfig(),
+        }
+    }
+
+    fn key(&self, name: &str) -> String {
+        self.cluster.pki().join(name).display().to_string()
+    }
+
+    fn kubeconfig(&self, user: &str) -> String {
+        self.cluster.kubeconfig_of(user).display().to_string()
+    }
+}
+
+fn flags(flags: &[(&str, &str)]) -> Vec<String> {
+    flags
+        .iter()
+        .map(|(name, value)| format!("--{name}={value}"))
+        .collect()
+}
+
+/// Writes the components' configuration files.
+///
+/// # Errors
+/// If a file cannot be written.
+pub fn write_configuration(cluster: &Cluster, tools: &Tools) -> Result<()> {
+    let conf = cluster.conf();
+    let pki = cluster.pki();
+    let address = cluster.link()?.node_address();
+    let write = |name: &str, text: &str| {
+        fs::write(conf.join(name), text).with_context(|| format!("cannot write {name} in {}", conf.display()))
+    };
+    fs::create_dir_all(conf.join("cni"))?;
+
+    let bridge = json!({
+        "cniVersion": "1.0.0", "name": "pods", "plugins": [
+            // hairpinMode: a pod that reaches itself through its own Service needs its packet back.
+            {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false, "hairpinMode": true,
+             "ipam": {"type": "host-local", "ranges": [[{"subnet": POD_CIDR}]], "routes": [{"dst": "0.0.0.0/0"}]}},
+            {"type": "portmap", "capabilities": {"portMappings": true}},
+        ],
+    });
+    write("cni/10-pods.conflist", &bridge.to_string())?;
+
+    write(
+        "containerd.toml",
+        &format!(
+            r#"version = 3
+disabled_plugins = ["io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs"]
+
+[plugins.'io.containerd.cri.v1.images'.pinned_images]
+  sandbox = "{HELPER_IMAGE}"
+
+[plugins.'io.containerd.cri.v1.runtime']
+  # A machine without CAP_SYS_RESOURCE may not lower a process's oom_score_adj, and no pod would start.
+  restrict_oom_score_adj = true
+
+[plugins.'io.containerd.cri.v1.runtime'.cni]
+  bin_dirs = ["{bin}"]
+  conf_dir = "{conf}/cni"
+"#,
+            bin = tools.dir().display(),
+            conf = conf.display(),
+        ),
+    )?;
+
+    let kubelet = json!({
+        "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
+        "authentication": {"anonymous": {"enabled": false}, "webhook": {"enabled": true},
+                           "x509": {"clientCAFile": pki.join("ca.crt")}},
+        "authorization": {"mode": "Webhook"},
+        "tlsCertFile": pki.join("kubelet-serving.crt"), "tlsPrivateKeyFile": pki.join("kubelet-serving.key"),
+        "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
+        "cgroupDriver": "cgroupfs", "cgroupRoot": cluster.cgroup(), "failCgroupV1": false,
+        "enforceNodeAllocatable": [], "localStorageCapacityIsolation": false,
+        "clusterDNS": [address], "clusterDomain": DOMAIN,
+        // The host's resolver cannot be reached from here, and nothing outside may be.
+        "resolvConf": "",
+        "failSwapOn": false, "makeIPTablesUtilChains": false, "serializeImagePulls": false, "maxPods": 250,
+        // The machine's disk may be nearly full for reasons that are none of the cluster's business.
+        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
+        "imageGCHighThresholdPercent": 100, "imageGCLowThresholdPercent": 99,
+        "volumePluginDir": "/var/lib/kubelet/plugins-exec",
+        "nodeStatusUpdateFrequency": "5s",
+    });
+    write("kubelet.json", &kubelet.to_string())?;
+
+    let proxy = json!({
+        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration",
+        "clientConnection": {"kubeconfig": cluster.kubeconfig_of("proxy")},
+        "mode": "nftables", "clusterCIDR": POD_CIDR, "hostnameOverride": NODE,
+        // The limits belong to the host.
+        "conntrack": {"maxPerCore": 0, "min": 0},
+    });
+    write("kube-proxy.json", &proxy.to_string())?;
+
+    write(
+        "Corefile",
+        &format!(
+            "{DOMAIN} in-addr.arpa {{\n  bind {address}\n  errors\n  ready {address}:{DNS_READY_PORT}\n  kubernetes {{\n    kubeconfig \
+         {kubeconfig}\n    pods insecure\n    ttl 5\n  }}\n  cache 5\n}}\n",
+            kubeconfig = cluster.kubeconfig_of("addons").display(),
+        ),
+    )?;
+
+    let volumes = json!({"nodePathMap": [
+        {"node": "DEFAULT_PATH_FOR_NON_LISTED_NODES", "paths": ["/var/lib/volumes"]},
+    ]});
+    write("volumes.json", &volumes.to_string())?;
+    let helper = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "volume-helper"},
+        "spec": {"containers": [{"name": "helper", "image": HELPER_IMAGE, "imagePullPolicy": "Never"}]},
+    });
+    write("volume-helper.yaml", &helper.to_string())
+}

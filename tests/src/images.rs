@@ -1,0 +1,350 @@
+//! Images without a container engine or a registry: root file systems from Debian packages and Go modules, put
+//! together by buildah, kept as archives, imported into containerd.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::statvfs::statvfs;
+use sha2::{Digest, Sha256};
+
+use crate::{
+    addons::HELPER_IMAGE,
+    cluster::{Cluster, cache_dir},
+    progress::Step,
+    tools::{Tools, hex},
+};
+
+/// Images of ours are named `exchange.local/<name>`: no registry has that name, so nothing is ever pulled.
+pub const PREFIX: &str = "exchange.local";
+/// The tag of images made from Debian packages and Go modules.
+const STATIC_TAG: &str = "1";
+
+/// Debian packages of an image's root file system.
+struct Recipe {
+    name: &'static str,
+    /// mmdebstrap's `--variant`: `extract` only unpacks, so that even the package manager is left out.
+    variant: &'static str,
+    packages: &'static str,
+}
+
+/// libc-bin and the shell are for the charts' start scripts.
+const RECIPES: [Recipe; 3] = [
+    Recipe {
+        name: "base",
+        variant: "extract",
+        packages: "libc6,libgcc-s1,ca-certificates",
+    },
+    Recipe {
+        name: "redis",
+        variant: "extract",
+        packages: "redis-server,redis-tools,dash,coreutils",
+    },
+    Recipe {
+        name: "postgres",
+        variant: "extract",
+        packages: "postgresql-15,dash,coreutils,libc-bin,sed,grep,base-files,tzdata",
+    },
+];
+
+/// An image as a file.
+#[derive(Clone, Debug)]
+pub struct Archive {
+    /// The full name with tag.
+    pub image: String,
+    /// An OCI archive.
+    pub path: PathBuf,
+}
+
+/// The image of pod sandboxes: the one that a cluster cannot be without.
+///
+/// # Errors
+/// If buildah or busybox is missing.
+pub fn helper(tools: &Tools) -> Result<Archive> {
+    cached(tools, "busybox", HELPER_IMAGE, "busybox-static", |context| {
+        let root = context.join("rootfs");
+        fs::create_dir_all(root.join("bin"))?;
+        fs::create_dir_all(root.join("etc"))?;
+        fs::create_dir_all(root.join("tmp"))?;
+        fs::copy("/bin/busybox", root.join("bin/busybox"))
+            .context("no /bin/busybox: `make deps` installs it (Debian package busybox-static)")?;
+        let list = Command::new("/bin/busybox").arg("--list").output()?;
+        for command in String::from_utf8_lossy(&list.stdout)
+            .lines()
+            .filter(|name| *name != "busybox")
+        {
+            std::os::unix::fs::symlink("busybox", root.join("bin").join(command))?;
+        }
+        fs::write(
+            root.join("etc/passwd"),
+            "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n",
+        )?;
+        fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777))?;
+        let (from, to) = (
+            root.display().to_string(),
+            context.join("rootfs.tar").display().to_string(),
+        );
+        command(
+            "tar",
+            &[
+                "--numeric-owner",
+                "--owner=0",
+                "--group=0",
+                "-C",
+                &from,
+                "-cf",
+                &to,
+                ".",
+            ],
+        )?;
+        Ok(())
+    })
+}
+
+/// The stores' images and the base of all others, from Debian packages and the pinned nats-server.
+///
+/// # Errors
+/// If a package cannot be fetched or an image not be built.
+pub fn stores(tools: &Tools) -> Result<Vec<Archive>> {
+    let mut archives = Vec::new();
+    for recipe in &RECIPES {
+        let image = format!("{PREFIX}/{}:{STATIC_TAG}", recipe.name);
+        let key = format!("{} {}", recipe.variant, recipe.packages);
+        let archive = cached(tools, recipe.name, &image, &key, |context| {
+            root_file_system(recipe, context)
+        })?;
+        ensure!(
+            recipe.name != "base" || stored(&archive.image)? || unpack(&archive)?,
+            "the base image is damaged"
+        );
+        archives.push(archive);
+    }
+    let image = format!("{PREFIX}/nats:{STATIC_TAG}");
+    archives.push(cached(tools, "nats", &image, "", |context| {
+        fs::copy(tools.path("nats-server"), context.join("nats-server"))
+            .context("cannot copy nats-server")?;
+        Ok(())
+    })?);
+    Ok(archives)
+}
+
+/// The images of the exchange, the operator and the tests' agent, from binaries that cargo has built.
+///
+/// # Errors
+/// If a binary is missing or an image cannot be built.
+pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Archive>> {
+    let out = repository.join("target/images");
+    fs::create_dir_all(&out)?;
+    let dist = repository.join("dist");
+    fs::create_dir_all(&dist)?;
+    for binary in ["exchange", "exchange-operator", "testbed-agent"] {
+        let built = binaries.join(binary);
+        fs::copy(&built, dist.join(binary))
+            .with_context(|| format!("cannot copy {}: `make images` builds it first", built.display()))?;
+    }
+    let agent = Path::new(env!("CARGO_MANIFEST_DIR")).join("cluster/images/agent.Dockerfile");
+    let root = repository.join("Dockerfile");
+    let targets = [
+        "exchange-operator",
+        "exchange-user",
+        "exchange-trade",
+        "exchange-notification",
+        "testbed-agent",
+    ];
+    let mut archives = Vec::new();
+    for target in targets {
+        let image = format!("{PREFIX}/{target}:{tag}");
+        let step = Step::start(format!("image {image}"));
+        let (file, context) = if target == "testbed-agent" {
+            (&agent, &dist)
+        } else {
+            (&root, &repository.to_owned())
+        };
+        let mut args = vec!["--build-arg", "BINARIES=prebuilt"];
+        if target != "testbed-agent" {
+            args.extend(["--target", target]);
+        }
+        let path = out.join(format!("{target}.tar"));
+        build(file, context, &args, &image, &path)?;
+        step.done();
+        archives.push(Archive { image, path });
+    }
+    Ok(archives)
+}
+
+/// Builds an image unless the cache has it. The cache's key is everything the image is made of.
+fn cached(
+    tools: &Tools,
+    name: &str,
+    image: &str,
+    recipe: &str,
+    prepare: impl FnOnce(&Path) -> Result<()>,
+) -> Result<Archive> {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("cluster/images/{name}.Dockerfile"));
+    let mut hash = Sha256::new();
+    hash.update(fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?);
+    hash.update(recipe);
+    hash.update(tools.dir().as_os_str().as_encoded_bytes());
+    let key: String = hex(&hash.finalize()).chars().take(12).collect();
+    let cache = cache_dir()?.join("images");
+    let archive = Archive {
+        image: image.to_owned(),
+        path: cache.join(format!("{name}-{key}.tar")),
+    };
+    if archive.path.exists() {
+        return Ok(archive);
+    }
+    let step = Step::start(format!("image {image}"));
+    let context = cache.join(format!("{name}-{key}.context"));
+    let _ = fs::remove_dir_all(&context); // of an interrupted build
+    fs::create_dir_all(&context)?;
+    prepare(&context)?;
+    build(&file, &context, &[], image, &archive.path)?;
+    fs::remove_dir_all(&context)?;
+    step.done();
+    Ok(archive)
+}
+
+/// Unpacks Debian packages into `rootfs.tar`, from the package sources that this machine uses.
+fn root_file_system(recipe: &Recipe, context: &Path) -> Result<()> {
+    let tar = context.join("rootfs.tar").display().to_string();
+    let variant = format!("--variant={}", recipe.variant);
+    let include = format!("--include={}", recipe.packages);
+    // The stores' user; Debian's scripts, which would add one, do not run.
+    let user = r#"printf 'root:x:0:0::/:/bin/sh\nstore:x:999:999::/var/lib/store:/bin/sh\nnonroot:x:65532:65532::/:/bin/false\n' >"$1/etc/passwd""#;
+    let slim = r#"rm -rf "$1"/usr/share/doc "$1"/usr/share/man "$1"/usr/share/locale "$1"/var/cache"#;
+    let hooks = [
+        format!("--customize-hook={user}"),
+        format!("--customize-hook={slim}"),
+    ];
+    let mut args = vec!["--quiet", &variant, &include];
+    args.extend(hooks.iter().map(String::as_str));
+    args.extend(["bookworm", &tar]);
+    command("mmdebstrap", &args)
+}
+
+fn build(file: &Path, context: &Path, args: &[&str], image: &str, archive: &Path) -> Result<()> {
+    let file = file.display().to_string();
+    let mut all = vec![
+        "build",
+        "--isolation=chroot",
+        "--pull-never",
+        "--format=oci",
+        "--layers=false",
+        "--file",
+        &file,
+    ];
+    let base = format!("BASE={PREFIX}/base:{STATIC_TAG}");
+    all.extend(["--build-arg", &base, "--tag", image]);
+    all.extend(args);
+    let context = context.display().to_string();
+    all.push(&context);
+    buildah(&all)?;
+    // Written beside and renamed, so that an interrupted run leaves no half archive.
+    let partial = archive.with_extension("partial");
+    let _ = fs::remove_file(&partial);
+    let pushed = buildah(&[
+        "push",
+        image,
+        &format!("oci-archive:{}:{image}", partial.display()),
+    ]);
+    if let Err(error) = pushed {
+        let _ = fs::remove_file(&partial);
+        return Err(explain_full_disk(error, &partial));
+    }
+    fs::rename(&partial, archive).with_context(|| format!("cannot write {}", archive.display()))
+}
+
+/// True if buildah has the image in its own storage, as a base for others.
+fn stored(image: &str) -> Result<bool> {
+    Ok(buildah_command()?
+        .args(["inspect", "--type=image", image])
+        .output()?
+        .status
+        .success())
+}
+
+/// Puts an archive back into buildah's storage, when that was cleared but our cache was not.
+fn unpack(archive: &Archive) -> Result<bool> {
+    buildah(&["pull", &format!("oci-archive:{}", archive.path.display())])?;
+    stored(&archive.image)
+}
+
+fn buildah_command() -> Result<Command> {
+    let storage = cache_dir()?.join("buildah");
+    let mut command = Command::new("buildah");
+    command
+        .arg("--storage-driver=overlay")
+        .arg("--root")
+        .arg(storage.join("root"));
+    command.arg("--runroot").arg(storage.join("run"));
+    Ok(command)
+}
+
+fn buildah(args: &[&str]) -> Result<()> {
+    finish(buildah_command()?.args(args))
+}
+
+fn command(program: &str, args: &[&str]) -> Result<()> {
+    finish(Command::new(program).args(args))
+}
+
+fn finish(command: &mut Command) -> Result<()> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command
+        .output()
+        .with_context(|| format!("cannot start `{name}`: `make deps` installs what images are built with"))?;
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr);
+        let lines: Vec<&str> = text.lines().collect();
+        let from = lines.len().saturating_sub(15);
+        bail!(
+            "`{name}` failed:\n{}",
+            lines.get(from..).unwrap_or_default().join("\n")
+        );
+    }
+    Ok(())
+}
+
+/// Imports an image into the cluster's containerd. Skips the work if the cluster has this very archive already.
+///
+/// # Errors
+/// If the cluster does not run, the archive is not an image, or the disk is full.
+pub fn load(cluster: &Cluster, tools: &Tools, archive: &Archive) -> Result<()> {
+    let import = Command::new(tools.path("ctr"))
+        .args(["images", "import", "--no-unpack=false"])
+        .arg(&archive.path)
+        .envs(cluster.environment(tools))
+        .output()
+        .context("cannot start `ctr`")?;
+    if import.status.success() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&import.stderr).trim().to_owned();
+    let error = anyhow::anyhow!(
+        "cannot load {} into cluster {:?}: {text}",
+        archive.path.display(),
+        cluster.name()
+    );
+    Err(explain_full_disk(error, cluster.home()))
+}
+
+/// Says what to do when an error comes from a full disk.
+fn explain_full_disk(error: anyhow::Error, place: &Path) -> anyhow::Error {
+    let directory = place
+        .ancestors()
+        .find(|path| path.is_dir())
+        .unwrap_or_else(|| Path::new("/"));
+    let free = statvfs(directory).map_or(u64::MAX, |disk| disk.blocks_available() * disk.fragment_size());
+    if format!("{error:#}").contains("no space left on device") || free < 1 << 20 {
+        return error.context(format!(
+            "the disk of {} is full: make room and run the same command again; nothing half-written was kept",
+            directory.display()
+        ));
+    }
+    error
+}

@@ -1,0 +1,204 @@
+//! `kubectl` and `helm` as a person would use them, for end-to-end tests, against the test cluster or an
+//! existing one.
+
+use std::{
+    env,
+    io::Write,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::{cluster::Cluster, sandbox, tools::Tools};
+
+/// A way to the cluster under test.
+#[derive(Clone, Debug)]
+pub struct Session {
+    environment: Vec<(String, String)>,
+    /// The test cluster; `None` with `CLUSTER=existing`.
+    pub cluster: Option<Cluster>,
+}
+
+impl Session {
+    /// The cluster that the environment names: with `CLUSTER=existing` the one of `KUBECONFIG`, else the test
+    /// cluster `TESTBED_NAME` (by default `dev`).
+    ///
+    /// # Errors
+    /// If that cluster does not run.
+    pub fn from_environment() -> Result<Self> {
+        if env::var("CLUSTER").is_ok_and(|value| value == "existing") {
+            ensure!(
+                env::var_os("KUBECONFIG").is_some(),
+                "CLUSTER=existing needs KUBECONFIG: set it to the cluster's"
+            );
+            return Ok(Self {
+                environment: Vec::new(),
+                cluster: None,
+            });
+        }
+        Self::of(Cluster::named(
+            &env::var("TESTBED_NAME").unwrap_or_else(|_| "dev".into()),
+        )?)
+    }
+
+    /// A test cluster by name.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn of(cluster: Cluster) -> Result<Self> {
+        ensure!(
+            sandbox::supervisor(&cluster).is_some(),
+            "cluster {:?} does not run: `make cluster NAME={0}` starts it",
+            cluster.name()
+        );
+        Ok(Self {
+            environment: cluster.environment(&Tools::ensure()?),
+            cluster: Some(cluster),
+        })
+    }
+
+    /// Runs `kubectl` and returns what it prints.
+    ///
+    /// # Errors
+    /// If it fails; its error output is part of the error.
+    pub fn kubectl(&self, args: &[&str]) -> Result<String> {
+        self.run("kubectl", args, None)
+    }
+
+    /// Runs `helm` and returns what it prints.
+    ///
+    /// # Errors
+    /// If it fails; its error output is part of the error.
+    pub fn helm(&self, args: &[&str]) -> Result<String> {
+        self.run("helm", args, None)
+    }
+
+    /// Applies an object in a namespace.
+    ///
+    /// # Errors
+    /// If the API server refuses it.
+    pub fn apply(&self, namespace: &str, object: &Value) -> Result<()> {
+        self.run(
+            "kubectl",
+            &["apply", "--namespace", namespace, "--filename", "-"],
+            Some(&object.to_string()),
+        )
+        .map(drop)
+    }
+
+    /// One value of an object, by JSONPath.
+    ///
+    /// # Errors
+    /// If the object does not exist.
+    pub fn get(&self, namespace: &str, object: &str, path: &str) -> Result<String> {
+        self.kubectl(&[
+            "get",
+            object,
+            "--namespace",
+            namespace,
+            "--output",
+            &format!("jsonpath={path}"),
+        ])
+    }
+
+    /// Waits for a condition as `kubectl wait --for` understands it.
+    ///
+    /// # Errors
+    /// If it does not come true in time: with what the namespace's pods and events say.
+    pub fn wait(&self, namespace: &str, object: &str, condition: &str, patience: Duration) -> Result<()> {
+        let timeout = format!("--timeout={}s", patience.as_secs());
+        let waited = self.kubectl(&[
+            "wait",
+            object,
+            "--namespace",
+            namespace,
+            &format!("--for={condition}"),
+            &timeout,
+        ]);
+        waited.map(drop).with_context(|| self.circumstances(namespace))
+    }
+
+    /// What a person would look at when something does not come up.
+    pub fn circumstances(&self, namespace: &str) -> String {
+        let pods = self.kubectl(&["get", "pods", "--namespace", namespace, "--output=wide"]);
+        let events = self.kubectl(&[
+            "get",
+            "events",
+            "--namespace",
+            namespace,
+            "--sort-by=.lastTimestamp",
+        ]);
+        format!("{}\n{}", pods.unwrap_or_default(), events.unwrap_or_default())
+    }
+
+    fn run(&self, program: &str, args: &[&str], input: Option<&str>) -> Result<String> {
+        let mut command = Command::new(program);
+        command.args(args).envs(self.environment.iter().cloned());
+        command.stdin(if input.is_some() {
+            Stdio::piped()
+        } else {
+            Stdio::null()
+        });
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start `{program}`"))?;
+        if let (Some(input), Some(mut pipe)) = (input, child.stdin.take()) {
+            pipe.write_all(input.as_bytes())?;
+        }
+        let output = child.wait_with_output()?;
+        ensure!(
+            output.status.success(),
+            "`{program} {}` failed: {}{}",
+            args.join(" "),
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+}
+
+/// A namespace of one test, deleted (without waiting) when the test ends.
+#[derive(Debug)]
+pub struct Namespace<'a> {
+    session: &'a Session,
+    /// Its name.
+    pub name: String,
+}
+
+impl<'a> Namespace<'a> {
+    /// Makes the namespace anew, restricted as production should be.
+    ///
+    /// # Errors
+    /// If an earlier one of the name cannot be removed.
+    pub fn new(session: &'a Session, name: &str) -> Result<Self> {
+        session.kubectl(&["delete", "namespace", name, "--ignore-not-found", "--wait"])?;
+        let labels = json!({"pod-security.kubernetes.io/enforce": "restricted"});
+        let object =
+            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}});
+        session.run(
+            "kubectl",
+            &["create", "--filename", "-"],
+            Some(&object.to_string()),
+        )?;
+        Ok(Self {
+            session,
+            name: name.to_owned(),
+        })
+    }
+}
+
+impl Drop for Namespace<'_> {
+    fn drop(&mut self) {
+        let _ = self.session.kubectl(&[
+            "delete",
+            "namespace",
+            &self.name,
+            "--ignore-not-found",
+            "--wait=false",
+        ]);
+    }
+}

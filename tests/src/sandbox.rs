@@ -1,0 +1,310 @@
+//! The namespaces a cluster lives in, and their end.
+//!
+//! A cluster's supervisor is process 1 of a process namespace, so the kernel kills every component, shim and
+//! container with it; its mounts are in a mount namespace of their own and vanish with the last process; its
+//! network has one veth to the host and no default route. What the kernel does not clean up is little: the veth
+//! (at once, by us), the cgroups of the pods, the files below the cluster's home.
+
+use std::{
+    fs,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, setns, unshare},
+    sys::signal::{Signal, kill},
+    unistd::{Pid, setsid},
+};
+
+use crate::cluster::{Cluster, Link, SERVICE_CIDR};
+
+/// Directories inside the cluster that are its own, with the name of the directory that stands for each.
+const REPLACED: [(&str, &str); 3] = [("lib", "/var/lib"), ("log", "/var/log"), ("run", "/run")];
+
+/// How long the kernel may take to end the processes of a cluster, the supervisor to see its link, …
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Runs a host command and returns its output.
+///
+/// # Errors
+/// If it cannot be started or fails; its error output is part of the error.
+pub fn run(program: &str, args: &[&str]) -> Result<String> {
+    let output = Command::new(program)
+        .args(args)
+        .output()
+        .with_context(|| format!("cannot start `{program}`"))?;
+    ensure!(
+        output.status.success(),
+        "`{program} {}` failed: {}",
+        args.join(" "),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Polls until the condition holds.
+///
+/// # Errors
+/// If it does not within the given time.
+pub fn wait_until(what: &str, patience: Duration, mut holds: impl FnMut() -> bool) -> Result<()> {
+    let deadline = Instant::now() + patience;
+    while !holds() {
+        ensure!(
+            Instant::now() < deadline,
+            "{what}: not within {} s",
+            patience.as_secs()
+        );
+        sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// First half of a start, in a process of its own with a single thread (the kernel demands it): makes the link
+/// and the namespaces, puts the supervisor into them, ends.
+///
+/// # Errors
+/// If the kernel or `ip` refuses a step.
+pub fn launch(cluster: &Cluster, supervisor_args: &[&str]) -> Result<()> {
+    setsid().context("cannot leave the terminal's session")?;
+    let link = cluster.link()?;
+    let (outer, inner) = (link.host_interface(), link.inner_interface());
+    run(
+        "ip",
+        &["link", "add", &outer, "type", "veth", "peer", "name", &inner],
+    )?;
+    run(
+        "ip",
+        &[
+            "address",
+            "add",
+            &format!("{}/30", link.host_address()),
+            "dev",
+            &outer,
+        ],
+    )?;
+    run("ip", &["link", "set", &outer, "up"])?;
+
+    let host_network = fs::File::open("/proc/self/ns/net")?;
+    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID)
+        .context("the kernel refuses new namespaces (network, mount, process)")?;
+    fs::create_dir_all(cluster.logs())?;
+    let log = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(cluster.log_of("supervisor"))?;
+    Command::new("/proc/self/exe")
+        .arg0("testbed")
+        .args(supervisor_args)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .context("cannot start the supervisor")?;
+    setns(&host_network, CloneFlags::CLONE_NEWNET)?;
+    // Our children are in the new process namespace, where the supervisor is process 1.
+    run("ip", &["link", "set", &inner, "netns", "1"])?;
+    Ok(())
+}
+
+/// Second half, as process 1 of the new namespace: takes the cluster's lock, replaces directories, sets up the
+/// network and the cgroups. The returned lock must live as long as the supervisor.
+///
+/// # Errors
+/// If a step fails; another supervisor of the same cluster is one reason.
+pub fn enter(cluster: &Cluster) -> Result<fs::File> {
+    let lock = fs::File::create(cluster.lock_file())?;
+    lock.try_lock()
+        .with_context(|| format!("cluster {:?} has a supervisor already", cluster.name()))?;
+    // The old /proc still shows the host's process ids.
+    let host_pid = fs::read_link("/proc/self").context("cannot read /proc/self")?;
+    fs::write(cluster.pid_file(), host_pid.display().to_string())?;
+    replace_directories(cluster)?;
+    set_up_network(cluster.link()?)?;
+    make_cgroups(cluster)?;
+    Ok(lock)
+}
+
+fn replace_directories(cluster: &Cluster) -> Result<()> {
+    let none: Option<&str> = None;
+    // Nothing we mount may reach the host; but inside, the kubelet's mounts must reach the containers.
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .context("cannot make mounts private")?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SHARED, none)
+        .context("cannot share mounts inside")?;
+    for (name, path) in REPLACED {
+        let own = cluster.inner(name);
+        fs::create_dir_all(&own)?;
+        mount(Some(&own), path, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)
+            .with_context(|| format!("cannot replace {path}"))?;
+    }
+    mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none).context("cannot mount /proc")
+}
+
+fn set_up_network(link: Link) -> Result<()> {
+    let inner = link.inner_interface();
+    wait_until("the link to the host", PATIENCE, || {
+        run("ip", &["link", "show", &inner]).is_ok()
+    })?;
+    run("ip", &["link", "set", &inner, "name", "eth0"])?;
+    run(
+        "ip",
+        &[
+            "address",
+            "add",
+            &format!("{}/30", link.node_address()),
+            "dev",
+            "eth0",
+        ],
+    )?;
+    run("ip", &["link", "set", "eth0", "up"])?;
+    run("ip", &["link", "set", "lo", "up"])?;
+    // Without a route, a connection from the node to a ClusterIP is refused before kube-proxy's rules see it.
+    run("ip", &["route", "add", SERVICE_CIDR, "dev", "eth0"])?;
+    fs::write("/proc/sys/net/ipv4/ip_forward", "1").context("cannot forward packets between pods")?;
+    Ok(())
+}
+
+/// The directories of a cgroup in every hierarchy: one with cgroup v2, one per controller with v1.
+fn cgroup_directories(cgroup: &str) -> Vec<PathBuf> {
+    let root = Path::new("/sys/fs/cgroup");
+    let name = cgroup.trim_start_matches('/');
+    if root.join("cgroup.controllers").exists() {
+        return vec![root.join(name)];
+    }
+    let hierarchies = fs::read_dir(root)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path());
+    hierarchies
+        .filter(|path| path.is_dir() && !path.is_symlink())
+        .map(|path| path.join(name))
+        .collect()
+}
+
+fn make_cgroups(cluster: &Cluster) -> Result<()> {
+    for directory in cgroup_directories(&cluster.cgroup()) {
+        fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
+        let parent = directory.parent().context("a cgroup without a parent")?;
+        // cgroup v1: a cpuset is empty, and so unusable, until it has got its processors and memory nodes.
+        for file in ["cpuset.cpus", "cpuset.mems"] {
+            if let Ok(own) = fs::read_to_string(directory.join(file))
+                && own.trim().is_empty()
+                && let Ok(value) = fs::read_to_string(parent.join(file))
+            {
+                fs::write(directory.join(file), value)?;
+            }
+        }
+        // cgroup v2: a controller must be handed down. Beside v1, the unified hierarchy has none to hand down.
+        for controller in fs::read_to_string(parent.join("cgroup.controllers"))
+            .unwrap_or_default()
+            .split_whitespace()
+        {
+            fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"))
+                .with_context(|| format!("cannot hand down the cgroup controller {controller}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// The supervisor's process id, if it is alive.
+pub fn supervisor(cluster: &Cluster) -> Option<Pid> {
+    let lock = fs::File::open(cluster.lock_file()).ok()?;
+    match lock.try_lock() {
+        Err(fs::TryLockError::WouldBlock) => fs::read_to_string(cluster.pid_file())
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
+            .map(Pid::from_raw),
+        _ => None,
+    }
+}
+
+/// Ends the cluster, whatever state it is in, and removes all it has left. Succeeds if there is nothing to do.
+///
+/// # Errors
+/// If something resists; the error names it.
+pub fn destroy(cluster: &Cluster) -> Result<()> {
+    if let Some(pid) = supervisor(cluster) {
+        kill(pid, Signal::SIGKILL).with_context(|| format!("cannot end the supervisor, process {pid}"))?;
+        // The kernel lets go of process 1 only after every other process of the namespace.
+        wait_until(&format!("the end of process {pid}"), PATIENCE, || has_ended(pid))?;
+    }
+    if let Ok(link) = cluster.link() {
+        // The kernel deletes it too, but some time after the namespace's last process.
+        let outer = link.host_interface();
+        let there = || Path::new("/sys/class/net").join(&outer).exists();
+        if there() && run("ip", &["link", "delete", &outer]).is_err() {
+            wait_until(&format!("the end of interface {outer}"), PATIENCE, || !there())?;
+        }
+    }
+    for directory in cgroup_directories(&cluster.cgroup()) {
+        wait_until(
+            &format!("the end of cgroup {}", directory.display()),
+            PATIENCE,
+            || remove_cgroup(&directory),
+        )?;
+    }
+    match fs::remove_dir_all(cluster.home()) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            bail!("cannot remove {}: {error}", cluster.home().display())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn has_ended(pid: Pid) -> bool {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        return true;
+    };
+    stat.rsplit(')')
+        .next()
+        .is_some_and(|rest| rest.trim_start().starts_with('Z'))
+}
+
+/// Removes a cgroup with all below it; a cgroup is a directory whose files cannot be deleted.
+fn remove_cgroup(directory: &Path) -> bool {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        if entry.path().is_dir() {
+            remove_cgroup(&entry.path());
+        }
+    }
+    let _ = fs::remove_dir(directory);
+    !directory.exists()
+}
+
+/// Makes the calling thread, and what it starts, use the cluster's network.
+///
+/// # Errors
+/// If the cluster does not run.
+pub fn join_network(cluster: &Cluster) -> Result<()> {
+    let pid = supervisor(cluster).with_context(|| {
+        format!(
+            "cluster {:?} does not run: `make cluster` starts one",
+            cluster.name()
+        )
+    })?;
+    let network = fs::File::open(format!("/proc/{pid}/ns/net"))?;
+    setns(&network, CloneFlags::CLONE_NEWNET).context("cannot enter the cluster's network; are you root?")
+}
+
+/// The host's id of a process that the cluster knows under another one.
+pub fn host_pid(cluster: &Cluster, inner: u32) -> Option<Pid> {
+    let namespace = fs::read_link(format!("/proc/{}/ns/pid", supervisor(cluster)?)).ok()?;
+    fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
+        let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+        if fs::read_link(entry.path().join("ns/pid")).ok()? != namespace {
+            return None;
+        }
+        let status = fs::read_to_string(entry.path().join("status")).ok()?;
+        let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+        (ids.split_whitespace().last()? == inner.to_string()).then_some(Pid::from_raw(pid))
+    })
+}

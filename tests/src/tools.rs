@@ -1,0 +1,241 @@
+//! The components of the cluster, built from the Go modules pinned in `tests/cluster`.
+//!
+//! The binaries are kept in a cache directory whose name is a hash of the pins, so that a second clone or a
+//! CI run finds them. Go's own build cache makes an interrupted build continue where it stopped.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use sha2::{Digest, Sha256};
+
+use crate::{
+    cluster::cache_dir,
+    progress::{Step, say},
+};
+
+/// The Go modules with a `tool` block, relative to this crate. The volume provisioner stands alone because it
+/// imports a module under an old spelling that collides with the other tools' (`Sirupsen` and `sirupsen`).
+const MODULES: [&str; 2] = ["cluster", "cluster/volumes"];
+
+/// runc needs libseccomp for pods with a seccomp profile; containerd's btrfs snapshotter needs headers nobody has.
+const TAGS: &str = "seccomp,no_btrfs";
+
+/// Where the binaries are, once they are built.
+#[derive(Clone, Debug)]
+pub struct Tools {
+    dir: PathBuf,
+    /// How long the build took; `None` if everything was there.
+    pub built_in: Option<Duration>,
+}
+
+impl Tools {
+    /// Finds the binaries in the cache, or builds them, with progress on standard error.
+    ///
+    /// # Errors
+    /// If Go, gcc or libseccomp's headers are missing, or the build fails; the compiler's last lines are part
+    /// of the error.
+    pub fn ensure() -> Result<Self> {
+        let key = pins_key()?;
+        let dir = cache_dir()?.join(format!("tools-{key}"));
+        let complete = dir.join("complete");
+        if complete.exists() {
+            return Ok(Self { dir, built_in: None });
+        }
+        fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        let lock = fs::File::create(dir.join("lock"))?;
+        lock.lock().context("cannot lock the tool cache")?;
+        if complete.exists() {
+            return Ok(Self { dir, built_in: None }); // somebody else built them while we waited
+        }
+        say(format!(
+            "Building the cluster's components into {} (once per set of pins).",
+            dir.display()
+        ));
+        let mut took = Duration::ZERO;
+        for module in MODULES {
+            took += build(&module_dir(module), &dir)?;
+        }
+        let (unnamed, etcd) = (dir.join("server"), dir.join("etcd")); // etcd's main package is called `server`
+        if unnamed.exists() {
+            fs::rename(&unnamed, &etcd).context("cannot rename the etcd binary")?;
+        }
+        fs::write(&complete, "")?;
+        Ok(Self {
+            dir,
+            built_in: Some(took),
+        })
+    }
+
+    /// The directory with all binaries, for `PATH`.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The path of one binary.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// `PATH` with the tools in front.
+    pub fn path_variable(&self) -> String {
+        let rest = std::env::var("PATH").unwrap_or_else(|_| "/usr/sbin:/usr/bin:/sbin:/bin".into());
+        format!("{}:{rest}", self.dir.display())
+    }
+}
+
+fn module_dir(module: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(module)
+}
+
+/// A hash of everything that decides what the binaries are.
+fn pins_key() -> Result<String> {
+    let mut hash = Sha256::new();
+    for module in MODULES {
+        for file in ["go.mod", "go.sum"] {
+            let path = module_dir(module).join(file);
+            hash.update(fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?);
+        }
+    }
+    hash.update(TAGS);
+    hash.update(ldflags()?);
+    Ok(hex(&hash.finalize()).chars().take(12).collect())
+}
+
+/// Lower-case hexadecimal.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes
+        .iter()
+        .fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
+}
+
+/// Without the version stamp the API server calls itself v0.0.0 and clients' version checks misbehave.
+fn ldflags() -> Result<String> {
+    Ok(format!(
+        "-s -w -X k8s.io/component-base/version.gitVersion={}",
+        kubernetes_version()?
+    ))
+}
+
+/// The pinned Kubernetes version, such as `v1.37.2`.
+///
+/// # Errors
+/// If `tests/cluster/go.mod` cannot be read or does not pin `k8s.io/kubernetes`.
+pub fn kubernetes_version() -> Result<String> {
+    let pins = fs::read_to_string(module_dir("cluster").join("go.mod"))?;
+    pins.lines()
+        .find_map(|line| line.trim().strip_prefix("k8s.io/kubernetes "))
+        .and_then(|rest| rest.split_whitespace().next().map(str::to_owned)) // `// indirect` may follow
+        .context("tests/cluster/go.mod does not pin k8s.io/kubernetes")
+}
+
+fn go(module: &Path) -> Command {
+    let mut command = Command::new("go");
+    command
+        .current_dir(module)
+        .env("GOFLAGS", "-mod=readonly")
+        .env("CGO_ENABLED", "1");
+    command
+}
+
+/// Builds all tools of a module. Go prints each package as it compiles it, which is our progress.
+fn build(module: &Path, bin: &Path) -> Result<Duration> {
+    let name = module
+        .file_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default();
+    let tools = tool_count(module)?;
+    let mut step = Step::start(format!(
+        "{name}: {tools} tools: what is there and what is to be compiled"
+    ));
+    let ldflags = ldflags()?;
+    let stale = stale_packages(module, &ldflags)?;
+    step.update(&format!("{stale} packages to compile"));
+    step.done();
+
+    let mut step = Step::start(format!(
+        "{name}: compiling {stale} packages, linking {tools} tools"
+    ));
+    let mut child = go(module)
+        .args([
+            "install",
+            "-v",
+            "-trimpath",
+            "-tags",
+            TAGS,
+            "-ldflags",
+            &ldflags,
+            "tool",
+        ])
+        .env("GOBIN", bin)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("cannot start `go`")?;
+    let output = child.stderr.take().context("no output of `go`")?;
+    let (mut done, mut last) = (0_usize, Vec::<String>::new());
+    for line in BufReader::new(output).lines() {
+        let line = line?;
+        done += 1;
+        let linked = fs::read_dir(bin)
+            .map(Iterator::count)
+            .unwrap_or_default()
+            .saturating_sub(1);
+        let percent = (done * 100 / stale.max(1)).min(100);
+        step.update(&format!("{percent} % compiled, {linked} tools linked: {line}"));
+        last.push(line);
+        if last.len() > 20 {
+            last.remove(0);
+        }
+    }
+    if !child.wait()?.success() {
+        bail!(
+            "building the tools in {} failed; its last lines:\n{}\nRun the same command again to continue: what was \
+             compiled is kept.",
+            module.display(),
+            last.join("\n")
+        );
+    }
+    Ok(step.done())
+}
+
+fn tool_count(module: &Path) -> Result<usize> {
+    Ok(lines_of(go(module).args(["list", "-f", "{{.ImportPath}}", "tool"]))?.len())
+}
+
+/// Packages that are neither installed nor in the build cache.
+fn stale_packages(module: &Path, ldflags: &str) -> Result<usize> {
+    let template = "{{if and .Stale (ne .StaleReason \"not installed but available in build cache\")}}{{.ImportPath}}{{end}}";
+    let args = [
+        "list",
+        "-deps",
+        "-trimpath",
+        "-tags",
+        TAGS,
+        "-ldflags",
+        ldflags,
+        "-f",
+        template,
+        "tool",
+    ];
+    Ok(lines_of(go(module).args(args))?.len())
+}
+
+fn lines_of(command: &mut Command) -> Result<Vec<String>> {
+    let output = command
+        .output()
+        .context("cannot start `go`: install Go 1.26 or newer")?;
+    if !output.status.success() {
+        bail!("{command:?} failed:\n{}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter(|line| !line.is_empty())
+        .map(str::to_owned)
+        .collect())
+}
