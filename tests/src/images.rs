@@ -51,6 +51,10 @@ const RECIPES: [Recipe; 3] = [
     },
 ];
 
+/// Users of the images: `store` has the id that the public images of PostgreSQL and Redis use.
+const USERS: &str =
+    "root:x:0:0::/:/bin/sh\nstore:x:999:999::/var/lib/store:/bin/sh\nnonroot:x:65532:65532::/:/bin/false\n";
+
 /// An image as a file.
 #[derive(Clone, Debug)]
 pub struct Archive {
@@ -188,6 +192,7 @@ fn cached(
     let mut hash = Sha256::new();
     hash.update(fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?);
     hash.update(recipe);
+    hash.update(USERS);
     hash.update(tools.dir().as_os_str().as_encoded_bytes());
     let key: String = hex(&hash.finalize()).chars().take(12).collect();
     let cache = cache_dir()?.join("images");
@@ -214,15 +219,9 @@ fn root_file_system(recipe: &Recipe, context: &Path) -> Result<()> {
     let tar = context.join("rootfs.tar").display().to_string();
     let variant = format!("--variant={}", recipe.variant);
     let include = format!("--include={}", recipe.packages);
-    // The stores' user; Debian's scripts, which would add one, do not run.
-    let user = r#"printf 'root:x:0:0::/:/bin/sh\nstore:x:999:999::/var/lib/store:/bin/sh\nnonroot:x:65532:65532::/:/bin/false\n' >"$1/etc/passwd""#;
-    let slim = r#"rm -rf "$1"/usr/share/doc "$1"/usr/share/man "$1"/usr/share/locale "$1"/var/cache"#;
-    let hooks = [
-        format!("--customize-hook={user}"),
-        format!("--customize-hook={slim}"),
-    ];
+    // `extract` runs no scripts of the packages, so nobody else would make the users.
+    fs::write(context.join("passwd"), USERS)?;
     let mut args = vec!["--quiet", &variant, &include];
-    args.extend(hooks.iter().map(String::as_str));
     args.extend(["bookworm", &tar]);
     command("mmdebstrap", &args)
 }

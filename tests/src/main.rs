@@ -63,9 +63,9 @@ enum Action {
         /// The repository's root.
         #[arg(long, default_value = ".")]
         repository: PathBuf,
-        /// Where cargo has put the release binaries.
+        /// Where cargo has put the release binaries. Without it, only the images of the stores are built.
         #[arg(long)]
-        binaries: PathBuf,
+        binaries: Option<PathBuf>,
         /// The tag of the exchange's and the operator's images.
         #[arg(long, default_value = "dev")]
         tag: String,
@@ -150,7 +150,9 @@ fn run(cli: &Cli) -> Result<()> {
             let tools = Tools::ensure()?;
             let mut archives = vec![images::helper(&tools)?];
             archives.extend(images::stores(&tools)?);
-            archives.extend(images::services(&repository.canonicalize()?, binaries, tag)?);
+            if let Some(binaries) = binaries {
+                archives.extend(images::services(&repository.canonicalize()?, binaries, tag)?);
+            }
             archives
                 .iter()
                 .try_for_each(|archive| print(&archive.path.display().to_string()))

@@ -6,10 +6,9 @@ use anyhow::{Result, bail};
 use nix::{sys::statvfs::statvfs, unistd::geteuid};
 
 /// Programs that the launcher and the components call, with the Debian package that has each.
-const PROGRAMS: [(&str, &str); 5] = [
+const PROGRAMS: [(&str, &str); 4] = [
     ("ip", "iproute2"),
     ("nft", "nftables"),
-    ("conntrack", "conntrack"),
     ("mount", "mount"),
     ("buildah", "buildah"),
 ];

@@ -2,4 +2,5 @@
 # registry can be reached.
 FROM scratch
 ADD rootfs.tar /
+COPY passwd /etc/passwd
 USER 65532:65532

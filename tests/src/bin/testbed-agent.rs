@@ -7,9 +7,9 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use axum::{Router, routing::get};
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use http_body_util::{BodyExt, Empty};
 use hyper::{
     Request,
@@ -43,12 +43,13 @@ enum Action {
         #[arg(long, default_value_t = 8080)]
         port: u16,
     },
-    /// Print the answer to one `GET`.
+    /// Print the answer to one `GET`. Tries for 30 seconds: a new Service takes a moment to work.
     Get {
         /// `host:port`.
         address: String,
     },
-    /// Send requests at a fixed rate over kept-alive connections, count what comes back, print it as JSON.
+    /// Send requests at a fixed rate over kept-alive connections, count what comes back, print it as JSON. Starts to
+    /// count after a first answer, of which it prints a line.
     Load {
         /// `host:port`.
         address: String,
@@ -63,6 +64,18 @@ enum Action {
         #[arg(long, default_value_t = 50)]
         requests_per_connection: u32,
     },
+    /// Publish a message to a stream, or read it back.
+    Jetstream {
+        action: JetstreamAction,
+        #[arg(long, env = "NATS_URL")]
+        url: String,
+    },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum JetstreamAction {
+    Publish,
+    Read,
 }
 
 /// What came back.
@@ -84,10 +97,7 @@ async fn main() -> Result<()> {
             let listener = tokio::net::TcpListener::bind(("0.0.0.0", port)).await?;
             axum::serve(listener, router).await.context("cannot serve")
         }
-        Action::Get { address } => {
-            let answer = request(&mut connect(&address).await?, &address).await?;
-            writeln!(std::io::stdout(), "{answer}").context("cannot print")
-        }
+        Action::Get { address } => print(&first_answer(&address).await?),
         Action::Load {
             address,
             rate,
@@ -95,6 +105,7 @@ async fn main() -> Result<()> {
             connections,
             requests_per_connection,
         } => {
+            print(&format!("first answer: {}", first_answer(&address).await?))?;
             let tally = Arc::new(Mutex::new(Tally::default()));
             let pause = Duration::from_secs(1) * connections / rate;
             let end = Instant::now() + Duration::from_secs(seconds);
@@ -109,12 +120,59 @@ async fn main() -> Result<()> {
             tasks.join_all().await;
             let tally = tally
                 .lock()
-                .map_err(|_| anyhow::anyhow!("a connection's task has panicked"))?;
+                .map_err(|_| anyhow!("a connection's task has panicked"))?;
             let report = json!({
                 "answered": tally.answered, "failed": tally.failed.values().sum::<u64>(), "errors": tally.failed,
                 "by_identity": tally.by_identity, "last_identity": tally.last_identity,
             });
-            writeln!(std::io::stdout(), "{report}").context("cannot print")
+            print(&report.to_string())
+        }
+        Action::Jetstream { action, url } => print(&jetstream(action, &url).await?),
+    }
+}
+
+fn print(line: &str) -> Result<()> {
+    writeln!(std::io::stdout(), "{line}").context("cannot print")
+}
+
+/// The word that is published must come back over the end of the broker's process.
+async fn jetstream(action: JetstreamAction, url: &str) -> Result<String> {
+    let context =
+        async_nats::jetstream::new(async_nats::connect(url).await.context("cannot connect to NATS")?);
+    let config = async_nats::jetstream::stream::Config {
+        name: "survivors".into(),
+        subjects: vec!["survivors.>".into()],
+        ..Default::default()
+    };
+    let stream = context.get_or_create_stream(config).await?;
+    match action {
+        JetstreamAction::Publish => {
+            context
+                .publish("survivors.word", "still here".into())
+                .await?
+                .await
+                .context("not acknowledged")?;
+            Ok("published".into())
+        }
+        JetstreamAction::Read => {
+            let message = stream.get_last_raw_message_by_subject("survivors.word").await?;
+            Ok(String::from_utf8_lossy(&message.payload).into_owned())
+        }
+    }
+}
+
+/// Tries until there is an answer, for at most 30 seconds.
+async fn first_answer(address: &str) -> Result<String> {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let attempt = async { request(&mut connect(address).await?, address).await };
+        match timeout(REQUEST_LIMIT, attempt)
+            .await
+            .unwrap_or_else(|_| Err(anyhow!("no answer in time")))
+        {
+            Ok(answer) => return Ok(answer),
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     }
 }

@@ -1,0 +1,124 @@
+# Every target has its line in `make help`; what it does is in the script or program that it calls.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# Which test cluster: several can run side by side. `make test` has one of its own, and ends it.
+NAME ?= dev
+# CLUSTER=existing, with KUBECONFIG set, uses that cluster and installs nothing on this machine.
+CLUSTER ?= testbed
+# One test only: make e2e TEST=dns_answers_from_a_pod
+TEST ?=
+# KEEP=1 keeps the cluster of `make test`.
+KEEP ?=
+TAG ?= dev
+
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+TESTBED := $(TARGET_DIR)/debug/testbed
+export CLUSTER
+export TESTBED_NAME := $(NAME)
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  Variables: NAME=dev (which test cluster), CLUSTER=existing (use the one of KUBECONFIG), TEST=… (one test)"
+
+.PHONY: demo
+demo: ## Show a release, a failed one and a rollback, live (not there yet: it comes with the operator)
+	@echo "make demo comes with the operator's first release; until then, make test shows what is there." >&2
+	@exit 1
+
+.PHONY: test
+test: ## Run everything: check, integration, a cluster of its own with the end-to-end tests, and its end
+	@$(MAKE) --no-print-directory check integration
+	@$(MAKE) --no-print-directory e2e down-test NAME=$(if $(filter dev,$(NAME)),test,$(NAME))
+
+.PHONY: check
+check: ## Format, lints, unit tests, generated files: minutes, no root, no cluster
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	@$(MAKE) --no-print-directory unit crds-check
+
+.PHONY: unit
+unit: ## Unit tests
+	cargo test --workspace --locked --lib --bins $(TEST)
+	cargo test --package exchange-operator --locked --tests $(TEST)
+
+.PHONY: integration
+integration: deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine
+	@$(MAKE) --no-print-directory $(TESTBED)
+	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --package exchange --locked --tests $(TEST)
+
+.PHONY: e2e
+e2e: cluster images ## End-to-end tests on the cluster, which stays for the next run
+	cargo test --package testbed --locked --test ground_floor -- --ignored --test-threads 2 $(TEST)
+
+.PHONY: cluster-test
+cluster-test: deps $(TESTBED) ## Test the test cluster itself: kills, several at once, leavings, wrong use (about 10 minutes)
+	$(TESTBED) tools
+	cargo test --package testbed --locked --test cluster -- --ignored --test-threads 1 $(TEST)
+
+.PHONY: down-test
+down-test:
+ifneq ($(CLUSTER),existing)
+	@$(if $(KEEP),echo "KEEP=1: cluster $(NAME) goes on",$(TESTBED) down)
+	cargo test --package testbed --locked --test cluster -- --ignored --exact down_leaves_nothing
+endif
+
+.PHONY: cluster
+cluster: deps $(TESTBED) ## Start the test cluster NAME, or find that it runs
+ifeq ($(CLUSTER),existing)
+	@[ -n "$${KUBECONFIG:-}" ] || { echo "error: CLUSTER=existing needs KUBECONFIG: set it to the cluster's file" >&2; exit 1; }
+	kubectl version
+else
+	$(TESTBED) up
+endif
+
+.PHONY: down
+down: $(TESTBED) ## End the test cluster NAME and remove all it has left
+	$(TESTBED) down
+
+.PHONY: images
+images: deps $(TESTBED) ## Build the images and load them into the test cluster
+ifeq ($(CLUSTER),existing)
+	@echo "CLUSTER=existing: build and push with docker, as the Dockerfile says; see docs/architecture.md, Images"
+else
+	cargo build --release --locked --bins --package exchange --package exchange-operator --package testbed
+	archives=$$($(TESTBED) images --binaries $(TARGET_DIR)/release --tag $(TAG)) && $(TESTBED) load $$archives
+endif
+
+.PHONY: crds
+crds: ## Generate crds/ from the code
+	cargo run --quiet --locked --package exchange-operator -- crd >crds/exchangedeployments.exchange.dev.yaml
+
+.PHONY: crds-check
+crds-check:
+	@cargo run --quiet --locked --package exchange-operator -- crd | diff crds/exchangedeployments.exchange.dev.yaml - \
+	  || { echo "error: crds/ is out of date: run \`make crds\` and commit" >&2; exit 1; }
+
+.PHONY: bench
+bench: ## Benchmarks: print tables, write target/results/*.json
+	@echo "no benchmark yet" >&2
+	@exit 1
+
+.PHONY: deny
+deny: ## Licences, sources and advisories of all dependencies (needs cargo-deny)
+	cargo deny --locked check
+
+.PHONY: deps
+deps: ## Install the Debian packages that are missing, and say why
+ifneq ($(CLUSTER),existing)
+	@tests/deps.sh
+endif
+
+.PHONY: clean
+clean: ## End all test clusters and remove what was built here (the caches of tools and images stay)
+	@[ ! -x $(TESTBED) ] || $(TESTBED) down --all
+	cargo clean
+	rm -rf dist
+
+# cargo decides what is out of date.
+.PHONY: $(TESTBED)
+$(TESTBED):
+	@cargo build --quiet --locked --package testbed --bin testbed

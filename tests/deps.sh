@@ -1,0 +1,68 @@
+#!/bin/sh
+# Installs the Debian packages that building and testing needs. Says what and why; does nothing that is done already.
+# No service is started: tests start their own servers.
+set -eu
+
+# package, a file that it brings, what for
+wanted='
+gcc              /usr/bin/gcc                          compiling Go and Rust code that uses C
+libc6-dev        /usr/include/stdio.h                  the same
+libseccomp-dev   /usr/include/seccomp.h                runc: pods with a seccomp profile
+iproute2         /sbin/ip|/bin/ip|/usr/bin/ip          the test cluster: its own network
+nftables         /usr/sbin/nft                         the test cluster: Services, by kube-proxy
+buildah          /usr/bin/buildah                      images without a container engine
+mmdebstrap       /usr/bin/mmdebstrap                   images: root file systems from Debian packages
+busybox-static   /bin/busybox                          images: pod sandboxes and pods that look around
+postgresql-15    /usr/lib/postgresql/15/bin/postgres   integration tests
+redis-server     /usr/bin/redis-server                 integration tests
+'
+
+missing=
+reasons=
+while read -r package files reason; do
+  [ -n "$package" ] || continue
+  found=
+  old_ifs=$IFS; IFS='|'
+  for file in $files; do [ -e "$file" ] && found=yes; done
+  IFS=$old_ifs
+  if [ -z "$found" ]; then
+    missing="$missing $package"
+    reasons="$reasons
+  $package: $reason"
+  fi
+done <<END
+$wanted
+END
+
+if ! command -v go >/dev/null; then
+  echo "error: Go is missing: install Go 1.26 or newer and put it into PATH; the test cluster is built with it" >&2
+  exit 1
+fi
+if ! command -v cargo >/dev/null; then
+  echo "error: Rust is missing: install rustup; the toolchain pinned in rust-toolchain.toml comes by itself" >&2
+  exit 1
+fi
+[ -n "$missing" ] || exit 0
+
+if ! command -v apt-get >/dev/null; then
+  echo "error: this is not Debian; install by hand what these Debian packages have:$reasons" >&2
+  exit 1
+fi
+if [ "$(id -u)" != 0 ]; then
+  echo "error: Debian packages are missing, and only root can install them:$reasons" >&2
+  echo "Run \`sudo make deps\`, or everything as root: the test cluster needs root too." >&2
+  exit 1
+fi
+echo "Installing Debian packages:$reasons"
+# Debian's packages start their servers when installed, unless a policy says no.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+  trap 'rm -f "$policy"' EXIT
+  printf '#!/bin/sh\nexit 101\n' >"$policy"
+  chmod 755 "$policy"
+fi
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq
+# shellcheck disable=SC2086 # a list of packages
+apt-get install -qq --yes --no-install-recommends $missing >/dev/null
+echo "Installed:$missing"

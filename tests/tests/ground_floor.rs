@@ -1,0 +1,459 @@
+//! What every later test stands on: pods, DNS, Services, volumes, Helm. Needs a cluster; `make e2e` runs it.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use testbed::{
+    addons::HELPER_IMAGE,
+    kubectl::{Namespace, Session},
+    results,
+};
+
+/// A warm image starts in a second or two; a machine that compiles beside us needs longer.
+const PATIENCE: Duration = Duration::from_mins(2);
+
+fn session() -> Session {
+    Session::from_environment().expect("a cluster")
+}
+
+/// The image of `testbed-agent`.
+fn agent_image() -> String {
+    std::env::var("AGENT_IMAGE").unwrap_or_else(|_| "exchange.local/testbed-agent:dev".into())
+}
+
+/// A pod template that the Pod Security level "restricted" admits.
+fn template(labels: &Value, image: &str, args: &[&str]) -> Value {
+    json!({
+        "metadata": {"labels": labels},
+        "spec": {
+            "securityContext": {"runAsNonRoot": true, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
+            "terminationGracePeriodSeconds": 1,
+            "containers": [{
+                "name": "main", "image": image, "args": args, "imagePullPolicy": "IfNotPresent",
+                "securityContext": {"allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true,
+                                    "capabilities": {"drop": ["ALL"]}},
+            }],
+        },
+    })
+}
+
+fn start_pod(session: &Session, namespace: &str, name: &str, image: &str, args: &[&str]) {
+    let mut pod = template(&json!({"app": name}), image, args);
+    pod["apiVersion"] = "v1".into();
+    pod["kind"] = "Pod".into();
+    pod["metadata"]["name"] = name.into();
+    session.apply(namespace, &pod).unwrap();
+    session
+        .wait(namespace, &format!("pod/{name}"), "condition=Ready", PATIENCE)
+        .unwrap();
+}
+
+/// A pod to look around from.
+fn start_looker(session: &Session, namespace: &str) {
+    start_pod(
+        session,
+        namespace,
+        "looker",
+        HELPER_IMAGE,
+        &["/bin/sleep", "infinity"],
+    );
+}
+
+fn look(session: &Session, namespace: &str, command: &[&str]) -> anyhow::Result<String> {
+    let mut args = vec!["exec", "--namespace", namespace, "looker", "--"];
+    args.extend(command);
+    session.kubectl(&args)
+}
+
+/// A Deployment of agents that answer with `id`, and which the label `colour` tells apart.
+fn start_agents(session: &Session, namespace: &str, colour: &str, replicas: u32) {
+    let labels = json!({"app": "agent", "colour": colour});
+    let mut template = template(&labels, &agent_image(), &["serve", "--id", colour]);
+    template["spec"]["containers"][0]["readinessProbe"] =
+        json!({"httpGet": {"path": "/", "port": 8080}, "periodSeconds": 1});
+    let deployment = json!({
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": colour},
+        "spec": {"replicas": replicas, "selector": {"matchLabels": labels}, "template": template},
+    });
+    session.apply(namespace, &deployment).unwrap();
+    session
+        .kubectl(&[
+            "rollout",
+            "status",
+            "--namespace",
+            namespace,
+            &format!("deployment/{colour}"),
+            "--timeout=120s",
+        ])
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", session.circumstances(namespace)));
+}
+
+fn service(name: &str, selector: &Value) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": name},
+        "spec": {"selector": selector, "ports": [{"name": "http", "port": 80, "targetPort": 8080}]},
+    })
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn a_pod_starts_and_can_be_looked_into() {
+    let session = session();
+    let namespace = Namespace::new(&session, "pod").unwrap();
+    start_pod(
+        &session,
+        &namespace.name,
+        "hello",
+        HELPER_IMAGE,
+        &["/bin/sh", "-c", "echo it runs; sleep infinity"],
+    );
+    let log = session
+        .kubectl(&["logs", "--namespace", &namespace.name, "hello"])
+        .unwrap();
+    assert_eq!(log.trim(), "it runs");
+    let who = session
+        .kubectl(&["exec", "--namespace", &namespace.name, "hello", "--", "id", "-u"])
+        .unwrap();
+    assert_eq!(who.trim(), "65532");
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn dns_answers_from_a_pod() {
+    let session = session();
+    let namespace = Namespace::new(&session, "dns").unwrap();
+    start_looker(&session, &namespace.name);
+    let address = session
+        .get("default", "service/kubernetes", "{.spec.clusterIP}")
+        .unwrap();
+    let answer = look(
+        &session,
+        &namespace.name,
+        &["nslookup", "kubernetes.default.svc.cluster.local"],
+    )
+    .unwrap();
+    assert!(answer.contains(&address), "{answer}");
+    let unknown = look(
+        &session,
+        &namespace.name,
+        &["nslookup", "nobody.default.svc.cluster.local"],
+    );
+    assert!(unknown.unwrap_err().to_string().contains("NXDOMAIN"));
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn a_deployment_is_reached_through_its_cluster_ip_and_its_name() {
+    let session = session();
+    let namespace = Namespace::new(&session, "service").unwrap();
+    start_agents(&session, &namespace.name, "blue", 2);
+    session
+        .apply(&namespace.name, &service("agents", &json!({"app": "agent"})))
+        .unwrap();
+    start_looker(&session, &namespace.name);
+    let address = session
+        .get(&namespace.name, "service/agents", "{.spec.clusterIP}")
+        .unwrap();
+    wait_for_endpoints(&session, &namespace.name, "agents", 2);
+    for host in [address.as_str(), "agents", "agents.service.svc.cluster.local"] {
+        let url = format!("http://{host}/");
+        let ask = || look(&session, &namespace.name, &["wget", "-qO-", "-T", "5", &url]);
+        // kube-proxy may take a second to act on the endpoints that we have seen.
+        assert!(
+            wait_for(PATIENCE, || ask().is_ok_and(|answer| answer == "blue")),
+            "through {host}: {:?}",
+            ask()
+        );
+    }
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn a_single_replica_reaches_itself_through_its_cluster_ip() {
+    let session = session();
+    let namespace = Namespace::new(&session, "self").unwrap();
+    start_agents(&session, &namespace.name, "alone", 1);
+    session
+        .apply(&namespace.name, &service("alone", &json!({"colour": "alone"})))
+        .unwrap();
+    wait_for_endpoints(&session, &namespace.name, "alone", 1);
+    let address = session
+        .get(&namespace.name, "service/alone", "{.spec.clusterIP}")
+        .unwrap();
+    let target = format!("{address}:80");
+    let answer = session.kubectl(&[
+        "exec",
+        "--namespace",
+        &namespace.name,
+        "deployment/alone",
+        "--",
+        "/testbed-agent",
+        "get",
+        &target,
+    ]);
+    assert_eq!(answer.unwrap().trim(), "alone");
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn a_selector_change_under_load_fails_no_request() {
+    let session = session();
+    let namespace = Namespace::new(&session, "swap").unwrap();
+    start_agents(&session, &namespace.name, "blue", 2);
+    start_agents(&session, &namespace.name, "green", 2);
+    session
+        .apply(
+            &namespace.name,
+            &service("live", &json!({"app": "agent", "colour": "blue"})),
+        )
+        .unwrap();
+    wait_for_endpoints(&session, &namespace.name, "live", 2);
+
+    let job = json!({
+        "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "load"},
+        "spec": {"backoffLimit": 0, "template": {
+            "metadata": {"labels": {"app": "load"}},
+            "spec": {
+                "restartPolicy": "Never",
+                "securityContext": {"runAsNonRoot": true, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
+                "containers": [{
+                    "name": "load", "image": agent_image(), "imagePullPolicy": "IfNotPresent",
+                    "args": ["load", "live:80", "--rate", "500", "--seconds", "15"],
+                    "securityContext": {"allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true,
+                                        "capabilities": {"drop": ["ALL"]}},
+                }],
+            },
+        }},
+    });
+    session.apply(&namespace.name, &job).unwrap();
+    // The swap comes when requests flow: the agent says so by its first line.
+    let started = wait_for(PATIENCE, || {
+        session
+            .kubectl(&["logs", "--namespace", &namespace.name, "job/load"])
+            .is_ok_and(|log| log.contains("first answer"))
+    });
+    assert!(started, "no load: {}", session.circumstances(&namespace.name));
+    let green = r#"{"spec": {"selector": {"app": "agent", "colour": "green"}}}"#;
+    session
+        .kubectl(&[
+            "patch",
+            "service/live",
+            "--namespace",
+            &namespace.name,
+            "--patch",
+            green,
+        ])
+        .unwrap();
+    session
+        .wait(&namespace.name, "job/load", "condition=Complete", PATIENCE)
+        .unwrap();
+
+    let log = session
+        .kubectl(&["logs", "--namespace", &namespace.name, "job/load"])
+        .unwrap();
+    let report: Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
+    let figures = json!({
+        "requests_answered": report["answered"], "requests_failed": report["failed"], "errors": report["errors"],
+        "answers_by_colour": report["by_identity"],
+    });
+    let path = results::write("selector-change", &figures).unwrap();
+    println!(
+        "{:<20} {:>10} {:>8}\n{:<20} {:>10} {:>8}",
+        "CASE", "ANSWERED", "FAILED", "selector change", report["answered"], report["failed"]
+    );
+    println!("{}", path.display());
+    assert_eq!(report["failed"], 0, "{report}");
+    assert!(report["answered"].as_u64().unwrap() >= 5_000, "{report}");
+    assert!(
+        report["by_identity"]["blue"].as_u64().is_some_and(|n| n > 0),
+        "nothing before the swap: {report}"
+    );
+    assert_eq!(report["last_identity"], "green", "{report}");
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn metrics_and_a_default_storage_class_are_served() {
+    let session = session();
+    let top = session.kubectl(&["top", "node", "--no-headers"]).unwrap();
+    assert!(top.contains('%'), "{top}");
+    let class = session.kubectl(&["get", "storageclass"]).unwrap();
+    assert!(class.contains("(default)"), "{class}");
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn the_stores_keep_their_data_over_the_end_of_their_pods_and_an_upgrade() {
+    let session = session();
+    let namespace = Namespace::new(&session, "stores").unwrap();
+    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/exchange-stores");
+    let values = concat!(env!("CARGO_MANIFEST_DIR"), "/cluster/stores-values.yaml");
+    let mut common = vec![
+        "exchange",
+        chart,
+        "--namespace",
+        &namespace.name,
+        "--wait",
+        "--timeout",
+        "180s",
+    ];
+    if session.cluster.is_some() {
+        common.extend(["--values", values]);
+    }
+    let helm = |verb: &str, more: &[&str]| {
+        let args: Vec<&str> = [verb].iter().chain(&common).chain(more).copied().collect();
+        session
+            .helm(&args)
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", session.circumstances(&namespace.name)))
+    };
+    let password = || {
+        session
+            .get(&namespace.name, "secret/exchange-db", "{.data.password}")
+            .unwrap()
+    };
+    helm("install", &[]);
+    let first_password = password();
+    assert!(first_password.len() > 30);
+    write_to_stores(&session, &namespace.name);
+
+    session
+        .kubectl(&["delete", "pod", "--all", "--namespace", &namespace.name, "--wait"])
+        .unwrap();
+    for store in ["postgres", "nats", "redis"] {
+        let set = format!("statefulset/exchange-{store}");
+        session
+            .kubectl(&[
+                "rollout",
+                "status",
+                "--namespace",
+                &namespace.name,
+                &set,
+                "--timeout=120s",
+            ])
+            .unwrap();
+    }
+    assert_stores_have_the_data(&session, &namespace.name);
+
+    helm("upgrade", &["--set", "postgres.connections=123"]);
+    assert_eq!(password(), first_password, "an upgrade must not change passwords");
+    let connections = in_store(
+        &session,
+        &namespace.name,
+        "postgres",
+        &psql("show max_connections"),
+    )
+    .unwrap();
+    assert_eq!(connections.trim(), "123");
+    assert_stores_have_the_data(&session, &namespace.name);
+
+    session
+        .helm(&["uninstall", "exchange", "--namespace", &namespace.name, "--wait"])
+        .unwrap();
+    let left = session.kubectl(&[
+        "get",
+        "statefulsets,services,configmaps",
+        "--namespace",
+        &namespace.name,
+        "--selector=app.kubernetes.io/part-of=exchange",
+        "--output=name",
+    ]);
+    assert_eq!(left.unwrap(), "");
+}
+
+fn psql(sql: &str) -> Vec<String> {
+    [
+        "psql",
+        "--host=/tmp",
+        "--username=postgres",
+        "--dbname=exchange",
+        "--no-align",
+        "--tuples-only",
+        "--command",
+        sql,
+    ]
+    .map(str::to_owned)
+    .to_vec()
+}
+
+fn in_store(session: &Session, namespace: &str, store: &str, command: &[String]) -> anyhow::Result<String> {
+    let pod = format!("exchange-{store}-0");
+    let mut args = vec!["exec", "--namespace", namespace, &pod, "--"];
+    args.extend(command.iter().map(String::as_str));
+    session.kubectl(&args)
+}
+
+/// JetStream has no command-line client here: the agent speaks with it.
+fn with_jetstream(session: &Session, namespace: &str, action: &str) -> anyhow::Result<String> {
+    let name = format!("jetstream-{action}");
+    let mut template = template(&json!({"app": name}), &agent_image(), &["jetstream", action]);
+    template["spec"]["restartPolicy"] = "Never".into();
+    template["spec"]["containers"][0]["env"] = json!([{"name": "NATS_URL", "valueFrom": {"secretKeyRef": {"name": "exchange-queue", "key": "url"}}}]);
+    let job = json!({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name},
+                     "spec": {"backoffLimit": 0, "template": template}});
+    session.kubectl(&[
+        "delete",
+        "job",
+        &name,
+        "--namespace",
+        namespace,
+        "--ignore-not-found",
+        "--wait",
+    ])?;
+    session.apply(namespace, &job)?;
+    session.wait(namespace, &format!("job/{name}"), "condition=Complete", PATIENCE)?;
+    session.kubectl(&["logs", "--namespace", namespace, &format!("job/{name}")])
+}
+
+fn write_to_stores(session: &Session, namespace: &str) {
+    let sql = psql("create table survivors as select 'still here' as word");
+    in_store(session, namespace, "postgres", &sql).unwrap();
+    let set = ["redis-cli", "set", "survivor", "still here"].map(str::to_owned);
+    assert_eq!(in_store(session, namespace, "redis", &set).unwrap().trim(), "OK");
+    with_jetstream(session, namespace, "publish").unwrap();
+}
+
+fn assert_stores_have_the_data(session: &Session, namespace: &str) {
+    let word = in_store(
+        session,
+        namespace,
+        "postgres",
+        &psql("select word from survivors"),
+    )
+    .unwrap();
+    assert_eq!(word.trim(), "still here", "PostgreSQL");
+    let get = ["redis-cli", "get", "survivor"].map(str::to_owned);
+    assert_eq!(
+        in_store(session, namespace, "redis", &get).unwrap().trim(),
+        "still here",
+        "Redis"
+    );
+    assert_eq!(
+        with_jetstream(session, namespace, "read").unwrap().trim(),
+        "still here",
+        "JetStream"
+    );
+}
+
+fn wait_for(patience: Duration, mut holds: impl FnMut() -> bool) -> bool {
+    testbed::sandbox::wait_until("", patience, &mut holds).is_ok()
+}
+
+/// Waits until the Service's slices list that many ready endpoints.
+fn wait_for_endpoints(session: &Session, namespace: &str, service: &str, count: usize) {
+    let ready = || {
+        let selector = format!("--selector=kubernetes.io/service-name={service}");
+        let path = "--output=jsonpath={.items[*].endpoints[?(@.conditions.ready==true)].addresses[0]}";
+        let addresses =
+            session.kubectl(&["get", "endpointslices", "--namespace", namespace, &selector, path]);
+        addresses.is_ok_and(|addresses| addresses.split_whitespace().count() == count)
+    };
+    assert!(wait_for(PATIENCE, ready), "{}", session.circumstances(namespace));
+}
