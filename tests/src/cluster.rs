@@ -154,6 +154,14 @@ impl Cluster {
         ))
     }
 
+    /// What to say when the cluster is needed and is not there.
+    pub fn does_not_run(&self) -> String {
+        format!(
+            "cluster {:?} does not run: `make cluster NAME={0}` starts it",
+            self.name
+        )
+    }
+
     /// Takes the first link number that no other cluster and nothing else on this machine uses.
     ///
     /// # Errors

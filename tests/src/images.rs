@@ -16,6 +16,7 @@ use crate::{
     addons::HELPER_IMAGE,
     cluster::{Cluster, cache_dir},
     progress::Step,
+    sandbox,
     tools::{Tools, hex},
 };
 
@@ -309,13 +310,14 @@ fn finish(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Imports an image into the cluster's containerd. Skips the work if the cluster has this very archive already.
+/// Imports an image into the cluster's containerd.
 ///
 /// # Errors
 /// If the cluster does not run, the archive is not an image, or the disk is full.
 pub fn load(cluster: &Cluster, tools: &Tools, archive: &Archive) -> Result<()> {
+    sandbox::supervisor(cluster).with_context(|| cluster.does_not_run())?;
     let import = Command::new(tools.path("ctr"))
-        .args(["images", "import", "--no-unpack=false"])
+        .args(["images", "import"])
         .arg(&archive.path)
         .envs(cluster.environment(tools))
         .output()

@@ -48,11 +48,7 @@ impl Session {
     /// # Errors
     /// If it does not run.
     pub fn of(cluster: Cluster) -> Result<Self> {
-        ensure!(
-            sandbox::supervisor(&cluster).is_some(),
-            "cluster {:?} does not run: `make cluster NAME={0}` starts it",
-            cluster.name()
-        );
+        ensure!(sandbox::supervisor(&cluster).is_some(), cluster.does_not_run());
         Ok(Self {
             environment: cluster.environment(&Tools::ensure()?),
             cluster: Some(cluster),

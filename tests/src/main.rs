@@ -178,12 +178,7 @@ fn start(cluster: &Cluster) -> Result<()> {
 }
 
 fn status(cluster: &Cluster) -> Result<()> {
-    let pid = sandbox::supervisor(cluster).with_context(|| {
-        format!(
-            "cluster {:?} does not run: `make cluster` starts one",
-            cluster.name()
-        )
-    })?;
+    let pid = sandbox::supervisor(cluster).with_context(|| cluster.does_not_run())?;
     print(&format!(
         "cluster {:?}, supervisor {pid}, logs in {}",
         cluster.name(),

@@ -236,6 +236,10 @@ pub fn destroy(cluster: &Cluster) -> Result<()> {
         kill(pid, Signal::SIGKILL).with_context(|| format!("cannot end the supervisor, process {pid}"))?;
         // The kernel lets go of process 1 only after every other process of the namespace.
         wait_until(&format!("the end of process {pid}"), PATIENCE, || has_ended(pid))?;
+        // The machine's process 1 collects it at once, if it is any good; if not, that is not our failure.
+        let _ = wait_until("", Duration::from_secs(3), || {
+            !Path::new(&format!("/proc/{pid}")).exists()
+        });
     }
     if let Ok(link) = cluster.link() {
         // The kernel deletes it too, but some time after the namespace's last process.
@@ -260,13 +264,17 @@ pub fn destroy(cluster: &Cluster) -> Result<()> {
     }
 }
 
+/// True if the process is gone, or a zombie that nobody has collected yet. One whose main thread has ended before its
+/// others looks like a zombie too.
 fn has_ended(pid: Pid) -> bool {
     let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
         return true;
     };
-    stat.rsplit(')')
+    let zombie = stat
+        .rsplit(')')
         .next()
-        .is_some_and(|rest| rest.trim_start().starts_with('Z'))
+        .is_some_and(|rest| rest.trim_start().starts_with('Z'));
+    zombie && fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count) <= 1
 }
 
 /// Removes a cgroup with all below it; a cgroup is a directory whose files cannot be deleted.
@@ -285,12 +293,7 @@ fn remove_cgroup(directory: &Path) -> bool {
 /// # Errors
 /// If the cluster does not run.
 pub fn join_network(cluster: &Cluster) -> Result<()> {
-    let pid = supervisor(cluster).with_context(|| {
-        format!(
-            "cluster {:?} does not run: `make cluster` starts one",
-            cluster.name()
-        )
-    })?;
+    let pid = supervisor(cluster).with_context(|| cluster.does_not_run())?;
     let network = fs::File::open(format!("/proc/{pid}/ns/net"))?;
     setns(&network, CloneFlags::CLONE_NEWNET).context("cannot enter the cluster's network; are you root?")
 }

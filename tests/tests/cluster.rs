@@ -479,16 +479,20 @@ fn wrong_use_gets_a_sentence() {
 
     for (name, args, sentence) in [
         ("Upper", vec!["up"], "lower-case letters"),
-        ("never-started", vec!["status"], "does not run: `make cluster`"),
+        (
+            "never-started",
+            vec!["status"],
+            "does not run: `make cluster NAME=never-started`",
+        ),
         (
             "never-started",
             vec!["exec", "--", "true"],
-            "does not run: `make cluster`",
+            "does not run: `make cluster NAME=never-started`",
         ),
         (
             "never-started",
             vec!["load", "/nowhere.tar"],
-            "does not run: `make cluster`",
+            "does not run: `make cluster NAME=never-started`",
         ),
     ] {
         let output = testbed(name, &args).output().unwrap();
