@@ -12,7 +12,6 @@ iproute2         /sbin/ip|/bin/ip|/usr/bin/ip          the test cluster: its own
 nftables         /usr/sbin/nft                         the test cluster: Services, by kube-proxy
 buildah          /usr/bin/buildah                      images without a container engine
 mmdebstrap       /usr/bin/mmdebstrap                   images: root file systems from Debian packages
-busybox-static   /bin/busybox                          images: pod sandboxes and pods that look around
 postgresql-15    /usr/lib/postgresql/15/bin/postgres   integration tests
 redis-server     /usr/bin/redis-server                 integration tests
 '

@@ -3,7 +3,6 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -13,7 +12,6 @@ use nix::sys::statvfs::statvfs;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    addons::HELPER_IMAGE,
     cluster::{Cluster, cache_dir},
     progress::Step,
     sandbox,
@@ -28,26 +26,26 @@ const STATIC_TAG: &str = "1";
 /// Debian packages of an image's root file system.
 struct Recipe {
     name: &'static str,
-    /// mmdebstrap's `--variant`: `extract` only unpacks, so that even the package manager is left out.
-    variant: &'static str,
     packages: &'static str,
 }
+
+const HELPER: Recipe = Recipe {
+    name: "busybox",
+    packages: "busybox,libc6",
+};
 
 /// libc-bin and the shell are for the charts' start scripts.
 const RECIPES: [Recipe; 3] = [
     Recipe {
         name: "base",
-        variant: "extract",
         packages: "libc6,libgcc-s1,ca-certificates",
     },
     Recipe {
         name: "redis",
-        variant: "extract",
         packages: "redis-server,redis-tools,dash,coreutils",
     },
     Recipe {
         name: "postgres",
-        variant: "extract",
         packages: "postgresql-15,dash,coreutils,libc-bin,sed,grep,base-files,tzdata",
     },
 ];
@@ -68,46 +66,9 @@ pub struct Archive {
 /// The image of pod sandboxes: the one that a cluster cannot be without.
 ///
 /// # Errors
-/// If buildah or busybox is missing.
+/// If buildah or mmdebstrap is missing, or a package cannot be fetched.
 pub fn helper(tools: &Tools) -> Result<Archive> {
-    cached(tools, "busybox", HELPER_IMAGE, "busybox-static", |context| {
-        let root = context.join("rootfs");
-        fs::create_dir_all(root.join("bin"))?;
-        fs::create_dir_all(root.join("etc"))?;
-        fs::create_dir_all(root.join("tmp"))?;
-        fs::copy("/bin/busybox", root.join("bin/busybox"))
-            .context("no /bin/busybox: `make deps` installs it (Debian package busybox-static)")?;
-        let list = Command::new("/bin/busybox").arg("--list").output()?;
-        for command in String::from_utf8_lossy(&list.stdout)
-            .lines()
-            .filter(|name| *name != "busybox")
-        {
-            std::os::unix::fs::symlink("busybox", root.join("bin").join(command))?;
-        }
-        fs::write(
-            root.join("etc/passwd"),
-            "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n",
-        )?;
-        fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777))?;
-        let (from, to) = (
-            root.display().to_string(),
-            context.join("rootfs.tar").display().to_string(),
-        );
-        command(
-            "tar",
-            &[
-                "--numeric-owner",
-                "--owner=0",
-                "--group=0",
-                "-C",
-                &from,
-                "-cf",
-                &to,
-                ".",
-            ],
-        )?;
-        Ok(())
-    })
+    from_packages(tools, &HELPER)
 }
 
 /// The stores' images and the base of all others, from Debian packages and the pinned nats-server.
@@ -117,11 +78,7 @@ pub fn helper(tools: &Tools) -> Result<Archive> {
 pub fn stores(tools: &Tools) -> Result<Vec<Archive>> {
     let mut archives = Vec::new();
     for recipe in &RECIPES {
-        let image = format!("{PREFIX}/{}:{STATIC_TAG}", recipe.name);
-        let key = format!("{} {}", recipe.variant, recipe.packages);
-        let archive = cached(tools, recipe.name, &image, &key, |context| {
-            root_file_system(recipe, context)
-        })?;
+        let archive = from_packages(tools, recipe)?;
         ensure!(
             recipe.name != "base" || stored(&archive.image)? || unpack(&archive)?,
             "the base image is damaged"
@@ -181,6 +138,13 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
     Ok(archives)
 }
 
+fn from_packages(tools: &Tools, recipe: &Recipe) -> Result<Archive> {
+    let image = format!("{PREFIX}/{}:{STATIC_TAG}", recipe.name);
+    cached(tools, recipe.name, &image, recipe.packages, |context| {
+        root_file_system(recipe, context)
+    })
+}
+
 /// Builds an image unless the cache has it. The cache's key is everything the image is made of.
 fn cached(
     tools: &Tools,
@@ -218,13 +182,13 @@ fn cached(
 /// Unpacks Debian packages into `rootfs.tar`, from the package sources that this machine uses.
 fn root_file_system(recipe: &Recipe, context: &Path) -> Result<()> {
     let tar = context.join("rootfs.tar").display().to_string();
-    let variant = format!("--variant={}", recipe.variant);
     let include = format!("--include={}", recipe.packages);
-    // `extract` runs no scripts of the packages, so nobody else would make the users.
+    // `extract` only unpacks: no package manager gets in, and no script of a package runs, so the users are ours to make.
     fs::write(context.join("passwd"), USERS)?;
-    let mut args = vec!["--quiet", &variant, &include];
-    args.extend(["bookworm", &tar]);
-    command("mmdebstrap", &args)
+    command(
+        "mmdebstrap",
+        &["--quiet", "--variant=extract", &include, "bookworm", &tar],
+    )
 }
 
 fn build(file: &Path, context: &Path, args: &[&str], image: &str, archive: &Path) -> Result<()> {

@@ -165,7 +165,7 @@ fn a_deployment_is_reached_through_its_cluster_ip_and_its_name() {
     wait_for_endpoints(&session, &namespace.name, "agents", 2);
     for host in [address.as_str(), "agents", "agents.service.svc.cluster.local"] {
         let url = format!("http://{host}/");
-        let ask = || look(&session, &namespace.name, &["wget", "-qO-", "-T", "5", &url]);
+        let ask = || look(&session, &namespace.name, &["timeout", "5", "wget", "-qO-", &url]);
         // kube-proxy may take a second to act on the endpoints that we have seen.
         assert!(
             wait_for(PATIENCE, || ask().is_ok_and(|answer| answer == "blue")),
