@@ -116,17 +116,21 @@ impl Session {
         waited.map(drop).with_context(|| self.circumstances(namespace))
     }
 
-    /// What a person would look at when something does not come up.
+    /// What a person would look at when something does not come up: pods, events, the logs of pods that are not ready.
     pub fn circumstances(&self, namespace: &str) -> String {
-        let pods = self.kubectl(&["get", "pods", "--namespace", namespace, "--output=wide"]);
-        let events = self.kubectl(&[
-            "get",
-            "events",
-            "--namespace",
-            namespace,
-            "--sort-by=.lastTimestamp",
-        ]);
-        format!("{}\n{}", pods.unwrap_or_default(), events.unwrap_or_default())
+        let ask = |args: &[&str]| {
+            let args: Vec<&str> = args.iter().chain(&["--namespace", namespace]).copied().collect();
+            self.kubectl(&args).unwrap_or_else(|error| format!("{error:#}"))
+        };
+        let pods = ask(&["get", "pods", "--output=wide"]);
+        let events = ask(&["get", "events", "--sort-by=.lastTimestamp"]);
+        let not_ready =
+            "--output=jsonpath={.items[?(@.status.containerStatuses[0].ready==false)].metadata.name}";
+        let mut logs = String::new();
+        for pod in ask(&["get", "pods", not_ready]).split_whitespace() {
+            logs += &format!("--- log of {pod} ---\n{}\n", ask(&["logs", pod, "--tail=20"]));
+        }
+        format!("{pods}\n{events}\n{logs}")
     }
 
     fn run(&self, program: &str, args: &[&str], input: Option<&str>) -> Result<String> {

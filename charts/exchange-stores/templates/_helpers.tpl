@@ -9,11 +9,12 @@ app.kubernetes.io/name: {{ .name }}
 app.kubernetes.io/instance: {{ .root.Release.Name }}
 {{- end }}
 
-{{/* The value of a key in an existing Secret, or a new password of 32 letters and digits. */}}
+{{/* The value of a key in an existing Secret, or a new password of 40 letters: no digits, because nats-server takes
+     what begins with one for a number. */}}
 {{- define "stores.password" -}}
 {{- $secret := lookup "v1" "Secret" .root.Release.Namespace .secret | default dict -}}
 {{- $data := get $secret "data" | default dict -}}
-{{- if hasKey $data .key -}}{{ get $data .key | b64dec }}{{- else -}}{{ randAlphaNum 32 }}{{- end -}}
+{{- if hasKey $data .key -}}{{ get $data .key | b64dec }}{{- else -}}{{ randAlpha 40 }}{{- end -}}
 {{- end }}
 
 {{/* Pod and container settings that the Pod Security level "restricted" asks for. */}}
@@ -25,6 +26,11 @@ securityContext:
   runAsGroup: {{ .user }}
   fsGroup: {{ .user }}
   seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{/* A pod does not notice a changed ConfigMap, so a change of what it is made from is a change of the pod. */}}
+{{- define "stores.annotations" -}}
+exchange.dev/settings: {{ printf "%s %s" .root.Chart.Version (get .root.Values .name | toJson) | sha256sum }}
 {{- end }}
 
 {{- define "stores.containerSecurity" -}}

@@ -137,8 +137,13 @@ fn print(line: &str) -> Result<()> {
 
 /// The word that is published must come back over the end of the broker's process.
 async fn jetstream(action: JetstreamAction, url: &str) -> Result<String> {
+    let server: async_nats::ServerAddr = url.parse()?;
+    // The client ignores a user in the URL.
+    let user = server.username().unwrap_or_default().to_owned();
+    let password = server.password().unwrap_or_default().to_owned();
+    let options = async_nats::ConnectOptions::with_user_and_password(user, password);
     let context =
-        async_nats::jetstream::new(async_nats::connect(url).await.context("cannot connect to NATS")?);
+        async_nats::jetstream::new(options.connect(server).await.context("cannot connect to NATS")?);
     let config = async_nats::jetstream::stream::Config {
         name: "survivors".into(),
         subjects: vec!["survivors.>".into()],
