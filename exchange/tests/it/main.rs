@@ -7,3 +7,5 @@ mod connections;
 mod servers;
 #[cfg(test)]
 mod start;
+#[cfg(test)]
+mod user;
