@@ -8,4 +8,6 @@ mod servers;
 #[cfg(test)]
 mod start;
 #[cfg(test)]
+mod tokens;
+#[cfg(test)]
 mod user;
