@@ -187,25 +187,35 @@ pub async fn run(args: MigrateArgs) -> anyhow::Result<()> {
     if let Some(connections) = args.connections_per_stack {
         check_connection_budget(&mut connection, connections).await?;
     }
-    verify_applied(&mut connection, args.phase).await?;
-    for migration in args.phase.migrations() {
-        if args.phase == Phase::Contract {
-            let state = read_state(&mut connection).await?;
-            ensure!(
-                state.expanded >= migration.version,
-                "contract {} needs expand {0}, but the schema is expanded to {}",
-                migration.version,
-                state.expanded,
-            );
-        }
-        apply(&mut connection, args.phase, migration, deadline).await?;
-    }
+    bring_forward(&mut connection, args.phase, args.phase.migrations(), deadline).await?;
     let state = read_state(&mut connection).await?;
     info!(
         "done: expanded to {}, oldest reader {}",
         state.expanded, state.oldest_reader
     );
     connection.close().await?;
+    Ok(())
+}
+
+/// Runs what is outstanding of the given files, which are in the order of their numbers.
+pub async fn bring_forward(
+    connection: &mut PgConnection,
+    phase: Phase,
+    files: &[Migration],
+    deadline: Instant,
+) -> anyhow::Result<()> {
+    verify_applied(connection, phase, files).await?;
+    for migration in files {
+        if phase == Phase::Contract {
+            let expanded = read_state(&mut *connection).await?.expanded;
+            let number = migration.version;
+            ensure!(
+                expanded >= number,
+                "contract {number} needs expand {number}, the schema is expanded to {expanded}"
+            );
+        }
+        apply(connection, phase, migration, deadline).await?;
+    }
     Ok(())
 }
 
@@ -266,17 +276,18 @@ async fn check_connection_budget(connection: &mut PgConnection, per_stack: i64) 
 }
 
 /// An applied file is never edited. What a newer build has applied is none of our business.
-async fn verify_applied(connection: &mut PgConnection, phase: Phase) -> anyhow::Result<()> {
+async fn verify_applied(
+    connection: &mut PgConnection,
+    phase: Phase,
+    files: &[Migration],
+) -> anyhow::Result<()> {
     let applied: Vec<(i64, Vec<u8>)> =
         sqlx::query_as("select number, checksum from migrations where phase = $1")
             .bind(phase.as_str())
             .fetch_all(connection)
             .await?;
     for (number, checksum) in applied {
-        let ours = phase
-            .migrations()
-            .iter()
-            .find(|migration| migration.version == number);
+        let ours = files.iter().find(|migration| migration.version == number);
         ensure!(
             ours.is_none_or(|migration| *migration.checksum == *checksum),
             "{} {number} has been edited after it was applied",

@@ -4,6 +4,8 @@
 #[cfg(test)]
 mod connections;
 #[cfg(test)]
+mod migrate;
+#[cfg(test)]
 mod servers;
 #[cfg(test)]
 mod start;
