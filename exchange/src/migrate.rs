@@ -387,7 +387,10 @@ async fn run_batch(
     let mut rows = 0;
     match batch.mode {
         Mode::Transaction => {}
-        Mode::OutsideTransaction => rows = sql().execute(&mut *connection).await?.rows_affected(),
+        Mode::OutsideTransaction => {
+            drop_invalid_indexes(connection).await?;
+            rows = sql().execute(&mut *connection).await?.rows_affected();
+        }
         Mode::Repeat => loop {
             let some = sql().execute(&mut *connection).await?.rows_affected();
             if some == 0 {
@@ -423,6 +426,24 @@ async fn run_batch(
     }
     transaction.commit().await?;
     Ok(rows)
+}
+
+/// What a `create index concurrently` leaves behind when it is interrupted, and what `if not exists` takes for an index.
+async fn drop_invalid_indexes(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let names: Vec<String> = sqlx::query_scalar(
+        "select format('%I.%I', nspname, relname) from pg_index
+         join pg_class on pg_class.oid = indexrelid join pg_namespace on pg_namespace.oid = relnamespace
+         where not indisvalid and nspname = 'public'",
+    )
+    .fetch_all(&mut *connection)
+    .await?;
+    for name in names {
+        info!("dropping the index {name}, which was not completed");
+        sqlx::raw_sql(AssertSqlSafe(format!("drop index concurrently if exists {name}")))
+            .execute(&mut *connection)
+            .await?;
+    }
+    Ok(())
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,6 +6,8 @@ mod connections;
 #[cfg(test)]
 mod migrate;
 #[cfg(test)]
+mod roles;
+#[cfg(test)]
 mod servers;
 #[cfg(test)]
 mod start;

@@ -353,3 +353,39 @@ async fn the_live_stack_erases_the_lanes_of_stacks_that_are_gone() {
         .unwrap();
     assert_eq!(left, ["live", "test-blue-alive.1"]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interrupted_index_is_built_again() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let owner = database.owner().await;
+    sqlx::raw_sql("create table original (id integer)")
+        .execute(&owner)
+        .await
+        .unwrap();
+    let level = exchange::migrate::level() + 1;
+    // Building an index waits for every transaction that might still look at the table without it.
+    let mut writer = owner.begin().await.unwrap();
+    sqlx::query("insert into original values (1)")
+        .execute(&mut *writer)
+        .await
+        .unwrap();
+    let mut connection = migrator(&database).await;
+    let sql =
+        "-- batch outside transaction\ncreate index concurrently if not exists original_id on original (id)";
+    let building = tokio::spawn(async move {
+        bring_forward(&mut connection, Phase::Expand, &[file(level, sql)], soon()).await
+    });
+    let valid = || {
+        let query = sqlx::query_scalar::<_, bool>(
+            "select indisvalid from pg_index where indexrelid = to_regclass('original_id')",
+        );
+        query.fetch_optional(&owner)
+    };
+    eventually("it has been interrupted", || async {
+        (valid().await.unwrap() == Some(false)).then_some(())
+    })
+    .await;
+    writer.commit().await.unwrap();
+    building.await.unwrap().unwrap();
+    assert_eq!(valid().await.unwrap(), Some(true));
+}
