@@ -2,6 +2,8 @@
 
 // As test code, in which clippy.toml allows unwrapping.
 #[cfg(test)]
+mod api;
+#[cfg(test)]
 mod connections;
 #[cfg(test)]
 mod migrate;

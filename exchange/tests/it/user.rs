@@ -79,7 +79,8 @@ impl Exchange {
 /// What a log-in gives.
 #[derive(serde::Deserialize)]
 pub(crate) struct Tokens {
-    user_id: String,
+    /// Who it is.
+    pub(crate) user_id: String,
     /// For requests.
     pub(crate) access_token: String,
     refresh_token: String,
