@@ -16,6 +16,7 @@ pub mod metrics;
 pub mod migrate;
 pub mod openapi;
 pub mod password;
+pub mod personal;
 pub mod role;
 pub mod server;
 pub mod service;
