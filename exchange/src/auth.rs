@@ -55,6 +55,9 @@ const LEEWAY: i64 = 5;
 /// An unknown key id reads the keys again, but not more often than this.
 const REFETCH_AFTER: Duration = Duration::from_secs(1);
 
+/// How long the published keys are answered from memory: much shorter than a key is published before it signs.
+const PUBLISHED_FROM_MEMORY: Duration = Duration::from_mins(1);
+
 /// Who makes a request, from a verified access token.
 #[derive(Clone, Debug)]
 pub struct Caller {
@@ -266,7 +269,10 @@ impl Keys {
 
     /// All unexpired public keys, also those that do not sign yet.
     pub async fn published(&self) -> Result<Vec<Jwk>, ApiError> {
-        self.ensure_keys().await?;
+        let read_at = *self.read_at.lock().await;
+        if read_at.is_none_or(|at| at.elapsed() > PUBLISHED_FROM_MEMORY) {
+            self.ensure_keys().await?;
+        }
         let now = OffsetDateTime::now_utc();
         let keys = self.known();
         Ok(keys
@@ -382,7 +388,9 @@ impl Keys {
             rows.push(row);
         }
         transaction.commit().await?;
-        self.store(rows)
+        self.store(rows)?;
+        *self.read_at.lock().await = Some(Instant::now());
+        Ok(())
     }
 }
 

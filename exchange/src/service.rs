@@ -95,7 +95,7 @@ pub async fn serve<B: Future<Output = ()> + Send + 'static>(
             url.clone(),
             app.stack.to_string(),
             role_sender,
-            over.clone(),
+            terminating.clone(),
         ));
     }
     tasks.spawn(serve_admin(admin, app.clone(), over.clone()));

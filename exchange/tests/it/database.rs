@@ -21,8 +21,9 @@ async fn install(owner: &PgPool, name: &str, content: &str) {
     sqlx::raw_sql(AssertSqlSafe(sql)).execute(owner).await.unwrap();
 }
 
-async fn jwks_status(service: &Service) -> u16 {
-    service.get("/.well-known/jwks.json").await.status().as_u16()
+/// 401 with a database, 503 without.
+async fn status(service: &Service) -> u16 {
+    service.refresh_with_noise().await.status().as_u16()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -73,7 +74,7 @@ async fn tls_is_verified_and_a_new_password_is_picked_up() {
     let service = start("url", url("first-secret", &verified(&trusted)))
         .ready()
         .await;
-    assert_eq!(jwks_status(&service).await, 200);
+    assert_eq!(status(&service).await, 401);
     for refused in [&untrusting, &plain] {
         let response = refused.admin("/readyz").await;
         assert_eq!(response.status(), 503);
@@ -93,12 +94,12 @@ async fn tls_is_verified_and_a_new_password_is_picked_up() {
         select pg_terminate_backend(pid) from pg_stat_activity where usename = 'exchange_service'";
     sqlx::raw_sql(rotate).execute(&owner).await.unwrap();
     eventually("the old password is refused", || async {
-        (jwks_status(&service).await == 503).then_some(())
+        (status(&service).await == 503).then_some(())
     })
     .await;
     std::fs::write(directory.join("url"), url("second-secret", &verified(&trusted))).unwrap();
     eventually("the new password is used", || async {
-        (jwks_status(&service).await == 200).then_some(())
+        (status(&service).await == 401).then_some(())
     })
     .await;
     for log in [service.log(), untrusting.log()] {
@@ -155,12 +156,12 @@ async fn after_twenty_seconds_without_a_database_everything_is_as_before() {
     let database = Database::migrated(Postgres::shared()).await;
     let wire = Wire::to(&database).await;
     let service = Service::live("user", &wire.through(&database), &[]).ready().await;
-    assert_eq!(jwks_status(&service).await, 200);
+    assert_eq!(status(&service).await, 401);
     wire.connected.send_replace(false);
     let outage = tokio::time::Instant::now() + Duration::from_secs(20);
     let mut refused = 0;
     while tokio::time::Instant::now() < outage {
-        let response = service.get("/.well-known/jwks.json").await;
+        let response = service.refresh_with_noise().await;
         assert_eq!(response.status(), 503);
         assert!(response.headers().contains_key("retry-after"));
         refused += 1;
@@ -171,11 +172,11 @@ async fn after_twenty_seconds_without_a_database_everything_is_as_before() {
     wire.connected.send_replace(true);
     let back = tokio::time::Instant::now();
     eventually("it works again", || async {
-        (jwks_status(&service).await == 200).then_some(())
+        (status(&service).await == 401).then_some(())
     })
     .await;
     assert!(back.elapsed() < Duration::from_secs(5), "{:?}", back.elapsed());
     for _ in 0..20 {
-        assert_eq!(jwks_status(&service).await, 200);
+        assert_eq!(status(&service).await, 401);
     }
 }

@@ -355,6 +355,16 @@ impl Service {
         self.client.get(self.admin_url(path)).send().await.unwrap()
     }
 
+    /// Sends a request of the user service for which it needs its database, and gets 401 if it has it.
+    pub(crate) async fn refresh_with_noise(&self) -> reqwest::Response {
+        let request = self.client.post(self.url("/token/refresh"));
+        request
+            .json(&serde_json::json!({"refresh_token": "noise"}))
+            .send()
+            .await
+            .unwrap()
+    }
+
     /// What the service has logged.
     pub(crate) fn log(&self) -> String {
         self.lines.lock().unwrap().clone()
