@@ -1,0 +1,21 @@
+//! Integration tests: the binary and the library against real stores, started on free ports.
+
+// As test code, in which clippy.toml allows unwrapping.
+#[cfg(test)]
+mod api;
+#[cfg(test)]
+mod connections;
+#[cfg(test)]
+mod database;
+#[cfg(test)]
+mod migrate;
+#[cfg(test)]
+mod roles;
+#[cfg(test)]
+mod servers;
+#[cfg(test)]
+mod start;
+#[cfg(test)]
+mod tokens;
+#[cfg(test)]
+mod user;

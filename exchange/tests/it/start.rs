@@ -1,0 +1,91 @@
+//! A service starts, says what it is, and ends.
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
+use crate::servers::{Database, Postgres, Service, client, eventually};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_becomes_ready_and_says_which_stack_it_is() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let flags = ["--colour", "green", "--revision", "abc123"];
+    let mut service = Service::live("user", &database, &flags).ready().await;
+
+    let stack: serde_json::Value = service.admin("/stack").await.json().await.unwrap();
+    assert_eq!(stack["colour"], "green");
+    assert_eq!(stack["revision"], "abc123");
+    assert_eq!(stack["role"], "Live");
+    assert!(stack["database"].is_string(), "{stack}");
+
+    let response = service.get("/.well-known/jwks.json").await;
+    assert_eq!(response.headers()["x-exchange-stack"], "green-abc123");
+    let keys: serde_json::Value = response.json().await.unwrap();
+    assert_eq!(keys["keys"][0]["crv"], "Ed25519");
+
+    let metrics = service.admin("/metrics").await.text().await.unwrap();
+    let line = r#"http_server_requests_total{method="GET",route="/.well-known/jwks.json",lane="live",status="200"} 1"#;
+    assert!(metrics.contains(line), "{metrics}");
+
+    service.signal("TERM");
+    // It waits for the clients that it has.
+    service.client = client();
+    let status = eventually("the service ends", || std::future::ready(service.ended())).await;
+    assert!(status.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_database_is_an_answer_and_not_an_empty_service() {
+    let postgres = Postgres::start(&[]);
+    let database = Database::migrated(&postgres).await;
+    let service = Service::live("user", &database, &[]).ready().await;
+    postgres.server.signal("KILL");
+    eventually("the database is missed", || async {
+        let response = service.refresh_with_noise().await;
+        if response.status() == 401 {
+            return None;
+        }
+        assert_eq!(response.status(), 503);
+        assert_eq!(response.headers()["retry-after"], "1");
+        assert_eq!(response.headers()["x-exchange-stack"], "blue-local");
+        assert_eq!(response.headers()["content-type"], "application/problem+json");
+        let problem: serde_json::Value = response.json().await.unwrap();
+        assert_eq!(problem["code"], "unavailable");
+        Some(())
+    })
+    .await;
+    assert_eq!(service.admin("/readyz").await.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_does_not_come_is_not_waited_for_forever() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let service = Service::live("user", &database, &["--request-timeout", "500ms"])
+        .ready()
+        .await;
+    let mut stream = TcpStream::connect(service.public).await.unwrap();
+    let request =
+        "POST /login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{";
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(
+        answer.starts_with("HTTP/1.1 408") && answer.contains("request_timeout"),
+        "{answer}"
+    );
+    assert!(answer.contains("connection: close\r\n"), "{answer}");
+}
+
+#[test]
+fn a_wrong_configuration_is_refused_with_every_problem() {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_exchange"))
+        .args(["user", "--colour", "Blue!", "--drain-timeout", "soon"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success());
+    for problem in ["--database-url", "--colour", "--drain-timeout", "--live-url"] {
+        assert!(said.contains(problem), "{problem} is missing in {said}");
+    }
+}
