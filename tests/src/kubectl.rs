@@ -126,11 +126,10 @@ impl Session {
         let events = ask(&["get", "events", "--sort-by=.lastTimestamp"]);
         let not_ready =
             "--output=jsonpath={.items[?(@.status.containerStatuses[0].ready==false)].metadata.name}";
-        let mut logs = String::new();
-        for pod in ask(&["get", "pods", not_ready]).split_whitespace() {
-            logs += &format!("--- log of {pod} ---\n{}\n", ask(&["logs", pod, "--tail=20"]));
-        }
-        format!("{pods}\n{events}\n{logs}")
+        let names = ask(&["get", "pods", not_ready]);
+        let log = |pod| format!("--- log of {pod} ---\n{}", ask(&["logs", pod, "--tail=20"]));
+        let logs: Vec<String> = names.split_whitespace().map(log).collect();
+        format!("{pods}\n{events}\n{}", logs.join("\n"))
     }
 
     fn run(&self, program: &str, args: &[&str], input: Option<&str>) -> Result<String> {

@@ -5,15 +5,17 @@ use std::{
     os::unix::process::CommandExt,
     path::PathBuf,
     process::{Command, ExitCode},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
+use serde_json::json;
 use testbed::{
     cluster::Cluster,
     images::{self, Archive},
     progress::say,
-    sandbox, supervisor,
+    results, sandbox, supervisor,
     tools::Tools,
     up,
 };
@@ -163,18 +165,24 @@ fn run(cli: &Cli) -> Result<()> {
 
 fn start(cluster: &Cluster) -> Result<()> {
     let times = up::up(cluster)?;
+    let seconds = |time: Duration| (time.as_secs_f64() * 10.0).round() / 10.0;
     let build = times.build.map_or_else(
         || "nothing to build".into(),
-        |took| format!("cold build {:.0} s", took.as_secs_f64()),
+        |took| format!("cold build {} s", seconds(took)),
     );
     say(format!(
-        "Cluster {:?} is ready: {build}, node Ready after {:.1} s, everything after {:.1} s.\n  export KUBECONFIG={}",
+        "Cluster {:?} is ready: {build}, node Ready after {} s, everything after {} s.\n  export KUBECONFIG={}",
         cluster.name(),
-        times.node_ready.as_secs_f64(),
-        times.all_ready.as_secs_f64(),
+        seconds(times.node_ready),
+        seconds(times.all_ready),
         cluster.kubeconfig().display()
     ));
-    Ok(())
+    let figures = json!({
+        "cold_build_seconds": times.build.map(seconds),
+        "node_ready_seconds": seconds(times.node_ready),
+        "all_ready_seconds": seconds(times.all_ready),
+    });
+    results::write("cluster-start", &figures).map(drop)
 }
 
 fn status(cluster: &Cluster) -> Result<()> {

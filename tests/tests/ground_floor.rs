@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use testbed::{
     addons::HELPER_IMAGE,
     kubectl::{Namespace, Session},
+    progress::say,
     results,
 };
 
@@ -265,11 +266,16 @@ fn a_selector_change_under_load_fails_no_request() {
         "answers_by_colour": report["by_identity"],
     });
     let path = results::write("selector-change", &figures).unwrap();
-    println!(
-        "{:<20} {:>10} {:>8}\n{:<20} {:>10} {:>8}",
-        "CASE", "ANSWERED", "FAILED", "selector change", report["answered"], report["failed"]
-    );
-    println!("{}", path.display());
+    say(format!(
+        "{:<18} {:>9} {:>7}\n{:<18} {:>9} {:>7}   {}",
+        "CASE",
+        "ANSWERED",
+        "FAILED",
+        "selector change",
+        report["answered"],
+        report["failed"],
+        path.display()
+    ));
     assert_eq!(report["failed"], 0, "{report}");
     assert!(report["answered"].as_u64().unwrap() >= 5_000, "{report}");
     assert!(
@@ -277,6 +283,42 @@ fn a_selector_change_under_load_fails_no_request() {
         "nothing before the swap: {report}"
     );
     assert_eq!(report["last_identity"], "green", "{report}");
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn every_image_of_ours_starts() {
+    let session = session();
+    let namespace = Namespace::new(&session, "images").unwrap();
+    let (prefix, tag) = agent_image()
+        .rsplit_once("/testbed-agent:")
+        .map(|(p, t)| (p.to_owned(), t.to_owned()))
+        .unwrap();
+    for (name, program) in [
+        ("exchange-user", "exchange"),
+        ("exchange-trade", "exchange"),
+        ("exchange-notification", "exchange"),
+        ("exchange-operator", "exchange-operator"),
+    ] {
+        let mut pod = template(
+            &json!({"app": name}),
+            &format!("{prefix}/{name}:{tag}"),
+            &["--version"],
+        );
+        pod["apiVersion"] = "v1".into();
+        pod["kind"] = "Pod".into();
+        pod["metadata"]["name"] = name.into();
+        pod["spec"]["restartPolicy"] = "Never".into();
+        session.apply(&namespace.name, &pod).unwrap();
+        let ended = "jsonpath={.status.phase}=Succeeded";
+        session
+            .wait(&namespace.name, &format!("pod/{name}"), ended, PATIENCE)
+            .unwrap();
+        let log = session
+            .kubectl(&["logs", "--namespace", &namespace.name, name])
+            .unwrap();
+        assert!(log.starts_with(&format!("{program} ")), "{name}: {log}");
+    }
 }
 
 #[test]
