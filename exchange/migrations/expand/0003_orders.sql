@@ -88,8 +88,7 @@ create table idempotency_keys (
     key          text not null check (char_length(key) between 1 and 128),
     lane         text not null,
     request_hash bytea not null,
-    status       smallint not null,
-    answer       jsonb not null,
+    answer       jsonb,
     created_at   timestamptz not null default now(),
     primary key (user_id, key)
 );
