@@ -1,0 +1,20 @@
+//! The exchange: user, trade and notification services of one binary, on PostgreSQL.
+//!
+//! Every service is an axum router that [`service::serve`] puts behind the accept loop of [`server`] and beside the
+//! admin port of [`admin`]. What the services share is in [`app::App`].
+
+pub mod admin;
+pub mod app;
+pub mod auth;
+pub mod config;
+pub mod db;
+pub mod error;
+pub mod extract;
+pub mod lane;
+pub mod metrics;
+pub mod migrate;
+pub mod role;
+pub mod server;
+pub mod service;
+pub mod telemetry;
+pub mod user;

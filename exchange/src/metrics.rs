@@ -1,0 +1,154 @@
+//! Metrics in the OpenMetrics text format: rate, errors and duration per route template, and what modules add.
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::Instant,
+};
+
+use axum::{
+    extract::{MatchedPath, Request, State},
+    middleware::Next,
+    response::Response,
+};
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text},
+    metrics::{counter::Counter, family::Family, histogram::Histogram},
+    registry::Registry,
+};
+use tracing::info;
+
+use crate::{app::App, lane::Lane, telemetry::TraceContext};
+
+/// The metrics of a process. Clones share them.
+#[derive(Clone)]
+pub struct Metrics {
+    registry: Arc<Mutex<Registry>>,
+    requests: Family<RequestLabels, Counter>,
+    durations: Family<RouteLabels, Histogram>,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RequestLabels {
+    method: String,
+    route: String,
+    lane: &'static str,
+    status: u16,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RouteLabels {
+    method: String,
+    route: String,
+    lane: &'static str,
+}
+
+/// Whose request this is, as soon as somebody knows; put into each request's extensions by [`observe`].
+#[derive(Clone, Default)]
+pub struct RequestLane(Arc<OnceLock<&'static str>>);
+
+impl RequestLane {
+    /// Records whose request this is. The first one to know is right.
+    pub fn set(&self, lane: &Lane) {
+        self.0.get_or_init(|| lane.kind());
+    }
+}
+
+impl Metrics {
+    /// Metrics of a new process.
+    pub fn new() -> Self {
+        let mut registry = Registry::default();
+        let requests = Family::default();
+        registry.register("http_server_requests", "Requests answered", requests.clone());
+        let durations = Family::new_with_constructor(latencies as fn() -> Histogram);
+        registry.register(
+            "http_server_request_duration_seconds",
+            "Time from the header of a request to the header of its response",
+            durations.clone(),
+        );
+        Self {
+            registry: Arc::new(Mutex::new(registry)),
+            requests,
+            durations,
+        }
+    }
+
+    /// Lets a module add its own metrics.
+    pub fn register(&self, add: impl FnOnce(&mut Registry)) {
+        add(&mut self.registry.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Everything, as a scraper reads it.
+    pub fn encode(&self) -> Result<String, fmt::Error> {
+        let mut page = String::new();
+        text::encode(
+            &mut page,
+            &self.registry.lock().unwrap_or_else(PoisonError::into_inner),
+        )?;
+        Ok(page)
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Middleware: continues the client's trace, counts and times the request, and logs one line for it.
+pub async fn observe(State(app): State<App>, mut request: Request, next: Next) -> Response {
+    let method = known_method(request.method()).to_owned();
+    let matched = request.extensions().get::<MatchedPath>();
+    let route = matched.map_or("unmatched", MatchedPath::as_str).to_owned();
+    let lane = RequestLane::default();
+    request.extensions_mut().insert(lane.clone());
+    let start = Instant::now();
+    TraceContext::continued(request.headers())
+        .scope(async {
+            let response = next.run(request).await;
+            let elapsed = start.elapsed();
+            let status = response.status().as_u16();
+            let lane = lane.0.get().copied().unwrap_or("live");
+            let labels = RouteLabels {
+                method: method.clone(),
+                route: route.clone(),
+                lane,
+            };
+            app.metrics
+                .durations
+                .get_or_create(&labels)
+                .observe(elapsed.as_secs_f64());
+            let labels = RequestLabels {
+                method: method.clone(),
+                route: route.clone(),
+                lane,
+                status,
+            };
+            app.metrics.requests.get_or_create(&labels).inc();
+            let duration_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
+            info!(
+                http.request.method = method,
+                http.route = route,
+                http.response.status_code = status,
+                event.duration_ms = duration_ms,
+                labels.lane = lane,
+                "{method} {route} {status}",
+            );
+            response
+        })
+        .await
+}
+
+fn latencies() -> Histogram {
+    Histogram::new([
+        0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+    ])
+}
+
+/// Clients can invent methods; a metric label must not grow with them.
+fn known_method(method: &http::Method) -> &str {
+    match method.as_str() {
+        known @ ("GET" | "HEAD" | "POST" | "PUT" | "PATCH" | "DELETE" | "OPTIONS") => known,
+        _ => "other",
+    }
+}

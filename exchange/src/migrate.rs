@@ -1,0 +1,472 @@
+//! `exchange migrate`: brings the schema forward, in two ledgers.
+//!
+//! *Expand* only adds what older versions do not notice, and runs while they serve. *Contract* takes away what only
+//! older versions need, and runs when none is left. See `migrations/README.md` for how a file is written.
+
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use clap::ValueEnum;
+use secrecy::{ExposeSecret, SecretString};
+use sqlx::{
+    AssertSqlSafe, ConnectOptions, Connection, PgConnection,
+    migrate::{Migration, Migrator},
+    postgres::PgConnectOptions,
+};
+use tokio::time::Instant;
+use tracing::info;
+use uuid::Uuid;
+
+use crate::{config::StoreUrl, db};
+
+static EXPAND: Migrator = sqlx::migrate!("./migrations/expand");
+static CONTRACT: Migrator = sqlx::migrate!("./migrations/contract");
+
+/// Only one migration at a time; the number means nothing.
+const LOCK: i64 = 0x6578_6368_616e_6765;
+
+/// How long a statement may wait for a lock, and with it everything that queues behind it.
+const LOCK_TIMEOUT: &str = "250ms";
+
+/// An instance that has not been seen for so long is gone.
+pub const INSTANCE_GONE_AFTER: Duration = Duration::from_secs(45);
+
+/// The flags of `exchange migrate`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct MigrateArgs {
+    /// What to run.
+    #[arg(long, env = "EXCHANGE_PHASE")]
+    phase: Phase,
+    /// PostgreSQL, as the owner of the schema.
+    #[arg(long, env = "EXCHANGE_DATABASE_URL", hide_env_values = true)]
+    database_url: Option<String>,
+    /// A file with that URL.
+    #[arg(long, env = "EXCHANGE_DATABASE_URL_FILE", conflicts_with = "database_url")]
+    database_url_file: Option<std::path::PathBuf>,
+    /// How long to wait for locks, other migrations and old instances before giving up.
+    #[arg(long, env = "EXCHANGE_MIGRATE_DEADLINE", default_value = "5m")]
+    deadline: jiff::SignedDuration,
+    /// Refuse unless the database has this identity, which `/stack` of a live service shows.
+    #[arg(long, env = "EXCHANGE_EXPECT_DATABASE")]
+    expect_database: Option<Uuid>,
+    /// Refuse unless the server has room for two stacks of so many connections.
+    #[arg(long, env = "EXCHANGE_CONNECTIONS_PER_STACK")]
+    connections_per_stack: Option<i64>,
+}
+
+/// The two kinds of migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Phase {
+    /// Adds; older versions go on working.
+    Expand,
+    /// Removes what only older versions used.
+    Contract,
+}
+
+impl Phase {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Expand => "expand",
+            Self::Contract => "contract",
+        }
+    }
+
+    fn migrations(self) -> &'static [Migration] {
+        match self {
+            Self::Expand => &EXPAND.migrations,
+            Self::Contract => &CONTRACT.migrations,
+        }
+    }
+}
+
+/// The expand that this build needs, which is also its level as a reader: the highest that it contains.
+pub fn level() -> i64 {
+    EXPAND
+        .iter()
+        .map(|migration| migration.version)
+        .max()
+        .unwrap_or(0)
+}
+
+/// What a database says about its schema.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, sqlx::FromRow)]
+pub struct SchemaState {
+    /// Made at the first expand, never changed.
+    pub identity: Uuid,
+    /// The highest expand applied.
+    pub expanded: i64,
+    /// The lowest level of a build that can work with the schema; only a contract raises it.
+    pub oldest_reader: i64,
+}
+
+impl SchemaState {
+    /// Whether a build of this level can work, or a sentence that says why not.
+    pub fn supports(&self, level: i64) -> Result<(), String> {
+        if self.expanded < level {
+            return Err(format!(
+                "the schema is expanded to {}, this build needs {level}",
+                self.expanded
+            ));
+        }
+        if self.oldest_reader > level {
+            return Err(format!(
+                "the schema is contracted for {} and later, this build is {level}",
+                self.oldest_reader
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Reads what the database says about its schema.
+pub async fn read_state(executor: impl sqlx::PgExecutor<'_>) -> Result<SchemaState, sqlx::Error> {
+    sqlx::query_as("select identity, expanded, oldest_reader from schema_state")
+        .fetch_one(executor)
+        .await
+}
+
+/// Runs what is outstanding of one phase. Can be killed at any moment and run again.
+pub async fn run(args: MigrateArgs) -> anyhow::Result<()> {
+    let url = match (args.database_url, args.database_url_file) {
+        (Some(url), _) => StoreUrl::Given(SecretString::from(url)),
+        (None, Some(path)) => StoreUrl::File(path),
+        (None, None) => bail!("--database-url or --database-url-file is required"),
+    };
+    let deadline =
+        Instant::now() + Duration::try_from(args.deadline).context("--deadline must be positive")?;
+    let options: PgConnectOptions = url
+        .read()
+        .context("failed to read the database URL")?
+        .expose_secret()
+        .parse()
+        .context("--database-url")?;
+    let options = options.application_name("exchange-migrate").options([
+        ("lock_timeout", LOCK_TIMEOUT),
+        // A killed migration must not go on holding the lock.
+        ("client_connection_check_interval", "1s"),
+    ]);
+    let mut connection = connect(&options, deadline).await?;
+    lock(&mut connection, deadline).await?;
+    prepare(&mut connection).await?;
+    let state = read_state(&mut connection).await?;
+    info!(
+        labels.phase = args.phase.as_str(),
+        "database {}: expanded to {}, oldest reader {}", state.identity, state.expanded, state.oldest_reader,
+    );
+    if let Some(expected) = args.expect_database {
+        ensure!(
+            state.identity == expected,
+            "this is database {}, not {expected}",
+            state.identity
+        );
+    }
+    if let Some(connections) = args.connections_per_stack {
+        check_connection_budget(&mut connection, connections).await?;
+    }
+    verify_applied(&mut connection, args.phase).await?;
+    for migration in args.phase.migrations() {
+        if args.phase == Phase::Contract {
+            let state = read_state(&mut connection).await?;
+            ensure!(
+                state.expanded >= migration.version,
+                "contract {} needs expand {0}, but the schema is expanded to {}",
+                migration.version,
+                state.expanded,
+            );
+        }
+        apply(&mut connection, args.phase, migration, deadline).await?;
+    }
+    let state = read_state(&mut connection).await?;
+    info!(
+        "done: expanded to {}, oldest reader {}",
+        state.expanded, state.oldest_reader
+    );
+    connection.close().await?;
+    Ok(())
+}
+
+async fn connect(options: &PgConnectOptions, deadline: Instant) -> anyhow::Result<PgConnection> {
+    loop {
+        match options.connect().await {
+            Ok(connection) => return Ok(connection),
+            Err(error) if db::is_unavailable(&error) && Instant::now() < deadline => {
+                info!("waiting for the database: {error}");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            Err(error) => return Err(error).context("failed to connect to the database"),
+        }
+    }
+}
+
+/// A blocking lock would queue, out of sight, behind a migration that is stuck.
+async fn lock(connection: &mut PgConnection, deadline: Instant) -> anyhow::Result<()> {
+    loop {
+        let locked: bool = sqlx::query_scalar("select pg_try_advisory_lock($1)")
+            .bind(LOCK)
+            .fetch_one(&mut *connection)
+            .await?;
+        if locked {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "another migration is running");
+        info!("waiting: another migration is running");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+/// What must be there before the first migration: the ledgers, the state, and the role that services are members of.
+async fn prepare(connection: &mut PgConnection) -> anyhow::Result<()> {
+    sqlx::raw_sql(include_str!("../migrations/prepare.sql"))
+        .execute(&mut *connection)
+        .await
+        .context("failed to prepare the migration ledgers")?;
+    sqlx::query("insert into schema_state (identity, expanded, oldest_reader) values ($1, 0, 0) on conflict do nothing")
+        .bind(Uuid::now_v7())
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+async fn check_connection_budget(connection: &mut PgConnection, per_stack: i64) -> anyhow::Result<()> {
+    let available: i64 = sqlx::query_scalar(
+        "select current_setting('max_connections')::bigint - current_setting('superuser_reserved_connections')::bigint",
+    )
+    .fetch_one(connection)
+    .await?;
+    ensure!(
+        per_stack * 2 <= available,
+        "two stacks need {} connections, the server has {available}: lower --database-connections or raise max_connections",
+        per_stack * 2,
+    );
+    Ok(())
+}
+
+/// An applied file is never edited. What a newer build has applied is none of our business.
+async fn verify_applied(connection: &mut PgConnection, phase: Phase) -> anyhow::Result<()> {
+    let applied: Vec<(i64, Vec<u8>)> =
+        sqlx::query_as("select number, checksum from migrations where phase = $1")
+            .bind(phase.as_str())
+            .fetch_all(connection)
+            .await?;
+    for (number, checksum) in applied {
+        let ours = phase
+            .migrations()
+            .iter()
+            .find(|migration| migration.version == number);
+        ensure!(
+            ours.is_none_or(|migration| *migration.checksum == *checksum),
+            "{} {number} has been edited after it was applied",
+            phase.as_str(),
+        );
+    }
+    Ok(())
+}
+
+async fn apply(
+    connection: &mut PgConnection,
+    phase: Phase,
+    migration: &Migration,
+    deadline: Instant,
+) -> anyhow::Result<()> {
+    let name = format!(
+        "{} {:04} ({})",
+        phase.as_str(),
+        migration.version,
+        migration.description
+    );
+    let batches = split(migration.sql.as_str());
+    let total = i32::try_from(batches.len())?;
+    let done: Option<i32> =
+        sqlx::query_scalar("select batches_done from migrations where phase = $1 and number = $2")
+            .bind(phase.as_str())
+            .bind(migration.version)
+            .fetch_optional(&mut *connection)
+            .await?;
+    if done == Some(total) {
+        return Ok(());
+    }
+    if phase == Phase::Contract {
+        no_older_readers(connection, migration.version, deadline).await?;
+    }
+    for (number, batch) in (1..).zip(&batches).skip(usize::try_from(done.unwrap_or(0))?) {
+        let start = Instant::now();
+        let last = number == total;
+        let rows = loop {
+            match run_batch(connection, phase, migration, batch, number, last).await {
+                Ok(rows) => break rows,
+                Err(error) if db::is_retryable(&error) && Instant::now() < deadline => {
+                    info!("{name}: batch {number} of {total} waits for a lock: {error}");
+                    tokio::time::sleep(Duration::from_millis(rand::random_range(100..500))).await;
+                }
+                Err(error) => {
+                    return Err(error).with_context(|| format!("{name}: batch {number} of {total}"));
+                }
+            }
+        };
+        info!(
+            "{name}: batch {number} of {total} done, {rows} rows in {} ms",
+            start.elapsed().as_millis()
+        );
+    }
+    Ok(())
+}
+
+/// Waits until no instance is seen that the contract would break.
+async fn no_older_readers(
+    connection: &mut PgConnection,
+    number: i64,
+    deadline: Instant,
+) -> anyhow::Result<()> {
+    loop {
+        let older: Vec<String> = sqlx::query_scalar(
+            "select service || ' of ' || stack from instances
+             where level < $1 and seen_at > now() - make_interval(secs => $2) order by 1",
+        )
+        .bind(number)
+        .bind(INSTANCE_GONE_AFTER.as_secs_f64())
+        .fetch_all(&mut *connection)
+        .await?;
+        if older.is_empty() {
+            return Ok(());
+        }
+        let older = older.join(", ");
+        ensure!(
+            Instant::now() < deadline,
+            "contract {number} would break instances that still run: {older}"
+        );
+        info!("contract {number} waits for older instances to end: {older}");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+/// Runs one batch and records it, in one transaction where the batch allows it.
+async fn run_batch(
+    connection: &mut PgConnection,
+    phase: Phase,
+    migration: &Migration,
+    batch: &Batch<'_>,
+    number: i32,
+    last: bool,
+) -> Result<u64, sqlx::Error> {
+    let sql = || sqlx::raw_sql(AssertSqlSafe(batch.sql.to_owned()));
+    let mut rows = 0;
+    match batch.mode {
+        Mode::Transaction => {}
+        Mode::OutsideTransaction => rows = sql().execute(&mut *connection).await?.rows_affected(),
+        Mode::Repeat => loop {
+            let some = sql().execute(&mut *connection).await?.rows_affected();
+            if some == 0 {
+                break;
+            }
+            rows += some;
+        },
+    }
+    let mut transaction = connection.begin().await?;
+    if batch.mode == Mode::Transaction {
+        rows = sql().execute(&mut *transaction).await?.rows_affected();
+    }
+    sqlx::query(
+        "insert into migrations (phase, number, name, checksum, batches_done) values ($1, $2, $3, $4, $5)
+         on conflict (phase, number) do update set batches_done = excluded.batches_done, changed_at = now()",
+    )
+    .bind(phase.as_str())
+    .bind(migration.version)
+    .bind(migration.description.as_ref())
+    .bind(migration.checksum.as_ref())
+    .bind(number)
+    .execute(&mut *transaction)
+    .await?;
+    if last {
+        let raise = match phase {
+            Phase::Expand => "update schema_state set expanded = greatest(expanded, $1)",
+            Phase::Contract => "update schema_state set oldest_reader = greatest(oldest_reader, $1)",
+        };
+        sqlx::query(raise)
+            .bind(migration.version)
+            .execute(&mut *transaction)
+            .await?;
+    }
+    transaction.commit().await?;
+    Ok(rows)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Transaction,
+    OutsideTransaction,
+    Repeat,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Batch<'a> {
+    mode: Mode,
+    sql: &'a str,
+}
+
+/// Splits a file at its `-- batch` lines. What stands before the first one is a batch in a transaction.
+fn split(file: &str) -> Vec<Batch<'_>> {
+    let directive = |line: &str| match line.trim() {
+        "-- batch" => Some(Mode::Transaction),
+        "-- batch outside transaction" => Some(Mode::OutsideTransaction),
+        "-- batch repeat" => Some(Mode::Repeat),
+        _ => None,
+    };
+    let mut batches = Vec::new();
+    let mut rest = file;
+    let mut mode = Mode::Transaction;
+    loop {
+        let mut length = 0;
+        let next = rest.split_inclusive('\n').find_map(|line| {
+            let found = directive(line).map(|mode| (mode, length + line.len()));
+            if found.is_none() {
+                length += line.len();
+            }
+            found
+        });
+        let (sql, _) = rest.split_at(length);
+        if sql
+            .lines()
+            .map(str::trim)
+            .any(|line| !line.is_empty() && !line.starts_with("--"))
+        {
+            batches.push(Batch { mode, sql });
+        }
+        let Some((next_mode, end)) = next else {
+            return batches;
+        };
+        (mode, rest) = (next_mode, rest.split_at(end).1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_split_into_batches() {
+        let file = "-- why\ncreate table a ();\n-- batch outside transaction\ncreate index concurrently b on a (c);\n\
+                    -- batch repeat\n-- batch\nselect 1;\nselect 2;";
+        let batches = split(file);
+        let expected = [
+            (Mode::Transaction, "-- why\ncreate table a ();\n"),
+            (
+                Mode::OutsideTransaction,
+                "create index concurrently b on a (c);\n",
+            ),
+            (Mode::Transaction, "select 1;\nselect 2;"),
+        ];
+        assert_eq!(batches, expected.map(|(mode, sql)| Batch { mode, sql }));
+    }
+
+    #[test]
+    fn a_build_works_between_the_oldest_reader_and_the_expanded_level() {
+        let state = SchemaState {
+            identity: Uuid::nil(),
+            expanded: 7,
+            oldest_reader: 5,
+        };
+        assert!(state.supports(4).unwrap_err().contains("contracted"));
+        assert!(state.supports(5).is_ok() && state.supports(7).is_ok());
+        assert!(state.supports(8).unwrap_err().contains("needs 8"));
+    }
+}

@@ -1,0 +1,235 @@
+//! How a service runs, from start to end.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use axum::{
+    Router,
+    extract::{DefaultBodyLimit, State},
+    http::HeaderValue,
+    middleware,
+};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+    task::JoinSet,
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+use utoipa_axum::router::OpenApiRouter;
+
+use crate::{
+    admin,
+    app::{self, App},
+    config::{Config, RoleSource},
+    db,
+    error::{self, ApiError},
+    metrics, migrate,
+    role::{self, Role},
+    server::{self, Closing, Counts},
+    telemetry,
+};
+
+/// A service has no open connection for so long before it exits: by then every proxy knows that it is going.
+const QUIET: Duration = Duration::from_secs(1);
+
+/// How long background work may take to end.
+const BACKGROUND_END: Duration = Duration::from_secs(10);
+
+/// Runs a service until SIGTERM or SIGINT, and then until its clients are gone or the termination deadline.
+///
+/// `routes` builds its public routes; `background` is its work beside them, which ends when its token is cancelled.
+pub async fn serve<B: Future<Output = ()> + Send + 'static>(
+    service: &'static str,
+    config: Config,
+    routes: impl FnOnce(App) -> OpenApiRouter,
+    background: impl FnOnce(App, CancellationToken) -> B,
+) -> anyhow::Result<()> {
+    let version = app::VERSION;
+    let (role_sender, role) = watch::channel(match config.role {
+        RoleSource::AlwaysLive => Role::Live,
+        RoleSource::Ask(_) => Role::Standby,
+    });
+    let (readiness_sender, readiness) =
+        watch::channel(Err("the database has not been reached yet".to_owned()));
+    let app = App::new(service, config, role, readiness)?;
+    telemetry::init(service, version, app.stack.to_string());
+
+    let public = TcpListener::bind(app.config.public_address)
+        .await
+        .context("failed to bind the public address")?;
+    let admin = TcpListener::bind(app.config.admin_address)
+        .await
+        .context("failed to bind the admin address")?;
+    info!(
+        server.address = %public.local_addr()?,
+        labels.admin_address = %admin.local_addr()?,
+        labels.database_schema = migrate::level(),
+        "exchange {service} {version} of {stack} listens", stack = app.stack,
+    );
+
+    let terminating = CancellationToken::new();
+    let over = CancellationToken::new();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(db::follow_credentials(
+        app.db.clone(),
+        app.config.database.clone(),
+        over.clone(),
+    ));
+    tasks.spawn(watch_schema(
+        app.clone(),
+        readiness_sender,
+        terminating.clone(),
+        over.clone(),
+    ));
+    if let RoleSource::Ask(url) = &app.config.role {
+        tasks.spawn(role::follow(
+            url.clone(),
+            app.stack.to_string(),
+            role_sender,
+            over.clone(),
+        ));
+    }
+    tasks.spawn(serve_admin(admin, app.clone(), over.clone()));
+    let background = tokio::spawn(background(app.clone(), terminating.clone()));
+
+    let (closing_sender, closing) = watch::channel(Closing::No);
+    let stop = CancellationToken::new();
+    let serving = tokio::spawn(server::serve(
+        public,
+        public_router(&app, routes(app.clone())),
+        HeaderValue::try_from(app.stack.to_string())?,
+        server::Options {
+            max_connection_age: app.config.max_connection_age,
+            request_timeout: app.config.request_timeout,
+            max_body_size: app.config.max_body_size,
+        },
+        app.counts.clone(),
+        closing,
+        stop.clone(),
+    ));
+
+    until_signal(&app, &closing_sender).await?;
+    info!("terminating: clients are asked to leave");
+    terminating.cancel();
+    let patience = app.config.termination_deadline;
+    closing_sender.send_replace(Closing::By(Instant::now() + patience));
+    if tokio::time::timeout(patience, until_quiet(&app.counts))
+        .await
+        .is_err()
+    {
+        warn!(
+            labels.connections = app.counts.connections(),
+            "closing what is open at the termination deadline"
+        );
+    }
+    stop.cancel();
+    serving.await?;
+    if tokio::time::timeout(BACKGROUND_END, background).await.is_err() {
+        warn!("background work did not end in time");
+    }
+    over.cancel();
+    tasks.join_all().await;
+    app.db.close().await;
+    info!("terminated");
+    Ok(())
+}
+
+async fn serve_admin(listener: TcpListener, app: App, over: CancellationToken) {
+    let served = axum::serve(listener, admin::router(app)).with_graceful_shutdown(over.cancelled_owned());
+    if let Err(error) = served.await {
+        warn!(error.message = %error, "the admin port failed");
+    }
+}
+
+/// Keeps `closing` true to the role until the process is told to end.
+async fn until_signal(app: &App, closing: &watch::Sender<Closing>) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut role = app.role.clone();
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            Ok(()) = role.changed() => {
+                closing.send_replace(match *role.borrow_and_update() {
+                    Role::Draining => Closing::By(Instant::now() + app.config.drain_timeout),
+                    Role::Live | Role::Standby => Closing::No,
+                });
+            }
+        }
+    }
+}
+
+async fn until_quiet(counts: &Counts) {
+    let mut quiet_since = Instant::now();
+    while quiet_since.elapsed() < QUIET {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        if counts.connections() > 0 {
+            quiet_since = Instant::now();
+        }
+    }
+}
+
+/// Checks that this build can work with the database's schema: until it has been seen once, and then every now and
+/// then, because a contract may leave this build behind. A lost database changes nothing.
+async fn watch_schema(
+    app: App,
+    readiness: watch::Sender<Result<(), String>>,
+    terminating: CancellationToken,
+    over: CancellationToken,
+) {
+    while !over.is_cancelled() {
+        let pause = match migrate::read_state(&app.db).await {
+            Ok(state) => {
+                app.database_identity.get_or_init(|| state.identity);
+                let verdict = state.supports(migrate::level());
+                readiness.send_if_modified(|known| {
+                    let differs = *known != verdict;
+                    known.clone_from(&verdict);
+                    differs
+                });
+                if verdict.is_ok() {
+                    Duration::from_secs(10)
+                } else {
+                    Duration::from_secs(1)
+                }
+            }
+            Err(error) => {
+                if readiness.borrow().is_err() {
+                    let reason = format!("the database cannot be used: {error}");
+                    readiness.send_modify(|known| *known = Err(reason));
+                }
+                Duration::from_secs(1)
+            }
+        };
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = terminating.cancelled() => {
+                readiness.send_modify(|known| *known = Err("terminating".to_owned()));
+                return;
+            }
+        }
+    }
+}
+
+fn public_router(app: &App, routes: OpenApiRouter) -> Router {
+    let (documented, _) = routes.split_for_parts();
+    documented
+        .merge(
+            Router::new()
+                .route("/version", axum::routing::get(version))
+                .with_state(app.clone()),
+        )
+        .fallback(|| async { ApiError::from(error::NOT_FOUND) })
+        .method_not_allowed_fallback(|| async { ApiError::from(error::METHOD_NOT_ALLOWED) })
+        .layer(DefaultBodyLimit::max(app.config.max_body_size))
+        .layer(middleware::from_fn_with_state(app.clone(), metrics::observe))
+}
+
+/// Who answers here: for the role, and for people.
+async fn version(State(app): State<App>) -> axum::Json<serde_json::Value> {
+    axum::Json(serde_json::json!({"stack": app.stack.to_string(), "version": app.stack.version}))
+}

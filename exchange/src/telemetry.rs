@@ -1,0 +1,238 @@
+//! Logs: one JSON object per line in ECS field names, with the trace that the event belongs to.
+//!
+//! Never logged: passwords, tokens, secrets, URLs with credentials, e-mail addresses, bodies.
+
+use std::{fmt, io::Write};
+
+use http::HeaderMap;
+use serde_json::{Map, Value};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use tracing::{
+    Event, Subscriber,
+    field::{Field, Visit},
+    span::{Attributes, Id, Record},
+};
+use tracing_subscriber::{EnvFilter, Layer, layer::Context, prelude::*, registry::LookupSpan};
+
+tokio::task_local! {
+    static TRACE: TraceContext;
+}
+
+/// Where an event belongs: a W3C trace context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TraceContext {
+    trace_id: u128,
+    span_id: u64,
+    flags: u8,
+}
+
+impl TraceContext {
+    /// A trace of its own.
+    pub fn root() -> Self {
+        Self {
+            trace_id: rand::random_range(1..=u128::MAX),
+            span_id: new_span_id(),
+            flags: 1,
+        }
+    }
+
+    /// The trace that the sender of these headers was in, continued; a new one if it sent none.
+    pub fn continued(headers: &HeaderMap) -> Self {
+        let sent = headers.get("traceparent").and_then(|value| value.to_str().ok());
+        sent.and_then(Self::parse).map_or_else(Self::root, Self::child)
+    }
+
+    /// Reads a `traceparent`.
+    pub fn parse(header: &str) -> Option<Self> {
+        let mut parts = header.split('-');
+        let (version, trace, span, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+        let lower_hex = |part: &str, length| {
+            part.len() == length && part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+        };
+        let shape =
+            lower_hex(version, 2) && lower_hex(trace, 32) && lower_hex(span, 16) && lower_hex(flags, 2);
+        // Later versions may append fields; version 00 may not, and ff is none.
+        if !shape || version == "ff" || (version == "00" && parts.next().is_some()) {
+            return None;
+        }
+        let context = Self {
+            trace_id: u128::from_str_radix(trace, 16).ok()?,
+            span_id: u64::from_str_radix(span, 16).ok()?,
+            flags: u8::from_str_radix(flags, 16).ok()?,
+        };
+        (context.trace_id != 0 && context.span_id != 0).then_some(context)
+    }
+
+    /// A step inside this trace.
+    #[must_use]
+    pub fn child(self) -> Self {
+        Self {
+            span_id: new_span_id(),
+            ..self
+        }
+    }
+
+    /// The context of the running task, to be sent on with requests and messages.
+    pub fn current() -> Option<Self> {
+        TRACE.try_with(|context| *context).ok()
+    }
+
+    /// Runs a future in this context.
+    pub async fn scope<F: Future>(self, future: F) -> F::Output {
+        TRACE.scope(self, future).await
+    }
+}
+
+/// As a `traceparent`.
+impl fmt::Display for TraceContext {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            formatter,
+            "00-{:032x}-{:016x}-{:02x}",
+            self.trace_id, self.span_id, self.flags
+        )
+    }
+}
+
+fn new_span_id() -> u64 {
+    rand::random_range(1..=u64::MAX)
+}
+
+/// Sends this process's logs to standard output; `RUST_LOG` filters them, `info` by default.
+///
+/// `service` and `stack` stand in each line.
+pub fn init(service: &'static str, version: &'static str, stack: String) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,sqlx=warn"));
+    let ecs = Ecs {
+        service,
+        version,
+        stack,
+    };
+    tracing_subscriber::registry()
+        .with(ecs.with_filter(filter))
+        .init();
+}
+
+struct Ecs {
+    service: &'static str,
+    version: &'static str,
+    stack: String,
+}
+
+struct Fields(Map<String, Value>);
+
+impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Ecs {
+    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
+        let mut fields = Fields(Map::new());
+        attributes.record(&mut fields);
+        if let Some(span) = context.span(id) {
+            span.extensions_mut().insert(fields);
+        }
+    }
+
+    fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, S>) {
+        if let Some(span) = context.span(id)
+            && let Some(fields) = span.extensions_mut().get_mut::<Fields>()
+        {
+            values.record(fields);
+        }
+    }
+
+    fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
+        let mut line = Fields(Map::new());
+        for span in context
+            .event_scope(event)
+            .into_iter()
+            .flat_map(tracing_subscriber::registry::Scope::from_root)
+        {
+            if let Some(Fields(fields)) = span.extensions().get::<Fields>() {
+                line.0.extend(fields.clone());
+            }
+        }
+        event.record(&mut line);
+        let now = OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default();
+        let metadata = event.metadata();
+        line.set("@timestamp", now);
+        line.set("ecs.version", "8.17");
+        line.set("log.level", metadata.level().as_str().to_lowercase());
+        line.set("log.logger", metadata.target());
+        line.set("service.name", self.service);
+        line.set("service.version", self.version);
+        line.set("labels.stack", self.stack.as_str());
+        if let Some(TraceContext {
+            trace_id, span_id, ..
+        }) = TraceContext::current()
+        {
+            line.set("trace.id", format!("{trace_id:032x}"));
+            line.set("span.id", format!("{span_id:016x}"));
+        }
+        let mut text = Value::Object(line.0).to_string();
+        text.push('\n');
+        // Nobody is left to tell when standard output is gone.
+        let _ = std::io::stdout().lock().write_all(text.as_bytes());
+    }
+}
+
+impl Fields {
+    fn set(&mut self, name: &str, value: impl Into<Value>) {
+        self.0.insert(name.to_owned(), value.into());
+    }
+}
+
+impl Visit for Fields {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.set(field.name(), format!("{value:?}"));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.set(field.name(), value);
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.set(field.name(), value);
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.set(field.name(), value);
+    }
+
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.set(field.name(), value);
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.set(field.name(), value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_context_survives_its_header() {
+        let header = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        let context = TraceContext::parse(header).unwrap();
+        assert_eq!(context.to_string(), header);
+        let child = context.child();
+        assert_eq!(child.trace_id, context.trace_id);
+        assert_ne!(child.span_id, context.span_id);
+    }
+
+    #[test]
+    fn malformed_trace_contexts_are_ignored() {
+        for bad in [
+            "",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331",
+            "00-00000000000000000000000000000000-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01",
+            "ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-x",
+            "00-+af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        ] {
+            assert_eq!(TraceContext::parse(bad), None, "{bad}");
+        }
+        assert!(TraceContext::parse("01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-x").is_some());
+    }
+}

@@ -1,0 +1,7 @@
+//! Integration tests: the binary and the library against real stores, started on free ports.
+
+// As test code, in which clippy.toml allows unwrapping.
+#[cfg(test)]
+mod servers;
+#[cfg(test)]
+mod start;

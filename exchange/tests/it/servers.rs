@@ -1,0 +1,426 @@
+//! Real stores and services for tests, in temporary directories and on free ports. They end with their owner, or with
+//! the test process, however it ends.
+
+use std::{
+    fmt::Write as _,
+    io::{BufRead, BufReader, Write as _},
+    net::{SocketAddr, TcpListener},
+    os::unix::fs::chown,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use sqlx::{AssertSqlSafe, ConnectOptions, PgPool, postgres::PgConnectOptions};
+
+/// The debug build starts slowly on a busy machine.
+const START: Duration = Duration::from_mins(1);
+
+/// Ends the server, and removes its directory, when its standard input ends: with this process at the latest.
+const KEEPER: &str = r#"
+dir=$1; shift
+"$@" >"$dir/log" 2>&1 </dev/null & server=$!
+echo $server
+cat >/dev/null
+kill -INT $server 2>/dev/null; wait $server
+rm -rf "$dir"
+"#;
+
+/// A running server and its directory.
+pub(crate) struct Server {
+    keeper: Child,
+    pid: i32,
+    directory: PathBuf,
+}
+
+impl Server {
+    /// Starts a server that keeps its files in `directory`.
+    pub(crate) fn start(directory: &Path, command: &[&str]) -> Self {
+        let mut keeper = Command::new("sh")
+            .args(["-c", KEEPER, "keeper"])
+            .arg(directory)
+            .args(command)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut pid = String::new();
+        BufReader::new(keeper.stdout.take().unwrap())
+            .read_line(&mut pid)
+            .unwrap();
+        Self {
+            keeper,
+            pid: pid.trim().parse().unwrap(),
+            directory: directory.to_owned(),
+        }
+    }
+
+    /// What the server has logged.
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.directory.join("log")).unwrap_or_default()
+    }
+
+    /// Sends a signal such as `KILL`.
+    pub(crate) fn signal(&self, name: &str) {
+        output(Command::new("kill").args([format!("-{name}"), self.pid.to_string()]));
+    }
+
+    /// Waits until the server accepts connections.
+    pub(crate) fn await_port(&self, port: u16) {
+        let deadline = Instant::now() + START;
+        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            assert!(
+                Instant::now() < deadline,
+                "nothing listens on {port}: {}",
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.keeper.stdin.take());
+        let _ = self.keeper.wait();
+    }
+}
+
+/// A port that was free a moment ago, for servers that cannot choose one themselves.
+pub(crate) fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
+}
+
+/// A new directory for one server.
+pub(crate) fn temporary_directory(name: &str) -> PathBuf {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let directory = std::env::temp_dir().join(format!("exchange-{name}-{}-{number}", std::process::id()));
+    std::fs::create_dir(&directory).unwrap();
+    directory
+}
+
+/// A PostgreSQL server.
+pub(crate) struct Postgres {
+    /// The process.
+    pub(crate) server: Server,
+    port: u16,
+}
+
+impl Postgres {
+    /// The server that most tests share, each with a database of its own.
+    pub(crate) fn shared() -> &'static Self {
+        static SHARED: OnceLock<Postgres> = OnceLock::new();
+        SHARED.get_or_init(|| Self::start(&["-c", "fsync=off"]))
+    }
+
+    /// A server of its own, for tests that harm it.
+    pub(crate) fn start(settings: &[&str]) -> Self {
+        let directory = temporary_directory("postgres");
+        // PostgreSQL refuses to run as root.
+        let as_user: &[&str] = if is_root() {
+            let id = |flag| {
+                output(Command::new("id").args([flag, "postgres"]))
+                    .parse()
+                    .unwrap()
+            };
+            chown(&directory, Some(id("-u")), Some(id("-g"))).unwrap();
+            &[
+                "setpriv",
+                "--reuid=postgres",
+                "--regid=postgres",
+                "--clear-groups",
+            ]
+        } else {
+            &["env"]
+        };
+        let (program, arguments) = as_user.split_first().unwrap();
+        let data = directory.join("data");
+        let data = data.to_str().unwrap();
+        output(
+            Command::new(program)
+                .args(arguments)
+                .arg(postgres_binary("initdb"))
+                .args([
+                    "-D",
+                    data,
+                    "-U",
+                    "postgres",
+                    "-A",
+                    "trust",
+                    "--no-sync",
+                    "-E",
+                    "UTF8",
+                    "--locale=C",
+                ]),
+        );
+        let port = free_port();
+        let (binary, port_text) = (postgres_binary("postgres"), port.to_string());
+        let mut command = as_user.to_vec();
+        command.extend([
+            binary.to_str().unwrap(),
+            "-D",
+            data,
+            "-p",
+            &port_text,
+            "-k",
+            "",
+            "-c",
+        ]);
+        command.extend(["listen_addresses=127.0.0.1", "-c", "max_connections=300"]);
+        command.extend(settings);
+        let server = Server::start(&directory, &command);
+        let postgres = Self { server, port };
+        postgres.server.await_port(port);
+        postgres
+    }
+
+    /// A new, empty database.
+    pub(crate) async fn database(&self) -> Database {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let name = format!("exchange_{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let options: PgConnectOptions = self.url("postgres", "postgres").parse().unwrap();
+        let deadline = Instant::now() + START;
+        let mut connection = loop {
+            // The port is open before the server has started up.
+            match options.connect().await {
+                Ok(connection) => break connection,
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        };
+        let sql = format!("create database {name} template template0");
+        sqlx::raw_sql(AssertSqlSafe(sql))
+            .execute(&mut connection)
+            .await
+            .unwrap();
+        Database {
+            owner_url: self.url("postgres", &name),
+            app_url: self.url("exchange_service", &name),
+        }
+    }
+
+    fn url(&self, user: &str, database: &str) -> String {
+        format!("postgres://{user}@127.0.0.1:{}/{database}", self.port)
+    }
+}
+
+/// A database of a test.
+#[derive(Clone)]
+pub(crate) struct Database {
+    /// For migrations, and for looking at everything.
+    pub(crate) owner_url: String,
+    /// For services: a role that is a member of `exchange_app` and nothing else.
+    pub(crate) app_url: String,
+}
+
+impl Database {
+    /// Runs `exchange migrate --phase <phase>` and returns whether it succeeded, and what it wrote.
+    pub(crate) fn migrate(&self, phase: &str, flags: &[&str]) -> (bool, String) {
+        let output = Command::new(env!("CARGO_BIN_EXE_exchange"))
+            .args(["migrate", "--phase", phase, "--database-url", &self.owner_url])
+            .args(flags)
+            .output()
+            .unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8(text).unwrap())
+    }
+
+    /// A pool as the owner.
+    async fn owner(&self) -> PgPool {
+        PgPool::connect(&self.owner_url).await.unwrap()
+    }
+
+    /// A new database of a server, with the current schema and a role for services.
+    pub(crate) async fn migrated(postgres: &Postgres) -> Self {
+        let database = postgres.database().await;
+        let (succeeded, output) = database.migrate("expand", &[]);
+        assert!(succeeded, "{output}");
+        database.create_service_role().await;
+        database
+    }
+
+    /// The role as which services connect, made by an administrator after the first expand.
+    async fn create_service_role(&self) {
+        sqlx::raw_sql(
+            "do $$ begin
+                 create role exchange_service login in role exchange_app;
+             exception when duplicate_object or unique_violation then null;
+             end $$",
+        )
+        .execute(&self.owner().await)
+        .await
+        .unwrap();
+    }
+}
+
+/// A running service of the exchange.
+pub(crate) struct Service {
+    child: Child,
+    /// A client with its own connections.
+    pub(crate) client: reqwest::Client,
+    lines: Arc<Mutex<String>>,
+    /// The public port.
+    pub(crate) public: SocketAddr,
+    /// The admin port.
+    pub(crate) admin: SocketAddr,
+}
+
+impl Service {
+    /// Starts a service that is always live.
+    pub(crate) fn live(service: &str, database: &Database, flags: &[&str]) -> Self {
+        Self::start(service, database, &[&["--role", "live"], flags].concat())
+    }
+
+    /// Starts a service, and waits until it listens.
+    pub(crate) fn start(service: &str, database: &Database, flags: &[&str]) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_exchange"))
+            .args([
+                service,
+                "--public-address",
+                "127.0.0.1:0",
+                "--admin-address",
+                "127.0.0.1:0",
+            ])
+            .args(flags)
+            .env("EXCHANGE_DATABASE_URL", &database.app_url)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = Arc::new(Mutex::new(String::new()));
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        let collected = Arc::clone(&lines);
+        std::thread::spawn(move || {
+            for line in output.lines().map_while(Result::ok) {
+                writeln!(collected.lock().unwrap(), "{line}").unwrap();
+                let entry: Value = serde_json::from_str(&line).unwrap_or_default();
+                let address = |field: &str| entry[field].as_str().and_then(|text| text.parse().ok());
+                if let (Some(public), Some(admin)) =
+                    (address("server.address"), address("labels.admin_address"))
+                {
+                    let _ = sender.send((public, admin));
+                }
+            }
+        });
+        let (public, admin) = receiver.recv_timeout(START).expect("the service did not start");
+        Self {
+            child,
+            client: client(),
+            lines,
+            public,
+            admin,
+        }
+    }
+
+    /// The URL of a path on the public port.
+    pub(crate) fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.public)
+    }
+
+    /// The URL of a path on the admin port.
+    pub(crate) fn admin_url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.admin)
+    }
+
+    /// Waits until `/readyz` says yes.
+    pub(crate) async fn ready(self) -> Self {
+        eventually("the service is ready", || async {
+            let response = self.client.get(self.admin_url("/readyz")).send().await.ok()?;
+            response.status().is_success().then_some(())
+        })
+        .await;
+        self
+    }
+
+    /// Asks the public port.
+    pub(crate) async fn get(&self, path: &str) -> reqwest::Response {
+        self.client.get(self.url(path)).send().await.unwrap()
+    }
+
+    /// Asks the admin port.
+    pub(crate) async fn admin(&self, path: &str) -> reqwest::Response {
+        self.client.get(self.admin_url(path)).send().await.unwrap()
+    }
+
+    /// What the service has logged.
+    pub(crate) fn log(&self) -> String {
+        self.lines.lock().unwrap().clone()
+    }
+
+    /// Sends a signal such as `TERM`.
+    pub(crate) fn signal(&self, name: &str) {
+        output(Command::new("kill").args([format!("-{name}"), self.child.id().to_string()]));
+    }
+
+    /// Whether the process has ended, and how.
+    pub(crate) fn ended(&mut self) -> Option<std::process::ExitStatus> {
+        self.child.try_wait().unwrap()
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            let _ = std::io::stderr().write_all(self.log().as_bytes());
+        }
+    }
+}
+
+/// Waits until `probe` yields something.
+pub(crate) async fn eventually<T, F: Future<Output = Option<T>>>(
+    what: &str,
+    mut probe: impl FnMut() -> F,
+) -> T {
+    let deadline = Instant::now() + START;
+    loop {
+        if let Some(value) = probe().await {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "waited in vain until {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// An HTTP client with connections of its own.
+pub(crate) fn client() -> reqwest::Client {
+    // Fails when another test was faster.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::builder().no_proxy().build().unwrap()
+}
+
+fn is_root() -> bool {
+    output(Command::new("id").arg("-u")) == "0"
+}
+
+fn postgres_binary(name: &str) -> PathBuf {
+    let versions = std::fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let installed = versions
+        .map(|version| version.path().join("bin").join(name))
+        .find(|path| path.exists());
+    installed.unwrap_or_else(|| PathBuf::from(name))
+}
+
+fn output(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert!(
+        output.status.success(),
+        "{command:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}

@@ -1,0 +1,54 @@
+//! A service starts, says what it is, and ends.
+
+use crate::servers::{Database, Postgres, Service, client, eventually};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_becomes_ready_and_says_which_stack_it_is() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let flags = ["--colour", "green", "--revision", "abc123"];
+    let mut service = Service::live("user", &database, &flags).ready().await;
+
+    let stack: serde_json::Value = service.admin("/stack").await.json().await.unwrap();
+    assert_eq!(stack["colour"], "green");
+    assert_eq!(stack["revision"], "abc123");
+    assert_eq!(stack["role"], "Live");
+    assert!(stack["database"].is_string(), "{stack}");
+
+    let response = service.get("/.well-known/jwks.json").await;
+    assert_eq!(response.headers()["x-exchange-stack"], "green-abc123");
+    let keys: serde_json::Value = response.json().await.unwrap();
+    assert_eq!(keys["keys"][0]["crv"], "Ed25519");
+
+    let metrics = service.admin("/metrics").await.text().await.unwrap();
+    let line = r#"http_server_requests_total{method="GET",route="/.well-known/jwks.json",lane="live",status="200"} 1"#;
+    assert!(metrics.contains(line), "{metrics}");
+
+    service.signal("TERM");
+    // It waits for the clients that it has.
+    service.client = client();
+    let status = eventually("the service ends", || std::future::ready(service.ended())).await;
+    assert!(status.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_database_is_an_answer_and_not_an_empty_service() {
+    let postgres = Postgres::start(&[]);
+    let database = Database::migrated(&postgres).await;
+    let service = Service::live("user", &database, &[]).ready().await;
+    postgres.server.signal("KILL");
+    eventually("the database is missed", || async {
+        let response = service.get("/.well-known/jwks.json").await;
+        if response.status() == 200 {
+            return None;
+        }
+        assert_eq!(response.status(), 503);
+        assert_eq!(response.headers()["retry-after"], "1");
+        assert_eq!(response.headers()["x-exchange-stack"], "blue-local");
+        assert_eq!(response.headers()["content-type"], "application/problem+json");
+        let problem: serde_json::Value = response.json().await.unwrap();
+        assert_eq!(problem["code"], "unavailable");
+        Some(())
+    })
+    .await;
+    assert_eq!(service.admin("/readyz").await.status(), 200);
+}
