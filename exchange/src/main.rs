@@ -7,7 +7,7 @@ use exchange::{
     app,
     config::ConfigArgs,
     migrate::{self, MigrateArgs},
-    service, telemetry, user,
+    service, telemetry, trade, user,
 };
 
 /// A crypto exchange: user, trade and notification services, and the tools to operate them.
@@ -22,6 +22,8 @@ struct Cli {
 enum Command {
     /// Serve users: registration, log-in, profiles.
     User(Box<ConfigArgs>),
+    /// Serve accounts, orders and trades.
+    Trade(Box<ConfigArgs>),
     /// Bring the database schema forward.
     Migrate(MigrateArgs),
 }
@@ -47,6 +49,7 @@ async fn main() -> ExitCode {
 async fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::User(args) => service::serve("user", args.validate()?, user::router, |_, _| async {}).await,
+        Command::Trade(args) => service::serve("trade", args.validate()?, trade::router, trade::run).await,
         Command::Migrate(args) => {
             telemetry::init("migrate", app::VERSION, "none".to_owned());
             migrate::run(args).await

@@ -155,7 +155,9 @@ impl Amount {
     /// This share of it, rounded up to `scale` digits: how fees are charged.
     pub fn share_rounded_up(self, rate: Decimal, scale: u32) -> Result<Self, OutOfRange> {
         let share = self.0.checked_mul(rate).ok_or(OutOfRange)?;
-        Ok(Self(share.round_dp_with_strategy(scale, RoundingStrategy::AwayFromZero)))
+        Ok(Self(
+            share.round_dp_with_strategy(scale, RoundingStrategy::AwayFromZero),
+        ))
     }
 }
 
@@ -195,7 +197,8 @@ mod tests {
             assert_eq!(text.parse::<Price>().unwrap().to_string(), shown);
         }
         for bad in [
-            "", ".", "1.", ".5", "-1", "+1", "1e3", "1,5", " 1", "1 ", "0x1", "NaN", "inf", "１", "1.2.3", "1_000",
+            "", ".", "1.", ".5", "-1", "+1", "1e3", "1,5", " 1", "1 ", "0x1", "NaN", "inf", "１", "1.2.3",
+            "1_000",
         ] {
             assert_eq!(bad.parse::<Amount>(), Err(InvalidNumber::Malformed), "{bad}");
         }
@@ -210,7 +213,10 @@ mod tests {
 
     #[test]
     fn json_takes_strings_only() {
-        assert_eq!(serde_json::to_string(&"1.50".parse::<Amount>().unwrap()).unwrap(), r#""1.5""#);
+        assert_eq!(
+            serde_json::to_string(&"1.50".parse::<Amount>().unwrap()).unwrap(),
+            r#""1.5""#
+        );
         assert!(serde_json::from_str::<Amount>("1.5").is_err());
         assert!(serde_json::from_str::<Amount>(r#""1.5""#).is_ok());
     }

@@ -74,6 +74,7 @@ create table outbox (
     done_at      timestamptz
 ) with (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05);
 create index outbox_open on outbox (created_at) where done_at is null;
+create index outbox_of_test_lane on outbox (lane) where lane <> 'live';
 
 create table inbox (
     consumer text not null,
@@ -93,3 +94,4 @@ create table idempotency_keys (
     primary key (user_id, key)
 );
 create index idempotency_keys_by_age on idempotency_keys (created_at);
+create index idempotency_keys_of_test_lane on idempotency_keys (lane) where lane <> 'live';

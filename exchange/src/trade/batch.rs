@@ -90,7 +90,12 @@ impl Books {
     }
 
     /// Settles an order. It is settled even if the caller goes away.
-    pub(super) async fn submit(&self, lane: Lane, product: String, submission: Submission) -> Result<Settled, ApiError> {
+    pub(super) async fn submit(
+        &self,
+        lane: Lane,
+        product: String,
+        submission: Submission,
+    ) -> Result<Settled, ApiError> {
         let (answer, answered) = oneshot::channel();
         let book = (lane, product);
         {
@@ -113,9 +118,12 @@ impl Books {
     /// Settles what waits for a book until nothing does.
     async fn work(self, book: Book) {
         while let Some(batch) = self.next_batch(&book) {
-            self.sizes.observe(f64::from(u32::try_from(batch.len()).unwrap_or(u32::MAX)));
-            let (submissions, answers): (Vec<_>, Vec<_>) =
-                batch.into_iter().map(|waiting| (waiting.submission, waiting.answer)).unzip();
+            self.sizes
+                .observe(f64::from(u32::try_from(batch.len()).unwrap_or(u32::MAX)));
+            let (submissions, answers): (Vec<_>, Vec<_>) = batch
+                .into_iter()
+                .map(|waiting| (waiting.submission, waiting.answer))
+                .unzip();
             let results = self.settle(&book, &submissions).await;
             for (answer, result) in answers.into_iter().zip(results) {
                 // A client that is gone will ask again.
@@ -172,7 +180,9 @@ impl Books {
         loop {
             match self.call(book, batch).await {
                 // A client order id was used at this moment in another book; next time it is found there.
-                Err(error) if attempt < ATTEMPTS && (db::is_retryable(&error) || is_duplicate(&error)) => attempt += 1,
+                Err(error) if attempt < ATTEMPTS && (db::is_retryable(&error) || is_duplicate(&error)) => {
+                    attempt += 1
+                }
                 result => return result,
             }
         }

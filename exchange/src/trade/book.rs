@@ -255,7 +255,11 @@ impl Book {
                     (Side::Sell, Some(limit)) => resting.price >= limit,
                 }
         };
-        let matching = self.resting.iter().enumerate().filter(|(_, resting)| meets(resting));
+        let matching = self
+            .resting
+            .iter()
+            .enumerate()
+            .filter(|(_, resting)| meets(resting));
         let best = match order.side {
             Side::Buy => matching.min_by_key(|(_, resting)| (resting.price, resting.number)),
             Side::Sell => matching.min_by_key(|(_, resting)| (Reverse(resting.price), resting.number)),

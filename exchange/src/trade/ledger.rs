@@ -57,7 +57,8 @@ struct AccountRow {
 /// An account of the caller.
 #[derive(Serialize, ToSchema)]
 pub(super) struct Account {
-    account_id: Uuid,
+    #[serde(rename = "account_id")]
+    id: Uuid,
     currency: String,
     /// `fiat` or `crypto`.
     kind: String,
@@ -79,7 +80,7 @@ impl TryFrom<AccountRow> for Account {
     fn try_from(row: AccountRow) -> Result<Self, OutOfRange> {
         Ok(Self {
             available: row.balance.minus(row.hold)?,
-            account_id: row.id,
+            id: row.id,
             currency: row.currency,
             kind: row.kind,
             name: row.name,
@@ -143,7 +144,8 @@ pub(super) struct Movement {
 /// A deposit or a withdrawal that has been posted.
 #[derive(Serialize, Deserialize, ToSchema)]
 pub(super) struct Transfer {
-    transfer_id: String,
+    #[serde(rename = "transfer_id")]
+    id: String,
     account_id: Uuid,
     currency: String,
     amount: Amount,
@@ -176,6 +178,9 @@ pub(super) async fn add_account(
     Body(request): Body<NewAccount>,
 ) -> Result<(StatusCode, Json<Account>), ApiError> {
     check_name(&request.name)?;
+    if !request.currency.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+        return Err(refused("unknown_currency", Some("currency")));
+    }
     let mut transaction = app.db.begin().await?;
     let added: AccountRow = sqlx::query_as(
         "insert into accounts (id, lane, user_id, currency, name) values ($1, $2, $3, $4, $5)
@@ -196,7 +201,10 @@ pub(super) async fn add_account(
     })?;
     tell_change(&mut transaction, &caller, &added, "added").await?;
     transaction.commit().await?;
-    Ok((StatusCode::CREATED, Json(added.try_into().map_err(ApiError::internal)?)))
+    Ok((
+        StatusCode::CREATED,
+        Json(added.try_into().map_err(ApiError::internal)?),
+    ))
 }
 
 /// Changes the name or the state of an account; never its balance.
@@ -275,7 +283,10 @@ pub(super) async fn delete_account(
     get, path = "/account/list", tag = "trade",
     responses((status = 200, body = AccountList), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
 )]
-pub(super) async fn list_accounts(State(app): State<App>, caller: Caller) -> Result<Json<AccountList>, ApiError> {
+pub(super) async fn list_accounts(
+    State(app): State<App>,
+    caller: Caller,
+) -> Result<Json<AccountList>, ApiError> {
     let rows: Vec<AccountRow> = sqlx::query_as(
         "select accounts.id, currency, currencies.kind, name, state, balance, hold, created_at
          from accounts join currencies on symbol = currency
@@ -338,10 +349,19 @@ async fn move_external(
     }
     let reference = request.reference.as_deref();
     if reference.is_some_and(|text| text.chars().count() > LONGEST_REFERENCE || text.contains('\0')) {
-        return Err(ApiError::invalid_field("reference", "at most 128 characters, none of them NUL"));
+        return Err(ApiError::invalid_field(
+            "reference",
+            "at most 128 characters, none of them NUL",
+        ));
     }
     let mut transaction = app.db.begin().await?;
-    let claimed = idempotency::claim(&mut transaction, (caller.user_id, &caller.lane), key, &(kind, &request)).await?;
+    let claimed = idempotency::claim(
+        &mut transaction,
+        (caller.user_id, &caller.lane),
+        key,
+        &(kind, &request),
+    )
+    .await?;
     if let Some(body) = claimed {
         return Ok(Answer { body, hit: true });
     }
@@ -358,9 +378,13 @@ async fn move_external(
     .bind(TraceContext::current().map(|trace| trace.to_string()))
     .fetch_one(&mut *transaction)
     .await?;
-    let (Some(transfer_id), Some(currency), Some(balance), Some(hold), Some(created_at)) =
-        (moved.transfer_id, moved.currency, moved.balance, moved.hold, moved.created_at)
-    else {
+    let (Some(transfer_id), Some(currency), Some(balance), Some(hold), Some(created_at)) = (
+        moved.transfer_id,
+        moved.currency,
+        moved.balance,
+        moved.hold,
+        moved.created_at,
+    ) else {
         let field = match moved.outcome.as_str() {
             "account_not_found" | "account_frozen" => "account_id",
             _ => "amount",
@@ -368,7 +392,7 @@ async fn move_external(
         return Err(refused(&moved.outcome, Some(field)));
     };
     let body = Transfer {
-        transfer_id: transfer_id.to_string(),
+        id: transfer_id.to_string(),
         account_id: request.account_id,
         currency,
         amount: request.amount,
@@ -391,7 +415,8 @@ async fn tell_change(
     let payload = json!({
         "user_id": caller.user_id, "account_id": account.id, "change": change, "name": account.name, "currency": account.currency,
     });
-    let headers = TraceContext::current().map_or_else(|| json!({}), |trace| json!({"traceparent": trace.to_string()}));
+    let headers =
+        TraceContext::current().map_or_else(|| json!({}), |trace| json!({"traceparent": trace.to_string()}));
     sqlx::query("insert into outbox (id, lane, topic, key, payload, headers) values ($1, $2, 'account.changed', $3, $4, $5)")
         .bind(Uuid::now_v7())
         .bind(&caller.lane)
@@ -408,5 +433,8 @@ fn check_name(name: &str) -> Result<(), ApiError> {
     if (1..=LONGEST_NAME).contains(&length) && !name.chars().any(char::is_control) {
         return Ok(());
     }
-    Err(ApiError::invalid_field("name", "1 to 64 characters, no control characters"))
+    Err(ApiError::invalid_field(
+        "name",
+        "1 to 64 characters, no control characters",
+    ))
 }

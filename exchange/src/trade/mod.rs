@@ -89,20 +89,40 @@ pub const PROBLEMS: &[Problem] = &[
     unprocessable("unknown_currency", "There is no such currency."),
     unprocessable("unknown_product", "There is no such product."),
     unprocessable("size_too_small", "The size is below the product's minimum."),
-    unprocessable("size_increment", "The size is not a multiple of the product's increment."),
-    unprocessable("price_increment", "The price is not a multiple of the product's increment."),
+    unprocessable(
+        "size_increment",
+        "The size is not a multiple of the product's increment.",
+    ),
+    unprocessable(
+        "price_increment",
+        "The price is not a multiple of the product's increment.",
+    ),
     unprocessable("value_too_large", "The order is worth more than an order may be."),
     unprocessable("currency_mismatch", "The account is in another currency."),
-    unprocessable("amount_increment", "The amount has more digits than the currency."),
-    unprocessable("balance_limit", "The account would hold more than an account may."),
+    unprocessable(
+        "amount_increment",
+        "The amount has more digits than the currency.",
+    ),
+    unprocessable(
+        "balance_limit",
+        "The account would hold more than an account may.",
+    ),
     conflict("product_halted", "The product is not being traded."),
     conflict("account_frozen", "The account is frozen."),
     conflict("account_exists", "There is an account of this currency and name."),
     conflict("account_not_empty", "The account has a balance or a hold."),
     conflict("insufficient_funds", "The account has not enough available."),
     conflict("order_filled", "The order has been filled."),
-    Problem::new(StatusCode::NOT_FOUND, "account_not_found", "There is no such account."),
-    Problem::new(StatusCode::NOT_FOUND, "order_not_found", "There is no such order."),
+    Problem::new(
+        StatusCode::NOT_FOUND,
+        "account_not_found",
+        "There is no such account.",
+    ),
+    Problem::new(
+        StatusCode::NOT_FOUND,
+        "order_not_found",
+        "There is no such order.",
+    ),
     KEY_REUSED,
 ];
 
@@ -135,7 +155,11 @@ impl Counters {
         };
         app.metrics.register(|registry| {
             registry.register("orders", "Orders by outcome", counters.orders.clone());
-            registry.register("trades", "Trades settled by this process", counters.trades.clone());
+            registry.register(
+                "trades",
+                "Trades settled by this process",
+                counters.trades.clone(),
+            );
             registry.register(
                 "order_batch_size",
                 "Orders per settlement transaction",
@@ -185,7 +209,11 @@ pub async fn run(app: App, shutdown: CancellationToken) {
         match audit(&app).await {
             Ok(Some(found)) => {
                 for problem in &found {
-                    error!(labels.problem = problem.0, labels.subject = problem.1, "the ledger is wrong");
+                    error!(
+                        labels.problem = problem.0,
+                        labels.subject = problem.1,
+                        "the ledger is wrong"
+                    );
                 }
                 imbalance.set(i64::try_from(found.len()).unwrap_or(i64::MAX));
             }
@@ -205,9 +233,10 @@ async fn audit(app: &App) -> Result<Option<Vec<(String, String)>>, sqlx::Error> 
     sqlx::query("set local statement_timeout = 0")
         .execute(&mut *transaction)
         .await?;
-    let (alone,): (bool,) = sqlx::query_as("select pg_try_advisory_xact_lock(hashtextextended('ledger audit', 0))")
-        .fetch_one(&mut *transaction)
-        .await?;
+    let (alone,): (bool,) =
+        sqlx::query_as("select pg_try_advisory_xact_lock(hashtextextended('ledger audit', 0))")
+            .fetch_one(&mut *transaction)
+            .await?;
     if !alone {
         return Ok(None);
     }

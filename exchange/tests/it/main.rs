@@ -2,6 +2,14 @@
 
 // As test code, in which clippy.toml allows unwrapping.
 #[cfg(test)]
+mod races;
+#[cfg(test)]
+mod rules;
+#[cfg(test)]
 mod servers;
 #[cfg(test)]
 mod start;
+#[cfg(test)]
+mod trade;
+#[cfg(test)]
+mod traders;
