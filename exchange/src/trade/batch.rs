@@ -181,7 +181,7 @@ impl Books {
             match self.call(book, batch).await {
                 // A client order id was used at this moment in another book; next time it is found there.
                 Err(error) if attempt < ATTEMPTS && (db::is_retryable(&error) || is_duplicate(&error)) => {
-                    attempt += 1
+                    attempt += 1;
                 }
                 result => return result,
             }

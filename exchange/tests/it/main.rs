@@ -2,6 +2,8 @@
 
 // As test code, in which clippy.toml allows unwrapping.
 #[cfg(test)]
+mod bench;
+#[cfg(test)]
 mod races;
 #[cfg(test)]
 mod rules;

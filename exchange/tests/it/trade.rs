@@ -198,6 +198,15 @@ async fn what_is_wrong_with_an_order_is_said_with_its_field() {
         );
     }
 
+    assert_eq!(wallet.balances().await, ["1", "0", "100", "0"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_new_is_traded_from_a_frozen_account_or_in_a_halted_product() {
+    let exchange = Exchange::start().await;
+    let trader = exchange.issuer.trader(&exchange.service).await;
+    let wallet = trader.wallet(&exchange.treasury, "1", "100").await;
+    let order = wallet.order("buy", "0.1", "100");
     let freeze = json!({"account_id": wallet.usd, "state": "frozen"});
     accept(
         wallet.trader.post("/account/update", &freeze).await,
@@ -205,7 +214,7 @@ async fn what_is_wrong_with_an_order_is_said_with_its_field() {
     )
     .await;
     let problem = accept(
-        wallet.trader.post("/trade/add", &good).await,
+        wallet.trader.post("/trade/add", &order).await,
         StatusCode::CONFLICT,
     )
     .await;
@@ -218,7 +227,7 @@ async fn what_is_wrong_with_an_order_is_said_with_its_field() {
         .await
         .unwrap();
     let problem = accept(
-        wallet.trader.post("/trade/add", &good).await,
+        wallet.trader.post("/trade/add", &order).await,
         StatusCode::CONFLICT,
     )
     .await;

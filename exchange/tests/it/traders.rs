@@ -137,13 +137,13 @@ impl Trader {
     }
 
     /// Opens accounts of BTC and USD with so much in them.
-    pub(crate) async fn wallet(&self, treasury: &Self, btc: &str, usd: &str) -> Wallet {
+    pub(crate) async fn wallet(&self, treasury: &Self, coins: &str, dollars: &str) -> Wallet {
         let wallet = Wallet {
             trader: self.clone(),
             btc: self.account("BTC").await,
             usd: self.account("USD").await,
         };
-        for (account, amount) in [(&wallet.btc, btc), (&wallet.usd, usd)] {
+        for (account, amount) in [(&wallet.btc, coins), (&wallet.usd, dollars)] {
             if amount != "0" {
                 treasury.deposit(account, amount).await;
             }
@@ -176,18 +176,18 @@ pub(crate) struct Wallet {
 
 impl Wallet {
     /// A limit order.
-    pub(crate) fn order(&self, side: &str, size: &str, price: &str) -> Value {
+    pub(crate) fn order(&self, action: &str, size: &str, price: &str) -> Value {
         json!({
-            "type": side, "product": "BTC-USD", "size": size, "price": price, "client_order_id": Uuid::now_v7(),
+            "type": action, "product": "BTC-USD", "size": size, "price": price, "client_order_id": Uuid::now_v7(),
             "base_account_id": self.btc, "quote_account_id": self.usd,
         })
     }
 
     /// Places an order that must be accepted.
-    pub(crate) async fn place(&self, side: &str, size: &str, price: &str) -> Value {
+    pub(crate) async fn place(&self, action: &str, size: &str, price: &str) -> Value {
         let response = self
             .trader
-            .post("/trade/add", &self.order(side, size, price))
+            .post("/trade/add", &self.order(action, size, price))
             .await;
         accept(response, StatusCode::CREATED).await
     }
