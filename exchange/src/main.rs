@@ -1,13 +1,14 @@
 //! The `exchange` binary: one subcommand per role.
 
-use std::process::ExitCode;
+use std::{io::Write, process::ExitCode};
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use exchange::{
     app,
     config::ConfigArgs,
     migrate::{self, MigrateArgs},
-    service, telemetry, trade, user,
+    openapi, service, telemetry, trade, user,
 };
 
 /// A crypto exchange: user, trade and notification services, and the tools to operate them.
@@ -26,6 +27,8 @@ enum Command {
     Trade(Box<ConfigArgs>),
     /// Bring the database schema forward.
     Migrate(MigrateArgs),
+    /// Print the OpenAPI document of all services.
+    Openapi,
 }
 
 #[tokio::main]
@@ -48,11 +51,15 @@ async fn main() -> ExitCode {
 
 async fn run(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::User(args) => service::serve("user", args.validate()?, user::router, |_, _| async {}).await,
+        Command::User(args) => service::serve("user", args.validate()?, user::router, user::run).await,
         Command::Trade(args) => service::serve("trade", args.validate()?, trade::router, trade::run).await,
         Command::Migrate(args) => {
             telemetry::init("migrate", app::VERSION, "none".to_owned());
             migrate::run(args).await
+        }
+        Command::Openapi => {
+            let document = openapi::document().to_pretty_json()?;
+            writeln!(std::io::stdout(), "{document}").context("failed to write the document")
         }
     }
 }

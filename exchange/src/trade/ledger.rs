@@ -169,8 +169,12 @@ struct Moved {
 
 /// Opens an account of the caller.
 #[utoipa::path(
-    post, path = "/account/add", tag = "trade", request_body = NewAccount,
-    responses((status = 201, body = Account), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
+    post, path = "/account/add", tag = "trade", security(("access_token" = [])), request_body = NewAccount,
+    responses(
+        (status = 201, body = Account),
+        (status = "4XX", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, body = ProblemDocument, content_type = "application/problem+json"),
+    ),
 )]
 pub(super) async fn add_account(
     State(app): State<App>,
@@ -209,8 +213,12 @@ pub(super) async fn add_account(
 
 /// Changes the name or the state of an account; never its balance.
 #[utoipa::path(
-    post, path = "/account/update", tag = "trade", request_body = AccountUpdate,
-    responses((status = 200, body = Account), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
+    post, path = "/account/update", tag = "trade", security(("access_token" = [])), request_body = AccountUpdate,
+    responses(
+        (status = 200, body = Account),
+        (status = "4XX", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, body = ProblemDocument, content_type = "application/problem+json"),
+    ),
 )]
 pub(super) async fn update_account(
     State(app): State<App>,
@@ -246,8 +254,12 @@ pub(super) async fn update_account(
 
 /// Closes an empty account. Its entries stay in the ledger; its name is free again.
 #[utoipa::path(
-    post, path = "/account/delete", tag = "trade", request_body = AccountChoice,
-    responses((status = 204), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
+    post, path = "/account/delete", tag = "trade", security(("access_token" = [])), request_body = AccountChoice,
+    responses(
+        (status = 204),
+        (status = "4XX", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, body = ProblemDocument, content_type = "application/problem+json"),
+    ),
 )]
 pub(super) async fn delete_account(
     State(app): State<App>,
@@ -280,8 +292,12 @@ pub(super) async fn delete_account(
 
 /// The caller's accounts, oldest first.
 #[utoipa::path(
-    get, path = "/account/list", tag = "trade",
-    responses((status = 200, body = AccountList), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
+    get, path = "/account/list", tag = "trade", security(("access_token" = [])),
+    responses(
+        (status = 200, body = AccountList),
+        (status = "4XX", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, body = ProblemDocument, content_type = "application/problem+json"),
+    ),
 )]
 pub(super) async fn list_accounts(
     State(app): State<App>,
@@ -305,9 +321,13 @@ pub(super) async fn list_accounts(
 
 /// Credits money that has come in. For callers with the scope `treasury`; in a test lane, for whoever holds its secret.
 #[utoipa::path(
-    post, path = "/account/deposit", tag = "trade", request_body = Movement,
+    post, path = "/account/deposit", tag = "trade", security(("access_token" = [])), request_body = Movement,
     params(("Idempotency-Key" = String, Header, description = "Repeating a request with its key gives its answer again")),
-    responses((status = 201, body = Transfer), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
+    responses(
+        (status = 201, body = Transfer),
+        (status = "4XX", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, body = ProblemDocument, content_type = "application/problem+json"),
+    ),
 )]
 pub(super) async fn deposit(
     State(app): State<App>,
@@ -324,9 +344,13 @@ pub(super) async fn deposit(
 
 /// Takes money out of an account of the caller.
 #[utoipa::path(
-    post, path = "/account/withdraw", tag = "trade", request_body = Movement,
+    post, path = "/account/withdraw", tag = "trade", security(("access_token" = [])), request_body = Movement,
     params(("Idempotency-Key" = String, Header, description = "Repeating a request with its key gives its answer again")),
-    responses((status = 201, body = Transfer), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
+    responses(
+        (status = 201, body = Transfer),
+        (status = "4XX", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, body = ProblemDocument, content_type = "application/problem+json"),
+    ),
 )]
 pub(super) async fn withdraw(
     State(app): State<App>,

@@ -174,6 +174,14 @@ impl Counters {
 pub fn router(app: App) -> OpenApiRouter {
     let counters = Counters::new(&app);
     let books = Books::new(app.db.clone(), counters.batch_sizes.clone());
+    routes()
+        .layer(Extension(books))
+        .layer(Extension(counters))
+        .with_state(app)
+}
+
+/// The same before they are bound to an application, for the API's description.
+pub fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::new()
         .routes(routes!(ledger::add_account))
         .routes(routes!(ledger::update_account))
@@ -186,9 +194,6 @@ pub fn router(app: App) -> OpenApiRouter {
         .routes(routes!(orders::cancel_order))
         .routes(routes!(orders::trades_of_account))
         .routes(routes!(orders::read_book))
-        .layer(Extension(books))
-        .layer(Extension(counters))
-        .with_state(app)
 }
 
 /// Audits the ledger of the live lane while this stack is live: `ledger_imbalance` is the number of things found wrong.

@@ -245,7 +245,10 @@ pub(super) struct BookView {
 /// All products, by symbol.
 #[utoipa::path(
     get, path = "/products", tag = "trade",
-    responses((status = 200, body = ProductList), (status = 503, body = ProblemDocument)),
+    responses(
+        (status = 200, body = ProductList),
+        (status = 503, body = ProblemDocument, content_type = "application/problem+json"),
+    ),
 )]
 pub(super) async fn list_products(State(app): State<App>) -> Result<Json<ProductList>, ApiError> {
     let products = sqlx::query_as(
@@ -260,9 +263,13 @@ pub(super) async fn list_products(State(app): State<App>) -> Result<Json<Product
 
 /// Places an order, matches it and settles what it traded.
 #[utoipa::path(
-    post, path = "/trade/add", tag = "trade", request_body = NewOrder,
+    post, path = "/trade/add", tag = "trade", security(("access_token" = [])), request_body = NewOrder,
     params(("Idempotency-Key" = Option<String>, Header, description = "Instead of `client_order_id`")),
-    responses((status = 201, body = Order), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
+    responses(
+        (status = 201, body = Order),
+        (status = "4XX", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, body = ProblemDocument, content_type = "application/problem+json"),
+    ),
 )]
 pub(super) async fn add_order(
     caller: Caller,
@@ -309,8 +316,12 @@ pub(super) async fn add_order(
 
 /// Takes the rest of an order out of the book. May be repeated.
 #[utoipa::path(
-    post, path = "/trade/cancel", tag = "trade", request_body = OrderChoice,
-    responses((status = 200, body = CancelledOrder), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
+    post, path = "/trade/cancel", tag = "trade", security(("access_token" = [])), request_body = OrderChoice,
+    responses(
+        (status = 200, body = CancelledOrder),
+        (status = "4XX", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, body = ProblemDocument, content_type = "application/problem+json"),
+    ),
 )]
 pub(super) async fn cancel_order(
     State(app): State<App>,
@@ -349,8 +360,12 @@ pub(super) async fn cancel_order(
 
 /// The trades of an account, newest first.
 #[utoipa::path(
-    get, path = "/trade/getTradeByAccount", tag = "trade", params(TradesOfAccount),
-    responses((status = 200, body = TradePage), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
+    get, path = "/trade/getTradeByAccount", tag = "trade", security(("access_token" = [])), params(TradesOfAccount),
+    responses(
+        (status = 200, body = TradePage),
+        (status = "4XX", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, body = ProblemDocument, content_type = "application/problem+json"),
+    ),
 )]
 pub(super) async fn trades_of_account(
     State(app): State<App>,
@@ -402,8 +417,12 @@ pub(super) async fn trades_of_account(
 
 /// The order book of a product, in the caller's lane.
 #[utoipa::path(
-    get, path = "/book", tag = "trade", params(BookChoice),
-    responses((status = 200, body = BookView), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
+    get, path = "/book", tag = "trade", security(("access_token" = [])), params(BookChoice),
+    responses(
+        (status = 200, body = BookView),
+        (status = "4XX", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, body = ProblemDocument, content_type = "application/problem+json"),
+    ),
 )]
 pub(super) async fn read_book(
     State(app): State<App>,

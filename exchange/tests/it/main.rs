@@ -4,6 +4,8 @@
 #[cfg(test)]
 mod bench;
 #[cfg(test)]
+mod connections;
+#[cfg(test)]
 mod races;
 #[cfg(test)]
 mod rules;
@@ -12,6 +14,10 @@ mod servers;
 #[cfg(test)]
 mod start;
 #[cfg(test)]
+mod tokens;
+#[cfg(test)]
 mod trade;
 #[cfg(test)]
 mod traders;
+#[cfg(test)]
+mod user;
