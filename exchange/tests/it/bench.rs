@@ -65,8 +65,17 @@ select ('00000000-0000-4000-8' || lpad(to_hex(c), 3, '0') || '-' || lpad(to_hex(
        ('00000000-0000-4000-9000-' || lpad(to_hex(u), 12, '0'))::uuid,
        case c when 0 then 'USD' else 'C' || lpad(c::text, 2, '0') end, 'main'
 from generate_series(0, 20) c, generate_series(1, 1000) u;
-select count(*) from accounts, lateral move_external_v1('live', 'deposit', id, null, 1e9, null, null) where kind = 'user';
-truncate outbox;
+with numbered as (
+    select id, currency, nextval('transfer_ids') as transfer from accounts where kind = 'user'
+), transferred as (
+    insert into transfers (id, lane, kind, created_at) select transfer, 'live', 'deposit', now() from numbered
+)
+insert into entries (account_id, transfer_id, line, lane, currency, kind, amount)
+select line.account, numbered.transfer, line.no, 'live', numbered.currency, 'transfer', line.amount
+from numbered join (select symbol, exchange_account_v1('live', 'external', symbol) as id from currencies) external
+              on external.symbol = numbered.currency,
+     lateral (values (1, numbered.id, 1e9), (2, external.id, -1e9)) as line (no, account, amount);
+update accounts set balance = 1e9 where kind = 'user';
 ";
 
 struct Bench {
