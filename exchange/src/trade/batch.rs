@@ -107,12 +107,20 @@ impl Books {
             }
             queue.push_back(Waiting { submission, answer });
             if idle {
-                tokio::spawn(self.clone().work(book));
+                tokio::spawn(self.clone().supervise(book));
             }
         }
         answered
             .await
             .map_err(|_| ApiError::internal("a batch of orders was dropped"))?
+    }
+
+    /// Has a book worked on. A panic there must not leave it busy with nobody at work.
+    async fn supervise(self, book: Book) {
+        let work = tokio::spawn(self.clone().work(book.clone()));
+        if work.await.is_err() {
+            self.lock().remove(&book);
+        }
     }
 
     /// Settles what waits for a book until nothing does.

@@ -381,7 +381,7 @@ fn machine() -> Value {
         "cpu": model,
         "cores": std::thread::available_parallelism().unwrap().get(),
         "postgresql": text(Command::new(postgres_binary("postgres")).arg("--version")),
-        "load_average_before": text(Command::new("cut").args(["-d", " ", "-f", "1-3", "/proc/loadavg"])),
+        "load_average": text(Command::new("cut").args(["-d", " ", "-f", "1-3", "/proc/loadavg"])),
     })
 }
 
