@@ -8,7 +8,7 @@ use exchange::{
     app,
     config::ConfigArgs,
     migrate::{self, MigrateArgs},
-    openapi, service, telemetry, user,
+    openapi, service, telemetry, trade, user,
 };
 
 /// A crypto exchange: user, trade and notification services, and the tools to operate them.
@@ -23,6 +23,8 @@ struct Cli {
 enum Command {
     /// Serve users: registration, log-in, profiles.
     User(Box<ConfigArgs>),
+    /// Serve accounts, orders and trades.
+    Trade(Box<ConfigArgs>),
     /// Bring the database schema forward.
     Migrate(MigrateArgs),
     /// Print the OpenAPI document of all services.
@@ -50,6 +52,7 @@ async fn main() -> ExitCode {
 async fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::User(args) => service::serve("user", args.validate()?, user::router, user::run).await,
+        Command::Trade(args) => service::serve("trade", args.validate()?, trade::router, trade::run).await,
         Command::Migrate(args) => {
             telemetry::init("migrate", app::VERSION, "none".to_owned());
             migrate::run(args).await

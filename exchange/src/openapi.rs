@@ -5,12 +5,12 @@ use utoipa::openapi::{
     security::{Http, HttpAuthScheme, SecurityScheme},
 };
 
-use crate::{app, error, user};
+use crate::{app, error, trade, user};
 
 /// The OpenAPI document of all services.
 pub fn document() -> OpenApi {
-    let services = [user::routes()];
-    let problems = [error::PROBLEMS, user::PROBLEMS];
+    let services = [user::routes(), trade::routes()];
+    let problems = [error::PROBLEMS, user::PROBLEMS, trade::PROBLEMS];
 
     let mut document = OpenApi::default();
     for service in services {

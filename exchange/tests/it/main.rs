@@ -12,10 +12,22 @@ mod migrate;
 #[cfg(test)]
 mod roles;
 #[cfg(test)]
+mod bench;
+#[cfg(test)]
+mod connections;
+#[cfg(test)]
+mod races;
+#[cfg(test)]
+mod rules;
+#[cfg(test)]
 mod servers;
 #[cfg(test)]
 mod start;
 #[cfg(test)]
 mod tokens;
+#[cfg(test)]
+mod trade;
+#[cfg(test)]
+mod traders;
 #[cfg(test)]
 mod user;
