@@ -2,6 +2,10 @@
 
 // As test code, in which clippy.toml allows unwrapping.
 #[cfg(test)]
+mod queue;
+#[cfg(test)]
 mod servers;
 #[cfg(test)]
 mod start;
+#[cfg(test)]
+mod stores;
