@@ -7,10 +7,12 @@ use exchange::{
     app,
     config::ConfigArgs,
     db,
+    load::{self, LoadArgs},
     market::{Store, StoreConfig},
     messages::{self, MessagesConfig},
     migrate::{self, MigrateArgs},
     notification, service,
+    smoke::{self, SmokeArgs},
     stream::Hub,
     telemetry, user,
 };
@@ -35,6 +37,10 @@ enum Command {
         #[command(subcommand)]
         command: MarketCommand,
     },
+    /// Try the whole way from registration to a settled trade, in a test lane.
+    Smoke(Box<SmokeArgs>),
+    /// Offer load at a fixed rate, and audit what came of it.
+    Load(Box<LoadArgs>),
     /// Bring the database schema forward.
     Migrate(MigrateArgs),
 }
@@ -55,7 +61,9 @@ async fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     match run(Cli::parse().command).await {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(true) => ExitCode::SUCCESS,
+        // It has said what was wrong.
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("{error:#}");
             ExitCode::FAILURE
@@ -63,9 +71,12 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn run(command: Command) -> anyhow::Result<()> {
+/// Does what was asked, and says whether all was well.
+async fn run(command: Command) -> anyhow::Result<bool> {
     match command {
-        Command::User(args) => service::serve("user", args.validate()?, user::router, |_, _| async {}).await,
+        Command::User(args) => {
+            service::serve("user", args.validate()?, user::router, |_, _| async {}).await?
+        }
         Command::Notification(args) => {
             let config = args.validate()?;
             let messages = MessagesConfig::from(&config)?;
@@ -77,7 +88,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
                 |app| notification::router(app, streams),
                 |app, shutdown| messages::run(app, messages, hub, shutdown),
             )
-            .await
+            .await?;
         }
         Command::Market {
             command: MarketCommand::Rebuild(args),
@@ -88,11 +99,13 @@ async fn run(command: Command) -> anyhow::Result<()> {
             let store = Store::new(StoreConfig::from(&config)?);
             let rebuilt = store.rebuild(&db, time::OffsetDateTime::now_utc()).await?;
             info!(rebuilt.ticks, rebuilt.candles, "rebuilt the market data");
-            Ok(())
         }
+        Command::Smoke(args) => return smoke::run(*args).await,
+        Command::Load(args) => return load::run(*args).await,
         Command::Migrate(args) => {
             telemetry::init("migrate", app::VERSION, "none".to_owned());
-            migrate::run(args).await
+            migrate::run(args).await?;
         }
     }
+    Ok(true)
 }

@@ -5,7 +5,11 @@
 
 use std::sync::Arc;
 
-use axum::{Json, extract::State, http::StatusCode};
+use axum::{
+    Json,
+    extract::State,
+    http::{HeaderMap, StatusCode},
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sqlx::PgConnection;
@@ -15,10 +19,11 @@ use uuid::Uuid;
 
 use crate::{
     app::App,
-    auth::Caller,
+    auth::{self, Caller, LANE_HEADER},
     error::{self, ApiError, ProblemDocument},
     extract::{Body, Path, Query},
     inbox::{ApplyError, Delivered},
+    lane::Lane,
     outbox::Topic,
     stream::{self, Hub},
 };
@@ -274,6 +279,7 @@ pub fn router(app: App, hub: Arc<Hub>) -> OpenApiRouter {
         .routes(routes!(list))
         .routes(routes!(mark_read))
         .routes(routes!(mark_all_read))
+        .routes(routes!(erase_lane))
         .with_state(app.clone())
         .merge(stream::router(Shared { app, hub }))
 }
@@ -399,10 +405,36 @@ async fn mark_all_read(
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// Removes everything in a test lane of this stack. For whoever holds the stack's secret.
+#[utoipa::path(
+    post,
+    path = "/lane/erase",
+    tag = "lane",
+    params(
+        ("x-exchange-lane" = String, Header, description = "The lane"),
+        ("x-exchange-lane-secret" = String, Header, description = "The secret of the stack's test lanes"),
+    ),
+    responses((status = 204), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
+)]
+async fn erase_lane(State(app): State<App>, headers: HeaderMap) -> Result<StatusCode, ApiError> {
+    let lane = headers
+        .get(LANE_HEADER)
+        .and_then(|lane| lane.to_str().ok())
+        .and_then(|lane| lane.parse().ok());
+    let lane: Lane = lane.ok_or_else(|| ApiError::from(error::INVALID_PARAMETER).field(LANE_HEADER))?;
+    if !auth::opens_lane(&app, &headers, &lane) {
+        return Err(ApiError::from(error::FORBIDDEN).detail("the lane's secret is needed"));
+    }
+    sqlx::query("select erase_lane_v1($1)")
+        .bind(&lane)
+        .execute(&app.db)
+        .await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lane::Lane;
 
     fn delivered(topic: Topic, payload: Value) -> Delivered {
         Delivered {

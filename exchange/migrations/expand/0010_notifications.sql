@@ -65,7 +65,6 @@ create index dead_letters_of_test_lane on dead_letters (lane) where lane <> 'liv
 create index outbox_unpublished on outbox (id) where published_at is null and done_at is null;
 create index outbox_published on outbox (published_at) where published_at is not null and done_at is null;
 create index outbox_done on outbox (done_at) where done_at is not null;
-create index outbox_of_test_lane on outbox (lane) where lane <> 'live';
 
 -- Trades are stored in the order of time, so this small index finds a minute's; it costs their writers nothing.
 create index trades_by_time on trades using brin (executed_at) with (pages_per_range = 32);
@@ -73,6 +72,7 @@ create index trades_by_time on trades using brin (executed_at) with (pages_per_r
 grant select, insert, update, delete on notification_counters, notifications, emails to exchange_app;
 grant select, insert, update on releases to exchange_app;
 grant select, insert on dead_letters to exchange_app;
+grant select, insert, update, delete on outbox, inbox to exchange_app;
 
 insert into lane_tables (table_name, position) values
     ('notifications', 100),

@@ -146,7 +146,7 @@ async fn market_data_comes_back_equal() {
     let (ann, bob) = (stores.user("live").await, stores.user("live").await);
     let service = stores.notification(&LIVE).ready().await;
     for price in 1..=50 {
-        stores.trade("live", ann, bob, price * 7 % 31, "0.123").await;
+        stores.trade("live", ann, bob, price * 7 % 31 + 1, "0.123").await;
     }
     stores.settled("live").await;
     let complete = |dump: &[String]| dump.iter().any(|line| line == "exchange:live:complete");

@@ -109,7 +109,9 @@ impl Nats {
     }
 
     pub(crate) async fn jetstream(&self) -> async_nats::jetstream::Context {
-        async_nats::jetstream::new(async_nats::connect(self.url()).await.unwrap())
+        let options =
+            async_nats::ConnectOptions::with_user_and_password("exchange".to_owned(), "secret".to_owned());
+        async_nats::jetstream::new(options.connect(self.url()).await.unwrap())
     }
 }
 
@@ -265,8 +267,8 @@ impl Stores {
         .unwrap();
         let orders = (Uuid::now_v7(), Uuid::now_v7());
         sqlx::query(
-            "insert into trades (id, lane, product, price, size, taker_side, buyer_user_id, buyer_order_id,
-                                 buyer_fee, seller_user_id, seller_order_id, seller_fee, executed_at)
+            "insert into trades (id, lane, product, price, size, taker_side, taker_user_id, taker_order_id,
+                                 taker_fee, maker_user_id, maker_order_id, maker_fee, executed_at)
              values ($1, $2, 'BTC-USD', $3, $4::numeric, 'buy', $5, $6, 0.2, $7, $8, 0.1, clock_timestamp())",
         )
         .bind(id)
@@ -322,8 +324,8 @@ impl Stores {
             "select coalesce(told.trade, expected.trade)
              from (select data ->> 'trade_id' as trade, user_id, count(*) as times from notifications
                    where lane = $1 and kind = 'trade' group by 1, 2) told
-             full join (select id::text as trade, buyer_user_id as user_id from trades where lane = $1
-                        union all select id::text, seller_user_id from trades where lane = $1) expected
+             full join (select id::text as trade, taker_user_id as user_id from trades where lane = $1
+                        union all select id::text, maker_user_id from trades where lane = $1) expected
                on expected.trade = told.trade and expected.user_id = told.user_id
              where told.times is distinct from 1 or expected.trade is null",
         )
