@@ -11,7 +11,10 @@ use sqlx::PgPool;
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use crate::{auth::Keys, config::Config, db, lane::Lane, metrics::Metrics, role::Role, server::Counts};
+use crate::{
+    auth::Keys, config::Config, db, lane::Lane, metrics::Metrics, password::Passwords, role::Role,
+    server::Counts,
+};
 
 /// The version of this build.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -38,6 +41,8 @@ pub struct Inner {
     pub stack: StackId,
     /// The keys of access tokens.
     pub keys: Keys,
+    /// Where passwords are hashed.
+    pub passwords: Passwords,
     /// What is open on the public port.
     pub counts: Counts,
     /// Whether live messages are being taken from the queue; the consumer keeps it true to the fact.
@@ -69,6 +74,7 @@ impl App {
         Ok(Self(Arc::new(Inner {
             service,
             instance: Uuid::now_v7(),
+            passwords: Passwords::new(config.password_hashers),
             keys: Keys::new(db.clone(), &config),
             config,
             db,

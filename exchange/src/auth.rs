@@ -355,7 +355,8 @@ impl Keys {
             .max()
             .filter(|until| *until > now);
         if last.is_none_or(|until| until <= now + PUBLISHED_BEFORE * 2) {
-            let signs_from = last.unwrap_or(now);
+            // Not later than now by any other clock.
+            let signs_from = last.unwrap_or(now - time::Duration::seconds(LEEWAY));
             let signs_until = signs_from + SIGNS_FOR;
             let row = KeyRow {
                 kid: Uuid::now_v7().simple().to_string(),

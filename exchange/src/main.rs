@@ -1,7 +1,8 @@
 //! The `exchange` binary: one subcommand per role.
 
-use std::{process::ExitCode, sync::Arc};
+use std::{io::Write, process::ExitCode, sync::Arc};
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use exchange::{
     app,
@@ -11,7 +12,7 @@ use exchange::{
     market::{Store, StoreConfig},
     messages::{self, MessagesConfig},
     migrate::{self, MigrateArgs},
-    notification, service,
+    notification, openapi, service,
     smoke::{self, SmokeArgs},
     stream::Hub,
     telemetry, user,
@@ -43,6 +44,8 @@ enum Command {
     Load(Box<LoadArgs>),
     /// Bring the database schema forward.
     Migrate(MigrateArgs),
+    /// Print the OpenAPI document of all services.
+    Openapi,
 }
 
 #[derive(Subcommand)]
@@ -74,9 +77,7 @@ async fn main() -> ExitCode {
 /// Does what was asked, and says whether all was well.
 async fn run(command: Command) -> anyhow::Result<bool> {
     match command {
-        Command::User(args) => {
-            service::serve("user", args.validate()?, user::router, |_, _| async {}).await?
-        }
+        Command::User(args) => service::serve("user", args.validate()?, user::router, user::run).await?,
         Command::Notification(args) => {
             let config = args.validate()?;
             let messages = MessagesConfig::from(&config)?;
@@ -105,6 +106,10 @@ async fn run(command: Command) -> anyhow::Result<bool> {
         Command::Migrate(args) => {
             telemetry::init("migrate", app::VERSION, "none".to_owned());
             migrate::run(args).await?;
+        }
+        Command::Openapi => {
+            let document = openapi::document().to_pretty_json()?;
+            writeln!(std::io::stdout(), "{document}").context("failed to write the document")?;
         }
     }
     Ok(true)

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use tracing::info;
 use uuid::Uuid;
 
-use crate::{config::StoreUrl, db};
+use crate::{app::App, config::StoreUrl, db};
 
 static EXPAND: Migrator = sqlx::migrate!("./migrations/expand");
 static CONTRACT: Migrator = sqlx::migrate!("./migrations/contract");
@@ -123,6 +123,30 @@ pub async fn read_state(executor: impl sqlx::PgExecutor<'_>) -> Result<SchemaSta
     sqlx::query_as("select identity, expanded, oldest_reader from schema_state")
         .fetch_one(executor)
         .await
+}
+
+/// Says that this process works with the schema, which a contract must not break under it.
+pub async fn announce(app: &App) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "insert into instances (id, service, stack, level) values ($1, $2, $3, $4)
+         on conflict (id) do update set seen_at = now()",
+    )
+    .bind(app.instance)
+    .bind(app.service)
+    .bind(app.stack.to_string())
+    .bind(level())
+    .execute(&app.db)
+    .await?;
+    Ok(())
+}
+
+/// Takes that back, at the end.
+pub async fn depart(app: &App) -> Result<(), sqlx::Error> {
+    sqlx::query("delete from instances where id = $1")
+        .bind(app.instance)
+        .execute(&app.db)
+        .await?;
+    Ok(())
 }
 
 /// Runs what is outstanding of one phase. Can be killed at any moment and run again.

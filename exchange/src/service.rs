@@ -38,6 +38,12 @@ const QUIET: Duration = Duration::from_secs(1);
 /// How long background work may take to end.
 const BACKGROUND_END: Duration = Duration::from_secs(10);
 
+/// How often the schema is looked at, and this process announced.
+const CHECK_EVERY: Duration = Duration::from_secs(10);
+
+/// The same while it is not as this process needs it.
+const RETRY_EVERY: Duration = Duration::from_millis(500);
+
 /// Runs a service until SIGTERM or SIGINT, and then until its clients are gone or the termination deadline.
 ///
 /// `routes` builds its public routes; `background` is its work beside them, which ends when its token is cancelled.
@@ -181,37 +187,54 @@ async fn watch_schema(
     terminating: CancellationToken,
     over: CancellationToken,
 ) {
-    while !over.is_cancelled() {
-        let pause = match migrate::read_state(&app.db).await {
-            Ok(state) => {
+    let set = |verdict: Result<(), String>| {
+        if let Err(reason) = &verdict
+            && *readiness.borrow() != verdict
+        {
+            warn!("not ready: {reason}");
+        }
+        readiness.send_modify(|known| *known = verdict);
+    };
+    let check = async {
+        loop {
+            let seen = async {
+                let state = migrate::read_state(&app.db).await?;
                 app.database_identity.get_or_init(|| state.identity);
                 let verdict = state.supports(migrate::level());
-                readiness.send_if_modified(|known| {
-                    let differs = *known != verdict;
-                    known.clone_from(&verdict);
-                    differs
-                });
                 if verdict.is_ok() {
-                    Duration::from_secs(10)
-                } else {
-                    Duration::from_secs(1)
+                    migrate::announce(&app).await?;
                 }
-            }
-            Err(error) => {
-                if readiness.borrow().is_err() {
-                    let reason = format!("the database cannot be used: {error}");
-                    readiness.send_modify(|known| *known = Err(reason));
+                Ok::<_, sqlx::Error>(verdict)
+            };
+            match seen.await {
+                Ok(verdict) => set(verdict),
+                Err(error) if readiness.borrow().is_err() => {
+                    set(Err(format!("the database cannot be used: {error}")));
                 }
-                Duration::from_secs(1)
+                Err(_) => {}
             }
-        };
-        tokio::select! {
-            () = tokio::time::sleep(pause) => {}
-            () = terminating.cancelled() => {
-                readiness.send_modify(|known| *known = Err("terminating".to_owned()));
-                return;
+            let pause = if readiness.borrow().is_ok() {
+                CHECK_EVERY
+            } else {
+                RETRY_EVERY
+            };
+            tokio::time::sleep(pause).await;
+        }
+    };
+    terminating.run_until_cancelled(check).await;
+    set(Err("terminating".to_owned()));
+    // It works with the schema until the last request has been answered.
+    let announce = async {
+        loop {
+            tokio::time::sleep(CHECK_EVERY).await;
+            if let Err(error) = migrate::announce(&app).await {
+                warn!(error.message = %error, "failed to announce this process");
             }
         }
+    };
+    over.run_until_cancelled(announce).await;
+    if let Err(error) = migrate::depart(&app).await {
+        warn!(error.message = %error, "failed to sign off; this process counts as running for a while");
     }
 }
 

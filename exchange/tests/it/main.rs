@@ -2,6 +2,8 @@
 
 // As test code, in which clippy.toml allows unwrapping.
 #[cfg(test)]
+mod connections;
+#[cfg(test)]
 mod queue;
 #[cfg(test)]
 mod servers;
@@ -9,3 +11,5 @@ mod servers;
 mod start;
 #[cfg(test)]
 mod stores;
+#[cfg(test)]
+mod user;

@@ -236,7 +236,7 @@ impl Database {
     }
 
     /// A pool as the owner.
-    async fn owner(&self) -> PgPool {
+    pub(crate) async fn owner(&self) -> PgPool {
         PgPool::connect(&self.owner_url).await.unwrap()
     }
 

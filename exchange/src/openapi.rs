@@ -1,0 +1,53 @@
+//! The description of the API, made from the code.
+
+use utoipa::openapi::{
+    Components, Info, OpenApi, RefOr, Schema,
+    security::{Http, HttpAuthScheme, SecurityScheme},
+};
+
+use crate::{app, error, user};
+
+/// The OpenAPI document of all services.
+pub fn document() -> OpenApi {
+    let services = [user::routes()];
+    let problems = [error::PROBLEMS, user::PROBLEMS];
+
+    let mut document = OpenApi::default();
+    for service in services {
+        document.merge(service.into_openapi());
+    }
+    document.info = Info::new("exchange", app::VERSION);
+    document.info.description = Some(description(&problems));
+    let components = document.components.get_or_insert_with(Components::default);
+    components.add_security_scheme(
+        "access_token",
+        SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)),
+    );
+    let codes = problems
+        .iter()
+        .copied()
+        .flatten()
+        .map(|problem| problem.code.into());
+    if let Some(RefOr::T(Schema::Object(problem))) = components.schemas.get_mut("ProblemDocument")
+        && let Some(RefOr::T(Schema::Object(code))) = problem.properties.get_mut("code")
+    {
+        code.enum_values = Some(codes.collect());
+    }
+    document
+}
+
+fn description(problems: &[&[error::Problem]]) -> String {
+    let rows = problems.iter().copied().flatten().map(|problem| {
+        format!(
+            "| `{}` | {} | {} |\n",
+            problem.code,
+            problem.status.as_u16(),
+            problem.title
+        )
+    });
+    let rows: String = rows.collect();
+    format!(
+        "Every response names the stack that answered in `x-exchange-stack`. Failures are problem documents (RFC 9457) \
+         with a stable `code`:\n\n| code | status | meaning |\n|---|---|---|\n{rows}"
+    )
+}

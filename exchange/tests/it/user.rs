@@ -1,0 +1,634 @@
+//! The user service, as its clients see it.
+
+use std::time::Instant;
+
+use reqwest::{Method, Response, StatusCode};
+use serde_json::{Value, json};
+
+use crate::servers::{Database, Postgres, Service};
+
+const PASSWORD: &str = "correct horse battery";
+const LANE_SECRET: &str = "0123456789abcdef0123";
+
+struct Exchange {
+    database: Database,
+    service: Service,
+}
+
+impl Exchange {
+    async fn start(flags: &[&str]) -> Self {
+        let database = Database::migrated(Postgres::shared()).await;
+        let flags = [&["--lane-secret", LANE_SECRET], flags].concat();
+        let service = Service::live("user", &database, &flags).ready().await;
+        Self { database, service }
+    }
+
+    async fn call(&self, method: Method, path: &str, token: Option<&str>, body: Option<Value>) -> Response {
+        let mut request = self.service.client.request(method, self.service.url(path));
+        if let Some(token) = token {
+            request = request.bearer_auth(token);
+        }
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        request.send().await.unwrap()
+    }
+
+    async fn post(&self, path: &str, body: Value) -> Response {
+        self.call(Method::POST, path, None, Some(body)).await
+    }
+
+    async fn register(&self, email: &str) {
+        let response = self
+            .post("/register", json!({"email": email, "password": PASSWORD}))
+            .await;
+        assert_eq!(response.status(), 202);
+    }
+
+    async fn log_in(&self, email: &str) -> Tokens {
+        let response = self
+            .post("/login", json!({"email": email, "password": PASSWORD}))
+            .await;
+        Tokens::from(response).await
+    }
+
+    async fn user(&self, email: &str) -> Tokens {
+        self.register(email).await;
+        self.log_in(email).await
+    }
+}
+
+#[derive(serde::Deserialize)]
+struct Tokens {
+    user_id: String,
+    access_token: String,
+    refresh_token: String,
+}
+
+impl Tokens {
+    async fn from(response: Response) -> Self {
+        assert_eq!(response.status(), 200);
+        response.json().await.unwrap()
+    }
+}
+
+async fn problem(response: Response, status: u16, code: &str) {
+    let answered = response.status();
+    assert!(response.headers().contains_key("x-exchange-stack"));
+    let body: Value = response.json().await.unwrap();
+    assert_eq!(
+        (answered.as_u16(), body["code"].as_str()),
+        (status, Some(code)),
+        "{body}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_registers_logs_in_and_manages_the_profile() {
+    let exchange = Exchange::start(&[]).await;
+    let tokens = exchange.user("Ada@Example.org").await;
+    let token = Some(tokens.access_token.as_str());
+
+    let profile: Value = exchange
+        .call(Method::GET, "/profile", token, None)
+        .await
+        .json()
+        .await
+        .unwrap();
+    assert_eq!(profile["email"], "ada@example.org");
+    assert_eq!(profile["display_name"], Value::Null);
+    let update = json!({"display_name": "Ada", "locale": "en-GB"});
+    let profile: Value = exchange
+        .call(Method::PATCH, "/profile", token, Some(update))
+        .await
+        .json()
+        .await
+        .unwrap();
+    assert_eq!(
+        (&profile["display_name"], &profile["locale"]),
+        (&json!("Ada"), &json!("en-GB"))
+    );
+    let profile: Value = exchange
+        .call(
+            Method::PATCH,
+            "/profile",
+            token,
+            Some(json!({"display_name": ""})),
+        )
+        .await
+        .json()
+        .await
+        .unwrap();
+    assert_eq!(
+        (&profile["display_name"], &profile["locale"]),
+        (&Value::Null, &json!("en-GB"))
+    );
+
+    assert_eq!(
+        exchange.call(Method::POST, "/logout", token, None).await.status(),
+        204
+    );
+    problem(
+        exchange.call(Method::GET, "/profile", token, None).await,
+        401,
+        "unauthenticated",
+    )
+    .await;
+    let body = json!({"refresh_token": tokens.refresh_token});
+    problem(
+        exchange.post("/token/refresh", body).await,
+        401,
+        "invalid_refresh_token",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_learns_whether_an_address_is_registered() {
+    let exchange = Exchange::start(&[
+        "--login-attempts-per-account=1000",
+        "--login-attempts-per-address=1000",
+    ])
+    .await;
+    exchange.user("known@example.org").await;
+
+    let mut answers = Vec::new();
+    for email in ["known@example.org", "new@example.org"] {
+        let response = exchange
+            .post(
+                "/register",
+                json!({"email": email, "password": "something else 1"}),
+            )
+            .await;
+        answers.push((response.status(), response.text().await.unwrap()));
+    }
+    assert_eq!(answers[0], answers[1]);
+    // And it has changed nothing.
+    exchange.log_in("known@example.org").await;
+
+    let mut answers = Vec::new();
+    for email in ["known@example.org", "unknown@example.org"] {
+        let response = exchange
+            .post("/login", json!({"email": email, "password": "wrong password"}))
+            .await;
+        answers.push((response.status(), response.text().await.unwrap()));
+    }
+    assert_eq!(answers[0], answers[1]);
+
+    // By time: the medians are as close to each other as those of the same address would be.
+    let mut times = [Vec::new(), Vec::new()];
+    for round in 0..40 {
+        let email = ["known@example.org", "unknown@example.org"][round % 2];
+        let start = Instant::now();
+        exchange
+            .post("/login", json!({"email": email, "password": "wrong password"}))
+            .await;
+        times[round % 2].push(start.elapsed());
+    }
+    let [known, unknown] = times.map(|mut times| {
+        times.sort();
+        times[times.len() / 2].as_secs_f64()
+    });
+    assert!(
+        (0.5..2.0).contains(&(known / unknown)),
+        "known {known} s, unknown {unknown} s"
+    );
+    assert!(known > 0.005, "{known} s is no password hash");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn guessing_is_limited_per_account_and_counted_by_all_replicas() {
+    let exchange = Exchange::start(&["--login-attempts-per-account=5"]).await;
+    exchange.user("ada@example.org").await;
+    exchange.register("bob@example.org").await;
+    let flags = ["--login-attempts-per-account=5"];
+    let replica = Service::live("user", &exchange.database, &flags).ready().await;
+    let guess = json!({"email": "ada@example.org", "password": "wrong password"});
+    // Twenty at once: no more than five reach the password.
+    let guesses = (0..20).map(|number| {
+        let service = if number % 2 == 0 {
+            &exchange.service
+        } else {
+            &replica
+        };
+        service.client.post(service.url("/login")).json(&guess).send()
+    });
+    let answers = futures::future::try_join_all(guesses).await.unwrap();
+    let tried = answers
+        .iter()
+        .filter(|answer| answer.status() == StatusCode::UNAUTHORIZED)
+        .count();
+    let refused = answers
+        .iter()
+        .filter(|answer| answer.status() == StatusCode::TOO_MANY_REQUESTS)
+        .count();
+    assert_eq!((tried, refused), (5, 15));
+    let right = exchange
+        .post(
+            "/login",
+            json!({"email": "ada@example.org", "password": PASSWORD}),
+        )
+        .await;
+    assert!(
+        right.headers()["retry-after"]
+            .to_str()
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+            > 600
+    );
+    problem(right, 429, "too_many_requests").await;
+    // Unknown accounts are limited in the same way, others not at all.
+    let unknown = json!({"email": "nobody@example.org", "password": PASSWORD});
+    for _ in 0..5 {
+        problem(
+            exchange.post("/login", unknown.clone()).await,
+            401,
+            "wrong_credentials",
+        )
+        .await;
+    }
+    problem(exchange.post("/login", unknown).await, 429, "too_many_requests").await;
+    exchange.log_in("bob@example.org").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn guessing_is_limited_per_address_behind_trusted_proxies_only() {
+    let flags = [
+        "--login-attempts-per-address=3",
+        "--trusted-proxies=127.0.0.0/8,10.0.0.0/8",
+    ];
+    let exchange = Exchange::start(&flags).await;
+    let guess = |number: usize, forwarded: &'static str| {
+        let body = json!({"email": format!("user{number}@example.org"), "password": "wrong password"});
+        let request = exchange
+            .service
+            .client
+            .post(exchange.service.url("/login"))
+            .json(&body);
+        async move {
+            request
+                .header("x-forwarded-for", forwarded)
+                .send()
+                .await
+                .unwrap()
+                .status()
+        }
+    };
+    for number in 0..3 {
+        assert_eq!(guess(number, "203.0.113.7, 10.1.1.1").await, 401);
+    }
+    assert_eq!(guess(3, "203.0.113.7").await, 429);
+    // What stands before the last untrusted address is the client's own invention.
+    assert_eq!(guess(4, "198.51.100.1, 203.0.113.7").await, 429);
+    assert_eq!(guess(5, "203.0.113.8").await, 401);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_token_works_once_and_its_reuse_ends_the_session() {
+    let exchange = Exchange::start(&[]).await;
+    let first = exchange.user("ada@example.org").await;
+    let other = exchange.log_in("ada@example.org").await;
+    let second = Tokens::from(
+        exchange
+            .post("/token/refresh", json!({"refresh_token": first.refresh_token}))
+            .await,
+    )
+    .await;
+    assert_ne!(first.refresh_token, second.refresh_token);
+    assert_eq!(first.user_id, second.user_id);
+    let reused = exchange
+        .post("/token/refresh", json!({"refresh_token": first.refresh_token}))
+        .await;
+    problem(reused, 401, "invalid_refresh_token").await;
+    let successor = exchange
+        .post("/token/refresh", json!({"refresh_token": second.refresh_token}))
+        .await;
+    problem(successor, 401, "invalid_refresh_token").await;
+    // Another session of the user is none of its business.
+    Tokens::from(
+        exchange
+            .post("/token/refresh", json!({"refresh_token": other.refresh_token}))
+            .await,
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_many_refreshes_at_once_one_wins() {
+    let exchange = Exchange::start(&[]).await;
+    let tokens = exchange.user("ada@example.org").await;
+    let body = json!({"refresh_token": tokens.refresh_token});
+    let attempts = (0..20).map(|_| exchange.post("/token/refresh", body.clone()));
+    let answers = futures::future::join_all(attempts).await;
+    let won = answers.iter().filter(|answer| answer.status() == 200).count();
+    let lost = answers.iter().filter(|answer| answer.status() == 401).count();
+    assert_eq!((won, lost), (1, 19));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_password_ends_the_other_sessions() {
+    let exchange = Exchange::start(&[]).await;
+    let here = exchange.user("ada@example.org").await;
+    let there = exchange.log_in("ada@example.org").await;
+    let token = Some(here.access_token.as_str());
+    let change = |current: &str| json!({"current_password": current, "new_password": "a better password"});
+    let wrong = exchange
+        .call(Method::POST, "/password", token, Some(change("wrong password")))
+        .await;
+    problem(wrong, 401, "wrong_credentials").await;
+    let right = exchange
+        .call(Method::POST, "/password", token, Some(change(PASSWORD)))
+        .await;
+    assert_eq!(right.status(), 204);
+    problem(
+        exchange
+            .post("/token/refresh", json!({"refresh_token": there.refresh_token}))
+            .await,
+        401,
+        "invalid_refresh_token",
+    )
+    .await;
+    assert_eq!(
+        exchange.call(Method::GET, "/profile", token, None).await.status(),
+        200
+    );
+    let old = exchange
+        .post(
+            "/login",
+            json!({"email": "ada@example.org", "password": PASSWORD}),
+        )
+        .await;
+    problem(old, 401, "wrong_credentials").await;
+    let new = exchange
+        .post(
+            "/login",
+            json!({"email": "ada@example.org", "password": "a better password"}),
+        )
+        .await;
+    assert_eq!(new.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_can_take_the_data_and_leave() {
+    let exchange = Exchange::start(&[]).await;
+    let ada = exchange.user("ada@example.org").await;
+    exchange.user("bob@example.org").await;
+    let token = Some(ada.access_token.as_str());
+    let text = exchange
+        .call(Method::GET, "/user/export", token, None)
+        .await
+        .text()
+        .await
+        .unwrap();
+    let export: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(export["profile"][0]["email"], "ada@example.org");
+    assert_eq!(export["sessions"].as_array().unwrap().len(), 1);
+    assert!(
+        !text.contains("bob@example.org") && !text.contains("argon2"),
+        "{text}"
+    );
+
+    // An obstacle, such as a balance that is left, stands in the way.
+    let owner = exchange.database.owner().await;
+    let obstacle = "insert into user_data (topic, position, export, obstacle) values
+        ('test', 1, 'select null::jsonb where false', 'select exists (select from users where id = $1 and locale = ''en'')')";
+    sqlx::query(obstacle).execute(&owner).await.unwrap();
+    problem(
+        exchange.call(Method::DELETE, "/user", token, None).await,
+        409,
+        "accounts_not_empty",
+    )
+    .await;
+    exchange
+        .call(Method::PATCH, "/profile", token, Some(json!({"locale": "fr"})))
+        .await;
+    assert_eq!(
+        exchange.call(Method::DELETE, "/user", token, None).await.status(),
+        204
+    );
+
+    problem(
+        exchange.call(Method::GET, "/profile", token, None).await,
+        401,
+        "unauthenticated",
+    )
+    .await;
+    let login = exchange
+        .post(
+            "/login",
+            json!({"email": "ada@example.org", "password": PASSWORD}),
+        )
+        .await;
+    problem(login, 401, "wrong_credentials").await;
+    let left: Vec<(Option<String>, Option<String>, Option<String>)> =
+        sqlx::query_as("select email, display_name, password_hash from users where deleted_at is not null")
+            .fetch_all(&owner)
+            .await
+            .unwrap();
+    assert_eq!(left, [(None, None, None)]);
+    // The address is free again.
+    exchange.user("ada@example.org").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_holder_of_the_secret_opens_a_test_lane_and_erases_it() {
+    let exchange = Exchange::start(&["--colour", "green", "--revision", "abc"]).await;
+    let request = |method: Method, path: &str, lane: &str, secret: &str, body: Option<Value>| {
+        let request = exchange
+            .service
+            .client
+            .request(method, exchange.service.url(path));
+        let request = request
+            .header("x-exchange-lane", lane)
+            .header("x-exchange-lane-secret", secret);
+        body.into_iter()
+            .fold(request, |request, body| request.json(&body))
+            .send()
+    };
+    let body = || Some(json!({"email": "ada@example.org", "password": PASSWORD}));
+    for (lane, secret) in [
+        ("test-green-abc.1", "a wrong secret 1234567"),
+        ("test-green-abc.1", ""),
+        ("test-blue-abc.1", LANE_SECRET),
+        ("test-green-abcd.1", LANE_SECRET),
+    ] {
+        let refused = request(Method::POST, "/register", lane, secret, body())
+            .await
+            .unwrap();
+        problem(refused, 403, "lane_refused").await;
+        let refused = request(Method::DELETE, "/lane", lane, secret, None)
+            .await
+            .unwrap();
+        problem(refused, 403, "lane_refused").await;
+    }
+    let refused = request(Method::DELETE, "/lane", "live", LANE_SECRET, None)
+        .await
+        .unwrap();
+    problem(refused, 403, "lane_refused").await;
+
+    // The same address lives in both lanes, as two users.
+    exchange.register("ada@example.org").await;
+    let registered = request(Method::POST, "/register", "test-green-abc.1", LANE_SECRET, body())
+        .await
+        .unwrap();
+    assert_eq!(registered.status(), 202);
+    let live = exchange.log_in("ada@example.org").await;
+    let test = Tokens::from(
+        request(Method::POST, "/login", "test-green-abc.1", "", body())
+            .await
+            .unwrap(),
+    )
+    .await;
+    assert_ne!(live.user_id, test.user_id);
+
+    let erased = request(Method::DELETE, "/lane", "test-green-abc.1", LANE_SECRET, None)
+        .await
+        .unwrap();
+    assert_eq!(erased.status(), 204);
+    let gone = request(Method::POST, "/login", "test-green-abc.1", "", body())
+        .await
+        .unwrap();
+    problem(gone, 401, "wrong_credentials").await;
+    exchange.log_in("ada@example.org").await;
+    let metrics = exchange.service.admin("/metrics").await.text().await.unwrap();
+    let counted = r#"http_server_requests_total{method="POST",route="/login",lane="test",status="200"} 1"#;
+    assert!(metrics.contains(counted), "{metrics}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hostile_input_is_refused_with_the_field_at_fault() {
+    let exchange = Exchange::start(&[]).await;
+    let register = |email: &str, password: &str| json!({"email": email, "password": password});
+    for (body, status, code, field) in [
+        (register("nobody", PASSWORD), 422, "invalid_field", "email"),
+        (register("a@b\u{0}.org", PASSWORD), 422, "invalid_field", "email"),
+        (
+            register(&format!("{}@example.org", "a".repeat(300)), PASSWORD),
+            422,
+            "invalid_field",
+            "email",
+        ),
+        (register("a@b.org", "short"), 422, "invalid_field", "password"),
+        (
+            json!({"email": "a@b.org", "password": PASSWORD, "display_name": "a\u{0}b"}),
+            422,
+            "invalid_field",
+            "display_name",
+        ),
+        (
+            json!({"email": "a@b.org", "password": PASSWORD, "locale": "'; drop table users"}),
+            422,
+            "invalid_field",
+            "locale",
+        ),
+        (
+            json!({"email": 7, "password": PASSWORD}),
+            400,
+            "invalid_body",
+            "email",
+        ),
+        (
+            json!({"email": "a@b.org", "password": PASSWORD, "scopes": ["treasury"]}),
+            400,
+            "invalid_body",
+            "scopes",
+        ),
+    ] {
+        let response = exchange.post("/register", body.clone()).await;
+        let answered = response.status().as_u16();
+        let problem: Value = response.json().await.unwrap();
+        assert_eq!(
+            (answered, &problem["code"], &problem["field"]),
+            (status, &json!(code), &json!(field)),
+            "{body} {problem}"
+        );
+    }
+    let client = &exchange.service.client;
+    let url = exchange.service.url("/login");
+    problem(
+        client.post(&url).body("{}").send().await.unwrap(),
+        415,
+        "unsupported_media_type",
+    )
+    .await;
+    let json = |body: String| {
+        client
+            .post(&url)
+            .header("content-type", "application/json")
+            .body(body)
+            .send()
+    };
+    problem(json("{".to_owned()).await.unwrap(), 400, "invalid_body").await;
+    problem(json("x".repeat(70_000)).await.unwrap(), 413, "body_too_large").await;
+    problem(
+        exchange.call(Method::GET, "/login", None, None).await,
+        405,
+        "method_not_allowed",
+    )
+    .await;
+    problem(
+        exchange.call(Method::GET, "/nothing", None, None).await,
+        404,
+        "not_found",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_secret_and_no_address_is_logged() {
+    let exchange = Exchange::start(&[]).await;
+    let tokens = exchange.user("ada@example.org").await;
+    exchange
+        .post(
+            "/login",
+            json!({"email": "ada@example.org", "password": "wrong password"}),
+        )
+        .await;
+    exchange
+        .post("/token/refresh", json!({"refresh_token": tokens.refresh_token}))
+        .await;
+    exchange
+        .post("/token/refresh", json!({"refresh_token": tokens.refresh_token}))
+        .await;
+    exchange
+        .call(Method::DELETE, "/user", Some(&tokens.access_token), None)
+        .await;
+    let trace = "0af7651916cd43dd8448eb211c80319c";
+    let header = format!("00-{trace}-b7ad6b7169203331-01");
+    let request = exchange
+        .service
+        .client
+        .get(exchange.service.url("/profile"))
+        .header("traceparent", header);
+    request.send().await.unwrap();
+    let log = exchange.service.log();
+    assert!(
+        log.contains("came twice") && log.contains(&format!(r#""trace.id":"{trace}""#)),
+        "{log}"
+    );
+    for secret in [
+        "ada@",
+        "example.org",
+        PASSWORD,
+        "wrong password",
+        &tokens.access_token,
+        &tokens.refresh_token,
+        LANE_SECRET,
+    ] {
+        assert!(!log.contains(secret), "{secret} is in the log:\n{log}");
+    }
+    for line in log.lines() {
+        let entry: Value = serde_json::from_str(line).unwrap();
+        for field in [
+            "@timestamp",
+            "log.level",
+            "message",
+            "ecs.version",
+            "service.name",
+            "labels.stack",
+        ] {
+            assert!(entry[field].is_string(), "{field} is missing in {line}");
+        }
+    }
+}
