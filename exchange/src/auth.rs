@@ -301,7 +301,7 @@ impl Keys {
     }
 
     async fn signing_key(&self, now: OffsetDateTime) -> Result<Key, ApiError> {
-        let find = |keys: &[Key]| {
+        let find = |keys: &[Key], now: OffsetDateTime| {
             let signing = keys
                 .iter()
                 .filter(|key| key.signs_from <= now && now < key.signs_until);
@@ -313,13 +313,14 @@ impl Keys {
                 .any(|key| key.signs_until > now + PUBLISHED_BEFORE * 2)
         };
         let known = self.known();
-        if let Some(key) = find(&known)
+        if let Some(key) = find(&known, now)
             && succeeded(&known)
         {
             return Ok(key);
         }
         self.ensure_keys().await?;
-        find(&self.known()).ok_or_else(|| ApiError::internal("no key signs"))
+        // The first key signs from the moment at which it was made: just now.
+        find(&self.known(), OffsetDateTime::now_utc()).ok_or_else(|| ApiError::internal("no key signs"))
     }
 
     async fn read_again(&self) -> Result<(), ApiError> {

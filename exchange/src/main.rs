@@ -5,17 +5,17 @@ use std::{io::Write, process::ExitCode, sync::Arc};
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use exchange::{
-    app,
+    app::{self, App},
     config::ConfigArgs,
     db,
     load::{self, LoadArgs},
-    market::{Store, StoreConfig},
+    market::{self, Store, StoreConfig},
     messages::{self, MessagesConfig},
     migrate::{self, MigrateArgs},
     notification, openapi, service,
     smoke::{self, SmokeArgs},
     stream::Hub,
-    telemetry, user,
+    telemetry, trade, user,
 };
 use tracing::info;
 
@@ -31,6 +31,8 @@ struct Cli {
 enum Command {
     /// Serve users: registration, log-in, profiles.
     User(Box<ConfigArgs>),
+    /// Serve accounts, orders, trades and market data.
+    Trade(Box<ConfigArgs>),
     /// Tell users what happens, and keep the market data.
     Notification(Box<ConfigArgs>),
     /// Look after the market data.
@@ -78,6 +80,12 @@ async fn main() -> ExitCode {
 async fn run(command: Command) -> anyhow::Result<bool> {
     match command {
         Command::User(args) => service::serve("user", args.validate()?, user::router, user::run).await?,
+        Command::Trade(args) => {
+            let config = args.validate()?;
+            let store = Arc::new(Store::new(StoreConfig::from(&config)?));
+            let routes = |app: App| trade::router(app.clone()).merge(market::router(app, store));
+            service::serve("trade", config, routes, trade::run).await?;
+        }
         Command::Notification(args) => {
             let config = args.validate()?;
             let messages = MessagesConfig::from(&config)?;

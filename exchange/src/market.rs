@@ -134,15 +134,20 @@ pub struct Candle {
 
 /// The routes of market data. They need no token; with one of a test lane they show that lane.
 pub fn router(app: App, store: Arc<Store>) -> OpenApiRouter {
+    routes().with_state(Reader { app, store })
+}
+
+/// The same before they are bound to an application.
+pub(crate) fn routes() -> OpenApiRouter<Reader> {
     OpenApiRouter::new()
         .routes(routes!(ticker))
         .routes(routes!(candles))
         .routes(routes!(trades))
-        .with_state(Reader { app, store })
 }
 
+/// What the handlers need.
 #[derive(Clone)]
-struct Reader {
+pub(crate) struct Reader {
     app: App,
     store: Arc<Store>,
 }

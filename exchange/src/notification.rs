@@ -5,11 +5,7 @@
 
 use std::sync::Arc;
 
-use axum::{
-    Json,
-    extract::State,
-    http::{HeaderMap, StatusCode},
-};
+use axum::{Json, extract::State, http::StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sqlx::PgConnection;
@@ -19,11 +15,10 @@ use uuid::Uuid;
 
 use crate::{
     app::App,
-    auth::{self, Caller, LANE_HEADER},
+    auth::Caller,
     error::{self, ApiError, ProblemDocument},
     extract::{Body, Path, Query},
     inbox::{ApplyError, Delivered},
-    lane::Lane,
     outbox::Topic,
     stream::{self, Hub},
 };
@@ -275,13 +270,17 @@ pub(crate) struct Shared {
 
 /// The routes of the notification service.
 pub fn router(app: App, hub: Arc<Hub>) -> OpenApiRouter {
+    routes()
+        .with_state(app.clone())
+        .merge(stream::routes().with_state(Shared { app, hub }))
+}
+
+/// The routes about stored notifications, before they are bound to an application.
+pub(crate) fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::new()
         .routes(routes!(list))
         .routes(routes!(mark_read))
         .routes(routes!(mark_all_read))
-        .routes(routes!(erase_lane))
-        .with_state(app.clone())
-        .merge(stream::router(Shared { app, hub }))
 }
 
 /// Which notifications to list.
@@ -313,6 +312,7 @@ struct Page {
     get,
     path = "/notifications",
     tag = "notification",
+    security(("access_token" = [])),
     params(ListQuery),
     responses((status = 200, body = Page), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
 )]
@@ -353,6 +353,7 @@ async fn list(
     post,
     path = "/notifications/{id}/read",
     tag = "notification",
+    security(("access_token" = [])),
     params(("id" = i64, Path, description = "The notification's number")),
     responses((status = 204), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
 )]
@@ -387,6 +388,7 @@ struct ReadUpTo {
     post,
     path = "/notifications/read",
     tag = "notification",
+    security(("access_token" = [])),
     request_body = ReadUpTo,
     responses((status = 204), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
 )]
@@ -405,36 +407,10 @@ async fn mark_all_read(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Removes everything in a test lane of this stack. For whoever holds the stack's secret.
-#[utoipa::path(
-    post,
-    path = "/lane/erase",
-    tag = "lane",
-    params(
-        ("x-exchange-lane" = String, Header, description = "The lane"),
-        ("x-exchange-lane-secret" = String, Header, description = "The secret of the stack's test lanes"),
-    ),
-    responses((status = 204), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
-)]
-async fn erase_lane(State(app): State<App>, headers: HeaderMap) -> Result<StatusCode, ApiError> {
-    let lane = headers
-        .get(LANE_HEADER)
-        .and_then(|lane| lane.to_str().ok())
-        .and_then(|lane| lane.parse().ok());
-    let lane: Lane = lane.ok_or_else(|| ApiError::from(error::INVALID_PARAMETER).field(LANE_HEADER))?;
-    if !auth::opens_lane(&app, &headers, &lane) {
-        return Err(ApiError::from(error::FORBIDDEN).detail("the lane's secret is needed"));
-    }
-    sqlx::query("select erase_lane_v1($1)")
-        .bind(&lane)
-        .execute(&app.db)
-        .await?;
-    Ok(StatusCode::NO_CONTENT)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lane::Lane;
 
     fn delivered(topic: Topic, payload: Value) -> Delivered {
         Delivered {

@@ -129,9 +129,9 @@ impl Hub {
     }
 }
 
-/// The route of the event stream.
-pub(crate) fn router(shared: Shared) -> OpenApiRouter {
-    OpenApiRouter::new().routes(routes!(follow)).with_state(shared)
+/// The route of the event stream, before it is bound to an application.
+pub(crate) fn routes() -> OpenApiRouter<Shared> {
+    OpenApiRouter::new().routes(routes!(follow))
 }
 
 impl FromRequestParts<Shared> for Caller {
@@ -173,6 +173,7 @@ impl<S: Sync> FromRequestParts<S> for LastEventId {
     get,
     path = "/notifications/stream",
     tag = "notification",
+    security(("access_token" = [])),
     params(("Last-Event-ID" = Option<i64>, Header, description = "The last notification that the client has")),
     responses(
         (status = 200, body = Notification, content_type = "text/event-stream"),

@@ -94,6 +94,12 @@ fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     text
 }
 
+impl From<serde_json::Error> for CallError {
+    fn from(error: serde_json::Error) -> Self {
+        Self::Wrong(format!("an answer is not what the API promises: {error}"))
+    }
+}
+
 /// A request.
 #[derive(Clone, Debug)]
 pub struct Call<'a> {
@@ -113,6 +119,14 @@ impl<'a> Call<'a> {
             token: None,
             key: None,
             body: None,
+        }
+    }
+
+    /// A request to remove something.
+    pub fn delete(url: String) -> Self {
+        Self {
+            method: Method::DELETE,
+            ..Self::get(url)
         }
     }
 
@@ -259,7 +273,7 @@ impl Client {
         let password = SecretString::from(format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple()));
         let credentials = json!({"email": email, "password": password.expose_secret()});
         let url = format!("{}/register", self.endpoints.user_url);
-        self.call(Call::post(url, credentials), StatusCode::CREATED)
+        self.call(Call::post(url, credentials), StatusCode::ACCEPTED)
             .await?;
         let mut trader = Trader {
             email,
@@ -285,9 +299,7 @@ impl Client {
         let url = format!("{}/account/add", self.endpoints.trade_url);
         let call = Call::post(url, json!({"currency": currency, "name": "synthetic"})).token(&trader.token);
         let answer = self.call(call, StatusCode::CREATED).await?;
-        trader
-            .accounts
-            .push(serde_json::from_value(answer.body).map_err(wrong)?);
+        trader.accounts.push(serde_json::from_value(answer.body)?);
         Ok(())
     }
 
@@ -305,7 +317,7 @@ impl Client {
         let answer = self
             .call(Call::get(url).token(&trader.token), StatusCode::OK)
             .await?;
-        serde_json::from_value(list(&answer.body, "accounts").into()).map_err(wrong)
+        Ok(serde_json::from_value(list(&answer.body, "accounts").into())?)
     }
 
     /// The ids of all trades of an account.
@@ -379,8 +391,8 @@ impl Client {
 
     /// Removes everything in the test lane.
     pub async fn erase_lane(&self) -> Result<(), CallError> {
-        let url = format!("{}/lane/erase", self.endpoints.notification_url);
-        self.call(Call::post(url, json!({})), StatusCode::NO_CONTENT)
+        let url = format!("{}/lane", self.endpoints.user_url);
+        self.call(Call::delete(url), StatusCode::NO_CONTENT)
             .await
             .map(|_| ())
     }
@@ -448,8 +460,4 @@ pub fn list<'a>(body: &'a Value, name: &str) -> &'a [Value] {
 pub fn field(body: &Value, name: &str) -> Result<String, CallError> {
     let text = body.get(name).and_then(Value::as_str).map(ToOwned::to_owned);
     text.ok_or_else(|| CallError::Wrong(format!("the answer has no {name}: {body}")))
-}
-
-fn wrong(error: serde_json::Error) -> CallError {
-    CallError::Wrong(format!("an answer is not what the API promises: {error}"))
 }

@@ -79,6 +79,7 @@ create table entries (
     amount      numeric(38,18) not null check (amount <> 0),
     primary key (account_id, transfer_id, line)
 );
+create index entries_of_test_lane on entries (lane) where lane <> 'live';
 
 -- Entries are written in statements that balance: whatever a statement adds to a transfer sums to zero in each currency, so
 -- every transfer always does. The same look-up stands in for foreign keys, which would lock the fee account's row in each trade;

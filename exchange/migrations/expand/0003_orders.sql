@@ -74,6 +74,7 @@ create table outbox (
     done_at      timestamptz
 ) with (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05);
 create index outbox_open on outbox (created_at) where done_at is null;
+create index outbox_of_test_lane on outbox (lane) where lane <> 'live';
 
 create table inbox (
     consumer text not null,
@@ -88,9 +89,9 @@ create table idempotency_keys (
     key          text not null check (char_length(key) between 1 and 128),
     lane         text not null,
     request_hash bytea not null,
-    status       smallint not null,
-    answer       jsonb not null,
+    answer       jsonb,
     created_at   timestamptz not null default now(),
     primary key (user_id, key)
 );
 create index idempotency_keys_by_age on idempotency_keys (created_at);
+create index idempotency_keys_of_test_lane on idempotency_keys (lane) where lane <> 'live';

@@ -500,20 +500,3 @@ language sql stable security definer set search_path = public, pg_temp as $$
         on s.product = b.product
      group by b.product having min(s.price) <= max(b.price)
 $$;
-
--- Removes a test lane from the ledger, the only thing that can be removed from it.
-create function erase_ledger_lane_v1(p_lane text) returns void
-language plpgsql security definer set search_path = public, pg_temp as $$
-begin
-    if p_lane is null or p_lane not like 'test-%' then
-        raise exception 'lane % cannot be erased', p_lane using errcode = 'insufficient_privilege';
-    end if;
-    perform lock_book_v1(p_lane, symbol) from products order by symbol;
-    perform from accounts where lane = p_lane order by id for update;
-    delete from trades where lane = p_lane;
-    delete from entries where account_id in (select id from accounts where lane = p_lane);
-    delete from transfers where lane = p_lane;
-    delete from orders where lane = p_lane;
-    delete from idempotency_keys where lane = p_lane;
-    delete from accounts where lane = p_lane;
-end $$;

@@ -162,28 +162,28 @@ mod tests {
         type Damage = (&'static str, fn(&mut Evidence));
         let damages: [Damage; 9] = [
             ("does not exist", |evidence| {
-                evidence.traders[0].acknowledged.push("3".into())
+                evidence.traders[0].acknowledged.push("3".into());
             }),
             ("2 times in the list", |evidence| {
-                evidence.traders[0].listed.push("1".into())
+                evidence.traders[0].listed.push("1".into());
             }),
             ("acknowledged 2 times", |evidence| {
-                evidence.traders[0].acknowledged.push("1".into())
+                evidence.traders[0].acknowledged.push("1".into());
             }),
             ("notified 0 times", |evidence| {
-                evidence.traders[1].notified.truncate(1)
+                evidence.traders[1].notified.truncate(1);
             }),
             ("notified 2 times", |evidence| {
-                evidence.traders[1].notified.push("1".into())
+                evidence.traders[1].notified.push("1".into());
             }),
             ("notified of trade 9", |evidence| {
-                evidence.traders[1].notified.push("9".into())
+                evidence.traders[1].notified.push("9".into());
             }),
             ("has 3 sides", |evidence| {
-                evidence.traders.push(evidence.traders[0].clone())
+                evidence.traders.push(evidence.traders[0].clone());
             }),
             ("impossible balance in USD", |evidence| {
-                evidence.traders[0].impossible_balances.push("USD".into())
+                evidence.traders[0].impossible_balances.push("USD".into());
             }),
             ("fate of order a", |evidence| evidence.unresolved.push("a".into())),
         ];

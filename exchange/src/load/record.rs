@@ -174,7 +174,18 @@ mod tests {
                 max: 1_000.0
             }
         );
-        assert_eq!(Latency::of(vec![Duration::from_millis(7)]).p50, 7.0);
+        let one = Latency::of(vec![Duration::from_millis(7)]);
+        assert_eq!(
+            one,
+            Latency {
+                count: 1,
+                p50: 7.0,
+                p90: 7.0,
+                p99: 7.0,
+                p999: 7.0,
+                max: 7.0
+            }
+        );
         assert_eq!(Latency::of(Vec::new()), Latency::default());
     }
 

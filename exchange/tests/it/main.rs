@@ -6,10 +6,22 @@ mod connections;
 #[cfg(test)]
 mod queue;
 #[cfg(test)]
+mod races;
+#[cfg(test)]
+mod rules;
+#[cfg(test)]
+mod secure;
+#[cfg(test)]
 mod servers;
 #[cfg(test)]
 mod start;
 #[cfg(test)]
 mod stores;
+#[cfg(test)]
+mod streams;
+#[cfg(test)]
+mod trade;
+#[cfg(test)]
+mod traders;
 #[cfg(test)]
 mod user;

@@ -20,7 +20,7 @@ const STANDBY: [&str; 8] = [
 ];
 const LIVE: [&str; 2] = ["--role", "live"];
 
-async fn metric(service: &Service, name: &str) -> f64 {
+async fn metric(service: &Service, name: &str) -> u64 {
     let page = service.admin("/metrics").await.text().await.unwrap();
     let line = page
         .lines()
@@ -51,8 +51,8 @@ async fn a_trade_is_told_to_both_sides_and_to_the_market() {
         // The minute may have changed between two trades.
         assert!(found || interval == "1m", "no candle of {interval} in\n{dump}");
     }
-    assert!(metric(&service, "messages_handled_total").await >= 6.0);
-    assert_eq!(metric(&service, "outbox_depth").await, 0.0);
+    assert!(metric(&service, "messages_handled_total").await >= 6);
+    assert_eq!(metric(&service, "outbox_depth").await, 0);
     let stack: serde_json::Value = service.admin("/stack").await.json().await.unwrap();
     assert_eq!(stack["consuming"], true, "{stack}");
 }
@@ -115,7 +115,7 @@ async fn everything_delivered_again_changes_nothing() {
             .unwrap();
     }
     eventually("all messages have come again", || async {
-        (metric(&service, "messages_duplicates_total").await >= 100.0).then_some(())
+        (metric(&service, "messages_duplicates_total").await >= 100).then_some(())
     })
     .await;
     stores.assert_told_once("live").await;
@@ -137,7 +137,7 @@ async fn the_brokers_store_may_be_deleted_in_mid_run() {
     }
     stores.settled("live").await;
     stores.assert_told_once("live").await;
-    assert_eq!(metric(&service, "messages_dead_total").await, 0.0);
+    assert_eq!(metric(&service, "messages_dead_total").await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -155,7 +155,7 @@ async fn market_data_comes_back_equal() {
         complete(&dump).then_some(dump)
     })
     .await;
-    assert!(before.len() >= 50 + 3 + 1, "{before:?}");
+    assert!(before.len() > 50 + 3, "{before:?}");
 
     let flush = async || {
         let mut connection = stores.redis.connect().await;
@@ -299,7 +299,7 @@ async fn a_message_that_cannot_be_handled_is_put_aside_and_holds_up_nobody() {
             .await,
         1
     );
-    assert!(metric(&service, "messages_dead_total").await >= 1.0);
+    assert!(metric(&service, "messages_dead_total").await >= 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -321,5 +321,5 @@ async fn postgresql_may_be_away_for_a_while() {
     }
     stores.settled("live").await;
     stores.assert_told_once("live").await;
-    assert_eq!(metric(&service, "messages_dead_total").await, 0.0);
+    assert_eq!(metric(&service, "messages_dead_total").await, 0);
 }

@@ -7,7 +7,7 @@ use std::{
     net::{SocketAddr, TcpListener},
     os::unix::fs::chown,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, ChildStdout, Command, Stdio},
     sync::{
         Arc, Mutex, OnceLock,
         atomic::{AtomicU32, Ordering},
@@ -21,12 +21,17 @@ use sqlx::{AssertSqlSafe, ConnectOptions, PgPool, postgres::PgConnectOptions};
 /// The debug build starts slowly on a busy machine.
 const START: Duration = Duration::from_mins(1);
 
-/// Ends the server, and removes its directory, when its standard input ends: with this process at the latest.
+/// Starts the server again for each line that it reads. Ends it, and removes its directory, when its standard input ends:
+/// with this process at the latest.
 const KEEPER: &str = r#"
 dir=$1; shift
 "$@" >"$dir/log" 2>&1 </dev/null & server=$!
 echo $server
-cat >/dev/null
+while read -r again; do
+    wait $server
+    "$@" >>"$dir/log" 2>&1 </dev/null & server=$!
+    echo $server
+done
 kill -INT $server 2>/dev/null; wait $server
 rm -rf "$dir"
 "#;
@@ -34,6 +39,7 @@ rm -rf "$dir"
 /// A running server and its directory.
 pub(crate) struct Server {
     keeper: Child,
+    pids: BufReader<ChildStdout>,
     pid: i32,
     directory: PathBuf,
 }
@@ -49,15 +55,27 @@ impl Server {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut pid = String::new();
-        BufReader::new(keeper.stdout.take().unwrap())
-            .read_line(&mut pid)
-            .unwrap();
+        let mut pids = BufReader::new(keeper.stdout.take().unwrap());
         Self {
+            pid: read_pid(&mut pids),
             keeper,
-            pid: pid.trim().parse().unwrap(),
+            pids,
             directory: directory.to_owned(),
         }
+    }
+
+    /// Kills the server and its children at once, and starts it again on the same files.
+    pub(crate) fn kill_and_restart(&mut self) {
+        let children = format!("/proc/{0}/task/{0}/children", self.pid);
+        let children = std::fs::read_to_string(children).unwrap();
+        let pids = children
+            .split_whitespace()
+            .map(str::to_owned)
+            .chain([self.pid.to_string()]);
+        // Without looking at the outcome: a child may have ended by itself.
+        let _ = Command::new("kill").arg("-KILL").args(pids).output().unwrap();
+        self.keeper.stdin.as_mut().unwrap().write_all(b"again\n").unwrap();
+        self.pid = read_pid(&mut self.pids);
     }
 
     /// What the server has logged.
@@ -82,6 +100,12 @@ impl Server {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
+}
+
+fn read_pid(pids: &mut impl BufRead) -> i32 {
+    let mut pid = String::new();
+    pids.read_line(&mut pid).unwrap();
+    pid.trim().parse().unwrap()
 }
 
 impl Drop for Server {

@@ -1,0 +1,223 @@
+//! Hands orders to the settlement function, book by book.
+//!
+//! The database serves one transaction per book at a time, so what arrives while one is under way goes together in the
+//! next: an idle book's order goes alone and at once, and a busy book's batches grow as far as they need to.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use prometheus_client::metrics::histogram::Histogram;
+use sqlx::PgPool;
+use time::OffsetDateTime;
+use tokio::sync::oneshot;
+use uuid::Uuid;
+
+use crate::{
+    db,
+    error::{ApiError, UNAVAILABLE},
+    lane::Lane,
+    money::{Amount, Price, Size},
+};
+
+use super::{Side, TimeInForce};
+
+/// Orders per transaction, at most: further ones would wait longer for the answer than they gain.
+const MOST_PER_BATCH: usize = 64;
+
+/// Orders that may wait for one book; beyond, clients are asked to come back.
+const MOST_WAITING: usize = 2048;
+
+/// Attempts at a transaction that was undone for a passing reason.
+const ATTEMPTS: usize = 4;
+
+/// An order as the settlement function takes it.
+#[derive(Clone, Debug)]
+pub(super) struct Submission {
+    pub(super) id: Uuid,
+    pub(super) user_id: Uuid,
+    pub(super) client_order_id: String,
+    pub(super) side: Side,
+    /// None: a market order.
+    pub(super) price: Option<Price>,
+    pub(super) size: Size,
+    pub(super) time_in_force: TimeInForce,
+    pub(super) base_account_id: Uuid,
+    pub(super) quote_account_id: Uuid,
+    pub(super) trace: Option<String>,
+}
+
+/// What the settlement function says about an order.
+#[derive(Clone, Debug, sqlx::FromRow)]
+pub(super) struct Settled {
+    pub(super) outcome: String,
+    pub(super) field: Option<String>,
+    pub(super) order_id: Uuid,
+    pub(super) status: Option<String>,
+    pub(super) reason: Option<String>,
+    pub(super) taken: Option<Amount>,
+    pub(super) created_at: OffsetDateTime,
+    pub(super) trade_ids: Option<Vec<i64>>,
+    pub(super) trade_prices: Option<Vec<Price>>,
+    pub(super) trade_sizes: Option<Vec<Size>>,
+    pub(super) trade_fees: Option<Vec<Amount>>,
+}
+
+/// The books that have orders waiting. Clones share them.
+#[derive(Clone)]
+pub(super) struct Books {
+    db: PgPool,
+    waiting: Arc<Mutex<HashMap<Book, VecDeque<Waiting>>>>,
+    sizes: Histogram,
+}
+
+type Book = (Lane, String);
+
+struct Waiting {
+    submission: Submission,
+    answer: oneshot::Sender<Result<Settled, ApiError>>,
+}
+
+impl Books {
+    pub(super) fn new(db: PgPool, sizes: Histogram) -> Self {
+        Self {
+            db,
+            waiting: Arc::default(),
+            sizes,
+        }
+    }
+
+    /// Settles an order. It is settled even if the caller goes away.
+    pub(super) async fn submit(
+        &self,
+        lane: Lane,
+        product: String,
+        submission: Submission,
+    ) -> Result<Settled, ApiError> {
+        let (answer, answered) = oneshot::channel();
+        let book = (lane, product);
+        {
+            let mut waiting = self.lock();
+            let idle = !waiting.contains_key(&book);
+            let queue = waiting.entry(book.clone()).or_default();
+            if queue.len() >= MOST_WAITING {
+                return Err(ApiError::from(UNAVAILABLE).retry_after(Duration::from_secs(1)));
+            }
+            queue.push_back(Waiting { submission, answer });
+            if idle {
+                tokio::spawn(self.clone().work(book));
+            }
+        }
+        answered
+            .await
+            .map_err(|_| ApiError::internal("a batch of orders was dropped"))?
+    }
+
+    /// Settles what waits for a book until nothing does.
+    async fn work(self, book: Book) {
+        while let Some(batch) = self.next_batch(&book) {
+            self.sizes
+                .observe(f64::from(u32::try_from(batch.len()).unwrap_or(u32::MAX)));
+            let (submissions, answers): (Vec<_>, Vec<_>) = batch
+                .into_iter()
+                .map(|waiting| (waiting.submission, waiting.answer))
+                .unzip();
+            let results = self.settle(&book, &submissions).await;
+            for (answer, result) in answers.into_iter().zip(results) {
+                // A client that is gone will ask again.
+                let _ = answer.send(result);
+            }
+        }
+    }
+
+    /// The orders of the next transaction. Without any, the book is idle.
+    fn next_batch(&self, book: &Book) -> Option<Vec<Waiting>> {
+        let mut waiting = self.lock();
+        let queue = waiting.get_mut(book)?;
+        let mut keys = HashSet::new();
+        let mut batch = Vec::new();
+        // A client order id that occurs twice waits for the first one's answer.
+        while batch.len() < MOST_PER_BATCH
+            && let Some(next) = queue.pop_front_if(|next| {
+                keys.insert((next.submission.user_id, next.submission.client_order_id.clone()))
+            })
+        {
+            batch.push(next);
+        }
+        if batch.is_empty() {
+            waiting.remove(book);
+            return None;
+        }
+        Some(batch)
+    }
+
+    /// The answers to a batch. If it fails for another reason than a lost database, each order is tried alone: one of
+    /// them may be at fault.
+    async fn settle(&self, book: &Book, batch: &[Submission]) -> Vec<Result<Settled, ApiError>> {
+        let error = match self.settle_together(book, batch).await {
+            Ok(settled) => return settled.into_iter().map(Ok).collect(),
+            Err(error) => error,
+        };
+        if batch.len() == 1 || db::is_unavailable(&error) {
+            let error = ApiError::from(error);
+            return batch.iter().map(|_| Err(error.clone())).collect();
+        }
+        let mut results = Vec::with_capacity(batch.len());
+        for submission in batch {
+            let alone = self.settle_together(book, std::slice::from_ref(submission)).await;
+            results.push(alone.map_err(ApiError::from).and_then(|settled| {
+                let settled = settled.into_iter().next();
+                settled.ok_or_else(|| ApiError::internal("an order was not answered"))
+            }));
+        }
+        results
+    }
+
+    async fn settle_together(&self, book: &Book, batch: &[Submission]) -> Result<Vec<Settled>, sqlx::Error> {
+        let mut attempt = 1;
+        loop {
+            match self.call(book, batch).await {
+                // A client order id was used at this moment in another book; next time it is found there.
+                Err(error) if attempt < ATTEMPTS && (db::is_retryable(&error) || is_duplicate(&error)) => {
+                    attempt += 1;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    async fn call(&self, (lane, product): &Book, batch: &[Submission]) -> Result<Vec<Settled>, sqlx::Error> {
+        let column = |value: fn(&Submission) -> Uuid| batch.iter().map(value).collect::<Vec<_>>();
+        sqlx::query_as(
+            "select outcome, field, order_id, status, reason, taken, created_at, trade_ids, trade_prices, trade_sizes,
+                    trade_fees
+             from submit_orders_v1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+        )
+        .bind(lane)
+        .bind(product)
+        .bind(column(|order| order.id))
+        .bind(column(|order| order.user_id))
+        .bind(batch.iter().map(|order| order.client_order_id.as_str()).collect::<Vec<_>>())
+        .bind(batch.iter().map(|order| order.side.as_str()).collect::<Vec<_>>())
+        .bind(batch.iter().map(|order| order.price).collect::<Vec<_>>())
+        .bind(batch.iter().map(|order| order.size).collect::<Vec<_>>())
+        .bind(batch.iter().map(|order| order.time_in_force.as_str()).collect::<Vec<_>>())
+        .bind(column(|order| order.base_account_id))
+        .bind(column(|order| order.quote_account_id))
+        .bind(batch.iter().map(|order| order.trace.as_deref()).collect::<Vec<_>>())
+        .fetch_all(&self.db)
+        .await
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Book, VecDeque<Waiting>>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn is_duplicate(error: &sqlx::Error) -> bool {
+    error
+        .as_database_error()
+        .is_some_and(sqlx::error::DatabaseError::is_unique_violation)
+}

@@ -1,0 +1,360 @@
+//! Many at once on the same money, and a database that dies under them: no deadlock, no 500, and books that are right.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+use uuid::Uuid;
+
+use crate::{
+    servers::{Database, Postgres, Service, eventually},
+    traders::{Issuer, Trader, accept, assert_clean},
+};
+
+/// How long the long races run.
+const FOR: Duration = Duration::from_secs(4);
+
+struct Arena {
+    database: Database,
+    /// Two, as while colours change: nothing may rest on there being one process.
+    services: [Service; 2],
+    issuer: Issuer,
+    treasury: Trader,
+}
+
+impl Arena {
+    async fn on(postgres: &Postgres) -> Self {
+        let database = Database::migrated(postgres).await;
+        let services = [
+            Service::live("trade", &database, &["--colour", "blue"])
+                .ready()
+                .await,
+            Service::live("trade", &database, &["--colour", "green"])
+                .ready()
+                .await,
+        ];
+        let issuer = Issuer::new(&database).await;
+        let treasury = issuer.caller(&services[0], &["treasury"]).await;
+        Self {
+            database,
+            services,
+            issuer,
+            treasury,
+        }
+    }
+
+    /// One user, as client of either service.
+    async fn trader(&self) -> [Trader; 2] {
+        let token = self
+            .issuer
+            .token(Uuid::now_v7(), exchange::lane::Lane::live(), &[])
+            .await;
+        [0, 1].map(|at| Trader::new(&self.services[at], token.clone()))
+    }
+
+    async fn deadlocks(&self) -> i64 {
+        let (deadlocks,): (i64,) =
+            sqlx::query_as("select deadlocks from pg_stat_database where datname = current_database()")
+                .fetch_one(&self.database.owner().await)
+                .await
+                .unwrap();
+        deadlocks
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fifty_tasks_on_the_same_accounts() {
+    let arena = Arena::on(Postgres::shared()).await;
+    let mut wallets = Vec::new();
+    for _ in 0..2 {
+        let [one, other] = arena.trader().await;
+        let mut wallet = one.wallet(&arena.treasury, "50", "5000").await;
+        let first = wallet.clone();
+        wallet.trader = other;
+        wallets.push([first, wallet]);
+    }
+    let wallets = Arc::new(wallets);
+    let begun = Instant::now();
+    let accepted = Arc::new(AtomicUsize::new(0));
+    let mut tasks = JoinSet::new();
+    for number in 0..50_usize {
+        let (wallets, treasury, accepted) = (
+            Arc::clone(&wallets),
+            arena.treasury.clone(),
+            Arc::clone(&accepted),
+        );
+        tasks.spawn(async move {
+            let mut statuses = BTreeMap::<u16, u32>::new();
+            let mut round = number;
+            // On a busy machine until enough has happened.
+            while begun.elapsed() < FOR
+                || (accepted.load(Ordering::Relaxed) < 500 && begun.elapsed() < FOR * 20)
+            {
+                round += 1;
+                let wallet = &wallets[round % 2][number / 2 % 2];
+                let key = Uuid::now_v7().to_string();
+                let response = match round % 7 {
+                    0 => {
+                        let body = json!({"account_id": wallet.usd, "amount": "0.01"});
+                        treasury.post_with_key("/account/deposit", &key, &body).await
+                    }
+                    1 => {
+                        let body = json!({"account_id": wallet.btc, "amount": "0.001"});
+                        wallet
+                            .trader
+                            .post_with_key("/account/withdraw", &key, &body)
+                            .await
+                    }
+                    side => {
+                        let price = format!("{}.{:02}", 99 + round % 3, round % 50);
+                        let side = if (side + number).is_multiple_of(2) {
+                            "buy"
+                        } else {
+                            "sell"
+                        };
+                        let order = wallet.order(side, &format!("0.{:02}", 1 + round % 40), &price);
+                        let response = wallet.trader.post("/trade/add", &order).await;
+                        if response.status() == 201 && round.is_multiple_of(3) {
+                            let order: Value = response.json().await.unwrap();
+                            let order = json!({"order_id": order["order_id"]});
+                            wallet.trader.post("/trade/cancel", &order).await
+                        } else {
+                            response
+                        }
+                    }
+                };
+                if response.status() == 201 {
+                    accepted.fetch_add(1, Ordering::Relaxed);
+                }
+                *statuses.entry(response.status().as_u16()).or_default() += 1;
+            }
+            statuses
+        });
+    }
+    let mut statuses = BTreeMap::<u16, u32>::new();
+    while let Some(counted) = tasks.join_next().await {
+        for (status, count) in counted.unwrap() {
+            *statuses.entry(status).or_default() += count;
+        }
+    }
+    assert!(
+        statuses.keys().all(|status| [200, 201, 409].contains(status)),
+        "{statuses:?}"
+    );
+    assert!(accepted.load(Ordering::Relaxed) >= 500, "{statuses:?}");
+    assert_eq!(arena.deadlocks().await, 0);
+    let owner = arena.database.owner().await;
+    let (trades,): (i64,) = sqlx::query_as("select count(*) from trades")
+        .fetch_one(&owner)
+        .await
+        .unwrap();
+    assert!(trades > 20, "hardly anything was traded: {statuses:?}");
+    assert_clean(&owner, "live").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_key_from_twenty_clients_has_one_effect() {
+    let arena = Arena::on(Postgres::shared()).await;
+    let [one, other] = arena.trader().await;
+    let wallet = one.wallet(&arena.treasury, "10", "10000").await;
+    for round in 0..5 {
+        let order = wallet.order("sell", "0.1", "500");
+        let mut elsewhere = order.clone();
+        elsewhere["product"] = json!("BTC-EUR");
+        let deposit = json!({"account_id": wallet.usd, "amount": "1"});
+        let mut tasks = JoinSet::new();
+        for number in 0..20 {
+            let trader = if number % 2 == 0 { &one } else { &other };
+            let (trader, treasury, order, deposit) = (
+                trader.clone(),
+                arena.treasury.clone(),
+                order.clone(),
+                deposit.clone(),
+            );
+            tasks.spawn(async move {
+                let placed = trader.post("/trade/add", &order).await;
+                let placed = (
+                    placed.headers().contains_key("idempotency-hit"),
+                    accept(placed, StatusCode::CREATED).await,
+                );
+                let key = format!("round-{round}");
+                let credited = treasury.post_with_key("/account/deposit", &key, &deposit).await;
+                let credited = (
+                    credited.headers().contains_key("idempotency-hit"),
+                    accept(credited, StatusCode::CREATED).await,
+                );
+                [placed, credited]
+            });
+        }
+        let answers: Vec<_> = tasks.join_all().await;
+        for kind in 0..2 {
+            let fresh = answers.iter().filter(|answer| !answer[kind].0).count();
+            assert_eq!(fresh, 1, "{answers:?}");
+            assert!(
+                answers.iter().all(|answer| answer[kind].1 == answers[0][kind].1),
+                "{answers:?}"
+            );
+        }
+        // The same key in two books at once: one gets it, the other is told so.
+        let fresh = json!(Uuid::now_v7());
+        let orders = [&order, &elsewhere].map(|order| {
+            let mut order = order.clone();
+            order["client_order_id"] = fresh.clone();
+            order["quote_account_id"] = json!(wallet.usd);
+            order
+        });
+        let answers = tokio::join!(
+            one.post("/trade/add", &orders[0]),
+            other.post("/trade/add", &orders[1])
+        );
+        for status in [answers.0.status().as_u16(), answers.1.status().as_u16()] {
+            assert!([201, 409, 422].contains(&status), "{status}");
+        }
+    }
+    let owner = arena.database.owner().await;
+    assert_eq!(wallet.balances().await[2], "10005");
+    assert_clean(&owner, "live").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_and_a_fill_do_not_both_win() {
+    let arena = Arena::on(Postgres::shared()).await;
+    let [seller, cancelling] = arena.trader().await;
+    let seller = seller.wallet(&arena.treasury, "100", "0").await;
+    let buyer = arena.trader().await[1]
+        .wallet(&arena.treasury, "0", "100000")
+        .await;
+    let (mut filled, mut cancelled) = (0, 0);
+    for _ in 0..40 {
+        let ask = seller.place("sell", "1", "100").await;
+        let choice = json!({"order_id": ask["order_id"]});
+        let bid = {
+            let mut bid = buyer.order("buy", "1", "100");
+            bid["time_in_force"] = json!("IOC");
+            bid
+        };
+        let (cancel, fill) = tokio::join!(
+            cancelling.post("/trade/cancel", &choice),
+            buyer.trader.post("/trade/add", &bid)
+        );
+        let fill = accept(fill, StatusCode::CREATED).await;
+        if cancel.status() == 200 {
+            assert_eq!(fill["status"], "cancelled", "{fill}");
+            cancelled += 1;
+        } else {
+            assert_eq!(accept(cancel, StatusCode::CONFLICT).await["code"], "order_filled");
+            assert_eq!(fill["status"], "filled", "{fill}");
+            filled += 1;
+        }
+    }
+    assert_eq!(buyer.balances().await[0], filled.to_string());
+    assert_eq!(
+        seller.balances().await[..2],
+        [(100 - filled).to_string(), "0".to_owned()]
+    );
+    assert!(filled + cancelled == 40);
+    assert_clean(&arena.database.owner().await, "live").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_account_has_no_money() {
+    let arena = Arena::on(Postgres::shared()).await;
+    let [one, other] = arena.trader().await;
+    for round in 0..40 {
+        let response = one
+            .post(
+                "/account/add",
+                &json!({"currency": "USD", "name": format!("{round}")}),
+            )
+            .await;
+        let account = accept(response, StatusCode::CREATED).await["account_id"].clone();
+        let key = Uuid::now_v7().to_string();
+        let deposit = json!({"account_id": account, "amount": "1"});
+        let choice = json!({"account_id": account});
+        let (deposited, deleted) = tokio::join!(
+            arena.treasury.post_with_key("/account/deposit", &key, &deposit),
+            other.post("/account/delete", &choice)
+        );
+        match (deposited.status().as_u16(), deleted.status().as_u16()) {
+            (201, 409) | (404, 204) => {}
+            both => panic!("{both:?}"),
+        }
+    }
+    assert_clean(&arena.database.owner().await, "live").await;
+}
+
+/// PostgreSQL is killed while orders are being committed, and started again on the same files.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_database_loses_no_acknowledged_trade_and_doubles_none() {
+    let mut postgres = Postgres::start(&["-c", "wal_writer_delay=10ms"]);
+    let arena = Arena::on(&postgres).await;
+    let mut wallets = Vec::new();
+    for _ in 0..8 {
+        let [one, _] = arena.trader().await;
+        wallets.push(one.wallet(&arena.treasury, "1000", "1000000").await);
+    }
+    let owner = arena.database.owner().await;
+    for _ in 0..2 {
+        let until = Instant::now() + FOR;
+        let answered = Arc::new(AtomicUsize::new(0));
+        let mut tasks = JoinSet::new();
+        for number in 0..16_usize {
+            let (wallet, answered) = (wallets[number % 8].clone(), Arc::clone(&answered));
+            tasks.spawn(async move {
+                let mut sent = Vec::new();
+                let side = if number.is_multiple_of(2) { "buy" } else { "sell" };
+                while Instant::now() < until {
+                    let order = wallet.order(side, "0.01", "100");
+                    let response = wallet.trader.post("/trade/add", &order).await;
+                    let answer = match response.status().as_u16() {
+                        201 => Some(response.json::<Value>().await.unwrap()),
+                        503 => {
+                            assert!(response.headers().contains_key("retry-after"));
+                            None
+                        }
+                        status => panic!("{status}: {}", response.text().await.unwrap()),
+                    };
+                    if answer.is_some() {
+                        answered.fetch_add(1, Ordering::Relaxed);
+                    }
+                    sent.push((wallet.clone(), order, answer));
+                }
+                sent
+            });
+        }
+        eventually("orders are being answered", || async {
+            (answered.load(Ordering::Relaxed) > 20).then_some(())
+        })
+        .await;
+        postgres.server.kill_and_restart();
+        let sent: Vec<_> = tasks.join_all().await.into_iter().flatten().collect();
+        assert!(
+            sent.iter().any(|(.., answer)| answer.is_none()),
+            "nothing was in flight"
+        );
+
+        // Each order, answered or not, is settled by sending it again, and a known answer is given again.
+        for (wallet, order, answer) in sent {
+            let again = eventually("the database is back", || async {
+                let response = wallet.trader.post("/trade/add", &order).await;
+                (response.status() != 503).then_some(response)
+            })
+            .await;
+            let hit = again.headers().contains_key("idempotency-hit");
+            let again = accept(again, StatusCode::CREATED).await;
+            if let Some(answer) = answer {
+                assert!(hit, "an acknowledged order was lost");
+                assert_eq!(again, answer);
+            }
+        }
+        assert_clean(&owner, "live").await;
+    }
+}

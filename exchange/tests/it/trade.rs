@@ -1,0 +1,623 @@
+//! The trade service through its API.
+
+use exchange::lane::Lane;
+use reqwest::StatusCode;
+use serde_json::json;
+use uuid::Uuid;
+
+use crate::{
+    servers::{Database, Postgres, Service},
+    traders::{Issuer, Trader, accept, assert_clean},
+};
+
+/// A running trade service, its treasury, and who issues tokens.
+struct Exchange {
+    database: Database,
+    service: Service,
+    issuer: Issuer,
+    treasury: Trader,
+}
+
+impl Exchange {
+    async fn start() -> Self {
+        let database = Database::migrated(Postgres::shared()).await;
+        let service = Service::live("trade", &database, &[]).ready().await;
+        let issuer = Issuer::new(&database).await;
+        let treasury = issuer.caller(&service, &["treasury"]).await;
+        Self {
+            database,
+            service,
+            issuer,
+            treasury,
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_meets_another_and_both_are_settled() {
+    let exchange = Exchange::start().await;
+    let seller = exchange.issuer.trader(&exchange.service).await;
+    let seller = seller.wallet(&exchange.treasury, "2", "1000").await;
+    let buyer = exchange.issuer.trader(&exchange.service).await;
+    let buyer = buyer.wallet(&exchange.treasury, "0", "1000").await;
+
+    let ask = seller.place("sell", "1", "100.05").await;
+    assert_eq!(ask["status"], "open");
+    assert_eq!(seller.balances().await, ["2", "1", "1000", "0"]);
+    let book = buyer.trader.get("/book?product=BTC-USD").await;
+    assert_eq!(
+        book["asks"],
+        json!([{"price": "100.05", "size": "1", "orders": 1}])
+    );
+    assert_eq!(book["bids"], json!([]));
+
+    let bid = buyer.place("buy", "0.4", "101").await;
+    assert_eq!(bid["status"], "filled");
+    assert_eq!(bid["filled"], "0.4");
+    assert_eq!(bid["trades"].as_array().unwrap().len(), 1);
+    assert_eq!(bid["trades"][0]["price"], "100.05");
+    // 40.02 of value; the taker pays 0.2 %, the maker 0.1 %.
+    assert_eq!(bid["trades"][0]["fee"], "0.08004");
+    assert_eq!(buyer.balances().await, ["0.4", "0", "959.89996", "0"]);
+    assert_eq!(seller.balances().await, ["1.6", "0.6", "1039.97998", "0"]);
+
+    let sold = seller
+        .trader
+        .get(&format!("/trade/getTradeByAccount?account_id={}", seller.usd))
+        .await;
+    assert_eq!(sold["trades"][0]["type"], "sell");
+    assert_eq!(sold["trades"][0]["role"], "maker");
+    assert_eq!(sold["trades"][0]["fee"], "0.04002");
+    assert_eq!(sold["trades"][0]["order_id"], ask["order_id"]);
+    assert_eq!(sold["trades"][0]["trade_id"], bid["trades"][0]["trade_id"]);
+
+    let order = json!({"order_id": ask["order_id"]});
+    let cancelled = accept(seller.trader.post("/trade/cancel", &order).await, StatusCode::OK).await;
+    assert_eq!(
+        (&cancelled["filled"], &cancelled["remaining"]),
+        (&json!("0.4"), &json!("0.6"))
+    );
+    assert_eq!(seller.balances().await, ["1.6", "0", "1039.97998", "0"]);
+    let again = accept(seller.trader.post("/trade/cancel", &order).await, StatusCode::OK).await;
+    assert_eq!(again, cancelled);
+    let filled = json!({"order_id": bid["order_id"]});
+    let problem = accept(
+        buyer.trader.post("/trade/cancel", &filled).await,
+        StatusCode::CONFLICT,
+    )
+    .await;
+    assert_eq!(problem["code"], "order_filled");
+
+    let owner = exchange.database.owner().await;
+    assert_clean(&owner, "live").await;
+    let events: Vec<(String, String)> =
+        sqlx::query_as("select payload #>> '{buyer,order_id}', payload #>> '{seller,order_id}' from outbox where topic = 'trade.executed'")
+            .fetch_all(&owner)
+            .await
+            .unwrap();
+    let id = |order: &serde_json::Value| order["order_id"].as_str().unwrap().to_owned();
+    assert_eq!(events, [(id(&bid), id(&ask))]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_with_an_order_is_said_with_its_field() {
+    let exchange = Exchange::start().await;
+    let trader = exchange.issuer.trader(&exchange.service).await;
+    let wallet = trader.wallet(&exchange.treasury, "1", "100").await;
+    let stranger = exchange.issuer.trader(&exchange.service).await;
+    let stranger = stranger.wallet(&exchange.treasury, "1", "100").await;
+    let good = wallet.order("buy", "0.1", "100");
+    let with = |field: &str, value: serde_json::Value| {
+        let mut order = good.clone();
+        order[field] = value;
+        order
+    };
+    let cases = [
+        (with("type", json!("hold")), 400, "invalid_body", "type"),
+        (with("size", json!(0.1)), 400, "invalid_body", "size"),
+        (with("size", json!("1e3")), 400, "invalid_body", "size"),
+        (with("size", json!("-1")), 400, "invalid_body", "size"),
+        (with("size", json!("0")), 400, "invalid_body", "size"),
+        (with("price", json!("NaN")), 400, "invalid_body", "price"),
+        (with("price", json!(null)), 422, "invalid_field", "price"),
+        (with("order_type", json!("market")), 422, "invalid_field", "price"),
+        (
+            with("client_order_id", json!("with space")),
+            400,
+            "invalid_parameter",
+            "client_order_id",
+        ),
+        (
+            with("client_order_id", json!(null)),
+            422,
+            "invalid_field",
+            "client_order_id",
+        ),
+        (
+            with("product", json!("BTC-XXX")),
+            422,
+            "unknown_product",
+            "product",
+        ),
+        (with("product", json!("\u{0}")), 422, "unknown_product", "product"),
+        (with("size", json!("0.000001")), 422, "size_too_small", "size"),
+        (with("size", json!("0.1000005")), 422, "size_increment", "size"),
+        (with("price", json!("100.001")), 422, "price_increment", "price"),
+        (
+            with("size", json!("999999999999999")),
+            422,
+            "value_too_large",
+            "size",
+        ),
+        (
+            with("base_account_id", json!(stranger.btc)),
+            404,
+            "account_not_found",
+            "base_account_id",
+        ),
+        (
+            with("quote_account_id", json!(stranger.usd)),
+            404,
+            "account_not_found",
+            "quote_account_id",
+        ),
+        (
+            with("quote_account_id", json!(Uuid::nil())),
+            404,
+            "account_not_found",
+            "quote_account_id",
+        ),
+        (
+            with("base_account_id", json!(wallet.usd)),
+            422,
+            "currency_mismatch",
+            "base_account_id",
+        ),
+        (
+            with("quote_account_id", json!(wallet.btc)),
+            422,
+            "currency_mismatch",
+            "quote_account_id",
+        ),
+        (with("price", json!("1000")), 409, "insufficient_funds", "size"),
+        (
+            wallet.order("sell", "1.00001", "100"),
+            409,
+            "insufficient_funds",
+            "size",
+        ),
+    ];
+    for (order, status, code, field) in cases {
+        let response = wallet.trader.post("/trade/add", &order).await;
+        assert_eq!(response.headers()["content-type"], "application/problem+json");
+        let problem = accept(response, StatusCode::from_u16(status).unwrap()).await;
+        assert_eq!(
+            (problem["code"].as_str(), problem["field"].as_str()),
+            (Some(code), Some(field)),
+            "{order}"
+        );
+    }
+
+    assert_eq!(wallet.balances().await, ["1", "0", "100", "0"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_new_is_traded_from_a_frozen_account_or_in_a_halted_product() {
+    let exchange = Exchange::start().await;
+    let trader = exchange.issuer.trader(&exchange.service).await;
+    let wallet = trader.wallet(&exchange.treasury, "1", "100").await;
+    let order = wallet.order("buy", "0.1", "100");
+    let freeze = json!({"account_id": wallet.usd, "state": "frozen"});
+    accept(
+        wallet.trader.post("/account/update", &freeze).await,
+        StatusCode::OK,
+    )
+    .await;
+    let problem = accept(
+        wallet.trader.post("/trade/add", &order).await,
+        StatusCode::CONFLICT,
+    )
+    .await;
+    assert_eq!(
+        (&problem["code"], &problem["field"]),
+        (&json!("account_frozen"), &json!("quote_account_id"))
+    );
+    sqlx::query("update products set status = 'halted' where symbol = 'BTC-USD'")
+        .execute(&exchange.database.owner().await)
+        .await
+        .unwrap();
+    let problem = accept(
+        wallet.trader.post("/trade/add", &order).await,
+        StatusCode::CONFLICT,
+    )
+    .await;
+    assert_eq!(problem["code"], "product_halted");
+    assert_eq!(
+        wallet.balances().await,
+        ["1", "0", "100", "0"],
+        "a refused order has moved something"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn accounts_are_named_frozen_emptied_and_closed() {
+    let exchange = Exchange::start().await;
+    let trader = exchange.issuer.trader(&exchange.service).await;
+    let stranger = exchange.issuer.trader(&exchange.service).await;
+    let account = trader.account("EUR").await;
+    let duplicate = trader
+        .post("/account/add", &json!({"currency": "EUR", "name": "main"}))
+        .await;
+    assert_eq!(
+        accept(duplicate, StatusCode::CONFLICT).await["code"],
+        "account_exists"
+    );
+    for currency in ["XXX", "eur", "", "\u{0}"] {
+        let unknown = trader
+            .post("/account/add", &json!({"currency": currency, "name": "main"}))
+            .await;
+        assert_eq!(
+            accept(unknown, StatusCode::UNPROCESSABLE_ENTITY).await["code"],
+            "unknown_currency"
+        );
+    }
+    for name in ["", "\u{0}", &"x".repeat(65)] {
+        let bad = trader
+            .post("/account/add", &json!({"currency": "EUR", "name": name}))
+            .await;
+        assert_eq!(
+            accept(bad, StatusCode::UNPROCESSABLE_ENTITY).await["field"],
+            "name"
+        );
+    }
+
+    let choice = json!({"account_id": account});
+    for path in ["/account/update", "/account/delete"] {
+        let foreign = stranger.post(path, &choice).await;
+        assert_eq!(
+            accept(foreign, StatusCode::NOT_FOUND).await["code"],
+            "account_not_found"
+        );
+    }
+    let sets_balance = trader
+        .post("/account/update", &json!({"account_id": account, "balance": "5"}))
+        .await;
+    assert_eq!(sets_balance.status(), StatusCode::BAD_REQUEST);
+    let renamed = json!({"account_id": account, "name": "savings"});
+    let renamed = accept(trader.post("/account/update", &renamed).await, StatusCode::OK).await;
+    assert_eq!(
+        (&renamed["name"], &renamed["kind"]),
+        (&json!("savings"), &json!("fiat"))
+    );
+
+    exchange.treasury.deposit(&account, "10.5").await;
+    let refused = trader.post("/account/delete", &choice).await;
+    assert_eq!(
+        accept(refused, StatusCode::CONFLICT).await["code"],
+        "account_not_empty"
+    );
+    let withdrawal = |amount: &str| json!({"account_id": account, "amount": amount});
+    let withdraw = async |key: &str, amount: &str| {
+        trader
+            .post_with_key("/account/withdraw", key, &withdrawal(amount))
+            .await
+    };
+    let problem = accept(withdraw("w1", "10.50000001").await, StatusCode::CONFLICT).await;
+    assert_eq!(
+        (&problem["code"], &problem["field"]),
+        (&json!("insufficient_funds"), &json!("amount"))
+    );
+    let problem = accept(
+        withdraw("w1", "0.000000001").await,
+        StatusCode::UNPROCESSABLE_ENTITY,
+    )
+    .await;
+    assert_eq!(problem["code"], "amount_increment");
+    let problem = accept(withdraw("w1", "0").await, StatusCode::UNPROCESSABLE_ENTITY).await;
+    assert_eq!(problem["field"], "amount");
+    let foreign = stranger
+        .post_with_key("/account/withdraw", "w1", &withdrawal("1"))
+        .await;
+    assert_eq!(
+        accept(foreign, StatusCode::NOT_FOUND).await["code"],
+        "account_not_found"
+    );
+    // A refused request leaves its key free.
+    let done = accept(withdraw("w1", "10.5").await, StatusCode::CREATED).await;
+    assert_eq!(done["balance"], "0");
+    assert_eq!(
+        trader.post("/account/delete", &choice).await.status(),
+        StatusCode::NO_CONTENT
+    );
+    assert_eq!(trader.get("/account/list").await["accounts"], json!([]));
+    assert_eq!(
+        accept(
+            trader.post("/account/delete", &choice).await,
+            StatusCode::NOT_FOUND
+        )
+        .await["code"],
+        "account_not_found"
+    );
+    assert_ne!(trader.account("EUR").await, account, "the name is free again");
+    assert_clean(&exchange.database.owner().await, "live").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_treasury_or_the_lanes_secret_credits() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let flags = [
+        "--colour",
+        "green",
+        "--revision",
+        "r1",
+        "--lane-secret",
+        "0123456789abcdef",
+    ];
+    let service = Service::live("trade", &database, &flags).ready().await;
+    let issuer = Issuer::new(&database).await;
+    let trader = issuer.trader(&service).await;
+    let account = trader.account("USD").await;
+    let body = json!({"account_id": account, "amount": "1"});
+    let refused = trader.post_with_key("/account/deposit", "d1", &body).await;
+    assert_eq!(accept(refused, StatusCode::FORBIDDEN).await["code"], "forbidden");
+    let keyless = trader.post("/account/deposit", &body).await;
+    assert_eq!(
+        accept(keyless, StatusCode::BAD_REQUEST).await["field"],
+        "Idempotency-Key"
+    );
+
+    let deposit = async |lane: &str, secret: &str| {
+        let token = issuer
+            .token(Uuid::now_v7(), lane.parse::<Lane>().unwrap(), &[])
+            .await;
+        let post = |path: &str| service.client.post(service.url(path)).bearer_auth(&token);
+        let account = post("/account/add").json(&json!({"currency": "USD", "name": "main"}));
+        let account = accept(account.send().await.unwrap(), StatusCode::CREATED).await;
+        let deposit = post("/account/deposit")
+            .header("idempotency-key", "d1")
+            .header("x-exchange-lane-secret", secret)
+            .json(&json!({"account_id": account["account_id"], "amount": "1"}));
+        deposit.send().await.unwrap().status()
+    };
+    assert_eq!(
+        deposit("test-green-r1.1", "0123456789abcdef").await,
+        StatusCode::CREATED
+    );
+    assert_eq!(
+        deposit("test-green-r1.1", "0123456789abcdeX").await,
+        StatusCode::FORBIDDEN
+    );
+    assert_eq!(
+        deposit("test-blue-r1.1", "0123456789abcdef").await,
+        StatusCode::FORBIDDEN
+    );
+    assert_eq!(deposit("live", "0123456789abcdef").await, StatusCode::FORBIDDEN);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repeated_request_gets_its_first_answer() {
+    let exchange = Exchange::start().await;
+    let maker = exchange.issuer.trader(&exchange.service).await;
+    let maker = maker.wallet(&exchange.treasury, "1", "0").await;
+    let taker = exchange.issuer.trader(&exchange.service).await;
+    let taker = taker.wallet(&exchange.treasury, "0", "1000").await;
+    maker.place("sell", "0.3", "100").await;
+    maker.place("sell", "0.3", "101").await;
+
+    let order = taker.order("buy", "0.7", "102");
+    let first = taker.trader.post("/trade/add", &order).await;
+    assert!(!first.headers().contains_key("idempotency-hit"));
+    let first = accept(first, StatusCode::CREATED).await;
+    assert_eq!(
+        (&first["status"], &first["remaining"]),
+        (&json!("open"), &json!("0.1"))
+    );
+    // The order has changed since, its first answer has not.
+    maker.place("sell", "0.1", "102").await;
+    let again = taker.trader.post("/trade/add", &order).await;
+    assert_eq!(again.headers()["idempotency-hit"], "true");
+    assert_eq!(accept(again, StatusCode::CREATED).await, first);
+    for (field, value) in [
+        ("size", "0.8"),
+        ("price", "103"),
+        ("type", "sell"),
+        ("product", "BTC-EUR"),
+    ] {
+        let mut other = order.clone();
+        other[field] = json!(value);
+        let problem = accept(
+            taker.trader.post("/trade/add", &other).await,
+            StatusCode::CONFLICT,
+        )
+        .await;
+        assert_eq!(problem["code"], "idempotency_key_reused", "{field}");
+    }
+
+    let body = json!({"account_id": taker.usd, "amount": "5"});
+    let first = exchange
+        .treasury
+        .post_with_key("/account/deposit", "d", &body)
+        .await;
+    let first = accept(first, StatusCode::CREATED).await;
+    let again = exchange
+        .treasury
+        .post_with_key("/account/deposit", "d", &body)
+        .await;
+    assert_eq!(again.headers()["idempotency-hit"], "true");
+    assert_eq!(accept(again, StatusCode::CREATED).await, first);
+    let other = json!({"account_id": taker.usd, "amount": "6"});
+    let problem = accept(
+        exchange
+            .treasury
+            .post_with_key("/account/deposit", "d", &other)
+            .await,
+        StatusCode::CONFLICT,
+    )
+    .await;
+    assert_eq!(problem["code"], "idempotency_key_reused");
+    assert_clean(&exchange.database.owner().await, "live").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_of_trades_are_stable_while_trades_come_in() {
+    let exchange = Exchange::start().await;
+    let maker = exchange.issuer.trader(&exchange.service).await;
+    let maker = maker.wallet(&exchange.treasury, "10", "0").await;
+    let taker = exchange.issuer.trader(&exchange.service).await;
+    let taker = taker.wallet(&exchange.treasury, "0", "10000").await;
+    maker.place("sell", "5", "100").await;
+    let mut made = Vec::new();
+    for _ in 0..7 {
+        let order = taker.place("buy", "0.01", "100").await;
+        made.insert(0, order["trades"][0]["trade_id"].clone());
+    }
+    let mut seen = Vec::new();
+    let mut path = format!("/trade/getTradeByAccount?account_id={}&limit=3", taker.btc);
+    loop {
+        let page = taker.trader.get(&path).await;
+        seen.extend(
+            page["trades"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|trade| trade["trade_id"].clone()),
+        );
+        taker.place("buy", "0.01", "100").await;
+        let Some(cursor) = page["next_cursor"].as_str() else {
+            break;
+        };
+        path = format!(
+            "/trade/getTradeByAccount?account_id={}&limit=3&cursor={cursor}",
+            taker.btc
+        );
+    }
+    assert_eq!(seen, made);
+
+    for (query, field) in [
+        ("limit=0", "limit"),
+        ("limit=501", "limit"),
+        ("cursor=x", "cursor"),
+    ] {
+        let path = format!("/trade/getTradeByAccount?account_id={}&{query}", taker.btc);
+        let problem = accept(taker.trader.try_get(&path).await, StatusCode::BAD_REQUEST).await;
+        assert_eq!(problem["field"], field);
+    }
+    let path = format!("/trade/getTradeByAccount?account_id={}", maker.btc);
+    let problem = accept(taker.trader.try_get(&path).await, StatusCode::NOT_FOUND).await;
+    assert_eq!(problem["code"], "account_not_found");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_ledger_is_append_only_and_the_services_write_it_by_functions_only() {
+    let exchange = Exchange::start().await;
+    let trader = exchange.issuer.trader(&exchange.service).await;
+    let wallet = trader.wallet(&exchange.treasury, "1", "1").await;
+    let owner = exchange.database.owner().await;
+    let service = sqlx::PgPool::connect(&exchange.database.app_url).await.unwrap();
+    let entry = |amounts: &str| {
+        format!(
+            "with t as (insert into transfers select nextval('transfer_ids'), 'live', 'deposit', null, now() returning id)
+             insert into entries select a.id, currval('transfer_ids'), row_number() over (), 'live', 'USD', 'transfer', amount
+             from accounts a, unnest(array[{amounts}]) as amount where a.id = '{}'",
+            wallet.usd
+        )
+    };
+    let attempts = [
+        "update entries set amount = amount + 1".to_owned(),
+        "delete from entries".to_owned(),
+        "truncate entries, transfers, trades".to_owned(),
+        "update transfers set kind = 'trade'".to_owned(),
+        "delete from transfers".to_owned(),
+        "update accounts set hold = -1".to_owned(),
+        "update accounts set deleted_at = now()".to_owned(),
+        "update accounts set balance = -1".to_owned(),
+        "select erase_lane_v1('live')".to_owned(),
+        entry("1.0"),
+        entry("1.0, -2.0"),
+    ];
+    for sql in attempts {
+        for db in [&owner, &service] {
+            let done = sqlx::raw_sql(sqlx::AssertSqlSafe(sql.clone())).execute(db).await;
+            assert!(done.is_err(), "not refused: {sql}");
+        }
+    }
+    for sql in [
+        "update accounts set balance = balance + 1".to_owned(),
+        "insert into transfers values (1, 'live', 'deposit', null, now())".to_owned(),
+        entry("1.0, -1.0"),
+        "delete from orders".to_owned(),
+        "update products set status = 'halted'".to_owned(),
+    ] {
+        let error = sqlx::raw_sql(sqlx::AssertSqlSafe(sql))
+            .execute(&service)
+            .await
+            .unwrap_err();
+        assert_eq!(error.as_database_error().unwrap().code().unwrap(), "42501");
+    }
+    assert_clean(&owner, "live").await;
+    // The audit sees what should be impossible.
+    sqlx::query("update accounts set balance = balance + 1 where id = $1")
+        .bind(wallet.usd.parse::<Uuid>().unwrap())
+        .execute(&owner)
+        .await
+        .unwrap();
+    let found: Vec<(String,)> = sqlx::query_as("select problem from audit_ledger_v1('live')")
+        .fetch_all(&owner)
+        .await
+        .unwrap();
+    assert_eq!(found, [("balance is not the sum of the entries".to_owned(),)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_test_lane_meets_nobody_and_can_be_erased() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let real = exchange.issuer.trader(&exchange.service).await;
+    let real = real.wallet(&exchange.treasury, "1", "0").await;
+    real.place("sell", "1", "100").await;
+    let lane = "test-blue-local.1";
+    let token = exchange
+        .issuer
+        .token(Uuid::now_v7(), lane.parse().unwrap(), &["treasury"])
+        .await;
+    let tester = Trader::new(&exchange.service, token);
+    let tester = tester.wallet(&tester, "0", "1000").await;
+    let order = tester.place("buy", "1", "100").await;
+    assert_eq!(order["status"], "open", "a synthetic order has met a real one");
+    let foreign = json!({"account_id": real.usd, "amount": "1"});
+    let foreign = tester
+        .trader
+        .post_with_key("/account/deposit", "k", &foreign)
+        .await;
+    assert_eq!(
+        accept(foreign, StatusCode::NOT_FOUND).await["code"],
+        "account_not_found"
+    );
+    assert_clean(&owner, lane).await;
+
+    sqlx::query("select erase_lane_v1($1)")
+        .bind(lane)
+        .execute(&sqlx::PgPool::connect(&exchange.database.app_url).await.unwrap())
+        .await
+        .unwrap();
+    for table in [
+        "accounts",
+        "transfers",
+        "entries",
+        "orders",
+        "trades",
+        "outbox",
+        "idempotency_keys",
+    ] {
+        let sql = format!(
+            "select count(*) filter (where lane = 'live'), count(*) filter (where lane <> 'live') from {table}"
+        );
+        let (_, left): (i64, i64) = sqlx::query_as(sqlx::AssertSqlSafe(sql))
+            .fetch_one(&owner)
+            .await
+            .unwrap();
+        assert_eq!(left, 0, "{table}");
+    }
+    assert_eq!(real.balances().await, ["1", "1", "0", "0"]);
+    assert_clean(&owner, "live").await;
+}
