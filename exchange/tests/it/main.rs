@@ -25,3 +25,5 @@ mod trade;
 mod traders;
 #[cfg(test)]
 mod user;
+#[cfg(test)]
+mod whole;
