@@ -23,6 +23,7 @@ use crate::{
     messages::MessageMetrics,
     notification,
     outbox::{Topic, rest},
+    telemetry::TraceContext,
 };
 
 /// Messages handled in one transaction.
@@ -220,8 +221,10 @@ impl Worker {
     }
 
     async fn handle_alone(&self, event: &Delivered, message: &jetstream::Message) {
+        let trace = event.traceparent.as_deref().and_then(TraceContext::parse);
+        let trace = trace.map_or_else(TraceContext::root, TraceContext::child);
         let span = info_span!("message", event.id = %event.id, event.topic = event.topic.as_str());
-        async {
+        let handled = async {
             let kind = match self.apply(&[event]).await {
                 Ok(()) => AckKind::Ack,
                 Err(error) if error.is_permanent() && deliveries(message) >= MAX_DELIVERIES => {
@@ -236,9 +239,8 @@ impl Worker {
                 }
             };
             acknowledge(message, kind).await;
-        }
-        .instrument(span)
-        .await;
+        };
+        trace.scope(handled.instrument(span)).await;
     }
 
     /// Makes the effect of those events that have had none.

@@ -82,8 +82,17 @@ async fn run(command: Command) -> anyhow::Result<bool> {
         Command::User(args) => service::serve("user", args.validate()?, user::router, user::run).await?,
         Command::Trade(args) => {
             let config = args.validate()?;
-            let store = Arc::new(Store::new(StoreConfig::from(&config)?));
-            let routes = |app: App| trade::router(app.clone()).merge(market::router(app, store));
+            let market = config
+                .market_data
+                .is_some()
+                .then(|| StoreConfig::from(&config))
+                .transpose()?;
+            let routes = |app: App| match market {
+                Some(store) => {
+                    trade::router(app.clone()).merge(market::router(app, Arc::new(Store::new(store))))
+                }
+                None => trade::router(app),
+            };
             service::serve("trade", config, routes, trade::run).await?;
         }
         Command::Notification(args) => {

@@ -8,6 +8,7 @@
 
 use std::time::Duration;
 
+use futures::future::join_all;
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool};
 use tokio_util::sync::CancellationToken;
@@ -193,12 +194,13 @@ async fn publish_open(
     }
     let mut sent = Vec::with_capacity(events.len());
     for event in &events {
-        sent.push((event.id, bus.publish(event).await?));
+        let ack = bus.publish(event).await?;
+        sent.push(async move { (event.id, ack.await) });
     }
     let mut confirmed = Vec::with_capacity(sent.len());
     let mut failure = None;
-    for (id, ack) in sent {
-        match ack.await {
+    for (id, ack) in join_all(sent).await {
+        match ack {
             Ok(_) => confirmed.push(id),
             Err(error) => failure = Some(error),
         }
