@@ -187,25 +187,35 @@ pub async fn run(args: MigrateArgs) -> anyhow::Result<()> {
     if let Some(connections) = args.connections_per_stack {
         check_connection_budget(&mut connection, connections).await?;
     }
-    verify_applied(&mut connection, args.phase).await?;
-    for migration in args.phase.migrations() {
-        if args.phase == Phase::Contract {
-            let state = read_state(&mut connection).await?;
-            ensure!(
-                state.expanded >= migration.version,
-                "contract {} needs expand {0}, but the schema is expanded to {}",
-                migration.version,
-                state.expanded,
-            );
-        }
-        apply(&mut connection, args.phase, migration, deadline).await?;
-    }
+    bring_forward(&mut connection, args.phase, args.phase.migrations(), deadline).await?;
     let state = read_state(&mut connection).await?;
     info!(
         "done: expanded to {}, oldest reader {}",
         state.expanded, state.oldest_reader
     );
     connection.close().await?;
+    Ok(())
+}
+
+/// Runs what is outstanding of the given files, which are in the order of their numbers.
+pub async fn bring_forward(
+    connection: &mut PgConnection,
+    phase: Phase,
+    files: &[Migration],
+    deadline: Instant,
+) -> anyhow::Result<()> {
+    verify_applied(connection, phase, files).await?;
+    for migration in files {
+        if phase == Phase::Contract {
+            let expanded = read_state(&mut *connection).await?.expanded;
+            let number = migration.version;
+            ensure!(
+                expanded >= number,
+                "contract {number} needs expand {number}, the schema is expanded to {expanded}"
+            );
+        }
+        apply(connection, phase, migration, deadline).await?;
+    }
     Ok(())
 }
 
@@ -266,17 +276,18 @@ async fn check_connection_budget(connection: &mut PgConnection, per_stack: i64) 
 }
 
 /// An applied file is never edited. What a newer build has applied is none of our business.
-async fn verify_applied(connection: &mut PgConnection, phase: Phase) -> anyhow::Result<()> {
+async fn verify_applied(
+    connection: &mut PgConnection,
+    phase: Phase,
+    files: &[Migration],
+) -> anyhow::Result<()> {
     let applied: Vec<(i64, Vec<u8>)> =
         sqlx::query_as("select number, checksum from migrations where phase = $1")
             .bind(phase.as_str())
             .fetch_all(connection)
             .await?;
     for (number, checksum) in applied {
-        let ours = phase
-            .migrations()
-            .iter()
-            .find(|migration| migration.version == number);
+        let ours = files.iter().find(|migration| migration.version == number);
         ensure!(
             ours.is_none_or(|migration| *migration.checksum == *checksum),
             "{} {number} has been edited after it was applied",
@@ -376,7 +387,10 @@ async fn run_batch(
     let mut rows = 0;
     match batch.mode {
         Mode::Transaction => {}
-        Mode::OutsideTransaction => rows = sql().execute(&mut *connection).await?.rows_affected(),
+        Mode::OutsideTransaction => {
+            drop_invalid_indexes(connection).await?;
+            rows = sql().execute(&mut *connection).await?.rows_affected();
+        }
         Mode::Repeat => loop {
             let some = sql().execute(&mut *connection).await?.rows_affected();
             if some == 0 {
@@ -412,6 +426,24 @@ async fn run_batch(
     }
     transaction.commit().await?;
     Ok(rows)
+}
+
+/// What a `create index concurrently` leaves behind when it is interrupted, and what `if not exists` takes for an index.
+async fn drop_invalid_indexes(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let names: Vec<String> = sqlx::query_scalar(
+        "select format('%I.%I', nspname, relname) from pg_index
+         join pg_class on pg_class.oid = indexrelid join pg_namespace on pg_namespace.oid = relnamespace
+         where not indisvalid and nspname = 'public'",
+    )
+    .fetch_all(&mut *connection)
+    .await?;
+    for name in names {
+        info!("dropping the index {name}, which was not completed");
+        sqlx::raw_sql(AssertSqlSafe(format!("drop index concurrently if exists {name}")))
+            .execute(&mut *connection)
+            .await?;
+    }
+    Ok(())
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

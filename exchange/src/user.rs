@@ -15,7 +15,7 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
-use sqlx::{AssertSqlSafe, PgConnection};
+use sqlx::{AssertSqlSafe, PgConnection, PgPool};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -671,7 +671,7 @@ pub async fn run(app: App, shutdown: CancellationToken) {
         .is_some()
     {
         if *app.role.borrow() == Role::Live
-            && let Err(error) = clean_up(&app).await
+            && let Err(error) = clean_up(&app.db).await
         {
             warn!(error.message = %error, "housekeeping failed; it is tried again");
         }
@@ -679,8 +679,8 @@ pub async fn run(app: App, shutdown: CancellationToken) {
 }
 
 /// One round of housekeeping; nothing if another process is at it.
-pub async fn clean_up(app: &App) -> Result<(), sqlx::Error> {
-    let mut transaction = app.db.begin().await?;
+pub async fn clean_up(db: &PgPool) -> Result<(), sqlx::Error> {
+    let mut transaction = db.begin().await?;
     let first: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtext('housekeeping'))")
         .fetch_one(&mut *transaction)
         .await?;

@@ -2,11 +2,17 @@
 
 // As test code, in which clippy.toml allows unwrapping.
 #[cfg(test)]
+mod api;
+#[cfg(test)]
 mod connections;
+#[cfg(test)]
+mod migrate;
 #[cfg(test)]
 mod queue;
 #[cfg(test)]
 mod races;
+#[cfg(test)]
+mod roles;
 #[cfg(test)]
 mod rules;
 #[cfg(test)]
@@ -19,6 +25,8 @@ mod start;
 mod stores;
 #[cfg(test)]
 mod streams;
+#[cfg(test)]
+mod tokens;
 #[cfg(test)]
 mod trade;
 #[cfg(test)]

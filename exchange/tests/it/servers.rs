@@ -274,7 +274,7 @@ impl Database {
     }
 
     /// The role as which services connect, made by an administrator after the first expand.
-    async fn create_service_role(&self) {
+    pub(crate) async fn create_service_role(&self) {
         sqlx::raw_sql(
             "do $$ begin
                  create role exchange_service login in role exchange_app;

@@ -10,20 +10,35 @@ use crate::servers::{Database, Postgres, Service};
 const PASSWORD: &str = "correct horse battery";
 const LANE_SECRET: &str = "0123456789abcdef0123";
 
-struct Exchange {
-    database: Database,
-    service: Service,
+/// A user service and its database.
+pub(crate) struct Exchange {
+    /// The database.
+    pub(crate) database: Database,
+    /// The service.
+    pub(crate) service: Service,
 }
 
 impl Exchange {
-    async fn start(flags: &[&str]) -> Self {
-        let database = Database::migrated(Postgres::shared()).await;
+    /// A service with a database of its own.
+    pub(crate) async fn start(flags: &[&str]) -> Self {
+        Self::over(Database::migrated(Postgres::shared()).await, flags).await
+    }
+
+    /// A further service on the same database.
+    pub(crate) async fn over(database: Database, flags: &[&str]) -> Self {
         let flags = [&["--lane-secret", LANE_SECRET], flags].concat();
         let service = Service::live("user", &database, &flags).ready().await;
         Self { database, service }
     }
 
-    async fn call(&self, method: Method, path: &str, token: Option<&str>, body: Option<Value>) -> Response {
+    /// Makes any request.
+    pub(crate) async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        token: Option<&str>,
+        body: Option<Value>,
+    ) -> Response {
         let mut request = self.service.client.request(method, self.service.url(path));
         if let Some(token) = token {
             request = request.bearer_auth(token);
@@ -38,30 +53,36 @@ impl Exchange {
         self.call(Method::POST, path, None, Some(body)).await
     }
 
-    async fn register(&self, email: &str) {
+    /// Registers a user in the live lane.
+    pub(crate) async fn register(&self, email: &str) {
         let response = self
             .post("/register", json!({"email": email, "password": PASSWORD}))
             .await;
         assert_eq!(response.status(), 202);
     }
 
-    async fn log_in(&self, email: &str) -> Tokens {
+    /// Logs a user in.
+    pub(crate) async fn log_in(&self, email: &str) -> Tokens {
         let response = self
             .post("/login", json!({"email": email, "password": PASSWORD}))
             .await;
         Tokens::from(response).await
     }
 
-    async fn user(&self, email: &str) -> Tokens {
+    /// Registers a user and logs it in.
+    pub(crate) async fn user(&self, email: &str) -> Tokens {
         self.register(email).await;
         self.log_in(email).await
     }
 }
 
+/// What a log-in gives.
 #[derive(serde::Deserialize)]
-struct Tokens {
-    user_id: String,
-    access_token: String,
+pub(crate) struct Tokens {
+    /// Who it is.
+    pub(crate) user_id: String,
+    /// For requests.
+    pub(crate) access_token: String,
     refresh_token: String,
 }
 

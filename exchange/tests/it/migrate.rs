@@ -1,0 +1,391 @@
+//! Migrations: what is applied once stays, what is killed goes on, and services know what they can work with.
+
+use std::time::Duration;
+
+use exchange::migrate::{Phase, bring_forward, read_state};
+use sqlx::{
+    Connection, PgConnection, SqlSafeStr,
+    migrate::{Migration, MigrationType},
+};
+use tokio::time::Instant;
+
+use crate::servers::{Database, Postgres, Service, eventually};
+
+async fn empty() -> Database {
+    Postgres::shared().database().await
+}
+
+fn file(number: i64, sql: &'static str) -> Migration {
+    Migration::new(
+        number,
+        "test".into(),
+        MigrationType::Simple,
+        sql.into_sql_str(),
+        false,
+    )
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+/// A connection with the lock timeout of a migration.
+async fn migrator(database: &Database) -> PgConnection {
+    let mut connection = PgConnection::connect(&database.owner_url).await.unwrap();
+    sqlx::query("set lock_timeout = '250ms'")
+        .execute(&mut connection)
+        .await
+        .unwrap();
+    connection
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_run_changes_nothing() {
+    let database = empty().await;
+    let (succeeded, first) = database.migrate("expand", &[]);
+    assert!(
+        succeeded && first.contains("expand 0001 (users): batch 1 of 1 done"),
+        "{first}"
+    );
+    let state = read_state(&database.owner().await).await.unwrap();
+    let (succeeded, second) = database.migrate("expand", &[]);
+    assert!(succeeded && !second.contains("batch"), "{second}");
+    assert_eq!(read_state(&database.owner().await).await.unwrap(), state);
+    assert_eq!(
+        (state.expanded, state.oldest_reader),
+        (exchange::migrate::level(), 0)
+    );
+    let (succeeded, contract) = database.migrate("contract", &[]);
+    assert!(succeeded, "{contract}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_runs_at_once_do_not_get_in_each_others_way() {
+    let database = empty().await;
+    let runs = [0; 4].map(|_| {
+        let database = database.clone();
+        tokio::task::spawn_blocking(move || database.migrate("expand", &[]))
+    });
+    for run in runs {
+        let (succeeded, output) = run.await.unwrap();
+        assert!(succeeded, "{output}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_that_hangs_is_waited_for_until_the_deadline() {
+    let database = empty().await;
+    let mut other = PgConnection::connect(&database.owner_url).await.unwrap();
+    sqlx::query("select pg_advisory_lock(7311703294998374245)")
+        .execute(&mut other)
+        .await
+        .unwrap();
+    let (succeeded, output) = database.migrate("expand", &["--deadline=1s"]);
+    assert!(
+        !succeeded && output.contains("another migration is running"),
+        "{output}"
+    );
+    other.close().await.unwrap();
+    let (succeeded, output) = database.migrate("expand", &["--deadline=20s"]);
+    assert!(succeeded, "{output}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_wrong_database_and_a_small_one_are_refused() {
+    let database = empty().await;
+    assert!(database.migrate("expand", &[]).0);
+    let identity = read_state(&database.owner().await)
+        .await
+        .unwrap()
+        .identity
+        .to_string();
+    let (succeeded, output) = database.migrate("expand", &["--expect-database", &identity]);
+    assert!(succeeded, "{output}");
+    let (succeeded, output) = database.migrate(
+        "expand",
+        &["--expect-database", "01890000-0000-7000-8000-000000000000"],
+    );
+    assert!(!succeeded && output.contains(&identity), "{output}");
+    let (succeeded, output) = database.migrate("expand", &["--connections-per-stack=140"]);
+    assert!(succeeded, "{output}");
+    let (succeeded, output) = database.migrate("expand", &["--connections-per-stack=150"]);
+    assert!(
+        !succeeded && output.contains("two stacks need 300 connections"),
+        "{output}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_applied_file_that_was_edited_is_refused_and_a_newer_one_is_ignored() {
+    let database = empty().await;
+    assert!(database.migrate("expand", &[]).0);
+    let owner = database.owner().await;
+    let newer = "insert into migrations (phase, number, name, checksum, batches_done) values ('expand', 9999, 'newer', '', 1)";
+    sqlx::query(newer).execute(&owner).await.unwrap();
+    let (succeeded, output) = database.migrate("expand", &[]);
+    assert!(succeeded, "{output}");
+    sqlx::query("update migrations set checksum = 'edited' where number = 1")
+        .execute(&owner)
+        .await
+        .unwrap();
+    let (succeeded, output) = database.migrate("expand", &[]);
+    assert!(
+        !succeeded && output.contains("expand 1 has been edited"),
+        "{output}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_is_ready_between_its_own_expand_and_the_contract_that_leaves_it_behind() {
+    let database = empty().await;
+    database.create_service_role().await;
+    let service = Service::live("user", &database, &[]);
+    let not_ready = service.admin("/readyz").await;
+    assert_eq!(not_ready.status(), 503);
+    assert!(database.migrate("expand", &[]).0);
+    let service = service.ready().await;
+    let owner = database.owner().await;
+    sqlx::query("update schema_state set expanded = 9999")
+        .execute(&owner)
+        .await
+        .unwrap();
+    Service::live("user", &database, &[]).ready().await;
+    sqlx::query("update schema_state set oldest_reader = 9999")
+        .execute(&owner)
+        .await
+        .unwrap();
+    let newcomer = Service::live("user", &database, &[]);
+    for service in [&newcomer, &service] {
+        eventually("it knows that it is too old", || async {
+            let response = service.admin("/readyz").await;
+            (response.status() == 503 && response.text().await.unwrap().contains("contracted for 9999"))
+                .then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_contract_waits_for_older_instances() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let mut connection = migrator(&database).await;
+    let level = exchange::migrate::level() + 1;
+    let expand = [file(level, "create table newer ()")];
+    let contract = [file(level, "create table contracted ()")];
+    let mut service = Service::live("user", &database, &[]).ready().await;
+
+    let early = bring_forward(&mut connection, Phase::Contract, &contract, soon())
+        .await
+        .unwrap_err();
+    assert!(
+        early.to_string().contains(&format!("needs expand {level}")),
+        "{early}"
+    );
+    bring_forward(&mut connection, Phase::Expand, &expand, soon())
+        .await
+        .unwrap();
+    let impatient = Instant::now() + Duration::from_secs(1);
+    let refused = bring_forward(&mut connection, Phase::Contract, &contract, impatient)
+        .await
+        .unwrap_err();
+    assert!(refused.to_string().contains("user of blue-local"), "{refused}");
+
+    service.client = crate::servers::client();
+    service.signal("TERM");
+    bring_forward(&mut connection, Phase::Contract, &contract, soon())
+        .await
+        .unwrap();
+    assert!(service.ended().is_some() || service.log().contains("terminating"));
+    let state = read_state(&mut connection).await.unwrap();
+    assert_eq!((state.expanded, state.oldest_reader), (level, level));
+}
+
+const BACKFILL: &str = "create table copy (id integer primary key, doubled integer);
+-- batch outside transaction
+create index concurrently if not exists copy_doubled on copy (doubled);
+-- batch repeat
+insert into copy (id, doubled)
+select id, id * 2 from original where not exists (select from copy where copy.id = original.id) limit 100;
+-- batch
+alter table original add column backfilled boolean;";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_migration_goes_on_where_it_stopped_and_waits_for_no_lock_for_long() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let owner = database.owner().await;
+    sqlx::raw_sql("create table original (id integer primary key); insert into original select generate_series(1, 1000)")
+        .execute(&owner)
+        .await
+        .unwrap();
+    let level = exchange::migrate::level() + 1;
+    let batches_done = || {
+        let query =
+            sqlx::query_scalar::<_, i32>("select batches_done from migrations where number = $1").bind(level);
+        async { query.fetch_optional(&owner).await.unwrap() }
+    };
+    // A reader with a long transaction: the last batch cannot have its lock, and must not make others queue behind it.
+    let mut reader = owner.begin().await.unwrap();
+    sqlx::query("select count(*) from original")
+        .execute(&mut *reader)
+        .await
+        .unwrap();
+
+    let mut connection = migrator(&database).await;
+    let killed = tokio::spawn(async move {
+        bring_forward(&mut connection, Phase::Expand, &[file(level, BACKFILL)], soon()).await
+    });
+    eventually("three batches are done", || async {
+        (batches_done().await == Some(3)).then_some(())
+    })
+    .await;
+    let mut slowest = Duration::ZERO;
+    for _ in 0..40 {
+        let start = Instant::now();
+        sqlx::query("select count(*) from original")
+            .execute(&owner)
+            .await
+            .unwrap();
+        slowest = slowest.max(start.elapsed());
+        tokio::time::sleep(Duration::from_millis(25)).await;
+    }
+    assert!(
+        slowest < Duration::from_millis(500),
+        "a query waited {slowest:?} behind the migration"
+    );
+    killed.abort();
+    assert!(killed.await.unwrap_err().is_cancelled());
+    assert_eq!(read_state(&owner).await.unwrap().expanded, level - 1);
+
+    reader.rollback().await.unwrap();
+    let mut connection = migrator(&database).await;
+    bring_forward(&mut connection, Phase::Expand, &[file(level, BACKFILL)], soon())
+        .await
+        .unwrap();
+    assert_eq!(batches_done().await, Some(4));
+    assert_eq!(read_state(&owner).await.unwrap().expanded, level);
+    let (rows, sum): (i64, i64) = sqlx::query_as("select count(*), sum(doubled) from copy")
+        .fetch_one(&owner)
+        .await
+        .unwrap();
+    assert_eq!((rows, sum), (1000, 1_001_000));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_table_of_users_can_be_exported_and_every_lane_erased() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let owner = database.owner().await;
+    let with_column = |column: &'static str| {
+        let query = sqlx::query_scalar::<_, String>(
+            "select table_name::text from information_schema.columns
+             join information_schema.tables using (table_schema, table_name)
+             where table_schema = 'public' and table_type = 'BASE TABLE' and column_name = $1 order by 1",
+        );
+        query.bind(column).fetch_all(&owner)
+    };
+    let registered: Vec<String> = sqlx::query_scalar("select table_name from lane_tables order by 1")
+        .fetch_all(&owner)
+        .await
+        .unwrap();
+    assert_eq!(with_column("lane").await.unwrap(), registered);
+    let exports: Vec<String> = sqlx::query_scalar("select export from user_data")
+        .fetch_all(&owner)
+        .await
+        .unwrap();
+    let exports: Vec<&str> = exports
+        .iter()
+        .flat_map(|sql| sql.split(|c: char| !c.is_alphanumeric() && c != '_'))
+        .collect();
+    for table in with_column("user_id").await.unwrap() {
+        assert!(
+            exports.contains(&table.as_str()),
+            "rows of {table} are not exported"
+        );
+    }
+    // Not even the role of the services can erase the live lane, or change scopes.
+    let service = sqlx::PgPool::connect(&database.app_url).await.unwrap();
+    for forbidden in [
+        "select erase_lane_v1('live')",
+        "select erase_lane_v1(null)",
+        "delete from users",
+        "update users set scopes = '{treasury}'",
+        "update user_data set export = 'select 1'",
+    ] {
+        assert!(
+            sqlx::query(forbidden).execute(&service).await.is_err(),
+            "{forbidden}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_live_stack_erases_the_lanes_of_stacks_that_are_gone() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let owner = database.owner().await;
+    let now = "now()";
+    let long_ago = "now() - interval '1 hour'";
+    for (stack, seen) in [("blue-alive", now), ("green-gone", long_ago)] {
+        let sql = format!("insert into instances values (gen_random_uuid(), 'user', '{stack}', 1, {seen})");
+        sqlx::raw_sql(sqlx::AssertSqlSafe(sql))
+            .execute(&owner)
+            .await
+            .unwrap();
+    }
+    for lane in [
+        "live",
+        "test-blue-alive.1",
+        "test-green-gone.1",
+        "test-green-never.1",
+    ] {
+        sqlx::query(
+            "insert into users (id, lane, email, password_hash) values (gen_random_uuid(), $1, 'a@b', 'x')",
+        )
+        .bind(lane)
+        .execute(&owner)
+        .await
+        .unwrap();
+    }
+    exchange::user::clean_up(&sqlx::PgPool::connect(&database.app_url).await.unwrap())
+        .await
+        .unwrap();
+    let left: Vec<String> = sqlx::query_scalar("select lane from users order by 1")
+        .fetch_all(&owner)
+        .await
+        .unwrap();
+    assert_eq!(left, ["live", "test-blue-alive.1"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interrupted_index_is_built_again() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let owner = database.owner().await;
+    sqlx::raw_sql("create table original (id integer)")
+        .execute(&owner)
+        .await
+        .unwrap();
+    let level = exchange::migrate::level() + 1;
+    // Building an index waits for every transaction that might still look at the table without it.
+    let mut writer = owner.begin().await.unwrap();
+    sqlx::query("insert into original values (1)")
+        .execute(&mut *writer)
+        .await
+        .unwrap();
+    let mut connection = migrator(&database).await;
+    let sql =
+        "-- batch outside transaction\ncreate index concurrently if not exists original_id on original (id)";
+    let building = tokio::spawn(async move {
+        bring_forward(&mut connection, Phase::Expand, &[file(level, sql)], soon()).await
+    });
+    let valid = || {
+        let query = sqlx::query_scalar::<_, bool>(
+            "select indisvalid from pg_index where indexrelid = to_regclass('original_id')",
+        );
+        query.fetch_optional(&owner)
+    };
+    eventually("it has been interrupted", || async {
+        (valid().await.unwrap() == Some(false)).then_some(())
+    })
+    .await;
+    writer.commit().await.unwrap();
+    building.await.unwrap().unwrap();
+    assert_eq!(valid().await.unwrap(), Some(true));
+}

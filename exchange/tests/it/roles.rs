@@ -1,0 +1,173 @@
+//! The role of a stack over real sockets, and the end of a process.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    http::{HeaderMap, HeaderName, HeaderValue},
+    routing::get,
+};
+use serde_json::Value;
+use tokio::net::TcpListener;
+
+use crate::servers::{Database, Postgres, Service, client, eventually};
+
+/// A live Service: it answers as the stack that the test says.
+struct LiveService {
+    url: String,
+    answers_as: Arc<std::sync::Mutex<Option<&'static str>>>,
+}
+
+impl LiveService {
+    async fn start() -> Self {
+        let answers_as = Arc::new(std::sync::Mutex::new(None));
+        let stack = Arc::clone(&answers_as);
+        let answer = async move || {
+            let stack = *stack.lock().unwrap();
+            // Without a stack it is something else that answers.
+            let headers: HeaderMap = stack
+                .map(|stack| {
+                    (
+                        HeaderName::from_static("x-exchange-stack"),
+                        HeaderValue::from_static(stack),
+                    )
+                })
+                .into_iter()
+                .collect();
+            (headers, "hello")
+        };
+        let router = Router::new().route("/version", get(answer));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async { axum::serve(listener, router).await });
+        Self { url, answers_as }
+    }
+
+    fn answer_as(&self, stack: Option<&'static str>) {
+        *self.answers_as.lock().unwrap() = stack;
+    }
+}
+
+async fn has_role(service: &Service, role: &str) {
+    eventually(&format!("it is {role}"), || async {
+        let stack: Value = service.admin("/stack").await.json().await.unwrap();
+        (stack["role"] == role).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stack_follows_its_live_service() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let live = LiveService::start().await;
+    let flags = ["--live-url", &live.url, "--colour", "green", "--revision", "abc"];
+    let service = Service::start("user", &database, &flags).ready().await;
+    has_role(&service, "Standby").await;
+    // It answers in every role.
+    let kept = client();
+    let version = || async { kept.get(service.url("/version")).send().await.unwrap() };
+    assert_eq!(version().await.status(), 200);
+
+    live.answer_as(Some("green-abc"));
+    has_role(&service, "Live").await;
+    assert!(!version().await.headers().contains_key("connection"));
+
+    live.answer_as(Some("blue-def"));
+    has_role(&service, "Draining").await;
+    assert_eq!(version().await.headers()["connection"], "close");
+    eventually("it has no connections", || async {
+        let stack: Value = service.admin("/stack").await.json().await.unwrap();
+        (stack["connections"] == 0).then_some(())
+    })
+    .await;
+
+    live.answer_as(Some("green-abc"));
+    has_role(&service, "Live").await;
+    assert!(!version().await.headers().contains_key("connection"));
+
+    // Whoever does not say what stack it is says nothing about the role.
+    live.answer_as(None);
+    tokio::time::sleep(Duration::from_millis(3500)).await;
+    has_role(&service, "Live").await;
+    assert_eq!(service.log().matches("-> Draining").count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_draining_stack_cuts_what_is_open_after_its_time() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let live = LiveService::start().await;
+    let flags = [
+        "--live-url",
+        &live.url,
+        "--colour",
+        "green",
+        "--revision",
+        "abc",
+        "--drain-timeout",
+        "1s",
+    ];
+    let service = Service::start("user", &database, &flags).ready().await;
+    live.answer_as(Some("green-abc"));
+    has_role(&service, "Live").await;
+    assert_eq!(service.get("/version").await.status(), 200);
+    live.answer_as(Some("blue-def"));
+    eventually("the kept connection is cut", || async {
+        let stack: Value = client()
+            .get(service.admin_url("/stack"))
+            .send()
+            .await
+            .unwrap()
+            .json()
+            .await
+            .unwrap();
+        (stack["role"] == "Draining" && stack["connections"] == 0).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_terminating_process_serves_on_until_its_clients_have_left() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let mut service = Service::live("user", &database, &[]).ready().await;
+    let kept = client();
+    assert_eq!(
+        kept.get(service.url("/version")).send().await.unwrap().status(),
+        200
+    );
+    service.signal("TERM");
+    eventually("it says that it is going", || async {
+        (service.admin("/readyz").await.status() == 503).then_some(())
+    })
+    .await;
+    // New clients are served, and the old one as well; both are told.
+    for client in [&client(), &kept] {
+        let response = client.get(service.url("/version")).send().await.unwrap();
+        assert_eq!(
+            (response.status().as_u16(), &response.headers()["connection"]),
+            (200, &HeaderValue::from_static("close"))
+        );
+    }
+    let status = eventually("it ends", || std::future::ready(service.ended())).await;
+    assert!(status.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_terminating_process_ends_at_its_deadline() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let mut service = Service::live("user", &database, &["--termination-deadline", "1s"])
+        .ready()
+        .await;
+    let kept = client();
+    assert_eq!(
+        kept.get(service.url("/version")).send().await.unwrap().status(),
+        200
+    );
+    service.signal("TERM");
+    let status = eventually("it ends", || std::future::ready(service.ended())).await;
+    assert!(status.success());
+    assert!(
+        service
+            .log()
+            .contains("closing what is open at the termination deadline")
+    );
+}
