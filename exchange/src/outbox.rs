@@ -11,6 +11,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
@@ -26,6 +27,8 @@ use crate::{
 const BATCH: i64 = 256;
 /// How long the relay rests when there is nothing to publish: the latency that the outbox adds to an event.
 const IDLE: Duration = Duration::from_millis(100);
+/// How often the relay makes sure that its stream is still there.
+const LOOK: Duration = Duration::from_secs(1);
 /// How often rows are found done, or published for too long.
 const SWEEP: Duration = Duration::from_secs(1);
 /// Rows swept at a time.
@@ -37,7 +40,7 @@ const INBOX_AGE: Duration = Duration::from_hours(7 * 24);
 /// How long the relay waits after an error.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// What an event is about. Each topic's payload is described in `docs/api-messages.md`.
+/// What an event is about. Each topic's payload is described in `docs/messages.md`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Topic {
     /// Two orders were matched and settled.
@@ -134,32 +137,31 @@ pub async fn relay(
     metrics: &MessageMetrics,
     stop: &CancellationToken,
 ) {
-    let mut connected_before = false;
+    let mut looked_at: Option<Instant> = None;
     while !stop.is_cancelled() {
-        // After each loss of the connection the broker may have come back without its store.
-        let connected = bus.connected();
         let pass = async {
-            if !connected {
+            if !bus.connected() {
                 return Ok(0);
             }
-            if !connected_before && bus.ensure_stream(scope).await? {
-                let reopened = reopen_all(db, scope).await?;
-                info!(scope = scope.stream(), reopened, "the stream was created");
+            // The broker may have come back without its store, or somebody may have removed the stream.
+            if looked_at.is_none_or(|at| at.elapsed() >= LOOK) {
+                if bus.ensure_stream(scope).await? {
+                    let reopened = reopen_all(db, scope).await?;
+                    info!(scope = scope.stream(), reopened, "the stream was created");
+                }
+                looked_at = Some(Instant::now());
             }
             publish_open(db, bus, scope, metrics).await
         };
-        let pause = match pass.await {
-            Ok(0) => IDLE,
-            Ok(_) => Duration::ZERO,
+        match pass.await {
+            Ok(0) => rest(stop, IDLE).await,
+            Ok(_) => {}
             Err(error) => {
                 warn!(scope = scope.stream(), error = %error, "failed to publish from the outbox");
-                connected_before = false;
+                looked_at = None;
                 rest(stop, PAUSE).await;
-                continue;
             }
-        };
-        connected_before = connected;
-        rest(stop, pause).await;
+        }
     }
 }
 
@@ -232,7 +234,7 @@ async fn reopen_all(db: &PgPool, scope: &Scope) -> Result<u64, sqlx::Error> {
 /// Keeps the books of a scope's outbox until told to stop: marks what is done, opens what got lost, measures
 /// what waits, and (for the live scope) removes what is old.
 pub async fn sweep(db: &PgPool, scope: &Scope, metrics: &MessageMetrics, stop: &CancellationToken) {
-    let mut pruned_at = tokio::time::Instant::now();
+    let mut pruned_at = Instant::now();
     while !stop.is_cancelled() {
         let pass = async {
             while mark_done(db, scope).await? == SWEEP_BATCH.unsigned_abs() {}
@@ -247,7 +249,7 @@ pub async fn sweep(db: &PgPool, scope: &Scope, metrics: &MessageMetrics, stop: &
             measure(db, scope, metrics).await?;
             if *scope == Scope::Live && pruned_at.elapsed() >= PRUNE {
                 prune(db).await?;
-                pruned_at = tokio::time::Instant::now();
+                pruned_at = Instant::now();
             }
             Ok::<(), sqlx::Error>(())
         };
