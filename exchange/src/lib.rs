@@ -26,6 +26,7 @@ pub mod notification;
 pub mod openapi;
 pub mod outbox;
 pub mod password;
+pub mod personal;
 pub mod release;
 pub mod role;
 pub mod server;

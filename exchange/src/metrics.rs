@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    panic::AssertUnwindSafe,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Instant,
 };
@@ -9,8 +10,9 @@ use std::{
 use axum::{
     extract::{MatchedPath, Request, State},
     middleware::Next,
-    response::Response,
+    response::{IntoResponse, Response},
 };
+use futures::FutureExt;
 use prometheus_client::{
     encoding::{EncodeLabelSet, text},
     metrics::{counter::Counter, family::Family, histogram::Histogram},
@@ -18,7 +20,7 @@ use prometheus_client::{
 };
 use tracing::info;
 
-use crate::{app::App, lane::Lane, telemetry::TraceContext};
+use crate::{app::App, error::ApiError, lane::Lane, telemetry::TraceContext};
 
 /// The metrics of a process. Clones share them.
 #[derive(Clone)]
@@ -105,7 +107,10 @@ pub async fn observe(State(app): State<App>, mut request: Request, next: Next) -
     let start = Instant::now();
     TraceContext::continued(request.headers())
         .scope(async {
-            let response = next.run(request).await;
+            // A panic is a failure like any other: answered, and counted.
+            let response = AssertUnwindSafe(next.run(request)).catch_unwind().await;
+            let response =
+                response.unwrap_or_else(|_| ApiError::internal("a handler panicked").into_response());
             let elapsed = start.elapsed();
             let status = response.status().as_u16();
             let lane = lane.0.get().copied().unwrap_or("live");
@@ -150,5 +155,48 @@ fn known_method(method: &http::Method) -> &str {
     match method.as_str() {
         known @ ("GET" | "HEAD" | "POST" | "PUT" | "PATCH" | "DELETE" | "OPTIONS") => known,
         _ => "other",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::{Router, body::Body, http::StatusCode, middleware, routing::get};
+    use clap::Parser;
+    use tokio::sync::watch;
+    use tower::ServiceExt;
+
+    use super::*;
+    use crate::{config::ConfigArgs, role::Role};
+
+    #[derive(clap::Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: ConfigArgs,
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_answered_and_counted() {
+        let flags = [
+            "exchange",
+            "--database-url=postgres://localhost/exchange",
+            "--role=live",
+        ];
+        let config = Command::parse_from(flags).args.validate().unwrap();
+        let (role, readiness) = (watch::channel(Role::Live).1, watch::channel(Ok(())).1);
+        let app = App::new("test", config, role, readiness).unwrap();
+        let router: Router = Router::new()
+            .route(
+                "/panics",
+                get(async || -> &'static str { panic!("as the test wants") }),
+            )
+            .layer(middleware::from_fn_with_state(app.clone(), observe));
+        let request = Request::get("/panics").body(Body::empty()).unwrap();
+        let response = router.oneshot(request).await.unwrap();
+        assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        let page = app.metrics.encode().unwrap();
+        assert!(
+            page.contains(r#"{method="GET",route="/panics",lane="live",status="500"} 1"#),
+            "{page}"
+        );
     }
 }

@@ -11,7 +11,6 @@ use std::{
     convert::Infallible,
     io,
     net::SocketAddr,
-    panic::AssertUnwindSafe,
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
@@ -21,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, body::Body, extract::ConnectInfo, response::IntoResponse};
+use axum::{Router, body::Body, extract::ConnectInfo};
 use bytes::Bytes;
 use futures::FutureExt;
 use http::{HeaderValue, Request, Response, Version, header};
@@ -44,7 +43,7 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 use tracing::{debug, warn};
 
-use crate::{error::ApiError, role::STACK_HEADER};
+use crate::role::STACK_HEADER;
 
 /// The start of every HTTP/2 connection with prior knowledge.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -345,14 +344,7 @@ async fn answer(
     let unread = Unread(Arc::new(Mutex::new(incoming)));
     let mut request = Request::from_parts(parts, Body::new(unread.clone()));
     request.extensions_mut().insert(ConnectInfo(peer));
-    let response = AssertUnwindSafe(shared.router.clone().oneshot(request))
-        .catch_unwind()
-        .await;
-    let mut response = match response {
-        Ok(Ok(response)) => response,
-        Ok(Err(never)) => match never {},
-        Err(_) => ApiError::internal("a handler panicked").into_response(),
-    };
+    let Ok(mut response) = shared.router.clone().oneshot(request).await;
     response.headers_mut().insert(STACK_HEADER, shared.stack.clone());
     if !is_http2 {
         // With a body left unread hyper closes the connection after this response, unannounced.

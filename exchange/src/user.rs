@@ -1,4 +1,4 @@
-//! The user service: registration, sessions, profiles, and what the law wants.
+//! The user service: registration, sessions and passwords; `personal` has the rest.
 //!
 //! Nobody learns from it whether an e-mail address is registered: the answers to a registration, and those to a failed
 //! log-in, are the same in status, text and time for known and unknown addresses.
@@ -13,9 +13,8 @@ use axum::{
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
-use sqlx::{AssertSqlSafe, PgConnection, PgPool};
+use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -33,6 +32,7 @@ use crate::{
     metrics::RequestLane,
     migrate,
     outbox::{self, Event},
+    personal::{self, ACCOUNTS_NOT_EMPTY},
     role::Role,
 };
 
@@ -47,12 +47,6 @@ pub const INVALID_REFRESH_TOKEN: Problem = Problem::new(
     StatusCode::UNAUTHORIZED,
     "invalid_refresh_token",
     "The refresh token is not valid any more.",
-);
-/// Something of value is left.
-pub const ACCOUNTS_NOT_EMPTY: Problem = Problem::new(
-    StatusCode::CONFLICT,
-    "accounts_not_empty",
-    "Accounts with a balance or a hold are left.",
 );
 /// The lane is not one of this stack, or the secret is wrong.
 pub const LANE_REFUSED: Problem = Problem::new(
@@ -84,16 +78,16 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(login))
         .routes(routes!(refresh))
         .routes(routes!(logout))
-        .routes(routes!(profile, update_profile))
+        .routes(routes!(personal::profile, personal::update_profile))
         .routes(routes!(change_password))
-        .routes(routes!(export))
-        .routes(routes!(delete_user))
+        .routes(routes!(personal::export))
+        .routes(routes!(personal::delete_user))
         .routes(routes!(erase_lane))
         .routes(routes!(jwks))
 }
 
 /// A caller whose session has not been ended. Other services trust an access token until it expires; this one knows.
-struct Session(Caller);
+pub(crate) struct Session(pub(crate) Caller);
 
 impl FromRequestParts<App> for Session {
     type Rejection = ApiError;
@@ -172,9 +166,12 @@ async fn register(
     let display_name = registration
         .display_name
         .as_deref()
-        .map(valid_display_name)
+        .map(personal::valid_display_name)
         .transpose()?;
-    let locale = registration.locale.as_deref().map_or(Ok("en"), valid_locale)?;
+    let locale = registration
+        .locale
+        .as_deref()
+        .map_or(Ok("en"), personal::valid_locale)?;
     if lane.is_live() {
         let limit = Limit::new(
             "register",
@@ -185,10 +182,12 @@ async fn register(
     }
     let hash = app.passwords.hash(registration.password).await?;
     let user_id = Uuid::now_v7();
+    // A known address is written as it is: a transaction that writes nothing commits without waiting for the disk, and
+    // would be told from one that writes by its time.
     sqlx::query(
         "insert into users (id, lane, email, password_hash, display_name, locale)
          values ($1, $2, $3, $4, nullif($5, ''), $6)
-         on conflict on constraint users_email_unique do nothing",
+         on conflict on constraint users_email_unique do update set email = excluded.email",
     )
     .bind(user_id)
     .bind(&lane)
@@ -380,77 +379,6 @@ async fn logout(State(app): State<App>, Session(caller): Session) -> Result<Stat
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// What a user sees and may change about itself.
-#[derive(Serialize, ToSchema, sqlx::FromRow)]
-struct Profile {
-    id: Uuid,
-    email: String,
-    display_name: Option<String>,
-    locale: String,
-    #[serde(with = "time::serde::rfc3339")]
-    created_at: OffsetDateTime,
-}
-
-/// The caller's profile.
-#[utoipa::path(
-    get, path = "/profile", tag = "user", security(("access_token" = [])),
-    responses((status = 200, body = Profile), (status = 401, body = ProblemDocument, description = "`unauthenticated`", content_type = "application/problem+json")),
-)]
-async fn profile(State(app): State<App>, Session(caller): Session) -> Result<Json<Profile>, ApiError> {
-    let profile = sqlx::query_as(
-        "select id, email, display_name, locale, created_at from users where id = $1 and deleted_at is null",
-    )
-    .bind(caller.user_id)
-    .fetch_optional(&app.db)
-    .await?;
-    profile.map(Json).ok_or_else(|| error::UNAUTHENTICATED.into())
-}
-
-#[derive(Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-struct ProfileUpdate {
-    /// At most 100 characters; empty removes it.
-    #[serde(default)]
-    display_name: Option<String>,
-    /// A language tag.
-    #[serde(default)]
-    locale: Option<String>,
-}
-
-/// Changes what is given, leaves the rest.
-#[utoipa::path(
-    patch, path = "/profile", tag = "user", security(("access_token" = [])), request_body = ProfileUpdate,
-    responses(
-        (status = 200, body = Profile),
-        (status = 401, body = ProblemDocument, description = "`unauthenticated`", content_type = "application/problem+json"),
-        (status = 422, body = ProblemDocument, description = "`invalid_field`", content_type = "application/problem+json"),
-    ),
-)]
-async fn update_profile(
-    State(app): State<App>,
-    Session(caller): Session,
-    Body(update): Body<ProfileUpdate>,
-) -> Result<Json<Profile>, ApiError> {
-    let display_name = update
-        .display_name
-        .as_deref()
-        .map(valid_display_name)
-        .transpose()?;
-    let locale = update.locale.as_deref().map(valid_locale).transpose()?;
-    let profile = sqlx::query_as(
-        "update users set display_name = nullif(coalesce($2, display_name), ''), locale = coalesce($3, locale),
-             updated_at = now()
-         where id = $1 and deleted_at is null
-         returning id, email, display_name, locale, created_at",
-    )
-    .bind(caller.user_id)
-    .bind(display_name)
-    .bind(locale)
-    .fetch_optional(&app.db)
-    .await?;
-    profile.map(Json).ok_or_else(|| error::UNAUTHENTICATED.into())
-}
-
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct PasswordChange {
@@ -519,85 +447,6 @@ async fn change_password(
     .await?;
     transaction.commit().await?;
     info!(user.id = %caller.user_id, "a user has changed the password");
-    Ok(StatusCode::NO_CONTENT)
-}
-
-#[derive(sqlx::FromRow)]
-struct Topic {
-    name: String,
-    export: String,
-    erase: Option<String>,
-    obstacle: Option<String>,
-}
-
-/// What is stored about users, as the migrations have registered it.
-async fn topics(connection: &mut PgConnection) -> Result<Vec<Topic>, sqlx::Error> {
-    sqlx::query_as("select topic as name, export, erase, obstacle from user_data order by position, topic")
-        .fetch_all(connection)
-        .await
-}
-
-/// Everything that is stored about the caller, by topic, and nothing about others.
-#[utoipa::path(
-    get, path = "/user/export", tag = "user", security(("access_token" = [])),
-    responses(
-        (status = 200, body = Value, description = "An array of objects per topic"),
-        (status = 401, body = ProblemDocument, description = "`unauthenticated`", content_type = "application/problem+json"),
-    ),
-)]
-async fn export(
-    State(app): State<App>,
-    Session(caller): Session,
-) -> Result<Json<Map<String, Value>>, ApiError> {
-    let mut transaction = app.db.begin().await?;
-    sqlx::query("set transaction isolation level repeatable read read only")
-        .execute(&mut *transaction)
-        .await?;
-    let mut exported = Map::new();
-    for topic in topics(&mut transaction).await? {
-        // Written by a migration, which is as trusted as this program.
-        let rows: Vec<Value> = sqlx::query_scalar(AssertSqlSafe(topic.export))
-            .bind(caller.user_id)
-            .fetch_all(&mut *transaction)
-            .await?;
-        exported.insert(topic.name, rows.into());
-    }
-    Ok(Json(exported))
-}
-
-/// Deletes the caller: personal data goes, the ledger's sums stay. Refused while anything of value is left.
-#[utoipa::path(
-    delete, path = "/user", tag = "user", security(("access_token" = [])),
-    responses(
-        (status = 204),
-        (status = 401, body = ProblemDocument, description = "`unauthenticated`", content_type = "application/problem+json"),
-        (status = 409, body = ProblemDocument, description = "`accounts_not_empty`", content_type = "application/problem+json"),
-    ),
-)]
-async fn delete_user(State(app): State<App>, Session(caller): Session) -> Result<StatusCode, ApiError> {
-    let mut transaction = app.db.begin().await?;
-    sqlx::query("select from users where id = $1 for update")
-        .bind(caller.user_id)
-        .execute(&mut *transaction)
-        .await?;
-    let topics = topics(&mut transaction).await?;
-    for obstacle in topics.iter().filter_map(|topic| topic.obstacle.as_ref()) {
-        let stands: bool = sqlx::query_scalar(AssertSqlSafe(obstacle.clone()))
-            .bind(caller.user_id)
-            .fetch_one(&mut *transaction)
-            .await?;
-        if stands {
-            return Err(ACCOUNTS_NOT_EMPTY.into());
-        }
-    }
-    for erase in topics.into_iter().filter_map(|topic| topic.erase) {
-        sqlx::query(AssertSqlSafe(erase))
-            .bind(caller.user_id)
-            .execute(&mut *transaction)
-            .await?;
-    }
-    transaction.commit().await?;
-    info!(user.id = %caller.user_id, "a user has been deleted");
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -776,27 +625,4 @@ fn valid_new_password(field: &str, password: &SecretString) -> Result<(), ApiErr
         12..=256 => Ok(()),
         _ => Err(ApiError::invalid_field(field, "use 12 to 256 characters")),
     }
-}
-
-fn valid_display_name(name: &str) -> Result<&str, ApiError> {
-    if name.chars().count() <= 100 && !name.chars().any(char::is_control) {
-        return Ok(name);
-    }
-    Err(ApiError::invalid_field(
-        "display_name",
-        "use at most 100 characters, and no control characters",
-    ))
-}
-
-fn valid_locale(locale: &str) -> Result<&str, ApiError> {
-    let parts_are_valid = locale
-        .split('-')
-        .all(|part| (1..=8).contains(&part.len()) && part.bytes().all(|byte| byte.is_ascii_alphanumeric()));
-    if locale.len() <= 35 && parts_are_valid {
-        return Ok(locale);
-    }
-    Err(ApiError::invalid_field(
-        "locale",
-        "use a language tag such as en or pt-BR",
-    ))
 }

@@ -6,6 +6,8 @@ mod api;
 #[cfg(test)]
 mod connections;
 #[cfg(test)]
+mod database;
+#[cfg(test)]
 mod migrate;
 #[cfg(test)]
 mod queue;

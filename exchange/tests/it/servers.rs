@@ -316,7 +316,10 @@ impl Service {
                 "127.0.0.1:0",
             ])
             .args(flags)
-            .env("EXCHANGE_DATABASE_URL", &database.app_url)
+            .envs(
+                (!flags.contains(&"--database-url-file"))
+                    .then_some(("EXCHANGE_DATABASE_URL", &database.app_url)),
+            )
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();

@@ -1,5 +1,10 @@
 //! A service starts, says what it is, and ends.
 
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
 use crate::servers::{Database, Postgres, Service, client, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -51,4 +56,36 @@ async fn a_lost_database_is_an_answer_and_not_an_empty_service() {
     })
     .await;
     assert_eq!(service.admin("/readyz").await.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_does_not_come_is_not_waited_for_forever() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let service = Service::live("user", &database, &["--request-timeout", "500ms"])
+        .ready()
+        .await;
+    let mut stream = TcpStream::connect(service.public).await.unwrap();
+    let request =
+        "POST /login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{";
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(
+        answer.starts_with("HTTP/1.1 408") && answer.contains("request_timeout"),
+        "{answer}"
+    );
+    assert!(answer.contains("connection: close\r\n"), "{answer}");
+}
+
+#[test]
+fn a_wrong_configuration_is_refused_with_every_problem() {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_exchange"))
+        .args(["user", "--colour", "Blue!", "--drain-timeout", "soon"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success());
+    for problem in ["--database-url", "--colour", "--drain-timeout", "--live-url"] {
+        assert!(said.contains(problem), "{problem} is missing in {said}");
+    }
 }

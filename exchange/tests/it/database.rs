@@ -1,0 +1,181 @@
+//! The database as services meet it: encrypted, with changing credentials, and sometimes not at all.
+
+use std::{path::Path, time::Duration};
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use sqlx::{AssertSqlSafe, PgPool};
+use tokio::{
+    io::copy_bidirectional,
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
+
+use crate::servers::{Database, Postgres, Service, eventually, temporary_directory};
+
+/// Writes a file into the server's data directory, as its own.
+async fn install(owner: &PgPool, name: &str, content: &str) {
+    let content = BASE64_STANDARD.encode(content);
+    let sql = format!(
+        "copy (select '{content}') to program 'base64 -d >{name}.new && chmod 600 {name}.new && mv {name}.new {name}'"
+    );
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(owner).await.unwrap();
+}
+
+async fn jwks_status(service: &Service) -> u16 {
+    service.get("/.well-known/jwks.json").await.status().as_u16()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_is_verified_and_a_new_password_is_picked_up() {
+    let postgres = Postgres::start(&[]);
+    let database = Database::migrated(&postgres).await;
+    let owner = database.owner().await;
+    let server = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    let stranger = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    install(&owner, "server.crt", &server.cert.pem()).await;
+    install(&owner, "server.key", &server.signing_key.serialize_pem()).await;
+    let rules =
+        "host all postgres 127.0.0.1/32 trust\nhostssl all exchange_service 127.0.0.1/32 scram-sha-256\n";
+    install(&owner, "pg_hba.conf", rules).await;
+    sqlx::raw_sql("alter system set ssl = on")
+        .execute(&owner)
+        .await
+        .unwrap();
+    let set_password =
+        "set password_encryption = 'scram-sha-256'; alter role exchange_service password 'first-secret'";
+    sqlx::raw_sql(set_password).execute(&owner).await.unwrap();
+    sqlx::raw_sql("select pg_reload_conf()")
+        .execute(&owner)
+        .await
+        .unwrap();
+
+    let directory = temporary_directory("tls");
+    let (trusted, untrusted) = (directory.join("trusted.pem"), directory.join("untrusted.pem"));
+    std::fs::write(&trusted, server.cert.pem()).unwrap();
+    std::fs::write(&untrusted, stranger.cert.pem()).unwrap();
+    let url = |password: &str, tls: &str| {
+        let user = format!("exchange_service:{password}@");
+        format!("{}?{tls}", database.app_url.replace("exchange_service@", &user))
+    };
+    let verified = |ca: &Path| format!("sslmode=verify-full&sslrootcert={}", ca.display());
+    let start = |file: &str, url: String| {
+        let file = directory.join(file);
+        std::fs::write(&file, url).unwrap();
+        Service::live(
+            "user",
+            &database,
+            &["--database-url-file", file.to_str().unwrap()],
+        )
+    };
+
+    let untrusting = start("untrusting", url("first-secret", &verified(&untrusted)));
+    let plain = start("plain", url("first-secret", "sslmode=disable"));
+    let service = start("url", url("first-secret", &verified(&trusted)))
+        .ready()
+        .await;
+    assert_eq!(jwks_status(&service).await, 200);
+    for refused in [&untrusting, &plain] {
+        let response = refused.admin("/readyz").await;
+        assert_eq!(response.status(), 503);
+        assert!(response.text().await.unwrap().contains("cannot be used"));
+    }
+    let plain: i64 = sqlx::query_scalar(
+        "select count(*) from pg_stat_ssl join pg_stat_activity using (pid) where usename = 'exchange_service' and not ssl",
+    )
+    .fetch_one(&owner)
+    .await
+    .unwrap();
+    assert_eq!(plain, 0);
+
+    // A new password, and every connection made with the old one is gone.
+    let rotate =
+        "set password_encryption = 'scram-sha-256'; alter role exchange_service password 'second-secret';
+        select pg_terminate_backend(pid) from pg_stat_activity where usename = 'exchange_service'";
+    sqlx::raw_sql(rotate).execute(&owner).await.unwrap();
+    eventually("the old password is refused", || async {
+        (jwks_status(&service).await == 503).then_some(())
+    })
+    .await;
+    std::fs::write(directory.join("url"), url("second-secret", &verified(&trusted))).unwrap();
+    eventually("the new password is used", || async {
+        (jwks_status(&service).await == 200).then_some(())
+    })
+    .await;
+    for log in [service.log(), untrusting.log()] {
+        assert!(!log.contains("secret"), "{log}");
+    }
+    std::fs::remove_dir_all(directory).unwrap();
+}
+
+/// Stands between a service and its database, and can be cut.
+struct Wire {
+    port: u16,
+    connected: watch::Sender<bool>,
+}
+
+impl Wire {
+    async fn to(database: &Database) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let url: reqwest::Url = database.app_url.parse().unwrap();
+        let target = ("127.0.0.1", url.port().unwrap());
+        let (connected, state) = watch::channel(true);
+        tokio::spawn(async move {
+            loop {
+                let (mut client, _) = listener.accept().await.unwrap();
+                let mut state = state.clone();
+                tokio::spawn(async move {
+                    let pipe = async {
+                        let mut server = TcpStream::connect(target).await?;
+                        copy_bidirectional(&mut client, &mut server).await
+                    };
+                    tokio::select! {
+                        _ = pipe => {}
+                        _ = state.wait_for(|connected| !connected) => {}
+                    }
+                });
+            }
+        });
+        Self { port, connected }
+    }
+
+    /// The same database, through this wire.
+    fn through(&self, database: &Database) -> Database {
+        let mut url: reqwest::Url = database.app_url.parse().unwrap();
+        url.set_port(Some(self.port)).unwrap();
+        Database {
+            app_url: url.into(),
+            ..database.clone()
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_twenty_seconds_without_a_database_everything_is_as_before() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let wire = Wire::to(&database).await;
+    let service = Service::live("user", &wire.through(&database), &[]).ready().await;
+    assert_eq!(jwks_status(&service).await, 200);
+    wire.connected.send_replace(false);
+    let outage = tokio::time::Instant::now() + Duration::from_secs(20);
+    let mut refused = 0;
+    while tokio::time::Instant::now() < outage {
+        let response = service.get("/.well-known/jwks.json").await;
+        assert_eq!(response.status(), 503);
+        assert!(response.headers().contains_key("retry-after"));
+        refused += 1;
+        assert_eq!(service.admin("/readyz").await.status(), 200);
+        tokio::time::sleep(Duration::from_millis(250)).await;
+    }
+    assert!(refused >= 5, "{refused} answers in 20 s");
+    wire.connected.send_replace(true);
+    let back = tokio::time::Instant::now();
+    eventually("it works again", || async {
+        (jwks_status(&service).await == 200).then_some(())
+    })
+    .await;
+    assert!(back.elapsed() < Duration::from_secs(5), "{:?}", back.elapsed());
+    for _ in 0..20 {
+        assert_eq!(jwks_status(&service).await, 200);
+    }
+}
