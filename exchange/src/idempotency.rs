@@ -10,7 +10,7 @@ use axum::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 use sha2::{Digest, Sha256};
-use sqlx::{PgConnection, types::Json};
+use sqlx::{PgConnection, PgPool, types::Json};
 use uuid::Uuid;
 
 use crate::{
@@ -138,6 +138,14 @@ pub async fn record(
         .bind(key.as_str())
         .bind(Json(answer))
         .execute(connection)
+        .await?;
+    Ok(())
+}
+
+/// Forgets keys that are older than any client may still repeat a request.
+pub async fn forget_old(db: &PgPool) -> Result<(), sqlx::Error> {
+    sqlx::query("delete from idempotency_keys where created_at < now() - interval '30 days'")
+        .execute(db)
         .await?;
     Ok(())
 }

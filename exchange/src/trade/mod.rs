@@ -27,14 +27,14 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use crate::{
     app::App,
     error::{ApiError, Problem},
-    idempotency::KEY_REUSED,
+    idempotency::{self, KEY_REUSED},
     role::Role,
 };
 
 use batch::Books;
 
-/// How often the whole ledger is audited by a live stack.
-const AUDIT_EVERY: Duration = Duration::from_mins(5);
+/// How often a live stack audits the whole ledger and forgets old keys.
+const HOUSEKEEPING: Duration = Duration::from_mins(5);
 
 /// Whether an order buys or sells the base currency.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
@@ -196,7 +196,8 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(orders::read_book))
 }
 
-/// Audits the ledger of the live lane while this stack is live: `ledger_imbalance` is the number of things found wrong.
+/// While this stack is live: audits the ledger of the live lane (`ledger_imbalance` is the number of things found wrong)
+/// and forgets idempotency keys after their time.
 pub async fn run(app: App, shutdown: CancellationToken) {
     let imbalance: Gauge = Gauge::default();
     app.metrics.register(|registry| {
@@ -206,7 +207,7 @@ pub async fn run(app: App, shutdown: CancellationToken) {
             imbalance.clone(),
         );
     });
-    let mut pace = tokio::time::interval(AUDIT_EVERY);
+    let mut pace = tokio::time::interval(HOUSEKEEPING);
     while shutdown.run_until_cancelled(pace.tick()).await.is_some() {
         if *app.role.borrow() != Role::Live {
             continue;
@@ -224,6 +225,9 @@ pub async fn run(app: App, shutdown: CancellationToken) {
             }
             Ok(None) => {}
             Err(failure) => warn!(error.message = %failure, "the ledger could not be audited"),
+        }
+        if let Err(failure) = idempotency::forget_old(&app.db).await {
+            warn!(error.message = %failure, "old idempotency keys could not be forgotten");
         }
     }
 }

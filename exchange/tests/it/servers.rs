@@ -328,12 +328,18 @@ impl Service {
         let output = BufReader::new(child.stdout.take().unwrap());
         let collected = Arc::clone(&lines);
         std::thread::spawn(move || {
+            let mut sender = Some(sender);
             for line in output.lines().map_while(Result::ok) {
                 writeln!(collected.lock().unwrap(), "{line}").unwrap();
+                // Under load, reading every line would take time from what is measured.
+                if sender.is_none() {
+                    continue;
+                }
                 let entry: Value = serde_json::from_str(&line).unwrap_or_default();
                 let address = |field: &str| entry[field].as_str().and_then(|text| text.parse().ok());
                 if let (Some(public), Some(admin)) =
                     (address("server.address"), address("labels.admin_address"))
+                    && let Some(sender) = sender.take()
                 {
                     let _ = sender.send((public, admin));
                 }
@@ -389,6 +395,16 @@ impl Service {
         output(Command::new("kill").args([format!("-{name}"), self.child.id().to_string()]));
     }
 
+    /// Resident memory, in MiB.
+    pub(crate) fn memory_mib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let resident = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .unwrap();
+        resident.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
+    }
+
     /// Whether the process has ended, and how.
     pub(crate) fn ended(&mut self) -> Option<std::process::ExitStatus> {
         self.child.try_wait().unwrap()
@@ -431,7 +447,8 @@ fn is_root() -> bool {
     output(Command::new("id").arg("-u")) == "0"
 }
 
-fn postgres_binary(name: &str) -> PathBuf {
+/// A program of PostgreSQL, wherever it is installed.
+pub(crate) fn postgres_binary(name: &str) -> PathBuf {
     let versions = std::fs::read_dir("/usr/lib/postgresql")
         .into_iter()
         .flatten()

@@ -6,7 +6,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use crate::{
-    servers::{Database, Postgres, Service},
+    servers::{Database, Postgres, Service, eventually},
     traders::{Issuer, Trader, accept, assert_clean},
 };
 
@@ -87,6 +87,19 @@ async fn an_order_meets_another_and_both_are_settled() {
     )
     .await;
     assert_eq!(problem["code"], "order_filled");
+
+    let metrics = exchange
+        .service
+        .client
+        .get(exchange.service.admin_url("/metrics"));
+    let metrics = metrics.send().await.unwrap().text().await.unwrap();
+    for line in [
+        "trades_total 1",
+        "orders_total{outcome=\"accepted\"} 2",
+        "order_batch_size_count 2",
+    ] {
+        assert!(metrics.contains(line), "{line} is not in\n{metrics}");
+    }
 
     let owner = exchange.database.owner().await;
     assert_clean(&owner, "live").await;
@@ -620,4 +633,45 @@ async fn a_test_lane_meets_nobody_and_can_be_erased() {
     }
     assert_eq!(real.balances().await, ["1", "1", "0", "0"]);
     assert_clean(&owner, "live").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_live_service_audits_the_ledger_and_forgets_old_keys() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let owner = database.owner().await;
+    // A balance out of nothing, and a key that nobody will repeat.
+    sqlx::raw_sql(
+        "insert into accounts (id, lane, user_id, currency, name, balance)
+         values (gen_random_uuid(), 'live', gen_random_uuid(), 'USD', 'main', 5);
+         insert into idempotency_keys (user_id, key, lane, request_hash, created_at)
+         values (gen_random_uuid(), 'old', 'live', '', now() - interval '31 days'),
+                (gen_random_uuid(), 'new', 'live', '', now() - interval '29 days')",
+    )
+    .execute(&owner)
+    .await
+    .unwrap();
+    let service = Service::live("trade", &database, &[]).ready().await;
+    eventually("the audit has found it", || async {
+        let response = service
+            .client
+            .get(service.admin_url("/metrics"))
+            .send()
+            .await
+            .ok()?;
+        response
+            .text()
+            .await
+            .ok()?
+            .contains("ledger_imbalance 1")
+            .then_some(())
+    })
+    .await;
+    eventually("the old key is forgotten", || async {
+        let keys: Vec<(String,)> = sqlx::query_as("select key from idempotency_keys")
+            .fetch_all(&owner)
+            .await
+            .ok()?;
+        (keys == [("new".to_owned(),)]).then_some(())
+    })
+    .await;
 }
