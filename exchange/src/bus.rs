@@ -18,6 +18,7 @@ use async_nats::{
     },
 };
 use futures::StreamExt;
+use percent_encoding::percent_decode_str;
 use secrecy::ExposeSecret;
 use uuid::Uuid;
 
@@ -373,11 +374,11 @@ fn read_url(url: &StoreUrl) -> Result<ServerAddr, BusError> {
 }
 
 fn credentials(url: &ServerAddr) -> Auth {
+    // As in every URL, what is not plain text in a password is percent-encoded.
+    let decoded = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
     let mut auth = Auth::new();
-    if url.has_user_pass() {
-        auth.username = url.username().map(ToOwned::to_owned);
-        auth.password = url.password().map(ToOwned::to_owned);
-    }
+    auth.username = url.username().map(decoded);
+    auth.password = url.password().map(decoded);
     auth
 }
 
