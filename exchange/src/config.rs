@@ -11,6 +11,8 @@ use std::{
 use ipnet::IpNet;
 use secrecy::{ExposeSecret, SecretString};
 
+use crate::mail::MailConfig;
+
 /// The flags of a service. Each is also read from `EXCHANGE_<FLAG>`. Durations are written like `1h30m` or `250ms`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ConfigArgs {
@@ -41,6 +43,32 @@ pub struct ConfigArgs {
     /// A file with the market-data store's URL, read again on each reconnect.
     #[arg(long, env = "EXCHANGE_MARKET_DATA_URL_FILE")]
     market_data_url_file: Option<PathBuf>,
+    /// PEM certificates to trust at the queue, beside those of the system.
+    #[arg(long, env = "EXCHANGE_QUEUE_CA_FILE")]
+    queue_ca_file: Option<PathBuf>,
+    /// PEM certificates to trust at the market-data store, instead of those of the system.
+    #[arg(long, env = "EXCHANGE_MARKET_DATA_CA_FILE")]
+    market_data_ca_file: Option<PathBuf>,
+    /// A mail server, if users are to be told by e-mail: `smtps://user:password@host:port`, or
+    /// `smtp://…?tls=required` for STARTTLS.
+    #[arg(long, env = "EXCHANGE_MAIL_URL", hide_env_values = true)]
+    mail_url: Option<String>,
+    /// A file with the mail server's URL, read again for each batch of e-mails.
+    #[arg(long, env = "EXCHANGE_MAIL_URL_FILE")]
+    mail_url_file: Option<PathBuf>,
+    /// PEM certificates to trust at the mail server, beside those of the system.
+    #[arg(long, env = "EXCHANGE_MAIL_CA_FILE")]
+    mail_ca_file: Option<PathBuf>,
+    /// The sender of e-mails, `Name <address>`.
+    #[arg(
+        long,
+        env = "EXCHANGE_MAIL_FROM",
+        default_value = "Exchange <no-reply@exchange.invalid>"
+    )]
+    mail_from: String,
+    /// How long a stack is live before users are told of the release: longer than releases are verified.
+    #[arg(long, env = "EXCHANGE_NOTICE_DELAY", default_value = "2m")]
+    notice_delay: String,
     /// The colour of this stack.
     #[arg(long, env = "EXCHANGE_COLOUR", default_value = "blue")]
     colour: String,
@@ -112,6 +140,14 @@ pub struct Config {
     pub queue: Option<StoreUrl>,
     /// The market-data store, if configured.
     pub market_data: Option<StoreUrl>,
+    /// Whom to trust at the queue.
+    pub queue_ca_file: Option<PathBuf>,
+    /// Whom to trust at the market-data store.
+    pub market_data_ca_file: Option<PathBuf>,
+    /// E-mail, if configured.
+    pub mail: Option<MailConfig>,
+    /// From going live to telling the users of the release.
+    pub notice_delay: Duration,
     /// The colour of this stack.
     pub colour: String,
     /// The revision of this stack.
@@ -189,6 +225,7 @@ impl Display for InvalidConfig {
 
 impl ConfigArgs {
     /// Checks everything, and reports everything that is wrong.
+    #[expect(clippy::too_many_lines, reason = "one line for each flag")]
     pub fn validate(self) -> Result<Config, InvalidConfig> {
         let mut problems = Problems(Vec::new());
         let database = problems.store("database-url", self.database_url, self.database_url_file);
@@ -199,6 +236,12 @@ impl ConfigArgs {
         }
         let queue = problems.store("queue-url", self.queue_url, self.queue_url_file);
         let market_data = problems.store("market-data-url", self.market_data_url, self.market_data_url_file);
+        let queue_ca_file = problems.file("queue-ca-file", self.queue_ca_file);
+        let market_data_ca_file = problems.file("market-data-ca-file", self.market_data_ca_file);
+        let mail_url = problems.store("mail-url", self.mail_url, self.mail_url_file);
+        let mail_ca_file = problems.file("mail-ca-file", self.mail_ca_file);
+        let mail = problems.mail(mail_url, mail_ca_file, &self.mail_from);
+        let notice_delay = problems.duration("notice-delay", &self.notice_delay);
         for (flag, word) in [("colour", &self.colour), ("revision", &self.revision)] {
             if word.is_empty()
                 || !word
@@ -264,6 +307,10 @@ impl ConfigArgs {
                 database_connections: database_connections?,
                 queue,
                 market_data,
+                queue_ca_file,
+                market_data_ca_file,
+                mail,
+                notice_delay: notice_delay?,
                 colour: self.colour,
                 revision: self.revision,
                 role: role?,
@@ -325,6 +372,17 @@ impl Problems {
             Ok(duration) if !duration.is_zero() => Some(duration),
             _ => self.add(format!("--{flag} {value}: must be positive")),
         }
+    }
+
+    fn file(&mut self, flag: &str, file: Option<PathBuf>) -> Option<PathBuf> {
+        let file = file?;
+        self.check(flag, &file.display(), std::fs::metadata(&file))?;
+        Some(file)
+    }
+
+    fn mail(&mut self, url: Option<StoreUrl>, ca_file: Option<PathBuf>, from: &str) -> Option<MailConfig> {
+        let from = self.parse("mail-from", from)?;
+        url.map(|url| MailConfig { url, ca_file, from })
     }
 
     fn store(&mut self, flag: &str, url: Option<String>, file: Option<PathBuf>) -> Option<StoreUrl> {

@@ -5,16 +5,22 @@ use utoipa::openapi::{
     security::{Http, HttpAuthScheme, SecurityScheme},
 };
 
-use crate::{app, error, trade, user};
+use crate::{app, error, market, notification, stream, trade, user};
 
 /// The OpenAPI document of all services.
 pub fn document() -> OpenApi {
-    let services = [user::routes(), trade::routes()];
+    let services = [
+        user::routes().into_openapi(),
+        trade::routes().into_openapi(),
+        market::routes().into_openapi(),
+        notification::routes().into_openapi(),
+        stream::routes().into_openapi(),
+    ];
     let problems = [error::PROBLEMS, user::PROBLEMS, trade::PROBLEMS];
 
     let mut document = OpenApi::default();
     for service in services {
-        document.merge(service.into_openapi());
+        document.merge(service);
     }
     document.info = Info::new("exchange", app::VERSION);
     document.info.description = Some(description(&problems));

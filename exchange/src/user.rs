@@ -31,6 +31,7 @@ use crate::{
     limit::Limit,
     metrics::RequestLane,
     migrate,
+    outbox::{self, Event},
     personal::{self, ACCOUNTS_NOT_EMPTY},
     role::Role,
 };
@@ -282,6 +283,13 @@ async fn login(
         .execute(&mut *transaction)
         .await?;
     let refresh_token = new_refresh_token(&mut transaction, &lane, session_id).await?;
+    let event = Event {
+        lane: lane.clone(),
+        topic: outbox::Topic::SignedIn,
+        key: user.id.to_string(),
+        payload: serde_json::json!({"user_id": user.id}),
+    };
+    outbox::enqueue(&mut transaction, &event).await?;
     transaction.commit().await?;
     info!(user.id = %user.id, labels.lane = lane.kind(), "a user has logged in");
     tokens(&app, user.id, session_id, lane, &user.scopes, &refresh_token).await

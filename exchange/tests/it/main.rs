@@ -4,25 +4,31 @@
 #[cfg(test)]
 mod api;
 #[cfg(test)]
+mod bench;
+#[cfg(test)]
 mod connections;
 #[cfg(test)]
 mod database;
 #[cfg(test)]
 mod migrate;
 #[cfg(test)]
-mod roles;
-#[cfg(test)]
-mod bench;
-#[cfg(test)]
-mod connections;
+mod queue;
 #[cfg(test)]
 mod races;
 #[cfg(test)]
+mod roles;
+#[cfg(test)]
 mod rules;
+#[cfg(test)]
+mod secure;
 #[cfg(test)]
 mod servers;
 #[cfg(test)]
 mod start;
+#[cfg(test)]
+mod stores;
+#[cfg(test)]
+mod streams;
 #[cfg(test)]
 mod tokens;
 #[cfg(test)]
@@ -31,3 +37,5 @@ mod trade;
 mod traders;
 #[cfg(test)]
 mod user;
+#[cfg(test)]
+mod whole;

@@ -1,0 +1,677 @@
+//! `exchange load`: clients that keep connections alive, send some requests slowly and let some connections idle, at
+//! a fixed rate that no slowness of the server changes; and the audit of what they have seen.
+
+mod audit;
+mod link;
+mod record;
+
+use std::{
+    fmt::Write as _,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError, RwLock, atomic::Ordering},
+    time::Duration,
+};
+
+use anyhow::Context;
+use bytes::Bytes;
+use http::{Method, Request, StatusCode, Uri, header};
+use secrecy::{ExposeSecret, SecretString};
+use serde::Serialize;
+use serde_json::Value;
+use tokio::{
+    sync::mpsc,
+    task::JoinSet,
+    time::{Instant, sleep, sleep_until},
+};
+use uuid::Uuid;
+
+use self::{
+    audit::{Audit, Evidence, TraderEvidence, judge},
+    link::{Answered, Body, Events, Link, Protocol, body},
+    record::{Record, Summary, summarize},
+};
+use crate::{
+    lane::Lane,
+    trader::{BASE, CallError, Client, Endpoints, LaneKey, QUOTE, Trader, field, list},
+};
+
+/// Requests that share one HTTP/2 connection.
+const STREAMS: usize = 4;
+/// How long a request takes that is sent slowly.
+const SLOW: Duration = Duration::from_secs(2);
+/// How often traders log in again: well within the life of a token.
+const RELOGIN: Duration = Duration::from_mins(2);
+/// How long the fate of orders, and notifications, may take to be known afterwards.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// The flags of `exchange load`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct LoadArgs {
+    #[command(flatten)]
+    endpoints: Endpoints,
+    /// Requests per second.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    rate: u32,
+    /// For how long, like `1m30s`.
+    #[arg(long, default_value = "30s")]
+    duration: jiff::SignedDuration,
+    /// Connections to each service, of each protocol.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1_000))]
+    connections: u16,
+    /// Of these, connections that idle for 2 to 8 seconds after each request.
+    #[arg(long, default_value_t = 4)]
+    idle_connections: u16,
+    /// Orders of which the body is sent over two seconds, of 100.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=100))]
+    slow_percent: u8,
+    /// Synthetic users.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(2..=1_000))]
+    traders: u16,
+    /// The test lane to be in; the live lane unless given.
+    #[arg(long, requires = "lane_secret")]
+    lane: Option<Lane>,
+    /// The secret that opens it.
+    #[arg(long, env = "EXCHANGE_LANE_SECRET", hide_env_values = true)]
+    lane_secret: Option<SecretString>,
+    /// In the live lane: the user with the scope `treasury` who credits the deposits.
+    #[arg(long, required_unless_present = "lane", requires = "treasury_password_file")]
+    treasury_email: Option<String>,
+    /// A file with that user's password.
+    #[arg(long)]
+    treasury_password_file: Option<PathBuf>,
+    /// The database, to have the ledger audit itself afterwards.
+    #[arg(long, env = "EXCHANGE_DATABASE_URL", hide_env_values = true)]
+    database_url: Option<SecretString>,
+    /// Where to write the result as JSON.
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Where to write every request as a line of JSON.
+    #[arg(long)]
+    records: Option<PathBuf>,
+}
+
+/// What one request is about.
+#[derive(Clone, Debug)]
+enum Operation {
+    Order { trader: usize, order: Value },
+    Accounts { trader: usize },
+    Notifications { trader: usize },
+    Keys,
+}
+
+impl Operation {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Order { .. } => "order",
+            Self::Accounts { .. } => "accounts",
+            Self::Notifications { .. } => "notifications",
+            Self::Keys => "keys",
+        }
+    }
+
+    /// Which of the services answers it: user, trade, notification.
+    fn service(&self) -> usize {
+        match self {
+            Self::Keys => 0,
+            Self::Order { .. } | Self::Accounts { .. } => 1,
+            Self::Notifications { .. } => 2,
+        }
+    }
+}
+
+struct Job {
+    intended: Duration,
+    operation: Operation,
+    slow: bool,
+}
+
+/// When a request is meant to be sent: at a fixed rate, whatever happens.
+fn intended(number: u64, rate: u32) -> Duration {
+    Duration::from_nanos(
+        u64::try_from(u128::from(number) * 1_000_000_000 / u128::from(rate)).unwrap_or(u64::MAX),
+    )
+}
+
+/// The request of a number: mostly orders that match each other, and of each twenty a few that read.
+fn operation(number: u64, run: &str, traders: &[Trader]) -> Operation {
+    let count = u64::try_from(traders.len()).unwrap_or(1).max(1);
+    let trader = usize::try_from(number % count).unwrap_or_default();
+    match number % 20 {
+        5 | 11 => Operation::Accounts { trader },
+        13 => Operation::Notifications { trader },
+        19 => Operation::Keys,
+        _ => {
+            // In each round every trader takes the other side than in the round before.
+            let buys = (number / count + number % count).is_multiple_of(2);
+            let (side, price) = if buys { ("buy", "20010") } else { ("sell", "19990") };
+            let id = format!("load-{run}-{number}");
+            let order = traders
+                .get(trader)
+                .map(|trader| Client::order(trader, side, price, "0.0001", &id));
+            Operation::Order {
+                trader,
+                order: order.unwrap_or_default(),
+            }
+        }
+    }
+}
+
+/// What all workers share.
+struct Run {
+    start: Instant,
+    authorities: [String; 3],
+    tokens: RwLock<Vec<String>>,
+    records: Mutex<Vec<Record>>,
+    /// For each trader, the trades that answers have acknowledged.
+    acknowledged: Mutex<Vec<Vec<String>>>,
+    /// Orders without a good answer.
+    unknown: Mutex<Vec<(usize, Value)>>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Run {
+    fn request(&self, job: &Job) -> Result<Request<Body>, http::Error> {
+        let authority = self
+            .authorities
+            .get(job.operation.service())
+            .cloned()
+            .unwrap_or_default();
+        let (method, path, trader, content) = match &job.operation {
+            Operation::Order { trader, order } => {
+                (Method::POST, "/trade/add", Some(*trader), order.to_string())
+            }
+            Operation::Accounts { trader } => (Method::GET, "/account/list", Some(*trader), String::new()),
+            Operation::Notifications { trader } => (
+                Method::GET,
+                "/notifications?limit=10",
+                Some(*trader),
+                String::new(),
+            ),
+            Operation::Keys => (Method::GET, "/.well-known/jwks.json", None, String::new()),
+        };
+        let uri = Uri::builder()
+            .scheme("http")
+            .authority(authority.as_str())
+            .path_and_query(path)
+            .build()?;
+        let mut request = Request::builder()
+            .method(method)
+            .uri(uri)
+            .header(header::HOST, authority);
+        if let Some(trader) = trader {
+            let tokens = self.tokens.read().unwrap_or_else(PoisonError::into_inner);
+            let token = tokens.get(trader).cloned().unwrap_or_default();
+            request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
+        }
+        if !content.is_empty() {
+            request = request
+                .header(header::CONTENT_TYPE, "application/json")
+                .header(header::CONTENT_LENGTH, content.len());
+        }
+        request.body(body(Bytes::from(content), job.slow.then_some(SLOW)))
+    }
+
+    /// Sends one request, and keeps everything that can be known of it.
+    async fn carry_out(&self, link: &Link, job: Job) {
+        let result = match self.request(&job) {
+            Ok(request) => link.send(request).await,
+            Err(error) => Err(error.to_string()),
+        };
+        let template = Record {
+            intended: job.intended,
+            latency: self.start.elapsed().saturating_sub(job.intended),
+            operation: job.operation.name(),
+            protocol: link.protocol.name(),
+            slow: job.slow,
+            status: None,
+            error: None,
+            stack: None,
+        };
+        locked(&self.records).push(link::record(template, &result));
+        if let Operation::Order { trader, order } = job.operation {
+            match result {
+                Ok(Answered {
+                    status: 201, body, ..
+                }) => match serde_json::from_slice(&body) {
+                    Ok(answer) => self.acknowledge(trader, &answer),
+                    Err(_) => locked(&self.unknown).push((trader, order)),
+                },
+                _ => locked(&self.unknown).push((trader, order)),
+            }
+        }
+    }
+
+    fn acknowledge(&self, trader: usize, answer: &Value) {
+        let fills = list(answer, "trades").iter();
+        let ids = fills.filter_map(|fill| field(fill, "trade_id").ok());
+        if let Some(acknowledged) = locked(&self.acknowledged).get_mut(trader) {
+            acknowledged.extend(ids);
+        }
+    }
+}
+
+/// The result of a run.
+#[derive(Serialize)]
+struct Outcome {
+    rate: u32,
+    duration_s: f64,
+    summary: Summary,
+    connects: u64,
+    closed_without_notice: u64,
+    never_sent: u64,
+    /// Orders without a good answer, whose fate was asked for afterwards.
+    unknown_orders: usize,
+    audit: Audit,
+    ok: bool,
+}
+
+/// Runs the load test, prints and writes what came out, and says whether everything was right.
+pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
+    let lane = match (&args.lane, &args.lane_secret) {
+        (Some(lane), Some(secret)) => Some(LaneKey {
+            lane: lane.clone(),
+            secret: secret.clone(),
+        }),
+        _ => None,
+    };
+    let client = Client::new(args.endpoints.clone(), lane, None)?;
+    let traders = prepare(&client, &args)
+        .await
+        .context("failed to prepare the traders")?;
+    let tokens: Vec<String> = traders.iter().map(|trader| trader.token.clone()).collect();
+    let Endpoints {
+        user_url,
+        trade_url,
+        notification_url,
+    } = &args.endpoints;
+    let run = Arc::new(Run {
+        start: Instant::now(),
+        authorities: [
+            authority(user_url)?,
+            authority(trade_url)?,
+            authority(notification_url)?,
+        ],
+        tokens: RwLock::new(tokens),
+        records: Mutex::default(),
+        acknowledged: Mutex::new(vec![Vec::new(); traders.len()]),
+        unknown: Mutex::default(),
+    });
+    let events = Arc::new(Events::default());
+    offer(&args, &client, &traders, &run, &events).await?;
+
+    let unknown = std::mem::take(&mut *locked(&run.unknown));
+    let unknown_orders = unknown.len();
+    let evidence = gather(&args, &client, traders, &run, unknown).await?;
+    let audit = judge(&evidence);
+    let records = std::mem::take(&mut *locked(&run.records));
+    let summary = summarize(&records);
+    let closed_without_notice = events.closed_without_notice.load(Ordering::Relaxed);
+    let outcome = Outcome {
+        rate: args.rate,
+        duration_s: args.duration.as_secs_f64(),
+        ok: summary.failed == 0 && closed_without_notice == 0 && audit.findings.is_empty(),
+        summary,
+        connects: events.connects.load(Ordering::Relaxed),
+        closed_without_notice,
+        never_sent: events.never_sent.load(Ordering::Relaxed),
+        unknown_orders,
+        audit,
+    };
+    print(&table(&outcome));
+    if let Some(file) = &args.json {
+        tokio::fs::write(file, serde_json::to_vec_pretty(&outcome)?).await?;
+    }
+    if let Some(file) = &args.records {
+        let lines: Result<Vec<String>, _> = records.iter().map(serde_json::to_string).collect();
+        tokio::fs::write(file, lines?.join("\n")).await?;
+    }
+    Ok(outcome.ok)
+}
+
+fn authority(url: &str) -> anyhow::Result<String> {
+    let uri: Uri = url.parse().with_context(|| format!("{url} is not a URL"))?;
+    let authority = uri.authority().with_context(|| format!("{url} has no host"))?;
+    Ok(match authority.port() {
+        Some(_) => authority.to_string(),
+        None => format!("{authority}:80"),
+    })
+}
+
+/// Registers the traders and gives them something to trade with.
+async fn prepare(client: &Client, args: &LoadArgs) -> anyhow::Result<Vec<Trader>> {
+    let treasury = match (&args.treasury_email, &args.treasury_password_file) {
+        (Some(email), Some(file)) => {
+            let password = tokio::fs::read_to_string(file).await?;
+            let mut treasury = Trader::known(email.clone(), SecretString::from(password.trim_end()));
+            client.log_in(&mut treasury).await?;
+            Some(treasury)
+        }
+        _ => None,
+    };
+    let mut traders = Vec::new();
+    for number in 0..args.traders {
+        let mut trader = client.join(&format!("load-{number}")).await?;
+        for (currency, amount) in [(BASE, "1000"), (QUOTE, "10000000")] {
+            client.open_account(&mut trader, currency).await?;
+            let account = trader.account(currency).context("no account")?;
+            let token = treasury
+                .as_ref()
+                .map_or(&trader.token, |treasury| &treasury.token);
+            client.deposit(token, account, amount).await?;
+        }
+        traders.push(trader);
+    }
+    Ok(traders)
+}
+
+/// Offers the load: a queue for each service, filled at the fixed rate, emptied by the connections.
+async fn offer(
+    args: &LoadArgs,
+    client: &Client,
+    traders: &[Trader],
+    run: &Arc<Run>,
+    events: &Arc<Events>,
+) -> anyhow::Result<()> {
+    let mut workers = JoinSet::new();
+    let mut queues = Vec::new();
+    for authority in &run.authorities {
+        let (queue, jobs) = mpsc::unbounded_channel();
+        let jobs = Arc::new(tokio::sync::Mutex::new(jobs));
+        for (protocol, streams) in [(Protocol::Http1, 1), (Protocol::Http2, STREAMS)] {
+            for connection in 0..args.connections {
+                let link = Arc::new(Link::new(authority.clone(), protocol, Arc::clone(events)));
+                let idles = connection < args.idle_connections.min(args.connections - 1);
+                for _ in 0..if idles { 1 } else { streams } {
+                    workers.spawn(work(Arc::clone(run), Arc::clone(&link), Arc::clone(&jobs), idles));
+                }
+            }
+        }
+        queues.push(queue);
+    }
+    let relogin = tokio::spawn(keep_logged_in(client.clone(), traders.to_vec(), Arc::clone(run)));
+    let duration = Duration::try_from(args.duration).context("the duration is negative")?;
+    let name = Uuid::now_v7().simple().to_string();
+    for number in 0.. {
+        let intended = intended(number, args.rate);
+        if intended >= duration {
+            break;
+        }
+        sleep_until(run.start + intended).await;
+        let operation = operation(number, &name, traders);
+        let slow =
+            matches!(operation, Operation::Order { .. }) && number % 100 < u64::from(args.slow_percent);
+        if let Some(queue) = queues.get(operation.service()) {
+            queue
+                .send(Job {
+                    intended,
+                    operation,
+                    slow,
+                })
+                .context("all workers are gone")?;
+        }
+    }
+    drop(queues);
+    while let Some(ended) = workers.join_next().await {
+        ended.context("a worker failed")?;
+    }
+    relogin.abort();
+    Ok(())
+}
+
+type Jobs = Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Job>>>;
+
+/// Carries out whatever is next, one request after the other.
+async fn work(run: Arc<Run>, link: Arc<Link>, jobs: Jobs, idles: bool) {
+    loop {
+        let job = jobs.lock().await.recv().await;
+        let Some(job) = job else { return };
+        run.carry_out(&link, job).await;
+        if idles {
+            sleep(Duration::from_millis(rand::random_range(2_000..8_000))).await;
+        }
+    }
+}
+
+/// Logs all traders in again and again, as the lives of their tokens demand; a log-in that fails is a failure.
+async fn keep_logged_in(client: Client, mut traders: Vec<Trader>, run: Arc<Run>) {
+    loop {
+        sleep(RELOGIN).await;
+        for (number, trader) in traders.iter_mut().enumerate() {
+            let intended = run.start.elapsed();
+            let result = client.log_in(trader).await;
+            let status = match &result {
+                Ok(()) => Some(200),
+                Err(CallError::Status { status, .. }) => Some(status.as_u16()),
+                Err(_) => None,
+            };
+            locked(&run.records).push(Record {
+                intended,
+                latency: run.start.elapsed().saturating_sub(intended),
+                operation: "login",
+                protocol: "http/1.1",
+                slow: false,
+                status,
+                error: result
+                    .err()
+                    .filter(|_| status.is_none())
+                    .map(|error| error.to_string()),
+                stack: None,
+            });
+            if let Some(token) = run
+                .tokens
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .get_mut(number)
+            {
+                token.clone_from(&trader.token);
+            }
+        }
+    }
+}
+
+/// Asks for everything that the audit is about.
+async fn gather(
+    args: &LoadArgs,
+    client: &Client,
+    mut traders: Vec<Trader>,
+    run: &Run,
+    unknown: Vec<(usize, Value)>,
+) -> anyhow::Result<Evidence> {
+    for trader in &mut traders {
+        patiently(async |client: &Client| client.log_in(trader).await, client).await?;
+    }
+    let mut evidence = Evidence::default();
+    for (number, order) in unknown {
+        let Some(trader) = traders.get(number) else {
+            continue;
+        };
+        // The same order again: its first answer if it was placed, a new one if it was not.
+        match patiently(
+            async |client: &Client| client.send_order(trader, order.clone()).await,
+            client,
+        )
+        .await
+        {
+            Ok(answer) => run.acknowledge(number, &answer.body),
+            Err(error) => {
+                let id = field(&order, "client_order_id").unwrap_or_default();
+                evidence.unresolved.push(format!("{id}: {error}"));
+            }
+        }
+    }
+    let acknowledged = locked(&run.acknowledged).clone();
+    for (trader, acknowledged) in traders.iter().zip(acknowledged) {
+        let account = trader.account(BASE).context("no account")?;
+        let listed = client.trades(trader, account).await?;
+        let mut notified = client.notified_trades(trader).await?;
+        let deadline = Instant::now() + PATIENCE;
+        while notified.len() < listed.len() && Instant::now() < deadline {
+            sleep(Duration::from_millis(500)).await;
+            notified = client.notified_trades(trader).await?;
+        }
+        let zero = rust_decimal::Decimal::ZERO;
+        let impossible_balances = client
+            .accounts(trader)
+            .await?
+            .into_iter()
+            .filter(|account| account.hold < zero || account.balance < account.hold)
+            .map(|account| account.currency)
+            .collect();
+        evidence.traders.push(TraderEvidence {
+            acknowledged,
+            listed,
+            notified,
+            impossible_balances,
+        });
+    }
+    if let Some(url) = &args.database_url {
+        let lane = args.lane.clone().unwrap_or_else(Lane::live);
+        let db = sqlx::PgPool::connect(url.expose_secret()).await?;
+        let problems: Vec<(String, String)> =
+            sqlx::query_as("select problem, subject from audit_ledger_v1($1)")
+                .bind(lane)
+                .fetch_all(&db)
+                .await?;
+        evidence.ledger = Some(
+            problems
+                .into_iter()
+                .map(|(problem, subject)| format!("{problem}: {subject}"))
+                .collect(),
+        );
+    }
+    Ok(evidence)
+}
+
+/// Tries again while there is no answer, or one that asks to try again.
+async fn patiently<T>(
+    mut attempt: impl AsyncFnMut(&Client) -> Result<T, CallError>,
+    client: &Client,
+) -> Result<T, CallError> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match attempt(client).await {
+            Err(
+                CallError::Transport { .. }
+                | CallError::Status {
+                    status: StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS,
+                    ..
+                },
+            ) if Instant::now() < deadline => sleep(Duration::from_millis(500)).await,
+            result => return result,
+        }
+    }
+}
+
+fn table(outcome: &Outcome) -> String {
+    let Outcome { summary, audit, .. } = outcome;
+    let mut text = String::new();
+    // Writing to a string cannot fail.
+    let _ = writeln!(
+        text,
+        "{} requests at {}/s for {} s: {} failed; {} connections, {} closed without notice, {} requests never sent",
+        summary.requests,
+        outcome.rate,
+        outcome.duration_s,
+        summary.failed,
+        outcome.connects,
+        outcome.closed_without_notice,
+        outcome.never_sent,
+    );
+    for (failure, count) in &summary.failures {
+        let _ = writeln!(text, "  {count:>8}  {failure}");
+    }
+    let _ = writeln!(
+        text,
+        "\n{:<16}{:>9}{:>10}{:>10}{:>10}{:>10}{:>10}",
+        "latency, ms", "answers", "p50", "p90", "p99", "p99.9", "max"
+    );
+    for (group, latency) in &summary.latency {
+        let record::Latency {
+            count,
+            p50,
+            p90,
+            p99,
+            p999,
+            max,
+        } = latency;
+        let _ = writeln!(
+            text,
+            "{group:<16}{count:>9}{p50:>10.1}{p90:>10.1}{p99:>10.1}{p999:>10.1}{max:>10.1}"
+        );
+    }
+    let _ = writeln!(
+        text,
+        "\n{:<24}{:>9}{:>12}{:>12}",
+        "stack", "answers", "from, ms", "to, ms"
+    );
+    for (stack, presence) in &summary.stacks {
+        let _ = writeln!(
+            text,
+            "{stack:<24}{:>9}{:>12}{:>12}",
+            presence.answers, presence.first_ms, presence.last_ms
+        );
+    }
+    let ledger = if audit.ledger_checked {
+        "ledger audited"
+    } else {
+        "ledger not audited (no --database-url)"
+    };
+    let _ = writeln!(
+        text,
+        "\naudit: {} trades, {} acknowledged, {} unknown orders asked for again, {ledger}, {} findings",
+        audit.trades,
+        audit.acknowledged,
+        outcome.unknown_orders,
+        audit.findings.len(),
+    );
+    for finding in &audit.findings {
+        let _ = writeln!(text, "  {finding}");
+    }
+    let _ = writeln!(text, "{}", if outcome.ok { "OK" } else { "FAILED" });
+    text
+}
+
+#[expect(clippy::print_stdout, reason = "the result is what the command is for")]
+fn print(text: &str) {
+    print!("{text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_schedule_neither_drifts_nor_waits() {
+        assert_eq!(intended(0, 300), Duration::ZERO);
+        assert_eq!(intended(1, 300), Duration::from_nanos(3_333_333));
+        assert_eq!(intended(300 * 3_600, 300), Duration::from_hours(1));
+    }
+
+    #[test]
+    fn traders_change_sides_and_orders_have_names_of_their_own() {
+        let traders = vec![Trader::known(String::new(), SecretString::from("")); 3];
+        let mut names = std::collections::BTreeSet::new();
+        let mut sides = std::collections::BTreeMap::new();
+        for number in 0..600 {
+            if let Operation::Order { trader, order } = operation(number, "run", &traders) {
+                assert!(names.insert(order["client_order_id"].to_string()));
+                *sides.entry((trader, order["type"].to_string())).or_insert(0) += 1;
+            }
+        }
+        assert_eq!(sides.len(), 6, "{sides:?}");
+        assert!(
+            sides.values().all(|count| (60..=100).contains(count)),
+            "{sides:?}"
+        );
+    }
+
+    #[test]
+    fn a_port_is_80_unless_given() {
+        assert_eq!(authority("http://trade").unwrap(), "trade:80");
+        assert_eq!(authority("http://127.0.0.1:8080/").unwrap(), "127.0.0.1:8080");
+        assert!(authority("trade").is_err() || authority("/").is_err());
+    }
+}

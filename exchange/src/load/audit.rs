@@ -1,0 +1,203 @@
+//! What has to be true after a load test, judged from what the clients have seen.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::Serialize;
+
+/// What one trader knows when all is over.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct TraderEvidence {
+    /// Trades that answers to this trader's orders have acknowledged.
+    pub(crate) acknowledged: Vec<String>,
+    /// The trades in the trader's list.
+    pub(crate) listed: Vec<String>,
+    /// The trades that the trader was notified of.
+    pub(crate) notified: Vec<String>,
+    /// Currencies in which a balance or a hold is below zero, or a hold above its balance.
+    pub(crate) impossible_balances: Vec<String>,
+}
+
+/// Everything that is judged.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Evidence {
+    pub(crate) traders: Vec<TraderEvidence>,
+    /// Orders whose fate is not known, even after asking again.
+    pub(crate) unresolved: Vec<String>,
+    /// What the ledger's own audit has found, if it was asked.
+    pub(crate) ledger: Option<Vec<String>>,
+}
+
+/// The verdict.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Audit {
+    /// Different trades seen.
+    pub(crate) trades: usize,
+    /// Trades acknowledged by answers.
+    pub(crate) acknowledged: usize,
+    /// Whether the ledger's own audit was asked: sums and balances of everybody.
+    pub(crate) ledger_checked: bool,
+    /// What is wrong. Nothing is the only good answer.
+    pub(crate) findings: Vec<String>,
+}
+
+/// Judges. All traders of the lane may be ours, or not: a trade has at most two sides among them.
+pub(crate) fn judge(evidence: &Evidence) -> Audit {
+    let mut findings = Vec::new();
+    let mut sides: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut acknowledged = 0;
+    for (number, trader) in evidence.traders.iter().enumerate() {
+        let listed = counts(&trader.listed);
+        for (trade, times) in &listed {
+            *sides.entry(trade).or_default() += 1;
+            if *times > 1 {
+                findings.push(format!(
+                    "trade {trade} is {times} times in the list of trader {number}"
+                ));
+            }
+        }
+        for (trade, times) in counts(&trader.acknowledged) {
+            acknowledged += 1;
+            if !listed.contains_key(trade) {
+                findings.push(format!(
+                    "trade {trade} was acknowledged to trader {number} and does not exist"
+                ));
+            }
+            if times > 1 {
+                findings.push(format!(
+                    "trade {trade} was acknowledged {times} times to trader {number}"
+                ));
+            }
+        }
+        let notified = counts(&trader.notified);
+        for trade in listed.keys() {
+            let times = notified.get(trade).copied().unwrap_or_default();
+            if times != 1 {
+                findings.push(format!(
+                    "trader {number} was notified {times} times of trade {trade}"
+                ));
+            }
+        }
+        let known: BTreeSet<&str> = listed.keys().copied().collect();
+        for trade in notified.keys().filter(|trade| !known.contains(**trade)) {
+            findings.push(format!(
+                "trader {number} was notified of trade {trade}, which does not exist"
+            ));
+        }
+        for currency in &trader.impossible_balances {
+            findings.push(format!("trader {number} has an impossible balance in {currency}"));
+        }
+    }
+    for (trade, count) in &sides {
+        if *count > 2 {
+            findings.push(format!("trade {trade} has {count} sides"));
+        }
+    }
+    findings.extend(
+        evidence
+            .unresolved
+            .iter()
+            .map(|order| format!("the fate of order {order} is unknown")),
+    );
+    findings.extend(
+        evidence
+            .ledger
+            .iter()
+            .flatten()
+            .map(|problem| format!("ledger: {problem}")),
+    );
+    Audit {
+        trades: sides.len(),
+        acknowledged,
+        ledger_checked: evidence.ledger.is_some(),
+        findings,
+    }
+}
+
+fn counts(trades: &[String]) -> BTreeMap<&str, usize> {
+    let mut counts = BTreeMap::new();
+    for trade in trades {
+        *counts.entry(trade.as_str()).or_default() += 1;
+    }
+    counts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn clean() -> Evidence {
+        let trader = TraderEvidence {
+            acknowledged: vec!["1".into()],
+            listed: vec!["2".into(), "1".into()],
+            notified: vec!["1".into(), "2".into()],
+            impossible_balances: Vec::new(),
+        };
+        let other = TraderEvidence {
+            acknowledged: vec!["2".into()],
+            ..trader.clone()
+        };
+        Evidence {
+            traders: vec![trader, other],
+            unresolved: Vec::new(),
+            ledger: Some(Vec::new()),
+        }
+    }
+
+    #[test]
+    fn a_clean_run_has_no_findings() {
+        let audit = judge(&clean());
+        assert_eq!(
+            audit,
+            Audit {
+                trades: 2,
+                acknowledged: 2,
+                ledger_checked: true,
+                findings: Vec::new()
+            }
+        );
+    }
+
+    #[test]
+    fn each_kind_of_damage_is_found() {
+        type Damage = (&'static str, fn(&mut Evidence));
+        let damages: [Damage; 9] = [
+            ("does not exist", |evidence| {
+                evidence.traders[0].acknowledged.push("3".into());
+            }),
+            ("2 times in the list", |evidence| {
+                evidence.traders[0].listed.push("1".into());
+            }),
+            ("acknowledged 2 times", |evidence| {
+                evidence.traders[0].acknowledged.push("1".into());
+            }),
+            ("notified 0 times", |evidence| {
+                evidence.traders[1].notified.truncate(1);
+            }),
+            ("notified 2 times", |evidence| {
+                evidence.traders[1].notified.push("1".into());
+            }),
+            ("notified of trade 9", |evidence| {
+                evidence.traders[1].notified.push("9".into());
+            }),
+            ("has 3 sides", |evidence| {
+                evidence.traders.push(evidence.traders[0].clone());
+            }),
+            ("impossible balance in USD", |evidence| {
+                evidence.traders[0].impossible_balances.push("USD".into());
+            }),
+            ("fate of order a", |evidence| evidence.unresolved.push("a".into())),
+        ];
+        for (expected, damage) in damages {
+            let mut evidence = clean();
+            damage(&mut evidence);
+            let findings = judge(&evidence).findings;
+            assert!(
+                findings.iter().any(|finding| finding.contains(expected)),
+                "{expected} in {findings:?}"
+            );
+        }
+        let mut evidence = clean();
+        evidence.ledger = Some(vec!["currency does not sum to zero: USD".into()]);
+        assert_eq!(judge(&evidence).findings.len(), 1);
+    }
+}

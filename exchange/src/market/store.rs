@@ -1,0 +1,624 @@
+//! The market-data store and what is written to it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    time::Duration,
+};
+
+use anyhow::Context;
+use redis::{AsyncCommands, Client, RedisError, Script, TlsCertificates, aio::MultiplexedConnection};
+use rust_decimal::Decimal;
+use secrecy::ExposeSecret;
+use serde::Deserialize;
+use sqlx::{PgConnection, PgPool};
+use time::OffsetDateTime;
+use tokio::sync::Mutex;
+
+use super::{CHUNK, Candle, Interval, Market, TICKS, Tick};
+use crate::{
+    config::{Config, StoreUrl},
+    inbox::{ApplyError, Delivered},
+    lane::Lane,
+};
+
+/// Longer than a healthy store ever takes.
+const TIMEOUT: Duration = Duration::from_secs(2);
+/// Candles written in one call.
+const WRITE_BATCH: usize = 500;
+
+/// The sum of candles in the order of time, as one that begins at `start`.
+pub(super) fn join(start: i64, candles: &[Candle]) -> Result<Option<Candle>, StoreError> {
+    let (Some(first), Some(last)) = (candles.first(), candles.last()) else {
+        return Ok(None);
+    };
+    let mut joined = Candle {
+        start,
+        close: last.close.clone(),
+        trades: 0,
+        ..first.clone()
+    };
+    let (mut high, mut low) = (decimal(&first.high)?, decimal(&first.low)?);
+    let (mut volume, mut quote_volume) = (Decimal::ZERO, Decimal::ZERO);
+    for candle in candles {
+        high = high.max(decimal(&candle.high)?);
+        low = low.min(decimal(&candle.low)?);
+        volume = volume
+            .checked_add(decimal(&candle.volume)?)
+            .ok_or(StoreError::Overflow)?;
+        quote_volume = quote_volume
+            .checked_add(decimal(&candle.quote_volume)?)
+            .ok_or(StoreError::Overflow)?;
+        joined.trades += candle.trades;
+    }
+    joined.high = high.normalize().to_string();
+    joined.low = low.normalize().to_string();
+    joined.volume = volume.normalize().to_string();
+    joined.quote_volume = quote_volume.normalize().to_string();
+    Ok(Some(joined))
+}
+
+fn decimal(text: &str) -> Result<Decimal, StoreError> {
+    Decimal::from_str_exact(text).map_err(|_| StoreError::Damaged(text.to_owned()))
+}
+
+/// Where the market data is, and how to trust it.
+#[derive(Clone, Debug)]
+pub struct StoreConfig {
+    /// `redis://` or `rediss://user:password@host:port/db`, read again at each reconnect.
+    pub url: StoreUrl,
+    /// PEM certificates to trust instead of those of the system.
+    pub ca_file: Option<PathBuf>,
+}
+
+impl StoreConfig {
+    /// The part of a service's configuration that is about market data.
+    pub fn from(config: &Config) -> anyhow::Result<Self> {
+        let url = config
+            .market_data
+            .clone()
+            .context("--market-data-url or --market-data-url-file is required")?;
+        Ok(Self {
+            url,
+            ca_file: config.market_data_ca_file.clone(),
+        })
+    }
+}
+
+/// What can go wrong with the store.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// It is away, or refused something.
+    #[error("the market-data store failed: {0}")]
+    Redis(#[from] RedisError),
+    /// It did not answer in time.
+    #[error("the market-data store did not answer in time")]
+    Timeout,
+    /// Its URL or certificates could not be read.
+    #[error("failed to read how to reach the market-data store: {0}")]
+    Config(#[from] std::io::Error),
+    /// What is in it was not written by us.
+    #[error("the market-data store holds {0:?}, which is no market data")]
+    Damaged(String),
+    /// A sum with more digits than fit.
+    #[error("a volume has too many digits")]
+    Overflow,
+    /// The trades could not be read.
+    #[error("failed to read the trades: {0}")]
+    Trades(#[from] sqlx::Error),
+}
+
+impl From<serde_json::Error> for StoreError {
+    fn from(error: serde_json::Error) -> Self {
+        Self::Damaged(error.to_string())
+    }
+}
+
+/// A connection to the store, made when it is needed and again after a failure.
+#[derive(Debug)]
+pub struct Store {
+    config: StoreConfig,
+    connection: Mutex<Option<MultiplexedConnection>>,
+}
+
+impl Market {
+    fn ticks_key(&self) -> String {
+        format!("exchange:{}:ticks:{}", self.lane, self.product)
+    }
+
+    fn candles_key(&self, interval: Interval, start: i64) -> String {
+        let chunk = start.div_euclid(CHUNK * interval.seconds());
+        format!(
+            "exchange:{}:candles:{}:{}:{chunk}",
+            self.lane,
+            interval.name(),
+            self.product
+        )
+    }
+}
+
+/// The key that says that the live lane is complete. It is lost with the rest.
+const COMPLETE_KEY: &str = "exchange:live:complete";
+
+impl Store {
+    /// Does not connect yet.
+    pub fn new(config: StoreConfig) -> Self {
+        Self {
+            config,
+            connection: Mutex::new(None),
+        }
+    }
+
+    async fn connect(&self) -> Result<MultiplexedConnection, StoreError> {
+        let mut slot = self.connection.lock().await;
+        if let Some(connection) = &*slot {
+            return Ok(connection.clone());
+        }
+        let url = self.config.url.read()?;
+        let client = match &self.config.ca_file {
+            None => Client::open(url.expose_secret())?,
+            Some(file) => {
+                let root_cert = Some(tokio::fs::read(file).await?);
+                Client::build_with_tls(
+                    url.expose_secret(),
+                    TlsCertificates {
+                        client_tls: None,
+                        root_cert,
+                    },
+                )?
+            }
+        };
+        let connecting = client.get_multiplexed_async_connection();
+        let connection = tokio::time::timeout(TIMEOUT, connecting)
+            .await
+            .map_err(|_| StoreError::Timeout)??;
+        *slot = Some(connection.clone());
+        Ok(connection)
+    }
+
+    /// Waits for the store's answer. After a failure the next call connects anew, with fresh credentials.
+    async fn answer<T>(&self, call: impl Future<Output = Result<T, RedisError>>) -> Result<T, StoreError> {
+        let result = match tokio::time::timeout(TIMEOUT, call).await {
+            Ok(result) => result.map_err(StoreError::from),
+            Err(_) => Err(StoreError::Timeout),
+        };
+        if result.is_err() {
+            self.connection.lock().await.take();
+        }
+        result
+    }
+
+    /// Brings the store up to the trades that these events tell of.
+    pub(crate) async fn apply(
+        &self,
+        connection: &mut PgConnection,
+        events: &[&Delivered],
+    ) -> Result<(), ApplyError> {
+        let ids = events
+            .iter()
+            .map(|event| trade_id(event))
+            .collect::<Result<Vec<i64>, _>>()?;
+        let trades: Vec<TradeRow> = sqlx::query_as(
+            "select id, lane, product, trim_scale(price)::text as price, trim_scale(size)::text as size,
+                    taker_side, executed_at
+             from trades where id = any($1)",
+        )
+        .bind(&ids)
+        .fetch_all(&mut *connection)
+        .await?;
+        let minutes: BTreeSet<(Market, i64)> = trades
+            .iter()
+            .map(|trade| {
+                (
+                    trade.market(),
+                    Interval::Minute.start(trade.executed_at.unix_timestamp()),
+                )
+            })
+            .collect();
+        self.add_ticks(trades).await?;
+        let candles = read_minutes(connection, &minutes).await?;
+        self.write_candles(Interval::Minute, &candles).await?;
+        self.summarize(Interval::Minute, Interval::Hour, &minutes).await?;
+        self.summarize(Interval::Hour, Interval::Day, &minutes).await?;
+        Ok(())
+    }
+
+    async fn add_ticks(&self, trades: Vec<TradeRow>) -> Result<(), StoreError> {
+        let mut markets: BTreeMap<Market, Vec<TradeRow>> = BTreeMap::new();
+        for trade in trades {
+            markets.entry(trade.market()).or_default().push(trade);
+        }
+        if markets.is_empty() {
+            return Ok(());
+        }
+        let mut pipeline = redis::pipe();
+        for (market, trades) in markets {
+            let key = market.ticks_key();
+            for trade in trades {
+                let id = trade.id.to_string();
+                let tick = serde_json::to_string(&trade.into_tick())?;
+                pipeline.cmd("ZADD").arg(&key).arg(id).arg(tick).ignore();
+            }
+            pipeline.zremrangebyrank(&key, 0, -(TICKS + 1)).ignore();
+        }
+        let mut connection = self.connect().await?;
+        self.answer(pipeline.query_async(&mut connection)).await
+    }
+
+    /// Writes those candles that know of more trades than what is there.
+    async fn write_candles(
+        &self,
+        interval: Interval,
+        candles: &[(Market, Candle)],
+    ) -> Result<(), StoreError> {
+        let script = Script::new(
+            r"for i, key in ipairs(KEYS) do
+                  local at = (i - 1) * 4
+                  local known = redis.call('HGET', key, ARGV[at + 1])
+                  if not known or cjson.decode(known).trades < tonumber(ARGV[at + 2]) then
+                      redis.call('HSET', key, ARGV[at + 1], ARGV[at + 3])
+                      redis.call('EXPIREAT', key, ARGV[at + 4])
+                  end
+              end",
+        );
+        for candles in candles.chunks(WRITE_BATCH) {
+            let mut call = script.prepare_invoke();
+            for (market, candle) in candles {
+                call.key(market.candles_key(interval, candle.start))
+                    .arg(candle.start)
+                    .arg(candle.trades)
+                    .arg(serde_json::to_string(candle)?)
+                    .arg(interval.expiry(candle.start));
+            }
+            let mut connection = self.connect().await?;
+            let () = self.answer(call.invoke_async(&mut connection)).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes the longer candles, in which these minutes lie, from the shorter ones.
+    async fn summarize(
+        &self,
+        shorter: Interval,
+        longer: Interval,
+        minutes: &BTreeSet<(Market, i64)>,
+    ) -> Result<(), StoreError> {
+        let touched: BTreeSet<(&Market, i64)> = minutes
+            .iter()
+            .map(|(market, minute)| (market, longer.start(*minute)))
+            .collect();
+        let mut candles = Vec::with_capacity(touched.len());
+        for (market, start) in touched {
+            let parts = self
+                .read_candles(market, shorter, start, start + longer.seconds())
+                .await?;
+            if let Some(candle) = join(start, &parts)? {
+                candles.push((market.clone(), candle));
+            }
+        }
+        self.write_candles(longer, &candles).await
+    }
+
+    /// The candles that begin in `from..to`, in the order of time.
+    pub(super) async fn read_candles(
+        &self,
+        market: &Market,
+        interval: Interval,
+        from: i64,
+        to: i64,
+    ) -> Result<Vec<Candle>, StoreError> {
+        let mut chunks: BTreeMap<String, Vec<i64>> = BTreeMap::new();
+        let mut start = interval.start(from + interval.seconds() - 1);
+        while start < to {
+            chunks
+                .entry(market.candles_key(interval, start))
+                .or_default()
+                .push(start);
+            start += interval.seconds();
+        }
+        let mut connection = self.connect().await?;
+        let mut candles: Vec<Candle> = Vec::new();
+        for (key, fields) in chunks {
+            let texts: Vec<Option<String>> = self.answer(connection.hmget(&key, &fields)).await?;
+            for text in texts.into_iter().flatten() {
+                candles.push(serde_json::from_str(&text)?);
+            }
+        }
+        candles.sort_by_key(|candle| candle.start);
+        Ok(candles)
+    }
+
+    /// The newest ticks, newest first.
+    pub(super) async fn read_ticks(&self, market: &Market, limit: isize) -> Result<Vec<Tick>, StoreError> {
+        let mut connection = self.connect().await?;
+        let texts: Vec<String> = self
+            .answer(connection.zrevrange(market.ticks_key(), 0, limit - 1))
+            .await?;
+        texts
+            .iter()
+            .map(|text| serde_json::from_str(text).map_err(StoreError::from))
+            .collect()
+    }
+
+    /// Writes everything about the live lane that the trades say. Consumers may be at work meanwhile.
+    pub async fn rebuild(&self, db: &PgPool, now: OffsetDateTime) -> Result<Rebuilt, StoreError> {
+        let mut rebuilt = Rebuilt { ticks: 0, candles: 0 };
+        let products: Vec<(String,)> = sqlx::query_as("select symbol from products")
+            .fetch_all(db)
+            .await?;
+        for (product,) in products {
+            let trades: Vec<TradeRow> = sqlx::query_as(
+                "select id, lane, product, trim_scale(price)::text as price, trim_scale(size)::text as size,
+                        taker_side, executed_at
+                 from trades where lane = 'live' and product = $1 order by id desc limit $2",
+            )
+            .bind(product)
+            .bind(i64::try_from(TICKS).unwrap_or(i64::MAX))
+            .fetch_all(db)
+            .await?;
+            rebuilt.ticks += trades.len();
+            self.add_ticks(trades).await?;
+        }
+        for interval in Interval::ALL {
+            let rows: Vec<CandleRow> = sqlx::query_as(
+                "select first.lane, first.product, start, trim_scale(first.price)::text as open,
+                        trim_scale(high)::text as high, trim_scale(low)::text as low,
+                        trim_scale(last.price)::text as close, trim_scale(volume)::text as volume,
+                        trim_scale(quote_volume)::text as quote_volume, trades
+                 from (select product, (floor(extract(epoch from executed_at) / $1) * $1)::bigint as start,
+                              min(id) as first_id, max(id) as last_id, max(price) as high, min(price) as low,
+                              sum(size) as volume, sum(price * size) as quote_volume, count(*) as trades
+                       from trades where lane = 'live' and executed_at >= to_timestamp($2)
+                       group by 1, 2) summed
+                 join trades as first on first.id = first_id
+                 join trades as last on last.id = last_id",
+            )
+            .bind(interval.seconds())
+            .bind(interval.oldest(now.unix_timestamp()))
+            .fetch_all(db)
+            .await?;
+            let candles: Vec<(Market, Candle)> = rows.into_iter().map(CandleRow::split).collect();
+            rebuilt.candles += candles.len();
+            self.write_candles(interval, &candles).await?;
+        }
+        let mut connection = self.connect().await?;
+        let () = self.answer(connection.set(COMPLETE_KEY, "1")).await?;
+        Ok(rebuilt)
+    }
+
+    /// Whether the live lane is complete: false after the store has been lost.
+    pub async fn is_complete(&self) -> Result<bool, StoreError> {
+        let mut connection = self.connect().await?;
+        self.answer(connection.exists(COMPLETE_KEY)).await
+    }
+
+    /// The lanes with this prefix that have something in the store, and the keys of each.
+    pub(crate) async fn test_lanes(&self, prefix: &str) -> Result<BTreeMap<String, Vec<String>>, StoreError> {
+        let mut connection = self.connect().await?;
+        let mut lanes: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        let mut cursor = 0_u64;
+        loop {
+            let mut scan = redis::cmd("SCAN");
+            scan.arg(cursor)
+                .arg("MATCH")
+                .arg(format!("exchange:{prefix}*"))
+                .arg("COUNT")
+                .arg(1_000);
+            let (next, keys): (u64, Vec<String>) = self.answer(scan.query_async(&mut connection)).await?;
+            for key in keys {
+                if let Some(lane) = key.split(':').nth(1) {
+                    lanes.entry(lane.to_owned()).or_default().push(key);
+                }
+            }
+            cursor = next;
+            if cursor == 0 {
+                return Ok(lanes);
+            }
+        }
+    }
+
+    /// Removes keys.
+    pub(crate) async fn remove(&self, keys: &[String]) -> Result<(), StoreError> {
+        let mut connection = self.connect().await?;
+        self.answer(connection.del(keys)).await
+    }
+}
+
+/// What a rebuild has written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rebuilt {
+    /// Ticks.
+    pub ticks: usize,
+    /// Candles of all intervals.
+    pub candles: usize,
+}
+
+fn trade_id(event: &Delivered) -> Result<i64, serde_json::Error> {
+    #[derive(Deserialize)]
+    struct Trade {
+        trade_id: String,
+    }
+    let trade = Trade::deserialize(&event.payload)?;
+    trade
+        .trade_id
+        .parse()
+        .map_err(|_| serde::de::Error::custom("trade_id is not a number"))
+}
+
+#[derive(sqlx::FromRow)]
+struct TradeRow {
+    id: i64,
+    lane: Lane,
+    product: String,
+    price: String,
+    size: String,
+    taker_side: String,
+    executed_at: OffsetDateTime,
+}
+
+impl TradeRow {
+    fn market(&self) -> Market {
+        Market {
+            lane: self.lane.clone(),
+            product: self.product.clone(),
+        }
+    }
+
+    fn into_tick(self) -> Tick {
+        Tick {
+            id: self.id.to_string(),
+            price: self.price,
+            size: self.size,
+            taker_side: self.taker_side,
+            executed_at: self.executed_at,
+        }
+    }
+}
+
+#[derive(sqlx::FromRow)]
+struct CandleRow {
+    lane: Lane,
+    product: String,
+    start: i64,
+    open: String,
+    high: String,
+    low: String,
+    close: String,
+    volume: String,
+    quote_volume: String,
+    trades: i64,
+}
+
+impl CandleRow {
+    fn split(self) -> (Market, Candle) {
+        let Self {
+            lane,
+            product,
+            start,
+            open,
+            high,
+            low,
+            close,
+            volume,
+            quote_volume,
+            trades,
+        } = self;
+        (
+            Market { lane, product },
+            Candle {
+                start,
+                open,
+                high,
+                low,
+                close,
+                volume,
+                quote_volume,
+                trades,
+            },
+        )
+    }
+}
+
+async fn read_minutes(
+    connection: &mut PgConnection,
+    minutes: &BTreeSet<(Market, i64)>,
+) -> Result<Vec<(Market, Candle)>, sqlx::Error> {
+    let lanes: Vec<&str> = minutes.iter().map(|(market, _)| market.lane.as_str()).collect();
+    let products: Vec<&str> = minutes
+        .iter()
+        .map(|(market, _)| market.product.as_str())
+        .collect();
+    let starts: Vec<i64> = minutes.iter().map(|(_, start)| *start).collect();
+    let rows: Vec<CandleRow> = sqlx::query_as(
+        "select touched.lane, touched.product, start, trim_scale(first.price)::text as open,
+                trim_scale(high)::text as high, trim_scale(low)::text as low,
+                trim_scale(last.price)::text as close, trim_scale(volume)::text as volume,
+                trim_scale(quote_volume)::text as quote_volume, trades
+         from unnest($1::text[], $2::text[], $3::bigint[]) as touched (lane, product, start)
+         cross join lateral (
+             select min(id) as first_id, max(id) as last_id, max(price) as high, min(price) as low,
+                    sum(size) as volume, sum(price * size) as quote_volume, count(*) as trades
+             from trades
+             where trades.lane = touched.lane and trades.product = touched.product
+               and executed_at >= to_timestamp(start) and executed_at < to_timestamp(start + 60)) summed
+         join trades as first on first.id = first_id
+         join trades as last on last.id = last_id",
+    )
+    .bind(lanes)
+    .bind(products)
+    .bind(starts)
+    .fetch_all(connection)
+    .await?;
+    Ok(rows.into_iter().map(CandleRow::split).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn candle(
+        start: i64,
+        open: &str,
+        high: &str,
+        low: &str,
+        close: &str,
+        volume: &str,
+        trades: i64,
+    ) -> Candle {
+        let [open, high, low, close, volume] = [open, high, low, close, volume].map(str::to_owned);
+        Candle {
+            start,
+            open,
+            high,
+            low,
+            close,
+            quote_volume: volume.clone(),
+            volume,
+            trades,
+        }
+    }
+
+    #[test]
+    fn an_hour_is_the_sum_of_its_minutes() {
+        let minutes = [
+            candle(60, "100", "110", "9", "105", "0.1", 3),
+            candle(120, "105", "105.5", "104", "104.5", "0.20000001", 2),
+        ];
+        let hour = join(0, &minutes).unwrap().unwrap();
+        assert_eq!(hour, candle(0, "100", "110", "9", "104.5", "0.30000001", 5));
+        assert_eq!(join(0, &[]).unwrap(), None);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_an_error_and_not_a_rounded_sum() {
+        let huge = "79228162514264337593543950335";
+        let candles = [
+            candle(0, "1", "1", "1", "1", huge, 1),
+            candle(60, "1", "1", "1", "1", "1", 1),
+        ];
+        assert!(matches!(join(0, &candles), Err(StoreError::Overflow)));
+        assert!(decimal("0.00000000000000000000000000001").is_err());
+    }
+
+    #[test]
+    fn a_longer_candle_never_lies_in_two_chunks_of_the_shorter() {
+        let market = Market {
+            lane: Lane::live(),
+            product: "BTC-USD".into(),
+        };
+        for (shorter, longer) in [
+            (Interval::Minute, Interval::Hour),
+            (Interval::Hour, Interval::Day),
+        ] {
+            for at in (0..1_000).map(|n| 1_790_000_000 + n * 7_919) {
+                let start = longer.start(at);
+                let end = start + longer.seconds() - shorter.seconds();
+                assert_eq!(
+                    market.candles_key(shorter, start),
+                    market.candles_key(shorter, end)
+                );
+                assert!(shorter.expiry(start) > at);
+            }
+        }
+    }
+}

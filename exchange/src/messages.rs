@@ -1,0 +1,319 @@
+//! The background work of the notification service: relay, consumers, event streams, e-mail, release notices.
+//!
+//! A stack works on its own test lanes in every role, and on the live lane only while it is live.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::Context;
+use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::{
+    app::App,
+    bus::{Bus, QueueConfig, Scope},
+    config::Config,
+    inbox::{Consumer, Worker},
+    lane::Lane,
+    mail::{self, MailConfig},
+    market::{Store, StoreConfig},
+    metrics::Metrics,
+    notification::Writer,
+    outbox, release,
+    role::Role,
+    stream::Hub,
+};
+
+/// How often lost market data and erased lanes are looked for.
+const TIDY: Duration = Duration::from_secs(2);
+
+/// What is counted about messages. Clones share the numbers.
+#[derive(Clone, Debug, Default)]
+pub struct MessageMetrics {
+    /// Events that the broker has confirmed.
+    pub published: Counter,
+    /// Events that were published but not handled in time.
+    pub reopened: Counter,
+    /// Events whose effect was made.
+    pub handled: Counter,
+    /// Events that came again after their effect was made.
+    pub duplicates: Counter,
+    /// Messages that were put aside or dropped.
+    pub dead: Counter,
+    /// E-mails that the mail server has taken.
+    pub emails_sent: Counter,
+    /// E-mails that could not be sent.
+    pub emails_given_up: Counter,
+    /// Live events that are not done.
+    outbox_depth: Gauge,
+    /// The age of the oldest of them, in seconds.
+    outbox_age: Gauge<f64, AtomicU64>,
+}
+
+impl MessageMetrics {
+    /// Metrics that are shown by this process.
+    pub fn registered(metrics: &Metrics) -> Self {
+        let all = Self::default();
+        metrics.register(|registry| {
+            for (name, help, counter) in [
+                (
+                    "messages_published",
+                    "Events that the broker has confirmed",
+                    &all.published,
+                ),
+                (
+                    "messages_reopened",
+                    "Events published again because nobody handled them in time",
+                    &all.reopened,
+                ),
+                ("messages_handled", "Events whose effect was made", &all.handled),
+                (
+                    "messages_duplicates",
+                    "Events that came again after their effect",
+                    &all.duplicates,
+                ),
+                (
+                    "messages_dead",
+                    "Messages that could not be handled and were put aside",
+                    &all.dead,
+                ),
+                (
+                    "emails_sent",
+                    "E-mails that the mail server has taken",
+                    &all.emails_sent,
+                ),
+                (
+                    "emails_given_up",
+                    "E-mails that could not be sent",
+                    &all.emails_given_up,
+                ),
+            ] {
+                registry.register(name, help, counter.clone());
+            }
+            registry.register(
+                "outbox_depth",
+                "Live events that are not done",
+                all.outbox_depth.clone(),
+            );
+            let age = "The age of the oldest live event that is not done";
+            registry.register("outbox_age_seconds", age, all.outbox_age.clone());
+        });
+        all
+    }
+
+    /// Records what waits in the outbox. Of test lanes only the traces in the other numbers are of interest.
+    pub(crate) fn observe_outbox(&self, scope: &Scope, depth: i64, age: f64) {
+        if *scope == Scope::Live {
+            self.outbox_depth.set(depth);
+            self.outbox_age.set(age);
+        }
+    }
+}
+
+/// What the background work needs beside the [`App`].
+#[derive(Clone, Debug)]
+pub struct MessagesConfig {
+    /// The queue.
+    pub queue: QueueConfig,
+    /// The market-data store.
+    pub market_data: StoreConfig,
+    /// E-mail, if wanted.
+    pub mail: Option<MailConfig>,
+    /// How long a stack is live before users are told.
+    pub notice_delay: Duration,
+}
+
+impl MessagesConfig {
+    /// The part of a service's configuration that is about messages.
+    pub fn from(config: &Config) -> anyhow::Result<Self> {
+        let url = config
+            .queue
+            .clone()
+            .context("--queue-url or --queue-url-file is required")?;
+        Ok(Self {
+            queue: QueueConfig {
+                url,
+                ca_file: config.queue_ca_file.clone(),
+            },
+            market_data: StoreConfig::from(config)?,
+            mail: config.mail.clone(),
+            notice_delay: config.notice_delay,
+        })
+    }
+}
+
+/// All of it, until told to stop.
+pub async fn run(app: App, config: MessagesConfig, hub: Arc<Hub>, shutdown: CancellationToken) {
+    let metrics = MessageMetrics::registered(&app.metrics);
+    let store = Arc::new(Store::new(config.market_data.clone()));
+    let bus = match Bus::connect(&config.queue, &format!("exchange-notification {}", app.stack)).await {
+        Ok(bus) => bus,
+        Err(error) => {
+            // The configuration was checked at the start, so this is a file that has gone since.
+            error!(error.message = %error, "failed to set up the queue; nothing will be consumed");
+            return hub.run(&app.db, &shutdown).await;
+        }
+    };
+    let workers = Workers {
+        app,
+        bus,
+        store,
+        metrics,
+        config,
+    };
+    let own = Scope::of(&workers.app.stack);
+    tokio::join!(
+        hub.run(&workers.app.db, &shutdown),
+        workers.work(&own, &shutdown),
+        workers.tidy(&shutdown),
+        workers.while_live(&shutdown),
+    );
+}
+
+struct Workers {
+    app: App,
+    bus: Bus,
+    store: Arc<Store>,
+    metrics: MessageMetrics,
+    config: MessagesConfig,
+}
+
+impl Workers {
+    /// Relays and consumes the messages of a scope.
+    async fn work(&self, scope: &Scope, stop: &CancellationToken) {
+        let worker = |consumer| Worker {
+            db: self.app.db.clone(),
+            bus: self.bus.clone(),
+            metrics: self.metrics.clone(),
+            consumer,
+        };
+        let notification = worker(Consumer::Notification(Writer {
+            emails: self.config.mail.is_some(),
+        }));
+        let market = worker(Consumer::Market(Arc::clone(&self.store)));
+        tokio::join!(
+            outbox::relay(&self.app.db, &self.bus, scope, &self.metrics, stop),
+            outbox::sweep(&self.app.db, scope, &self.metrics, stop),
+            notification.run(scope, stop),
+            market.run(scope, stop),
+        );
+    }
+
+    /// The live lane and everything that happens by itself, whenever this stack is live.
+    async fn while_live(&self, shutdown: &CancellationToken) {
+        let mut role = self.app.role.clone();
+        loop {
+            let live = shutdown
+                .run_until_cancelled(role.wait_for(|role| *role == Role::Live))
+                .await;
+            if !matches!(live, Some(Ok(_))) {
+                return;
+            }
+            drop(live);
+            let stop = shutdown.child_token();
+            self.app.consuming.store(true, Ordering::Relaxed);
+            info!("consuming live messages");
+            let until_not_live = async {
+                // An error means that the process is ending.
+                let _ = stop
+                    .run_until_cancelled(role.wait_for(|role| *role != Role::Live))
+                    .await;
+                stop.cancel();
+            };
+            let mail = async {
+                if let Some(mail) = &self.config.mail {
+                    mail::run(&self.app.db, mail, &self.metrics, &stop).await;
+                }
+            };
+            tokio::join!(
+                until_not_live,
+                self.work(&Scope::Live, &stop),
+                release::run(&self.app.db, &self.app.stack, self.config.notice_delay, &stop),
+                self.restore(&stop),
+                mail,
+            );
+            self.app.consuming.store(false, Ordering::Relaxed);
+            info!("no longer consuming live messages");
+        }
+    }
+
+    /// Rebuilds the live market data when the store has been lost.
+    async fn restore(&self, stop: &CancellationToken) {
+        while !stop.is_cancelled() {
+            match self.store.is_complete().await {
+                Ok(true) => {}
+                Ok(false) => match self
+                    .store
+                    .rebuild(&self.app.db, time::OffsetDateTime::now_utc())
+                    .await
+                {
+                    Ok(rebuilt) => info!(rebuilt.ticks, rebuilt.candles, "rebuilt the market data"),
+                    Err(error) => warn!(error.message = %error, "failed to rebuild the market data"),
+                },
+                Err(error) => warn!(error.message = %error, "failed to look at the market data"),
+            }
+            outbox::rest(stop, TIDY).await;
+        }
+    }
+
+    /// Removes what erased test lanes have left outside PostgreSQL: this stack's, and when live everybody's, since
+    /// some stacks no longer exist.
+    async fn tidy(&self, stop: &CancellationToken) {
+        let own = Scope::of(&self.app.stack);
+        while !stop.is_cancelled() {
+            let live = *self.app.role.borrow() == Role::Live;
+            let prefix = if live {
+                "test-".to_owned()
+            } else {
+                own.lane_prefix()
+            };
+            if let Err(error) = self.forget_erased(&own, &prefix).await {
+                warn!(error.message = %error, "failed to remove what erased lanes have left");
+            }
+            if live && let Err(error) = self.bus.remove_abandoned(&own).await {
+                warn!(error.message = %error, "failed to remove the streams of stacks that no longer exist");
+            }
+            outbox::rest(stop, TIDY).await;
+        }
+    }
+
+    async fn forget_erased(&self, own: &Scope, prefix: &str) -> anyhow::Result<()> {
+        let stored = self.store.test_lanes(prefix).await?;
+        let streamed = if self.bus.connected() {
+            self.bus.lanes(own).await?
+        } else {
+            Vec::new()
+        };
+        let names: Vec<&str> = stored
+            .keys()
+            .map(String::as_str)
+            .chain(streamed.iter().map(Lane::as_str))
+            .collect();
+        if names.is_empty() {
+            return Ok(());
+        }
+        // A lane exists as long as its users do.
+        let erased: Vec<(Lane,)> = sqlx::query_as(
+            "select distinct lane from unnest($1::text[]) as known (lane)
+             where not exists (select from users where users.lane = known.lane)",
+        )
+        .bind(names)
+        .fetch_all(&self.app.db)
+        .await?;
+        for (lane,) in erased {
+            if let Some(keys) = stored.get(lane.as_str()) {
+                self.store.remove(keys).await?;
+            }
+            if streamed.contains(&lane) {
+                self.bus.erase_lane(own, &lane).await?;
+            }
+        }
+        Ok(())
+    }
+}

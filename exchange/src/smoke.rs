@@ -1,0 +1,395 @@
+//! `exchange smoke`: the whole way from registration to a settled trade and its notification, with two synthetic
+//! users in a test lane of their own. Leaves nothing behind.
+
+use std::{
+    fmt::Write as _,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use http::StatusCode;
+use rust_decimal::Decimal;
+use secrecy::SecretString;
+use serde_json::Value;
+use uuid::Uuid;
+
+use crate::trader::{BASE, Call, CallError, Client, Endpoints, LaneKey, PRODUCT, QUOTE, Trader, field, list};
+
+const PRICE: &str = "20000";
+const SIZE: &str = "0.01";
+/// How long the notification of a trade may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The flags of `exchange smoke`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct SmokeArgs {
+    #[command(flatten)]
+    endpoints: Endpoints,
+    /// The colour of the stack under test.
+    #[arg(long, env = "EXCHANGE_COLOUR")]
+    colour: String,
+    /// The revision of the stack under test.
+    #[arg(long, env = "EXCHANGE_REVISION")]
+    revision: String,
+    /// The secret that opens the stack's test lanes.
+    #[arg(
+        long,
+        env = "EXCHANGE_LANE_SECRET",
+        hide_env_values = true,
+        required_unless_present = "lane_secret_file"
+    )]
+    lane_secret: Option<SecretString>,
+    /// A file with that secret.
+    #[arg(long, env = "EXCHANGE_LANE_SECRET_FILE", conflicts_with = "lane_secret")]
+    lane_secret_file: Option<PathBuf>,
+    /// Where to write a JUnit report.
+    #[arg(long)]
+    junit: Option<PathBuf>,
+}
+
+/// A step that was taken.
+#[derive(Debug)]
+struct Step {
+    name: &'static str,
+    took: Duration,
+    failure: Option<String>,
+}
+
+/// What happened, step by step.
+#[derive(Debug, Default)]
+struct Report(Vec<Step>);
+
+impl Report {
+    /// Takes a step, and keeps what came of it.
+    async fn step<T>(
+        &mut self,
+        name: &'static str,
+        step: impl Future<Output = Result<T, CallError>>,
+    ) -> Option<T> {
+        let start = Instant::now();
+        let result = step.await;
+        let failure = result.as_ref().err().map(ToString::to_string);
+        self.0.push(Step {
+            name,
+            took: start.elapsed(),
+            failure,
+        });
+        result.ok()
+    }
+
+    fn failed(&self) -> bool {
+        self.0.iter().any(|step| step.failure.is_some())
+    }
+
+    fn human(&self) -> String {
+        let mut text = String::new();
+        for Step { name, took, failure } in &self.0 {
+            let verdict = if failure.is_none() { "ok  " } else { "FAIL" };
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "{verdict} {:>6} ms  {name}", took.as_millis());
+            if let Some(failure) = failure {
+                let _ = writeln!(text, "     {failure}");
+            }
+        }
+        text
+    }
+
+    fn junit(&self) -> String {
+        let failures = self.0.iter().filter(|step| step.failure.is_some()).count();
+        let mut text = format!(
+            "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"smoke\" tests=\"{}\" failures=\"{failures}\">\n",
+            self.0.len()
+        );
+        for Step { name, took, failure } in &self.0 {
+            let (name, seconds) = (escape(name), took.as_secs_f64());
+            let _ = write!(
+                text,
+                "  <testcase classname=\"exchange.smoke\" name=\"{name}\" time=\"{seconds:.3}\""
+            );
+            let _ = match failure {
+                None => writeln!(text, "/>"),
+                Some(failure) => {
+                    writeln!(
+                        text,
+                        ">\n    <failure message=\"{}\"/>\n  </testcase>",
+                        escape(failure)
+                    )
+                }
+            };
+        }
+        text.push_str("</testsuite>\n");
+        text
+    }
+}
+
+/// Text for an XML attribute. What XML cannot hold at all becomes a question mark.
+fn escape(text: &str) -> String {
+    text.chars()
+        .fold(String::with_capacity(text.len()), |mut escaped, character| {
+            match character {
+                '&' => escaped.push_str("&amp;"),
+                '<' => escaped.push_str("&lt;"),
+                '>' => escaped.push_str("&gt;"),
+                '"' => escaped.push_str("&quot;"),
+                '\n' => escaped.push_str("&#10;"),
+                control if control.is_control() => escaped.push('?'),
+                other => escaped.push(other),
+            }
+            escaped
+        })
+}
+
+/// Runs the smoke test, prints what happened, and says whether all of it was right.
+pub async fn run(args: SmokeArgs) -> anyhow::Result<bool> {
+    let secret = match (args.lane_secret, args.lane_secret_file) {
+        (Some(secret), _) => secret,
+        (None, Some(file)) => SecretString::from(tokio::fs::read_to_string(file).await?.trim_end()),
+        (None, None) => anyhow::bail!("--lane-secret or --lane-secret-file is required"),
+    };
+    let stack = format!("{}-{}", args.colour, args.revision);
+    let lane = format!("test-{stack}.{}", Uuid::now_v7().simple()).parse()?;
+    let client = Client::new(args.endpoints, Some(LaneKey { lane, secret }), Some(stack))?;
+    let mut report = Report::default();
+    // What has been reached does not matter: the report says where it ended.
+    let _ = exercise(&client, &mut report).await;
+    report.step("erase the lane", client.erase_lane()).await;
+    print(&report.human());
+    if let Some(file) = args.junit {
+        tokio::fs::write(file, report.junit()).await?;
+    }
+    Ok(!report.failed())
+}
+
+#[expect(clippy::print_stdout, reason = "the report is what the command is for")]
+fn print(text: &str) {
+    print!("{text}");
+}
+
+#[expect(clippy::too_many_lines, reason = "the steps in their order")]
+/// Every step needs the ones before it; the first that fails is the last.
+async fn exercise(client: &Client, report: &mut Report) -> Option<()> {
+    let services = [
+        &client.endpoints.user_url,
+        &client.endpoints.trade_url,
+        &client.endpoints.notification_url,
+    ];
+    report
+        .step("the stack under test answers", async {
+            for service in services {
+                client
+                    .call(Call::get(format!("{service}/version")), StatusCode::OK)
+                    .await?;
+            }
+            Ok(())
+        })
+        .await?;
+    let mut buyer = report
+        .step("register and log in the buyer", client.join("buyer"))
+        .await?;
+    let mut seller = report
+        .step("register and log in the seller", client.join("seller"))
+        .await?;
+    report
+        .step("add accounts", async {
+            for trader in [&mut buyer, &mut seller] {
+                client.open_account(trader, BASE).await?;
+                client.open_account(trader, QUOTE).await?;
+            }
+            Ok(())
+        })
+        .await?;
+    report
+        .step("deposit", async {
+            client
+                .deposit(&buyer.token, account(&buyer, QUOTE)?, "1000")
+                .await?;
+            client.deposit(&seller.token, account(&seller, BASE)?, "1").await
+        })
+        .await?;
+    let sell = Client::order(&seller, "sell", PRICE, SIZE, "smoke-sell");
+    let resting = report
+        .step("place an order", client.send_order(&seller, sell))
+        .await?;
+    report
+        .step("the order rests", async {
+            expect(&resting.body, "status", "open")
+        })
+        .await?;
+    let buy = Client::order(&buyer, "buy", PRICE, SIZE, "smoke-buy");
+    let taken = report
+        .step("place the counter-order", client.send_order(&buyer, buy.clone()))
+        .await?;
+    let fill = report
+        .step("the orders are matched", async {
+            expect(&taken.body, "status", "filled")?;
+            match list(&taken.body, "trades") {
+                [fill] => Fill::read(fill),
+                _ => Err(CallError::Wrong(format!("expected one trade in {}", taken.body))),
+            }
+        })
+        .await?;
+    report
+        .step("the same order again is the same order", async {
+            let again = client.send_order(&buyer, buy).await?;
+            if again.repeated && again.body == taken.body {
+                return Ok(());
+            }
+            Err(CallError::Wrong(format!(
+                "expected the first answer again, got {}",
+                again.body
+            )))
+        })
+        .await?;
+    report
+        .step(
+            "both accounts are right",
+            balances(client, &buyer, &seller, &fill),
+        )
+        .await?;
+    report
+        .step("both trade lists are right", async {
+            for trader in [&buyer, &seller] {
+                for currency in [BASE, QUOTE] {
+                    let trades = client.trades(trader, account(trader, currency)?).await?;
+                    same("the trades of an account", &trades, &vec![fill.trade_id.clone()])?;
+                }
+            }
+            Ok(())
+        })
+        .await?;
+    report
+        .step("both are notified", async {
+            for trader in [&buyer, &seller] {
+                let told = until(|| client.notified_trades(trader)).await?;
+                same(
+                    "the trades that a user was told of",
+                    &told,
+                    &vec![fill.trade_id.clone()],
+                )?;
+            }
+            Ok(())
+        })
+        .await?;
+    report
+        .step("the market shows the trade", async {
+            let shown = until(|| market_trades(client, &buyer)).await?;
+            same("the trades of the market", &shown, &vec![fill.trade_id.clone()])
+        })
+        .await
+}
+
+struct Fill {
+    trade_id: String,
+    fee: Decimal,
+}
+
+impl Fill {
+    fn read(fill: &Value) -> Result<Self, CallError> {
+        let fee = field(fill, "fee")?;
+        let fee = fee
+            .parse()
+            .map_err(|_| CallError::Wrong(format!("the fee {fee:?} is no number")))?;
+        expect(fill, "price", PRICE)?;
+        expect(fill, "size", SIZE)?;
+        Ok(Self {
+            trade_id: field(fill, "trade_id")?,
+            fee,
+        })
+    }
+}
+
+/// Buyer and seller have exchanged 0.01 BTC for 200 USD, and each paid a fee. The seller's is what is missing: at
+/// least nothing, and no more than the buyer's, who came second.
+async fn balances(client: &Client, buyer: &Trader, seller: &Trader, fill: &Fill) -> Result<(), CallError> {
+    let (hundredth, value) = (Decimal::new(1, 2), Decimal::from(200));
+    let mut found = Vec::new();
+    for trader in [buyer, seller] {
+        let accounts = client.accounts(trader).await?;
+        for currency in [BASE, QUOTE] {
+            let account = accounts.iter().find(|account| account.currency == currency);
+            let account =
+                account.ok_or_else(|| CallError::Wrong(format!("the {currency} account is missing")))?;
+            same("what is on hold", &account.hold, &Decimal::ZERO)?;
+            found.push(account.balance);
+        }
+    }
+    let [bought, paid, sold, earned] = found.as_slice() else {
+        return Err(CallError::Wrong("expected four accounts".to_owned()));
+    };
+    same("the buyer's BTC", bought, &hundredth)?;
+    same("the buyer's USD", paid, &(Decimal::from(1000) - value - fill.fee))?;
+    same("the seller's BTC", sold, &(Decimal::ONE - hundredth))?;
+    let seller_fee = value - *earned;
+    if seller_fee < Decimal::ZERO || seller_fee > fill.fee {
+        return Err(CallError::Wrong(format!(
+            "the seller has {earned} USD after selling for {value}"
+        )));
+    }
+    Ok(())
+}
+
+async fn market_trades(client: &Client, trader: &Trader) -> Result<Vec<String>, CallError> {
+    let url = format!("{}/market/trades?product={PRODUCT}", client.endpoints.trade_url);
+    let answer = client
+        .call(Call::get(url).token(&trader.token), StatusCode::OK)
+        .await?;
+    list(&answer.body, "trades")
+        .iter()
+        .map(|trade| field(trade, "id"))
+        .collect()
+}
+
+/// Asks until there is an answer that is not empty; what happens after a trade takes a moment.
+async fn until<F: Future<Output = Result<Vec<String>, CallError>>>(
+    ask: impl Fn() -> F,
+) -> Result<Vec<String>, CallError> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let found = ask().await?;
+        if !found.is_empty() || Instant::now() >= deadline {
+            return Ok(found);
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+fn account(trader: &Trader, currency: &str) -> Result<Uuid, CallError> {
+    trader
+        .account(currency)
+        .ok_or_else(|| CallError::Wrong(format!("there is no {currency} account")))
+}
+
+fn expect(body: &Value, name: &str, expected: &str) -> Result<(), CallError> {
+    same(name, &field(body, name)?, &expected.to_owned())
+}
+
+fn same<T: PartialEq + std::fmt::Debug>(what: &str, actual: &T, expected: &T) -> Result<(), CallError> {
+    if actual == expected {
+        return Ok(());
+    }
+    Err(CallError::Wrong(format!(
+        "{what}: expected {expected:?}, got {actual:?}"
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_failed_step_fails_the_report_in_both_forms() {
+        let mut report = Report::default();
+        assert!(report.step("first", async { Ok(7) }).await == Some(7));
+        assert!(!report.failed());
+        let failure = async { Err::<(), _>(CallError::Wrong("a \"b\" <c> & \u{1}d".into())) };
+        assert!(report.step("second", failure).await.is_none());
+        assert!(report.failed());
+        let junit = report.junit();
+        assert!(junit.contains("tests=\"2\" failures=\"1\""), "{junit}");
+        assert!(
+            junit.contains("<failure message=\"a &quot;b&quot; &lt;c&gt; &amp; ?d\"/>"),
+            "{junit}"
+        );
+        assert!(report.human().contains("FAIL") && report.human().contains("ok "));
+    }
+}

@@ -1,0 +1,325 @@
+//! Events reach users and the market data once, whatever breaks on the way.
+
+use std::time::Duration;
+
+use crate::{
+    servers::{Service, eventually},
+    stores::{Nats, QUIET, Stores},
+};
+
+/// A stack that has never been live, because its live Service cannot be reached.
+const STANDBY: [&str; 8] = [
+    "--colour",
+    "green",
+    "--revision",
+    "abc",
+    "--role",
+    "follow",
+    "--live-url",
+    "http://127.0.0.1:1",
+];
+const LIVE: [&str; 2] = ["--role", "live"];
+
+async fn metric(service: &Service, name: &str) -> u64 {
+    let page = service.admin("/metrics").await.text().await.unwrap();
+    let line = page
+        .lines()
+        .find_map(|line| line.strip_prefix(&format!("{name} ")))
+        .map(str::to_owned);
+    line.unwrap_or_else(|| panic!("no {name} in {page}"))
+        .parse()
+        .unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trade_is_told_to_both_sides_and_to_the_market() {
+    let stores = Stores::start().await;
+    let service = stores.notification(&LIVE).ready().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    for price in [100, 120, 90] {
+        stores.trade("live", ann, bob, price, "0.5").await;
+    }
+    stores.settled("live").await;
+    stores.assert_told_once("live").await;
+    let dump = stores.redis.dump().await.join("\n");
+    let candle =
+        r#""open":"100","high":"120","low":"90","close":"90","volume":"1.5","quote_volume":"155","trades":3"#;
+    for interval in ["1m", "1h", "1d"] {
+        let found = dump
+            .lines()
+            .any(|line| line.contains(&format!("candles:{interval}")) && line.contains(candle));
+        // The minute may have changed between two trades.
+        assert!(found || interval == "1m", "no candle of {interval} in\n{dump}");
+    }
+    assert!(metric(&service, "messages_handled_total").await >= 6);
+    assert_eq!(metric(&service, "outbox_depth").await, 0);
+    let stack: serde_json::Value = service.admin("/stack").await.json().await.unwrap();
+    assert_eq!(stack["consuming"], true, "{stack}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_killed_between_publish_and_mark_loses_and_doubles_nothing() {
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let service = stores.notification(&LIVE).ready().await;
+    stores.trade("live", ann, bob, 100, "1").await;
+    stores.settled("live").await;
+
+    service.signal("STOP");
+    stores.trade("live", ann, bob, 101, "1").await;
+    // Rows can be read and locked, but not marked.
+    let mut blocker = stores.owner.begin().await.unwrap();
+    sqlx::query("lock table outbox in share mode")
+        .execute(&mut *blocker)
+        .await
+        .unwrap();
+    service.signal("CONT");
+    eventually("the event is published", || async {
+        let stream = stores.nats.stream("exchange-live").await?;
+        (stream["state"]["messages"].as_u64() == Some(2)).then_some(())
+    })
+    .await;
+    service.signal("KILL");
+    blocker.commit().await.unwrap();
+    drop(service);
+    assert_eq!(
+        stores
+            .count("select count(*) from outbox where published_at is null")
+            .await,
+        1
+    );
+
+    let successor = stores.notification(&LIVE).ready().await;
+    stores.settled("live").await;
+    stores.assert_told_once("live").await;
+    drop(successor);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_delivered_again_changes_nothing() {
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let service = stores.notification(&LIVE).ready().await;
+    for price in 1..=50 {
+        stores.trade("live", ann, bob, price, "0.1").await;
+    }
+    stores.settled("live").await;
+    let before = stores.redis.dump().await;
+
+    // A new consumer of the same name begins at the first message.
+    let jetstream = stores.nats.jetstream().await;
+    for consumer in ["notification", "market"] {
+        jetstream
+            .delete_consumer_from_stream(consumer, "exchange-live")
+            .await
+            .unwrap();
+    }
+    eventually("all messages have come again", || async {
+        (metric(&service, "messages_duplicates_total").await >= 100).then_some(())
+    })
+    .await;
+    stores.assert_told_once("live").await;
+    assert_eq!(stores.redis.dump().await, before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_brokers_store_may_be_deleted_in_mid_run() {
+    let mut stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let service = stores.notification(&LIVE).ready().await;
+    for price in 1..=200 {
+        stores.trade("live", ann, bob, price, "0.1").await;
+        if price == 100 {
+            let port = stores.nats.port();
+            stores.nats.server.signal("KILL");
+            stores.nats = Nats::start_on(port, None);
+        }
+    }
+    stores.settled("live").await;
+    stores.assert_told_once("live").await;
+    assert_eq!(metric(&service, "messages_dead_total").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn market_data_comes_back_equal() {
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let service = stores.notification(&LIVE).ready().await;
+    for price in 1..=50 {
+        stores.trade("live", ann, bob, price * 7 % 31 + 1, "0.123").await;
+    }
+    stores.settled("live").await;
+    let complete = |dump: &[String]| dump.iter().any(|line| line == "exchange:live:complete");
+    let before = eventually("the store is complete", || async {
+        let dump = stores.redis.dump().await;
+        complete(&dump).then_some(dump)
+    })
+    .await;
+    assert!(before.len() > 50 + 3, "{before:?}");
+
+    let flush = async || {
+        let mut connection = stores.redis.connect().await;
+        redis::cmd("FLUSHALL").exec_async(&mut connection).await.unwrap();
+    };
+    flush().await;
+    eventually("the service has rebuilt it", || async {
+        complete(&stores.redis.dump().await).then_some(())
+    })
+    .await;
+    assert_eq!(stores.redis.dump().await, before);
+
+    drop(service);
+    flush().await;
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_exchange"))
+        .args([
+            "market",
+            "rebuild",
+            "--role",
+            "live",
+            "--database-url",
+            &stores.database.app_url,
+        ])
+        .args(["--market-data-url", &stores.redis.url()])
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert_eq!(stores.redis.dump().await, before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_stack_consumes_its_own_test_lanes_only() {
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    // A live stack has left a live stream, with a consumer and a message that nobody has read.
+    let live = stores.notification(&LIVE).ready().await;
+    stores.trade("live", ann, bob, 100, "1").await;
+    stores.settled("live").await;
+    drop(live);
+    let jetstream = stores.nats.jetstream().await;
+    let mut headers = async_nats::HeaderMap::new();
+    headers.insert("exchange-lane", "live");
+    jetstream
+        .publish_with_headers("exchange.live.trade.executed", headers, "{}".into())
+        .await
+        .unwrap()
+        .await
+        .unwrap();
+    let before = stores.nats.stream("exchange-live").await.unwrap();
+
+    stores.trade("live", ann, bob, 101, "1").await;
+    let mine = "test-green-abc.run";
+    let (cat, dan) = (stores.user(mine).await, stores.user(mine).await);
+    stores.trade(mine, cat, dan, 102, "1").await;
+    let foreign = "test-blue-abc.run";
+    let (eve, fay) = (stores.user(foreign).await, stores.user(foreign).await);
+    stores.trade(foreign, eve, fay, 103, "1").await;
+
+    let standby = stores.notification(&STANDBY).ready().await;
+    stores.settled(mine).await;
+    stores.assert_told_once(mine).await;
+    tokio::time::sleep(QUIET).await;
+
+    let after = stores.nats.stream("exchange-live").await.unwrap();
+    assert_eq!(after["state"], before["state"]);
+    for (after, before) in after["consumer_detail"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .zip(before["consumer_detail"].as_array().unwrap())
+    {
+        assert_eq!(after["delivered"], before["delivered"]);
+        assert_eq!(after["num_pending"], before["num_pending"]);
+        assert_eq!(after["num_waiting"].as_u64().unwrap_or(0), 0, "{after}");
+    }
+    assert!(stores.nats.stream("exchange-test-blue-abc").await.is_none());
+    let untouched =
+        "select count(*) from outbox where published_at is null and lane in ('live', 'test-blue-abc.run')";
+    assert_eq!(stores.count(untouched).await, 2);
+    assert_eq!(stores.count("select count(*) from releases").await, 0);
+    let stack: serde_json::Value = standby.admin("/stack").await.json().await.unwrap();
+    assert_eq!(
+        (&stack["role"], &stack["consuming"]),
+        (&"Standby".into(), &false.into())
+    );
+
+    // An erased lane leaves nothing behind.
+    sqlx::query("delete from trades where lane = $1")
+        .bind(mine)
+        .execute(&stores.owner)
+        .await
+        .unwrap();
+    sqlx::query("delete from outbox where lane = $1")
+        .bind(mine)
+        .execute(&stores.owner)
+        .await
+        .unwrap();
+    sqlx::query("select erase_lane_v1($1)")
+        .bind(mine)
+        .execute(&stores.owner)
+        .await
+        .unwrap();
+    eventually("the lane is gone from the other stores", || async {
+        let stream = stores.nats.stream("exchange-test-green-abc").await?;
+        let kept = stores.redis.dump().await.iter().any(|line| line.contains(mine));
+        (stream["state"]["messages"] == 0 && !kept).then_some(())
+    })
+    .await;
+    assert_eq!(
+        stores
+            .count("select count(*) from notifications where lane like 'test-green%'")
+            .await,
+        0
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_cannot_be_handled_is_put_aside_and_holds_up_nobody() {
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let service = stores.notification(&LIVE).ready().await;
+    sqlx::query(
+        "insert into outbox (id, lane, topic, key, payload)
+         values (gen_random_uuid(), 'live', 'transfer.posted', 'x', '{\"kind\": \"gift\"}')",
+    )
+    .execute(&stores.owner)
+    .await
+    .unwrap();
+    for price in 1..=10 {
+        stores.trade("live", ann, bob, price, "1").await;
+    }
+    stores.settled("live").await;
+    stores.assert_told_once("live").await;
+    assert_eq!(
+        stores
+            .count("select count(*) from dead_letters where consumer = 'notification'")
+            .await,
+        1
+    );
+    assert!(metric(&service, "messages_dead_total").await >= 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgresql_may_be_away_for_a_while() {
+    let postgres = crate::servers::Postgres::start(&[]);
+    let mut stores = Stores::start().await;
+    stores.database = crate::servers::Database::migrated(&postgres).await;
+    stores.owner = sqlx::PgPool::connect(&stores.database.owner_url).await.unwrap();
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let service = stores.notification(&LIVE).ready().await;
+    for price in 1..=50 {
+        stores.trade("live", ann, bob, price, "1").await;
+    }
+    postgres.server.signal("STOP");
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    postgres.server.signal("CONT");
+    for price in 1..=50 {
+        stores.trade("live", ann, bob, price, "1").await;
+    }
+    stores.settled("live").await;
+    stores.assert_told_once("live").await;
+    assert_eq!(metric(&service, "messages_dead_total").await, 0);
+}

@@ -1,0 +1,366 @@
+//! The queue and the market-data store, and what tests put into the database for them.
+
+use std::{path::PathBuf, time::Duration};
+
+use exchange::{auth::Keys, config::ConfigArgs, lane::Lane};
+use redis::AsyncCommands;
+use secrecy::ExposeSecret;
+use serde_json::{Value, json};
+use sqlx::PgPool;
+use uuid::Uuid;
+
+use crate::servers::{Database, Server, Service, eventually, free_port, temporary_directory};
+
+/// Files for TLS: a certificate for `localhost`, its key, and the authority to trust.
+pub(crate) struct Certificates {
+    pub(crate) certificate: PathBuf,
+    pub(crate) key: PathBuf,
+    pub(crate) authority: PathBuf,
+}
+
+impl Certificates {
+    pub(crate) fn new() -> Self {
+        let directory = temporary_directory("certificates");
+        let authority_key = rcgen::KeyPair::generate().unwrap();
+        let mut parameters = rcgen::CertificateParams::new([]).unwrap();
+        parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let authority = rcgen::CertifiedIssuer::self_signed(parameters, authority_key).unwrap();
+        let key = rcgen::KeyPair::generate().unwrap();
+        let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
+        let certificate = rcgen::CertificateParams::new(names)
+            .unwrap()
+            .signed_by(&key, &authority)
+            .unwrap();
+        let write = |name: &str, content: String| {
+            let path = directory.join(name);
+            std::fs::write(&path, content).unwrap();
+            path
+        };
+        Self {
+            certificate: write("certificate.pem", certificate.pem()),
+            key: write("key.pem", key.serialize_pem()),
+            authority: write("authority.pem", authority.pem()),
+        }
+    }
+}
+
+/// A NATS server with JetStream.
+pub(crate) struct Nats {
+    pub(crate) server: Server,
+    port: u16,
+    monitor: u16,
+    tls: bool,
+}
+
+impl Nats {
+    pub(crate) fn start() -> Self {
+        Self::start_on(free_port(), None)
+    }
+
+    /// A server that a client of the one before on this port takes for the same, come back without its store.
+    pub(crate) fn start_on(port: u16, tls: Option<&Certificates>) -> Self {
+        let directory = temporary_directory("nats");
+        let monitor = free_port();
+        let secure = tls.map_or_else(String::new, |tls| {
+            format!(
+                "tls {{ cert_file: {:?}, key_file: {:?} }}",
+                tls.certificate, tls.key
+            )
+        });
+        let config = format!(
+            "listen: \"127.0.0.1:{port}\"\nhttp: \"127.0.0.1:{monitor}\"\n{secure}\n\
+             authorization {{ user: exchange, password: secret }}\n\
+             jetstream {{ store_dir: {:?}, sync_interval: always }}\n",
+            directory.join("store")
+        );
+        let file = directory.join("nats.conf");
+        std::fs::write(&file, config).unwrap();
+        let server = Server::start(&directory, &["nats-server", "-c", file.to_str().unwrap()]);
+        server.await_port(port);
+        Self {
+            server,
+            port,
+            monitor,
+            tls: tls.is_some(),
+        }
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub(crate) fn url(&self) -> String {
+        let scheme = if self.tls { "tls" } else { "nats" };
+        format!("{scheme}://exchange:secret@localhost:{}", self.port)
+    }
+
+    /// What the broker says about a stream and its consumers.
+    pub(crate) async fn stream(&self, name: &str) -> Option<Value> {
+        let url = format!(
+            "http://127.0.0.1:{}/jsz?consumers=true&streams=true",
+            self.monitor
+        );
+        let report: Value = reqwest::get(url).await.unwrap().json().await.unwrap();
+        let streams = report["account_details"][0]["stream_detail"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        streams.into_iter().find(|stream| stream["name"] == name)
+    }
+
+    pub(crate) async fn jetstream(&self) -> async_nats::jetstream::Context {
+        let options =
+            async_nats::ConnectOptions::with_user_and_password("exchange".to_owned(), "secret".to_owned());
+        async_nats::jetstream::new(options.connect(self.url()).await.unwrap())
+    }
+}
+
+/// A Redis-protocol server.
+pub(crate) struct Redis {
+    _server: Server,
+    port: u16,
+    tls: bool,
+}
+
+impl Redis {
+    pub(crate) fn start(tls: Option<&Certificates>) -> Self {
+        let directory = temporary_directory("redis");
+        let port = free_port();
+        let port_text = port.to_string();
+        let mut command = vec!["redis-server", "--save", "", "--requirepass", "secret"];
+        if let Some(tls) = tls {
+            let [certificate, key, authority] =
+                [&tls.certificate, &tls.key, &tls.authority].map(|path| path.to_str().unwrap());
+            command.extend([
+                "--port",
+                "0",
+                "--tls-port",
+                &port_text,
+                "--tls-auth-clients",
+                "no",
+            ]);
+            command.extend([
+                "--tls-cert-file",
+                certificate,
+                "--tls-key-file",
+                key,
+                "--tls-ca-cert-file",
+                authority,
+            ]);
+        } else {
+            command.extend(["--port", &port_text]);
+        }
+        let server = Server::start(&directory, &command);
+        server.await_port(port);
+        Self {
+            _server: server,
+            port,
+            tls: tls.is_some(),
+        }
+    }
+
+    pub(crate) fn url(&self) -> String {
+        let scheme = if self.tls { "rediss" } else { "redis" };
+        format!("{scheme}://:secret@localhost:{}", self.port)
+    }
+
+    pub(crate) async fn connect(&self) -> redis::aio::MultiplexedConnection {
+        redis::Client::open(self.url())
+            .unwrap()
+            .get_multiplexed_async_connection()
+            .await
+            .unwrap()
+    }
+
+    /// Everything in the store, in an order of its own.
+    pub(crate) async fn dump(&self) -> Vec<String> {
+        let mut connection = self.connect().await;
+        let keys: Vec<String> = connection.keys("*").await.unwrap();
+        let mut dump = Vec::new();
+        for key in keys {
+            let kind: String = redis::cmd("TYPE")
+                .arg(&key)
+                .query_async(&mut connection)
+                .await
+                .unwrap();
+            let expiry: i64 = redis::cmd("EXPIRETIME")
+                .arg(&key)
+                .query_async(&mut connection)
+                .await
+                .unwrap();
+            match kind.as_str() {
+                "zset" => {
+                    let members: Vec<String> = connection.zrange(&key, 0, -1).await.unwrap();
+                    dump.extend(
+                        members
+                            .into_iter()
+                            .map(|member| format!("{key} {expiry} {member}")),
+                    );
+                }
+                "hash" => {
+                    let fields: Vec<(String, String)> = connection.hgetall(&key).await.unwrap();
+                    dump.extend(
+                        fields
+                            .into_iter()
+                            .map(|(field, value)| format!("{key} {expiry} {field} {value}")),
+                    );
+                }
+                _ => dump.push(key),
+            }
+        }
+        dump.sort();
+        dump
+    }
+}
+
+/// A database with a queue and a market-data store beside it.
+pub(crate) struct Stores {
+    pub(crate) database: Database,
+    pub(crate) owner: PgPool,
+    pub(crate) nats: Nats,
+    pub(crate) redis: Redis,
+}
+
+impl Stores {
+    pub(crate) async fn start() -> Self {
+        let database = Database::migrated(crate::servers::Postgres::shared()).await;
+        let owner = PgPool::connect(&database.owner_url).await.unwrap();
+        Self {
+            database,
+            owner,
+            nats: Nats::start(),
+            redis: Redis::start(None),
+        }
+    }
+
+    /// A notification service with these flags.
+    pub(crate) fn notification(&self, flags: &[&str]) -> Service {
+        let (queue, market) = (self.nats.url(), self.redis.url());
+        let stores = ["--queue-url", &queue, "--market-data-url", &market];
+        Service::start("notification", &self.database, &[&stores, flags].concat())
+    }
+
+    pub(crate) async fn user(&self, lane: &str) -> Uuid {
+        let id = Uuid::now_v7();
+        sqlx::query("insert into users (id, lane, email, password_hash) values ($1, $2, $3, 'none')")
+            .bind(id)
+            .bind(lane)
+            .bind(format!("{id}@example.org"))
+            .execute(&self.owner)
+            .await
+            .unwrap();
+        id
+    }
+
+    /// A trade as the settlement writes it, as far as messages are concerned.
+    pub(crate) async fn trade(&self, lane: &str, buyer: Uuid, seller: Uuid, price: u32, size: &str) -> i64 {
+        let mut transaction = self.owner.begin().await.unwrap();
+        let (id,): (i64,) = sqlx::query_as(
+            "with transferred as (
+                 insert into transfers (id, lane, kind, created_at)
+                 values (nextval('transfer_ids'), $1, 'trade', now()) returning id)
+             select id from transferred",
+        )
+        .bind(lane)
+        .fetch_one(&mut *transaction)
+        .await
+        .unwrap();
+        let orders = (Uuid::now_v7(), Uuid::now_v7());
+        sqlx::query(
+            "insert into trades (id, lane, product, price, size, taker_side, taker_user_id, taker_order_id,
+                                 taker_fee, maker_user_id, maker_order_id, maker_fee, executed_at)
+             values ($1, $2, 'BTC-USD', $3, $4::numeric, 'buy', $5, $6, 0.2, $7, $8, 0.1, clock_timestamp())",
+        )
+        .bind(id)
+        .bind(lane)
+        .bind(i64::from(price))
+        .bind(size)
+        .bind(buyer)
+        .bind(orders.0)
+        .bind(seller)
+        .bind(orders.1)
+        .execute(&mut *transaction)
+        .await
+        .unwrap();
+        let payload = json!({
+            "trade_id": id.to_string(), "product": "BTC-USD", "price": price.to_string(), "size": size,
+            "taker_side": "buy", "executed_at": "2026-11-23T10:00:00Z",
+            "buyer": {"user_id": buyer, "order_id": orders.0, "fee": "0.2"},
+            "seller": {"user_id": seller, "order_id": orders.1, "fee": "0.1"},
+        });
+        sqlx::query("insert into outbox (id, lane, topic, key, payload) values ($1, $2, 'trade.executed', 'BTC-USD', $3)")
+            .bind(Uuid::now_v7())
+            .bind(lane)
+            .bind(payload)
+            .execute(&mut *transaction)
+            .await
+            .unwrap();
+        transaction.commit().await.unwrap();
+        id
+    }
+
+    pub(crate) async fn count(&self, sql: &'static str) -> i64 {
+        let (count,): (i64,) = sqlx::query_as(sql).fetch_one(&self.owner).await.unwrap();
+        count
+    }
+
+    /// Waits until every event of the lane has been handled by all its consumers.
+    pub(crate) async fn settled(&self, lane: &str) {
+        eventually("all events are done", || async {
+            let (open,): (i64,) =
+                sqlx::query_as("select count(*) from outbox where done_at is null and lane = $1")
+                    .bind(lane)
+                    .fetch_one(&self.owner)
+                    .await
+                    .unwrap();
+            (open == 0).then_some(())
+        })
+        .await;
+    }
+
+    /// Fails unless each trade of the lane was told exactly once to exactly its two sides.
+    pub(crate) async fn assert_told_once(&self, lane: &str) {
+        let wrong: Vec<(String,)> = sqlx::query_as(
+            "select coalesce(told.trade, expected.trade)
+             from (select data ->> 'trade_id' as trade, user_id, count(*) as times from notifications
+                   where lane = $1 and kind = 'trade' group by 1, 2) told
+             full join (select id::text as trade, taker_user_id as user_id from trades where lane = $1
+                        union all select id::text, maker_user_id from trades where lane = $1) expected
+               on expected.trade = told.trade and expected.user_id = told.user_id
+             where told.times is distinct from 1 or expected.trade is null",
+        )
+        .bind(lane)
+        .fetch_all(&self.owner)
+        .await
+        .unwrap();
+        assert!(wrong.is_empty(), "not told once: {wrong:?}");
+    }
+
+    /// An access token of a user.
+    pub(crate) async fn token(&self, user: Uuid, lane: &str) -> String {
+        #[derive(clap::Parser)]
+        struct Command {
+            #[command(flatten)]
+            args: ConfigArgs,
+        }
+        let flags = [
+            "exchange",
+            "--role=live",
+            "--database-url",
+            &self.database.owner_url,
+        ];
+        let config = <Command as clap::Parser>::parse_from(flags)
+            .args
+            .validate()
+            .unwrap();
+        let lane: Lane = lane.parse().unwrap();
+        let issued = Keys::new(self.owner.clone(), &config)
+            .issue(user, Uuid::now_v7(), lane, &[])
+            .await
+            .unwrap();
+        issued.token.expose_secret().to_owned()
+    }
+}
+
+/// How long something that must not happen is waited for.
+pub(crate) const QUIET: Duration = Duration::from_secs(3);

@@ -1,0 +1,222 @@
+//! All services together: the smoke test and the load test, as their users run them.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+use crate::{
+    servers::{Service, eventually},
+    stores::Stores,
+};
+
+const SECRET: &str = "a secret of this stack";
+
+/// The three services of one stack.
+struct Stack {
+    user: Service,
+    trade: Service,
+    notification: Service,
+}
+
+impl Stack {
+    async fn start(stores: &Stores, flags: &[&str]) -> Self {
+        let market = stores.redis.url();
+        let flags = [&["--lane-secret", SECRET], flags].concat();
+        let with_market = [&["--market-data-url", &market], flags.as_slice()].concat();
+        Self {
+            user: Service::start("user", &stores.database, &flags).ready().await,
+            trade: Service::start("trade", &stores.database, &with_market)
+                .ready()
+                .await,
+            notification: stores.notification(&flags).ready().await,
+        }
+    }
+
+    /// Runs the binary with the addresses of this stack.
+    async fn run(&self, command: &str, flags: &[&str]) -> Output {
+        let mut process = Command::new(env!("CARGO_BIN_EXE_exchange"));
+        process
+            .args([command, "--user-url", &self.user.url("")])
+            .args(["--trade-url", &self.trade.url("")])
+            .args(["--notification-url", &self.notification.url("")])
+            .args(flags)
+            .env("EXCHANGE_LANE_SECRET", SECRET);
+        tokio::task::spawn_blocking(move || process.output().unwrap())
+            .await
+            .unwrap()
+    }
+}
+
+fn text(output: &Output) -> String {
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
+}
+
+const STANDBY: [&str; 8] = [
+    "--colour",
+    "green",
+    "--revision",
+    "abc",
+    "--role",
+    "follow",
+    "--live-url",
+    "http://127.0.0.1:1",
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_smoke_test_passes_against_a_standby_stack_and_leaves_nothing_behind() {
+    let stores = Stores::start().await;
+    let stack = Stack::start(&stores, &STANDBY).await;
+    let junit = crate::servers::temporary_directory("junit").join("report.xml");
+    let flags = [
+        "--colour",
+        "green",
+        "--revision",
+        "abc",
+        "--junit",
+        junit.to_str().unwrap(),
+    ];
+    let output = stack.run("smoke", &flags).await;
+    assert!(
+        output.status.success(),
+        "{}\n{}",
+        text(&output),
+        stack.trade.log()
+    );
+    let report = std::fs::read_to_string(&junit).unwrap();
+    assert!(
+        report.contains("failures=\"0\"") && report.contains("both are notified"),
+        "{report}"
+    );
+
+    let tables: Vec<(String,)> = sqlx::query_as(
+        "select table_name::text from information_schema.columns
+         where table_schema = 'public' and column_name = 'lane' and table_name <> 'schema_state'",
+    )
+    .fetch_all(&stores.owner)
+    .await
+    .unwrap();
+    assert!(tables.len() > 8, "{tables:?}");
+    for (table,) in tables {
+        let sql = sqlx::AssertSqlSafe(format!("select count(*) from {table} where lane like 'test-%'"));
+        let (rows,): (i64,) = sqlx::query_as(sql).fetch_one(&stores.owner).await.unwrap();
+        assert_eq!(rows, 0, "in {table}");
+    }
+    eventually("the other stores have forgotten the lane", || async {
+        let stream = stores.nats.stream("exchange-test-green-abc").await?;
+        let kept = stores
+            .redis
+            .dump()
+            .await
+            .iter()
+            .any(|line| line.contains("test-green"));
+        (stream["state"]["messages"] == 0 && !kept).then_some(())
+    })
+    .await;
+
+    // Another stack answers than the one that should be tested.
+    let output = stack
+        .run("smoke", &["--colour", "green", "--revision", "def"])
+        .await;
+    assert!(!output.status.success());
+    assert!(
+        text(&output).contains("expected an answer of stack green-def"),
+        "{}",
+        text(&output)
+    );
+    // A part that does not work fails it: here nobody tells the users.
+    stack.notification.signal("STOP");
+    let output = stack
+        .run("smoke", &["--colour", "green", "--revision", "abc"])
+        .await;
+    stack.notification.signal("CONT");
+    assert!(!output.status.success(), "{}", text(&output));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_load_test_finds_nothing_wrong_and_something_when_there_is() {
+    let stores = Stores::start().await;
+    let flags = ["--colour", "green", "--revision", "abc", "--role", "live"];
+    let stack = Stack::start(&stores, &flags).await;
+    let json = crate::servers::temporary_directory("load").join("load.json");
+    let flags = [
+        "--lane",
+        "test-green-abc.load",
+        "--rate",
+        "60",
+        "--duration",
+        "10s",
+        "--connections",
+        "4",
+        "--idle-connections",
+        "1",
+        "--slow-percent",
+        "2",
+        "--traders",
+        "4",
+        "--database-url",
+        &stores.database.owner_url,
+        "--json",
+        json.to_str().unwrap(),
+    ];
+    let output = stack.run("load", &flags).await;
+    assert!(output.status.success(), "{}", text(&output));
+    let result: Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    assert_eq!(result["summary"]["requests"], 600, "{result:#}");
+    assert_eq!(result["summary"]["failed"], 0, "{result:#}");
+    assert_eq!(result["audit"]["ledger_checked"], true);
+    assert!(result["audit"]["trades"].as_u64().unwrap() > 100, "{result:#}");
+    assert_eq!(
+        result["summary"]["stacks"]["green-abc"]["answers"], 600,
+        "{result:#}"
+    );
+    for protocol in ["http/1.1", "http/2"] {
+        assert!(
+            result["summary"]["latency"][protocol]["count"].as_u64().unwrap() > 50,
+            "{result:#}"
+        );
+    }
+
+    // A service that stops for two seconds cannot hide it from requests that were meant to be sent meanwhile.
+    let flags = [
+        "--lane",
+        "test-green-abc.load2",
+        "--rate",
+        "60",
+        "--duration",
+        "6s",
+        "--connections",
+        "2",
+        "--idle-connections",
+        "0",
+        "--traders",
+        "2",
+        "--json",
+        json.to_str().unwrap(),
+    ];
+    let running = stack.run("load", &flags);
+    let stopping = async {
+        eventually("orders come in", || async {
+            (stores
+                .count("select count(*) from orders where lane = 'test-green-abc.load2'")
+                .await
+                > 50)
+                .then_some(())
+        })
+        .await;
+        stack.trade.signal("STOP");
+        tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+        stack.trade.signal("CONT");
+    };
+    let (output, ()) = tokio::join!(running, stopping);
+    assert!(output.status.success(), "{}", text(&output));
+    let result: Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+
+    assert!(
+        result["summary"]["latency"]["order"]["p90"].as_f64().unwrap() > 500.0,
+        "{result:#}"
+    );
+}
