@@ -248,9 +248,25 @@ pub struct Rejected {
     pub reason: Reason,
     /// Why, as a sentence.
     pub message: String,
+    /// Replicas that were declared with it. They wait for its promotion; only what has been changed since then applies
+    /// to the stack that is live.
+    #[serde(default)]
+    pub replicas: Replicas,
     /// Until when what is left of it is kept for its logs.
     #[schemars(with = "Time")]
     pub until: Timestamp,
+}
+
+/// Replicas per service.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Replicas {
+    /// Of the user service.
+    pub user: i32,
+    /// Of the trade service.
+    pub trade: i32,
+    /// Of the notification service.
+    pub notification: i32,
 }
 
 /// Why a release was given up.
