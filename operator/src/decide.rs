@@ -471,8 +471,8 @@ impl Turn<'_> {
                 version: previous.version,
                 attempt: previous.attempt,
                 since: self.now,
-                verified: true,
-                contracted: false,
+                verified: previous.verified,
+                contracted: previous.contracted,
             });
         }
         self.next.epoch += 1;
@@ -612,7 +612,7 @@ impl Turn<'_> {
         self.remember(named(&candidate), Outcome::Promoted, None, "operator");
         self.next.candidate = None;
         let old = self.next.live.take();
-        self.next.previous = old.map(|old| self.old(old.stack, old.version, old.attempt, !forced));
+        self.next.previous = old.map(|old| self.leaves(old, !forced));
         self.next.live = Some(Live {
             stack: candidate.stack,
             version: candidate.version,
@@ -624,20 +624,30 @@ impl Turn<'_> {
         self.enter(if forced { Phase::Held } else { Phase::Verifying });
     }
 
-    fn old(&self, stack: Stack, version: String, attempt: u32, way_back: bool) -> Previous {
+    /// What becomes of a stack that has had the traffic.
+    fn leaves(&self, live: Live, way_back: bool) -> Previous {
         let kept = if way_back {
             signed(self.spec.rollout.retention)
         } else {
             KEPT_FOR_LOGS
         };
         let since = self.clock();
-        let state = PreviousState::Draining;
+        let Live {
+            stack,
+            version,
+            attempt,
+            verified,
+            contracted,
+            ..
+        } = live;
         Previous {
             stack,
             version,
             attempt,
-            state,
+            state: PreviousState::Draining,
             way_back,
+            verified,
+            contracted,
             since,
             idle_since: None,
             until: later(since, kept),
@@ -655,10 +665,27 @@ impl Turn<'_> {
                 self.enter(Phase::Failed);
                 return;
             }
-            self.next.previous = Some(self.old(left.stack, left.version, left.attempt, false));
+            let Candidate {
+                stack,
+                version,
+                attempt,
+                ..
+            } = left;
+            let left = Live {
+                stack,
+                version,
+                attempt,
+                since: self.now,
+                verified: false,
+                contracted: false,
+            };
+            self.next.previous = Some(self.leaves(left, false));
             self.tell(false, "RolledBack", "the traffic is back".to_owned());
-            let held = self.next.rejected.is_some();
-            self.enter(if held { Phase::Held } else { Phase::Live });
+            if self.next.rejected.is_some() {
+                self.enter(Phase::Held);
+            } else {
+                self.arrive();
+            }
             return;
         }
         let can = |stack: &Stack| self.stack(stack).is_some_and(StackSeen::serves);
@@ -822,19 +849,11 @@ impl Turn<'_> {
             return;
         }
         self.reconsider(&declared);
-        if self.next.phase == Phase::Verifying || self.rejects(&declared) {
+        if self.rejects(&declared) {
             return;
         }
         if self.reached(&declared) {
-            if let Some(candidate) = self.next.candidate.take() {
-                self.tell(
-                    false,
-                    "Reverted",
-                    format!("{} is not wanted any more", candidate.version),
-                );
-            }
-            self.enter(Phase::Live);
-            return;
+            return self.arrive();
         }
         let live_colour = self.next.live.as_ref().map(|live| live.stack.colour);
         let free = live_colour.map_or(Colour::Blue, Colour::other);
@@ -869,14 +888,27 @@ impl Turn<'_> {
         }
         if again || !self.rejects(declared) {
             self.next.rejected = None;
-            if self.reached(declared) && self.next.live.as_ref().is_some_and(|live| !live.verified) {
-                self.next.attempt = self.highest_attempt() + 1;
-                if let Some(live) = &mut self.next.live {
-                    live.attempt = self.next.attempt;
-                }
-                self.enter(Phase::Verifying);
-            }
         }
+    }
+
+    /// What is declared is live; but it may have become so without having been verified.
+    fn arrive(&mut self) {
+        if let Some(candidate) = self.next.candidate.take() {
+            self.tell(
+                false,
+                "Reverted",
+                format!("{} is not wanted any more", candidate.version),
+            );
+        }
+        if self.next.live.as_ref().is_some_and(|live| live.verified) {
+            return self.enter(Phase::Live);
+        }
+        // The result of the earlier attempt still stands: this is another one.
+        self.next.attempt = self.highest_attempt() + 1;
+        if let Some(live) = &mut self.next.live {
+            live.attempt = self.next.attempt;
+        }
+        self.enter(Phase::Verifying);
     }
 
     fn begin(&mut self, stack: Stack, gates: String, superseded: Option<&Candidate>) {
@@ -905,6 +937,11 @@ impl Turn<'_> {
                 self.enter(Phase::Migrating);
             }
             return;
+        }
+        let past_pods = matches!(self.next.phase, Phase::Testing | Phase::AwaitingPromotion);
+        if past_pods && self.stack(stack).is_none_or(|seen| seen.rendered.is_none()) {
+            // What has been tested is gone. What takes its place is not what was tested.
+            return self.begin(stack.clone(), candidate.gates.clone(), Some(candidate));
         }
         match self.state(JobKind::Expand, stack, attempt) {
             Some(JobState::Passed) => {}
@@ -1286,6 +1323,14 @@ impl Turn<'_> {
     /// Removes what belongs to no stack that is kept. A colour Service goes only after the last pod behind it.
     fn remove(&self, actions: &mut Vec<Action>) {
         let mut kept: BTreeSet<Stack> = self.kept().into_iter().collect();
+        // Its expand may have to run once more after its pods have started.
+        kept.extend(
+            self.next
+                .candidate
+                .as_ref()
+                .filter(|_| self.next.phase == Phase::Migrating)
+                .map(|it| it.stack.clone()),
+        );
         kept.extend(
             self.next
                 .rejected

@@ -4,7 +4,7 @@
 //! the EndpointSlices of its colour Services (a pod may be ready before the slice controller has seen it), and where
 //! traffic goes is read from the live Services themselves.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use crate::{
     api::Service,
@@ -16,9 +16,9 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Fence {
     /// `metadata.uid`
-    pub uid: String,
+    pub uid: Arc<str>,
     /// `metadata.resourceVersion`
-    pub resource_version: String,
+    pub resource_version: Arc<str>,
 }
 
 /// Everything that is seen of one object in one pass.

@@ -219,6 +219,10 @@ pub struct Previous {
     pub state: PreviousState,
     /// Whether it can be swapped back to. A stack that was rolled back from cannot.
     pub way_back: bool,
+    /// Whether it had passed the verification after its swap.
+    pub verified: bool,
+    /// Whether its contract migration had come to an end.
+    pub contracted: bool,
     /// Since when it is not live any more.
     #[schemars(with = "Time")]
     pub since: Timestamp,

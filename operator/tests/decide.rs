@@ -3,7 +3,11 @@
 //!
 //! `SIMULATION_HISTORIES` says how many (10,000 without it), `SIMULATION_SEED` replays one history.
 
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test that cannot go on panics")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test that cannot go on panics"
+)]
 
 mod world;
 
@@ -23,10 +27,18 @@ use world::{NATURES, Nature, View, World, nature};
 /// One thing that happens.
 #[derive(Clone, Debug)]
 enum Step {
-    Operator { who: usize, view: View },
+    Operator {
+        who: usize,
+        view: View,
+    },
     /// An operator works and the world takes its course, for a number of rounds.
-    Progress { who: usize, rounds: u8 },
-    Crash { who: usize },
+    Progress {
+        who: usize,
+        rounds: u8,
+    },
+    Crash {
+        who: usize,
+    },
     Kubelet,
     Slices,
     Jobs,
@@ -44,10 +56,21 @@ enum Step {
     RollBack,
     Retry,
     Pause(bool),
-    KillPods { stack: usize, service: Service },
-    EditLive { service: Service, stack: Option<usize> },
+    KillPods {
+        stack: usize,
+        service: Service,
+    },
+    EditLive {
+        service: Service,
+        stack: Option<usize>,
+    },
     DeleteLive(Service),
-    Spoil { stack: usize, service: Service, part: Part, delete: bool },
+    Spoil {
+        stack: usize,
+        service: Service,
+        part: Part,
+        delete: bool,
+    },
     DeleteJob(usize),
     FailJobs,
 }
@@ -55,8 +78,18 @@ enum Step {
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let view = prop_oneof![6 => Just(View::Fresh), 2 => Just(View::Torn), 2 => Just(View::Old)];
     let service = proptest::sample::select(Service::ALL.to_vec());
-    let part = proptest::sample::select(vec![Part::ColourService, Part::Budget, Part::Workload, Part::Autoscaler]);
-    let colour = proptest::sample::select(vec![ColourChoice::Auto, ColourChoice::Auto, ColourChoice::Blue, ColourChoice::Green]);
+    let part = proptest::sample::select(vec![
+        Part::ColourService,
+        Part::Budget,
+        Part::Workload,
+        Part::Autoscaler,
+    ]);
+    let colour = proptest::sample::select(vec![
+        ColourChoice::Auto,
+        ColourChoice::Auto,
+        ColourChoice::Blue,
+        ColourChoice::Green,
+    ]);
     let step = prop_oneof![
         40 => (0..2_usize, view).prop_map(|(who, view)| Step::Operator { who, view }),
         30 => (0..2_usize, 1..40_u8).prop_map(|(who, rounds)| Step::Progress { who, rounds }),
@@ -111,7 +144,11 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
         Step::Autoscale(on) => world.autoscale(on),
         Step::Load(replicas) => world.scale_by_load(replicas),
         Step::Manual(on) => world.declare(|spec| {
-            spec.rollout.promotion = if on { Promotion::Manual } else { Promotion::Automatic };
+            spec.rollout.promotion = if on {
+                Promotion::Manual
+            } else {
+                Promotion::Automatic
+            };
         }),
         Step::Suspend(on) => world.declare(|spec| spec.suspend = on),
         Step::Colour(colour) => world.colour(colour),
@@ -125,7 +162,12 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
         Step::KillPods { stack, service } => world.kill_pods(stack, service),
         Step::EditLive { service, stack } => world.edit_live(service, stack),
         Step::DeleteLive(service) => world.delete_live(service),
-        Step::Spoil { stack, service, part, delete } => world.spoil_part(stack, service, part, delete),
+        Step::Spoil {
+            stack,
+            service,
+            part,
+            delete,
+        } => world.spoil_part(stack, service, part, delete),
         Step::DeleteJob(index) => world.delete_job(index),
         Step::FailJobs => world.fail_jobs(),
     }
@@ -134,8 +176,8 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
 
 /// Lives through a history, then lets the world come to rest. What was given up for the sake of the disturbances is
 /// tried again: a good version must then be live, a bad one must not.
-fn live_through(steps: &[Step]) -> Result<World, String> {
-    let mut world = World::new();
+fn live_through(steps: &[Step], traced: bool) -> Result<World, String> {
+    let mut world = World::new(traced);
     let told = |world: &World, why: String| format!("{why}\n{}", world.trace.join("\n"));
     for step in steps {
         take(&mut world, step).map_err(|why| told(&world, why))?;
@@ -154,9 +196,16 @@ fn live_through(steps: &[Step]) -> Result<World, String> {
     world.at_the_end().map_err(|why| told(&world, why))?;
     let good = nature(&world.revision) == Nature::Good;
     if good && world.status.phase != Phase::Live {
-        return Err(told(&world, format!("P7: {} is good and {}", world.revision, world.status.phase)));
+        return Err(told(
+            &world,
+            format!("P7: {} is good and {}", world.revision, world.status.phase),
+        ));
     }
-    let verified = world.status.live.as_ref().is_some_and(|live| live.verified && live.stack.revision == world.revision);
+    let verified = world
+        .status
+        .live
+        .as_ref()
+        .is_some_and(|live| live.verified && live.stack.revision == world.revision);
     if !good && verified {
         return Err(told(&world, format!("P3: {} is bad and live", world.revision)));
     }
@@ -175,10 +224,15 @@ fn live_through(steps: &[Step]) -> Result<World, String> {
 fn history(seed: u64) -> Result<BTreeSet<Phase>, String> {
     let mut bytes = [0_u8; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
-    let config = Config { cases: 1, max_shrink_iters: 2000, failure_persistence: None, ..Config::default() };
+    let config = Config {
+        cases: 1,
+        max_shrink_iters: 2000,
+        failure_persistence: None,
+        ..Config::default()
+    };
     let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
     let phases = Mutex::new(BTreeSet::new());
-    let outcome = runner.run(&steps(), |steps| match live_through(&steps) {
+    let outcome = runner.run(&steps(), |steps| match live_through(&steps, false) {
         Ok(world) => {
             phases.lock().unwrap().extend(world.seen_phases);
             Ok(())
@@ -187,7 +241,10 @@ fn history(seed: u64) -> Result<BTreeSet<Phase>, String> {
     });
     match outcome {
         Ok(()) => Ok(phases.into_inner().unwrap()),
-        Err(TestError::Fail(why, steps)) => Err(format!("SIMULATION_SEED={seed} after {steps:#?}\n{why}")),
+        Err(TestError::Fail(_, steps)) => {
+            let why = live_through(&steps, true).err().unwrap_or_default();
+            Err(format!("SIMULATION_SEED={seed} after {steps:?}\n{why}"))
+        }
         Err(other) => Err(format!("SIMULATION_SEED={seed}: {other}")),
     }
 }
@@ -195,7 +252,9 @@ fn history(seed: u64) -> Result<BTreeSet<Phase>, String> {
 /// All histories, on all cores. The first that breaks a promise is made as short as possible and told.
 fn histories(count: u64) {
     if let Ok(seed) = env::var("SIMULATION_SEED") {
-        return history(seed.parse().unwrap()).map(drop).unwrap_or_else(|why| panic!("{why}"));
+        return history(seed.parse().unwrap())
+            .map(drop)
+            .unwrap_or_else(|why| panic!("{why}"));
     }
     let count = env::var("SIMULATION_HISTORIES").map_or(count, |count| count.parse().unwrap());
     let first: u64 = env::var("SIMULATION_FIRST").map_or(0, |first| first.parse().unwrap());
@@ -222,7 +281,11 @@ fn histories(count: u64) {
         panic!("{why}");
     }
     // A world in which nothing happens would keep every promise.
-    assert_eq!(seen.into_inner().unwrap().len(), 11, "not every phase was reached");
+    assert_eq!(
+        seen.into_inner().unwrap().len(),
+        11,
+        "not every phase was reached"
+    );
 }
 
 #[test]
