@@ -234,7 +234,7 @@ fn history(seed: u64) -> Result<BTreeSet<Phase>, String> {
     let phases = Mutex::new(BTreeSet::new());
     let outcome = runner.run(&steps(), |steps| match live_through(&steps, false) {
         Ok(world) => {
-            phases.lock().unwrap().extend(world.seen_phases);
+            phases.lock().unwrap().extend(world.journey);
             Ok(())
         }
         Err(why) => Err(TestCaseError::fail(why)),

@@ -167,7 +167,8 @@ pub(crate) struct World {
     /// What happened, for people who replay a history.
     pub(crate) trace: Vec<String>,
     traced: bool,
-    pub(crate) seen_phases: BTreeSet<Phase>,
+    /// The phases that were recorded, in order.
+    pub(crate) journey: Vec<Phase>,
 }
 
 pub(crate) fn spec() -> Spec {
@@ -207,7 +208,7 @@ impl World {
             writes: 0,
             trace: Vec::new(),
             traced,
-            seen_phases: BTreeSet::new(),
+            journey: vec![Phase::Pending],
         }
     }
 
@@ -409,7 +410,9 @@ impl World {
         self.counter += 1;
         self.version = self.counter;
         self.writes += 1;
-        self.seen_phases.insert(self.status.phase);
+        if self.journey.last() != Some(&self.status.phase) {
+            self.journey.push(self.status.phase);
+        }
         note!(
             self,
             "{who}: {} -> {} live {:?} candidate {:?} previous {:?} attempt {} epoch {}",
@@ -1054,6 +1057,74 @@ impl World {
         {
             there.seen.state = JobState::Failed("terminated".to_owned());
             Self::touch(&mut there.seen.fence, &mut self.counter);
+        }
+    }
+
+    // ---- for stories that are told step by step -------------------------------------------------------------------
+
+    /// One operator works until this phase is recorded.
+    pub(crate) fn until(&mut self, who: usize, phase: Phase) {
+        for _ in 0..2000 {
+            if self.status.phase == phase {
+                return;
+            }
+            self.step(who, View::Fresh).unwrap();
+            if self.status.phase != phase {
+                self.round();
+            }
+        }
+        panic!("{phase} is not reached: {:#?}", self.trace);
+    }
+
+    /// One operator goes on until it has nothing more in hand.
+    pub(crate) fn finish(&mut self, who: usize) {
+        while !self.operators[who].idle() {
+            self.step(who, View::Fresh).unwrap();
+        }
+    }
+
+    /// What the operator is about to write, checked and all.
+    pub(crate) fn next_action(&self, who: usize) -> Option<&Action> {
+        self.operators[who]
+            .actions
+            .front()
+            .filter(|_| self.operators[who].status.is_none())
+    }
+
+    /// The phase that the operator is about to record.
+    pub(crate) fn recording(&self, who: usize) -> Option<Phase> {
+        self.operators[who]
+            .status
+            .as_ref()
+            .map(|(status, _)| status.phase)
+    }
+
+    /// The object is deleted without its children, and created again.
+    pub(crate) fn lose_status(&mut self) {
+        self.status = Status::default();
+        self.edited();
+    }
+
+    pub(crate) fn targets(&self) -> Vec<Option<Stack>> {
+        let target = |live: &LiveThere| match &live.target {
+            Target::Stack(stack) => Some(stack.clone()),
+            _ => None,
+        };
+        self.live.values().map(target).collect()
+    }
+
+    pub(crate) fn has(&self, revision: &str) -> bool {
+        self.stacks
+            .iter()
+            .any(|(stack, there)| stack.revision == revision && there.services.len() == 3)
+    }
+
+    /// All pods of a revision die and do not come back.
+    pub(crate) fn lose(&mut self, revision: &str, service: Service) {
+        for ((stack, of), ready) in &mut self.slices {
+            if stack.revision == revision && *of == service {
+                *ready = 0;
+            }
         }
     }
 
