@@ -14,8 +14,8 @@ use crate::{
 /// Why an action was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// The stack that should get the traffic has no ready endpoints for a service that is still to be moved.
-    #[error("{stack} has no ready endpoints for the {service} service")]
+    /// The stack that should get the traffic has too few ready endpoints for a service that is still to be moved.
+    #[error("{stack} has too few ready endpoints for the {service} service")]
     NoEndpoints {
         /// The stack.
         stack: Stack,
@@ -91,7 +91,14 @@ fn endpoints(
     intent: Intent,
     seen: &Observed,
 ) -> Result<(), Refusal> {
-    let ready = |service: Service| seen.stacks.get(to).map_or(0, |stack| stack.ready(service));
+    let short = |service: Service| {
+        let there = seen.stacks.get(to).and_then(|stack| stack.service(service));
+        // Forward all pods have to be there; back, and in a repair, any are better than none.
+        let least = there
+            .filter(|_| intent == Intent::Promote)
+            .map_or(1, |there| there.replicas.max(1));
+        there.map_or(0, |there| there.ready) < least
+    };
     let to_move = |other: Service| {
         let moved = seen
             .live
@@ -101,7 +108,7 @@ fn endpoints(
     };
     match Service::ALL
         .into_iter()
-        .find(|other| to_move(*other) && ready(*other) == 0)
+        .find(|other| to_move(*other) && short(*other))
     {
         Some(service) => Err(Refusal::NoEndpoints {
             stack: to.clone(),

@@ -157,7 +157,7 @@ pub(crate) struct World {
     /// Rendered stacks that have passed all their gates.
     proven: BTreeSet<(Stack, Fence)>,
     /// Endpoints at the time of the last guard, per operator.
-    at_guard: [BTreeMap<(Stack, Service), u32>; 2],
+    at_guard: [BTreeMap<(Stack, Service), (u32, u32)>; 2],
     /// What was declared at that time.
     declared_at_guard: [Spec; 2],
     past: VecDeque<Rc<(Observed, u64)>>,
@@ -327,7 +327,17 @@ impl World {
             return Ok(());
         };
         if !self.operators[who].guarded {
-            self.at_guard[who] = self.slices.clone();
+            let replicas = |(stack, service): &(Stack, Service)| {
+                self.stacks
+                    .get(stack)
+                    .and_then(|it| it.services.get(service))
+                    .map_or(0, |it| it.replicas)
+            };
+            self.at_guard[who] = self
+                .slices
+                .iter()
+                .map(|(key, ready)| (key.clone(), (*ready, replicas(key))))
+                .collect();
             self.declared_at_guard[who] = self.spec.clone();
             if let Err(refusal) = guard::check(&self.spec, &action, &self.observe()) {
                 note!(self, "{who}: refused: {refusal}");
@@ -711,12 +721,14 @@ impl World {
             if !self.is_proven(to) {
                 return Err(format!("P3: {service} points at {to}, which is not proven"));
             }
-            let ready = self.at_guard[who]
+            let (ready, replicas) = self.at_guard[who]
                 .get(&(to.clone(), service))
                 .copied()
-                .unwrap_or(0);
-            if ready == 0 {
-                return Err(format!("P3: {service} points at {to}, which had no endpoints"));
+                .unwrap_or((0, 0));
+            if ready == 0 || (intent == Intent::Promote && ready < replicas) {
+                return Err(format!(
+                    "P3: {service} points at {to}, which had {ready} of {replicas} endpoints"
+                ));
             }
         }
         let moving = matches!(self.status.phase, Phase::Promoting | Phase::RollingBack);
