@@ -1,0 +1,166 @@
+//! What is refused, whatever the plan says.
+//!
+//! Checked by [`apply`](crate::decide::Action) on what is seen right before each write, and by the simulation in the same
+//! place. The fences make a write about an older state of an object fail; the guards look at *other* objects: endpoints
+//! that have gone since the plan was made, and traffic that has come.
+
+use crate::{
+    api::{ExchangeDeploymentSpec as Spec, Service},
+    decide::{Action, Intent, declared_replicas},
+    observe::{Observed, Part, Target},
+    status::Stack,
+};
+
+/// Why an action was refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The stack that should get the traffic has too few ready endpoints for a service that is still to be moved.
+    #[error("{stack} has too few ready endpoints for the {service} service")]
+    NoEndpoints {
+        /// The stack.
+        stack: Stack,
+        /// The service.
+        service: Service,
+    },
+    /// The stack has traffic, or is recorded to.
+    #[error("{0} is live")]
+    Live(Stack),
+    /// A stack cannot have a service with no pods.
+    #[error("{stack} would have {replicas} pods for the {service} service")]
+    TooFew {
+        /// The stack.
+        stack: Stack,
+        /// The service.
+        service: Service,
+        /// What was asked for.
+        replicas: u32,
+    },
+    /// Pods are left behind a colour Service: some data planes would cut their connections.
+    #[error("{0} still has pods")]
+    PodsLeft(Stack),
+    /// The object is being deleted.
+    #[error("the object is being deleted")]
+    Deleting,
+}
+
+/// Checks one action against what is seen now.
+pub fn check(spec: &Spec, action: &Action, seen: &Observed) -> Result<(), Refusal> {
+    if seen.deleting {
+        return Err(Refusal::Deleting);
+    }
+    match action {
+        Action::Point {
+            service,
+            to: Some(to),
+            epoch,
+            intent,
+            ..
+        } => endpoints(to, *service, *epoch, *intent, seen),
+        // The one thing that may go while its stack stays.
+        Action::Delete {
+            part: Part::Autoscaler,
+            ..
+        } => Ok(()),
+        Action::Delete { stack, part, .. } => {
+            has_no_traffic(stack, seen)?;
+            match part {
+                Part::ColourService if seen.stacks.get(stack).is_some_and(|stack| stack.pods() > 0) => {
+                    Err(Refusal::PodsLeft(stack.clone()))
+                }
+                _ => Ok(()),
+            }
+        }
+        Action::Unrender { stack, .. } => has_no_traffic(stack, seen),
+        Action::Apply {
+            stack,
+            service,
+            part: Part::Workload,
+            replicas,
+            fence: Some(_),
+        } => enough(spec, stack, *service, *replicas, seen),
+        _ => Ok(()),
+    }
+}
+
+/// Every service that is still to be moved needs somewhere to go, not only the one that is written now: none moves
+/// before all can.
+fn endpoints(
+    to: &Stack,
+    service: Service,
+    epoch: u32,
+    intent: Intent,
+    seen: &Observed,
+) -> Result<(), Refusal> {
+    let short = |service: Service| {
+        let there = seen.stacks.get(to).and_then(|stack| stack.service(service));
+        // Forward all pods have to be there; back, and in a repair, any are better than none.
+        let least = there
+            .filter(|_| intent == Intent::Promote)
+            .map_or(1, |there| there.replicas.max(1));
+        there.map_or(0, |there| there.ready) < least
+    };
+    let to_move = |other: Service| {
+        let moved = seen
+            .live
+            .get(&other)
+            .is_some_and(|live| live.epoch == epoch && live.target.is(Some(to)));
+        other == service || (intent != Intent::Repair && !moved)
+    };
+    match Service::ALL
+        .into_iter()
+        .find(|other| to_move(*other) && short(*other))
+    {
+        Some(service) => Err(Refusal::NoEndpoints {
+            stack: to.clone(),
+            service,
+        }),
+        None => Ok(()),
+    }
+}
+
+fn has_no_traffic(stack: &Stack, seen: &Observed) -> Result<(), Refusal> {
+    let recorded = seen.status.live.as_ref().is_some_and(|live| live.stack == *stack);
+    let pointed_at = seen
+        .live
+        .values()
+        .any(|live| live.target == Target::Stack(stack.clone()));
+    if recorded || pointed_at {
+        Err(Refusal::Live(stack.clone()))
+    } else {
+        Ok(())
+    }
+}
+
+fn enough(
+    spec: &Spec,
+    stack: &Stack,
+    service: Service,
+    replicas: u32,
+    seen: &Observed,
+) -> Result<(), Refusal> {
+    let is_live = seen.status.live.as_ref().is_some_and(|live| live.stack == *stack);
+    let has = seen
+        .stacks
+        .get(stack)
+        .and_then(|stack| stack.service(service))
+        .map_or(0, |seen| seen.replicas);
+    let declared = declared_replicas(spec);
+    let declared = match service {
+        Service::User => declared.user,
+        Service::Trade => declared.trade,
+        Service::Notification => declared.notification,
+    };
+    let least = if is_live {
+        has.min(u32::try_from(declared).unwrap_or(1))
+    } else {
+        1
+    };
+    if replicas < least.max(1) {
+        return Err(Refusal::TooFew {
+            stack: stack.clone(),
+            service,
+            replicas,
+        });
+    }
+    Ok(())
+}

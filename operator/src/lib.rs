@@ -1,0 +1,11 @@
+//! The exchange operator: stands up the other colour, migrates, tests, swaps, verifies, drains and retains.
+//!
+//! A reconcile is a pipeline: *observe* (the only reader) → *decide* (pure) → *apply* (the only writer). What has been
+//! decided is recorded in the object's status before it is done.
+
+pub mod api;
+pub mod decide;
+pub mod guard;
+pub mod observe;
+pub mod report;
+pub mod status;

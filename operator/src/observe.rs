@@ -1,0 +1,252 @@
+//! What is seen of one `ExchangeDeployment` and of everything that belongs to it, as plain data.
+//!
+//! Two facts come from places of their own, because others would lie: whether a stack can take traffic is read from
+//! the EndpointSlices of its colour Services (a pod may be ready before the slice controller has seen it), and where
+//! traffic goes is read from the live Services themselves.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use crate::{
+    api::Service,
+    status::{ExchangeDeploymentStatus, Stack},
+};
+
+/// Identity and version of an object as it was seen. Every write to it and every deletion carries both, so that
+/// what has been decided about an older state of the object cannot happen to a newer one.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Fence {
+    /// `metadata.uid`
+    pub uid: Arc<str>,
+    /// `metadata.resourceVersion`
+    pub resource_version: Arc<str>,
+}
+
+/// Everything that is seen of one object in one pass.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Observed {
+    /// `metadata.generation`
+    pub generation: i64,
+    /// Whether the object is being deleted: from then on nothing is written.
+    pub deleting: bool,
+    /// What people ask for by annotation.
+    pub requests: Requests,
+    /// What has been recorded.
+    pub status: ExchangeDeploymentStatus,
+    /// What the spec amounts to, or why that cannot be said: a reference that does not exist.
+    pub declared: Result<Declared, String>,
+    /// The live Services that exist.
+    pub live: BTreeMap<Service, LiveService>,
+    /// Every stack of which anything exists.
+    pub stacks: BTreeMap<Stack, StackSeen>,
+    /// Every Job of the operator.
+    pub jobs: BTreeMap<Job, JobSeen>,
+    /// Names that are needed and belong to somebody else.
+    pub taken: Vec<String>,
+    /// The stack that answered a row of new connections to every live Service, if all answers were the same.
+    pub answers: Option<Stack>,
+    /// The live stack's own figures since its swap, as far as they could be read.
+    pub figures: BTreeMap<Service, Figures>,
+    /// Whether this operator has already seen the whole of this phase of this attempt once before. What happened while
+    /// no operator looked is judged only after the operator has had the chance to act on it.
+    pub seen_before: bool,
+}
+
+/// What people ask for: `<revision>.<attempt>` of the stack that is meant.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Requests {
+    /// `exchange.dev/promote`
+    pub promote: Option<String>,
+    /// `exchange.dev/abort`
+    pub abort: Option<String>,
+    /// `exchange.dev/rollback`
+    pub rollback: Option<String>,
+    /// `exchange.dev/retry`
+    pub retry: Option<String>,
+    /// `exchange.dev/pause`
+    pub pause: Option<String>,
+    /// `exchange.dev/by`: who asks.
+    pub by: Option<String>,
+}
+
+/// What the spec amounts to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Declared {
+    /// Hash of everything that ends up in pods, the content of what is referenced included.
+    pub revision: String,
+    /// Hash of the declared gates.
+    pub gates: String,
+}
+
+/// One live Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LiveService {
+    /// Its identity and version.
+    pub fence: Fence,
+    /// Where its selector points.
+    pub target: Target,
+    /// Number of the move that wrote the selector.
+    pub epoch: u32,
+    /// The stacks whose pods its EndpointSlices list as ready.
+    pub endpoints: Vec<Stack>,
+}
+
+/// Where the selector of a live Service points.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// At nothing, on purpose: nothing has been promoted yet.
+    Nothing,
+    /// At one stack.
+    Stack(Stack),
+    /// At something that the operator never writes.
+    Foreign,
+}
+
+impl Target {
+    /// Whether the selector points at this stack, or at nothing if there is none.
+    pub fn is(&self, stack: Option<&Stack>) -> bool {
+        match (self, stack) {
+            (Self::Nothing, None) => true,
+            (Self::Stack(target), Some(stack)) => target == stack,
+            _ => false,
+        }
+    }
+}
+
+/// What exists of one stack.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StackSeen {
+    /// The rendered stack, from which everything else is made and repaired.
+    pub rendered: Option<Fence>,
+    /// Attempt for which it was rendered.
+    pub attempt: u32,
+    /// Version of the rendered stack.
+    pub version: String,
+    /// What exists for each service.
+    pub services: BTreeMap<Service, ServiceSeen>,
+    /// Open public connections and requests over all pods; nothing if a pod did not say.
+    pub open: Option<u64>,
+}
+
+impl StackSeen {
+    /// What is seen of one service.
+    pub fn service(&self, service: Service) -> Option<&ServiceSeen> {
+        self.services.get(&service)
+    }
+
+    /// Ready endpoints of one service.
+    pub fn ready(&self, service: Service) -> u32 {
+        self.service(service).map_or(0, |seen| seen.ready)
+    }
+
+    /// Pods of all services, terminating ones included.
+    pub fn pods(&self) -> u32 {
+        self.services.values().map(|seen| seen.pods).sum()
+    }
+
+    /// Whether every service has at least one ready endpoint.
+    pub fn serves(&self) -> bool {
+        Service::ALL.iter().all(|service| self.ready(*service) > 0)
+    }
+
+    /// Whether every service has as many ready endpoints as its workload has replicas, and at least one.
+    pub fn complete(&self) -> bool {
+        Service::ALL.iter().all(|service| {
+            self.service(*service)
+                .is_some_and(|seen| seen.ready > 0 && seen.ready >= seen.replicas)
+        })
+    }
+}
+
+/// Kinds of objects that a stack has once per service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Part {
+    /// The Service of the colour: stays until the last pod is gone, else a data plane may cut connections.
+    ColourService,
+    /// The PodDisruptionBudget.
+    Budget,
+    /// The Deployment.
+    Workload,
+    /// The HorizontalPodAutoscaler, of the live stack only.
+    Autoscaler,
+}
+
+/// What exists of one service of a stack.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServiceSeen {
+    /// The objects that exist.
+    pub parts: BTreeMap<Part, PartSeen>,
+    /// Replicas of the workload, 0 without one.
+    pub replicas: u32,
+    /// Ready endpoints with this revision in the slices of the colour Service.
+    pub ready: u32,
+    /// Pods, terminating ones included.
+    pub pods: u32,
+    /// What keeps a pod from starting, in words.
+    pub trouble: Option<String>,
+}
+
+/// One object of a stack.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PartSeen {
+    /// Its identity and version.
+    pub fence: Fence,
+    /// Whether it is as rendered; replicas are not compared.
+    pub intact: bool,
+}
+
+/// One Job of the operator. Its name contains all of this, so that no result can be taken for another's.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Job {
+    /// What it does.
+    pub kind: JobKind,
+    /// For which stack.
+    pub stack: Stack,
+    /// In which attempt.
+    pub attempt: u32,
+}
+
+/// What a Job does.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum JobKind {
+    /// Expand the schema, before the candidate starts.
+    Expand,
+    /// The built-in smoke test against the candidate's own addresses.
+    Smoke,
+    /// A test of the user's against the candidate's own addresses.
+    Test(String),
+    /// The built-in smoke test through the live addresses, after the swap.
+    Verify,
+    /// Contract the schema, after the old stack is gone.
+    Contract,
+}
+
+/// A Job that exists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobSeen {
+    /// Its identity and version.
+    pub fence: Fence,
+    /// How it stands. A Job that is being deleted has failed.
+    pub state: JobState,
+}
+
+/// How a Job stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum JobState {
+    /// Not finished.
+    Running,
+    /// Completed.
+    Passed,
+    /// Failed, terminated or timed out; and why, in words.
+    Failed(String),
+}
+
+/// What the pods of one live service report since the swap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Figures {
+    /// Answered requests.
+    pub requests: u64,
+    /// Those with a status of 500 and above.
+    pub errors: u64,
+    /// 99th percentile of the time to answer, in milliseconds.
+    pub p99_ms: u64,
+}

@@ -1,0 +1,323 @@
+//! What people and tools are told: the conditions of an `ExchangeDeployment`.
+//!
+//! A message says what is awaited and what can be done about it. It contains no running time, so that a status which
+//! says the same is not written again.
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+
+use crate::{
+    api::{ExchangeDeploymentSpec as Spec, Service},
+    observe::{JobKind, JobState, Observed, StackSeen},
+    status::{ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack, token},
+};
+
+/// A verdict: true or false, one word, one sentence.
+struct Verdict {
+    is: bool,
+    reason: String,
+    message: String,
+}
+
+fn verdict(is: bool, reason: impl ToString, message: impl Into<String>) -> Verdict {
+    Verdict {
+        is,
+        reason: reason.to_string(),
+        message: message.into(),
+    }
+}
+
+/// Sets all conditions. The time of a transition changes only when a condition turns.
+pub fn report(spec: &Spec, seen: &Observed, status: &mut Status, now: Timestamp) {
+    let story = story(spec, seen, status);
+    let stalled = stalled(spec, seen, status);
+    let waiting = !matches!(status.phase, Phase::Live | Phase::Failed | Phase::Held);
+    let ready = status.phase == Phase::Live && stalled.is_none();
+    let reconciling = waiting && stalled.is_none();
+    let reason = stalled
+        .as_ref()
+        .map_or_else(|| word(status), |stalled| stalled.reason.clone());
+    let conditions = [
+        (
+            "Ready",
+            verdict(
+                ready,
+                &reason,
+                stalled.as_ref().map_or(&story, |stalled| &stalled.message),
+            ),
+        ),
+        ("Reconciling", verdict(reconciling, word(status), &story)),
+        (
+            "Stalled",
+            stalled.unwrap_or_else(|| verdict(false, "Progressing", "nothing is in the way")),
+        ),
+        ("Available", available(seen, status)),
+        ("CandidateReady", candidate_ready(seen, status)),
+        ("SchemaReady", schema_ready(seen, status)),
+        ("SmokeTestsPassed", tests_passed(spec, seen, status)),
+        ("RollbackAvailable", rollback_available(seen, status)),
+    ];
+    let old = std::mem::take(&mut status.conditions);
+    status.conditions = conditions
+        .into_iter()
+        .map(|(kind, verdict)| {
+            let truth = if verdict.is { "True" } else { "False" };
+            let same = old.iter().find(|old| old.type_ == kind && old.status == truth);
+            Condition {
+                type_: kind.to_owned(),
+                status: truth.to_owned(),
+                reason: verdict.reason,
+                message: verdict.message,
+                observed_generation: Some(seen.generation),
+                last_transition_time: same.map_or(Time(now), |old| old.last_transition_time.clone()),
+            }
+        })
+        .collect();
+}
+
+fn word(status: &Status) -> String {
+    if status.stopped_since.is_some() && status.phase != Phase::Live {
+        return "Stopped".to_owned();
+    }
+    status.phase.to_string()
+}
+
+/// Why nothing goes on without somebody's help.
+fn stalled(spec: &Spec, seen: &Observed, status: &Status) -> Option<Verdict> {
+    if !seen.taken.is_empty() {
+        let names = seen.taken.join(", ");
+        let message = format!("{names} belongs to somebody else: rename or delete it, or rename this object");
+        return Some(verdict(true, "NameTaken", message));
+    }
+    if let Err(missing) = &seen.declared {
+        return Some(verdict(true, "ReferenceMissing", missing.clone()));
+    }
+    if let Some(rejected) = status
+        .rejected
+        .as_ref()
+        .filter(|_| matches!(status.phase, Phase::Failed | Phase::Held))
+    {
+        let retry = token(&rejected.stack, rejected.attempt);
+        let live = status
+            .live
+            .as_ref()
+            .map_or_else(|| "nothing".to_owned(), |live| live.version.clone());
+        let message = format!(
+            "spec wants {}, live is {live} because {}; change the spec, or try again with exchange.dev/retry={retry}",
+            spec.version, rejected.message
+        );
+        return Some(verdict(true, rejected.reason, message));
+    }
+    let live = status.live.as_ref()?;
+    let revision = &seen.declared.as_ref().ok()?.revision;
+    let in_use = spec.rollout.colour.fixed() == Some(live.stack.colour) && *revision != live.stack.revision;
+    (in_use && status.phase == Phase::Pending && status.candidate.is_none()).then(|| {
+        let message = format!(
+            "{} is live in {}, so that {} cannot run there: set rollout.colour to Auto or to the other colour",
+            live.version, live.stack.colour, spec.version
+        );
+        verdict(true, "ColourInUse", message)
+    })
+}
+
+/// What happens now, in one sentence.
+fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
+    let live = status
+        .live
+        .as_ref()
+        .map_or_else(|| "nothing".to_owned(), |live| live.version.clone());
+    let candidate = status.candidate.as_ref();
+    let version = candidate.map_or_else(|| spec.version.clone(), |candidate| candidate.version.clone());
+    if status.stopped_since.is_some() && status.phase != Phase::Live {
+        return format!(
+            "{version} is {} and paused or suspended; {live} is live",
+            status.phase
+        );
+    }
+    match status.phase {
+        Phase::Pending => match (&status.previous, &status.contract) {
+            (Some(previous), _) => format!("{version} waits until {} has left its colour", previous.version),
+            (None, Some(_)) => format!("{version} waits for the contract migration of {live}"),
+            _ => format!("{version} waits until nothing is left of other versions"),
+        },
+        Phase::Migrating => format!("the expand migration of {version} runs"),
+        Phase::Provisioning => candidate.map_or_else(String::new, |it| pods(seen, &it.stack, "starts")),
+        Phase::Testing => format!("the tests of {version} run"),
+        Phase::AwaitingPromotion => {
+            let approve = candidate.map_or_else(String::new, |it| token(&it.stack, it.attempt));
+            format!("{version} has passed its gates; approve it with exchange.dev/promote={approve}")
+        }
+        Phase::Promoting => format!("the traffic goes from {live} to {version}"),
+        Phase::RollingBack => format!("the traffic goes back to {live}"),
+        Phase::Verifying => format!("{live} is live and is being watched"),
+        Phase::Live => format!("{live} is live and verified"),
+        Phase::Failed | Phase::Held => format!("{live} is live"),
+    }
+}
+
+/// Which pods are awaited, and what keeps them.
+fn pods(seen: &Observed, stack: &Stack, what: &str) -> String {
+    let stack = seen.stacks.get(stack);
+    let mut missing = Vec::new();
+    for service in Service::ALL {
+        let there = stack.and_then(|stack| stack.service(service));
+        let (ready, wanted) = there.map_or((0, 1), |there| (there.ready, there.replicas.max(1)));
+        if ready < wanted {
+            let trouble = there
+                .and_then(|there| there.trouble.clone())
+                .map_or_else(String::new, |it| format!(": {it}"));
+            missing.push(format!("{} of {wanted} {service} pods{trouble}", wanted - ready));
+        }
+    }
+    if missing.is_empty() {
+        format!("the candidate {what}")
+    } else {
+        format!("waiting for {}", missing.join(", "))
+    }
+}
+
+fn available(seen: &Observed, status: &Status) -> Verdict {
+    let Some(live) = &status.live else {
+        return verdict(false, "NothingLive", "no version has become live yet");
+    };
+    let without = Service::ALL.into_iter().find(|service| {
+        seen.live
+            .get(service)
+            .is_none_or(|live| live.endpoints.is_empty())
+    });
+    match without {
+        None => verdict(
+            true,
+            "EndpointsReady",
+            format!("every service of {} has ready endpoints", live.version),
+        ),
+        Some(service) => verdict(
+            false,
+            "NoEndpoints",
+            format!("the {service} service has no ready endpoints"),
+        ),
+    }
+}
+
+fn candidate_ready(seen: &Observed, status: &Status) -> Verdict {
+    match &status.candidate {
+        None => verdict(false, "NoCandidate", "there is no candidate"),
+        Some(candidate) if seen.stacks.get(&candidate.stack).is_some_and(StackSeen::complete) => {
+            verdict(true, "PodsReady", "all pods of the candidate are ready")
+        }
+        Some(candidate) => verdict(
+            false,
+            "PodsNotReady",
+            pods(seen, &candidate.stack, "has not started"),
+        ),
+    }
+}
+
+fn schema_ready(seen: &Observed, status: &Status) -> Verdict {
+    let job = |kind: JobKind| {
+        seen.jobs.iter().rev().find(|(job, _)| {
+            let candidate = status
+                .candidate
+                .as_ref()
+                .is_some_and(|it| it.stack == job.stack && it.attempt == job.attempt);
+            let live = status
+                .live
+                .as_ref()
+                .is_some_and(|it| it.stack == job.stack && it.attempt == job.attempt);
+            job.kind == kind && (candidate || live)
+        })
+    };
+    if let Some((_, seen)) = job(JobKind::Contract)
+        && let JobState::Failed(why) = &seen.state
+    {
+        return verdict(
+            false,
+            "ContractFailed",
+            format!("the contract migration of the live version failed: {why}"),
+        );
+    }
+    match (
+        job(JobKind::Expand).map(|(_, seen)| &seen.state),
+        &status.candidate,
+    ) {
+        (Some(JobState::Passed), _) => verdict(true, "Expanded", "the schema is expanded"),
+        (Some(JobState::Failed(why)), _) => verdict(false, "MigrationFailed", why.clone()),
+        (Some(JobState::Running), _) => verdict(false, "Migrating", "the expand migration runs"),
+        (None, Some(_)) => verdict(false, "NotStarted", "the expand migration has not started"),
+        (None, None) if status.live.is_some() => verdict(true, "Expanded", "the schema fits what is live"),
+        (None, None) => verdict(false, "NoCandidate", "there is no candidate"),
+    }
+}
+
+fn tests_passed(spec: &Spec, seen: &Observed, status: &Status) -> Verdict {
+    let attempt = status
+        .candidate
+        .as_ref()
+        .map(|it| (&it.stack, it.attempt))
+        .or_else(|| status.live.as_ref().map(|it| (&it.stack, it.attempt)));
+    let Some((stack, attempt)) = attempt else {
+        return verdict(false, "NoCandidate", "there is no candidate");
+    };
+    let mut kinds = vec![JobKind::Smoke];
+    kinds.extend(
+        spec.rollout
+            .smoke_tests
+            .iter()
+            .map(|test| JobKind::Test(test.name.clone())),
+    );
+    let of_attempt = |kind: &JobKind| {
+        seen.jobs
+            .iter()
+            .find(|(job, _)| job.kind == *kind && job.stack == *stack && job.attempt == attempt)
+    };
+    let passed = kinds
+        .iter()
+        .filter(|kind| of_attempt(kind).is_some_and(|(_, seen)| seen.state == JobState::Passed));
+    let passed = passed.count();
+    if status.candidate.is_none() || passed == kinds.len() {
+        return verdict(
+            true,
+            "TestsPassed",
+            format!("all tests of {} passed", token(stack, attempt)),
+        );
+    }
+    let message = format!(
+        "{passed} of {} tests of {} passed",
+        kinds.len(),
+        token(stack, attempt)
+    );
+    verdict(false, "TestsNotPassed", message)
+}
+
+fn rollback_available(seen: &Observed, status: &Status) -> Verdict {
+    let Some(previous) = &status.previous else {
+        return verdict(false, "NoPrevious", "there is no stack to go back to");
+    };
+    let needed = status.phase == Phase::Pending;
+    let version = &previous.version;
+    if previous.state == PreviousState::Retiring {
+        let reason = if needed { "ColourNeeded" } else { "Retiring" };
+        return verdict(false, reason, format!("{version} is being removed"));
+    }
+    if !previous.way_back {
+        return verdict(
+            false,
+            "RolledBack",
+            format!("{version} is what was rolled back from"),
+        );
+    }
+    if !seen.stacks.get(&previous.stack).is_some_and(StackSeen::serves) {
+        return verdict(
+            false,
+            "PreviousNotReady",
+            pods(seen, &previous.stack, "is not seen"),
+        );
+    }
+    let leave = status
+        .live
+        .as_ref()
+        .map_or_else(String::new, |it| token(&it.stack, it.attempt));
+    let until = previous.until;
+    let message = format!("{version} until {until}; go back with exchange.dev/rollback={leave}");
+    verdict(true, "PreviousRetained", message)
+}

@@ -1,0 +1,379 @@
+//! `status` of an `ExchangeDeployment`: what the operator has recorded, and what it tells people.
+//!
+//! `phase`, `live`, `candidate`, `previous`, `rejected`, `contract`, `attempt`, `epoch` and `handled` are the
+//! operator's memory: each change of them is one update that carries the object's `resourceVersion`, and nothing
+//! is done before the record that allows it. Conditions, `message` and `history` are for the readers.
+
+#![expect(
+    unreachable_pub,
+    reason = "KubeSchema repeats each struct inside a function, where nobody can reach it"
+)]
+
+use std::fmt;
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::KubeSchema;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// One of the two places where a stack can run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Colour {
+    /// Blue, where a first version runs unless it says otherwise.
+    Blue,
+    /// Green.
+    Green,
+}
+
+impl Colour {
+    /// The other one.
+    #[must_use]
+    pub const fn other(self) -> Self {
+        match self {
+            Self::Blue => Self::Green,
+            Self::Green => Self::Blue,
+        }
+    }
+
+    /// Name in object names, labels and headers.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Blue => "blue",
+            Self::Green => "green",
+        }
+    }
+}
+
+impl fmt::Display for Colour {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Where the release of the declared version stands. For people: the record itself is in the other fields.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema,
+)]
+pub enum Phase {
+    /// Nothing of the declared version exists yet: the other colour is being freed, or something is missing.
+    #[default]
+    Pending,
+    /// The expand migration runs.
+    Migrating,
+    /// The candidate's pods start.
+    Provisioning,
+    /// The candidate is ready; its tests run.
+    Testing,
+    /// All gates are passed; a person has to approve.
+    AwaitingPromotion,
+    /// The live Services are being moved to the candidate.
+    Promoting,
+    /// The declared version is live and is being watched; failing it swaps back.
+    Verifying,
+    /// The declared version is live and verified.
+    Live,
+    /// The live Services are being moved back to the previous stack.
+    RollingBack,
+    /// The declared version was given up before its swap; what was live still is.
+    Failed,
+    /// The declared version was live and was given up; the version before it is live again.
+    Held,
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// What has been recorded and what is reported.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ExchangeDeploymentStatus {
+    /// Generation of the spec that this status is about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Where the release of the declared version stands.
+    #[serde(default)]
+    pub phase: Phase,
+    /// Since when this phase lasts. Moved forward by the time spent paused or suspended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Time>")]
+    pub phase_since: Option<Timestamp>,
+    /// The stack that should have the traffic.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub live: Option<Live>,
+    /// The stack that is being built, tested or promoted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub candidate: Option<Candidate>,
+    /// The stack that was live before: the way back until it is retired.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous: Option<Previous>,
+    /// The release that was given up and is not tried again until the spec changes or somebody asks for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rejected: Option<Rejected>,
+    /// The contract migration that runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub contract: Option<Contract>,
+    /// Number of the last attempt. Never reset.
+    #[serde(default)]
+    pub attempt: u32,
+    /// Number of the last move of the live Services. Each of them carries the number of the move that wrote it.
+    #[serde(default)]
+    pub epoch: u32,
+    /// Since when the release is paused or suspended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Time>")]
+    pub stopped_since: Option<Timestamp>,
+    /// Annotations that have been acted upon.
+    #[serde(default, skip_serializing_if = "Handled::is_empty")]
+    pub handled: Handled,
+    /// What was live when, how it ended, who acted; the latest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 20))]
+    pub history: Vec<HistoryEntry>,
+    /// Ready, Available, Reconciling, Stalled, CandidateReady, SchemaReady, SmokeTestsPassed, RollbackAvailable.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    pub conditions: Vec<Condition>,
+}
+
+/// A stack: all services of one revision in one colour.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Stack {
+    /// Where it runs.
+    pub colour: Colour,
+    /// Hash of everything declared that ends up in its pods.
+    pub revision: String,
+}
+
+impl fmt::Display for Stack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.colour, self.revision)
+    }
+}
+
+/// The stack that should have the traffic.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Live {
+    /// Which stack.
+    #[serde(flatten)]
+    pub stack: Stack,
+    /// Its version.
+    pub version: String,
+    /// The attempt in which it passed its gates.
+    pub attempt: u32,
+    /// Since when it is live.
+    #[schemars(with = "Time")]
+    pub since: Timestamp,
+    /// Whether it has passed the verification after its swap.
+    #[serde(default)]
+    pub verified: bool,
+    /// Whether its contract migration has come to an end.
+    #[serde(default)]
+    pub contracted: bool,
+}
+
+/// The stack that is being built, tested or promoted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Candidate {
+    /// Which stack.
+    #[serde(flatten)]
+    pub stack: Stack,
+    /// Its version.
+    pub version: String,
+    /// The attempt that is under way. Results of another attempt do not count.
+    pub attempt: u32,
+    /// Hash of the declared gates: another declaration of them is another attempt.
+    pub gates: String,
+}
+
+/// What becomes of the stack that was live before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum PreviousState {
+    /// It still has open connections or requests.
+    Draining,
+    /// It has nothing open and runs on.
+    Retained,
+    /// It is being removed: there is no way back any more.
+    Retiring,
+}
+
+/// The stack that was live before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Previous {
+    /// Which stack.
+    #[serde(flatten)]
+    pub stack: Stack,
+    /// Its version.
+    pub version: String,
+    /// The attempt in which it passed its gates.
+    pub attempt: u32,
+    /// What becomes of it.
+    pub state: PreviousState,
+    /// Whether it can be swapped back to. A stack that was rolled back from cannot.
+    pub way_back: bool,
+    /// Whether it had passed the verification after its swap.
+    pub verified: bool,
+    /// Whether its contract migration had come to an end.
+    pub contracted: bool,
+    /// Since when it is not live any more.
+    #[schemars(with = "Time")]
+    pub since: Timestamp,
+    /// Since when it has had no connection and no request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Time>")]
+    pub idle_since: Option<Timestamp>,
+    /// Until when it is retained, if its colour is not needed before.
+    #[schemars(with = "Time")]
+    pub until: Timestamp,
+}
+
+/// A release that was given up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Rejected {
+    /// The stack that was given up.
+    #[serde(flatten)]
+    pub stack: Stack,
+    /// Its version.
+    pub version: String,
+    /// The attempt that was given up.
+    pub attempt: u32,
+    /// Hash of the gates that were declared for it.
+    pub gates: String,
+    /// Why, as one word.
+    pub reason: Reason,
+    /// Why, as a sentence.
+    pub message: String,
+    /// Replicas that were declared with it. They wait for its promotion; only what has been changed since then applies
+    /// to the stack that is live.
+    #[serde(default)]
+    pub replicas: Replicas,
+    /// Until when what is left of it is kept for its logs.
+    #[schemars(with = "Time")]
+    pub until: Timestamp,
+}
+
+/// Replicas per service.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Replicas {
+    /// Of the user service.
+    pub user: i32,
+    /// Of the trade service.
+    pub trade: i32,
+    /// Of the notification service.
+    pub notification: i32,
+}
+
+/// Why a release was given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum Reason {
+    /// The expand migration failed or was not done in time.
+    MigrationFailed,
+    /// The pods were not ready in time.
+    ProgressDeadlineExceeded,
+    /// A test failed or was not done in time.
+    SmokeTestFailed,
+    /// Somebody aborted it.
+    Aborted,
+    /// The swap could not be finished.
+    PromotionFailed,
+    /// The verification after the swap failed.
+    VerificationFailed,
+    /// Somebody asked for the way back.
+    RolledBack,
+    /// The way back was asked for and the previous stack could not serve.
+    RollbackImpossible,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// A contract migration that has been started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Contract {
+    /// The live stack whose contract runs.
+    #[serde(flatten)]
+    pub stack: Stack,
+    /// The attempt in which that stack passed its gates; part of the Job's name.
+    pub attempt: u32,
+}
+
+/// The last value of each annotation that was acted upon; the same value never acts twice.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Handled {
+    /// `exchange.dev/promote`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub promote: Option<String>,
+    /// `exchange.dev/abort`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub abort: Option<String>,
+    /// `exchange.dev/rollback`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<String>,
+    /// `exchange.dev/retry`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry: Option<String>,
+}
+
+impl Handled {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// How a stack came to its end, or what was done with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum Outcome {
+    /// It became live.
+    Promoted,
+    /// It was verified.
+    Verified,
+    /// It was given up before its swap.
+    Failed,
+    /// It was live and was left for the stack before it.
+    RolledBack,
+    /// It was removed.
+    Retired,
+}
+
+/// One line of the history.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HistoryEntry {
+    /// When.
+    #[schemars(with = "Time")]
+    pub at: Timestamp,
+    /// Which stack.
+    #[serde(flatten)]
+    pub stack: Stack,
+    /// Its version.
+    pub version: String,
+    /// Its attempt.
+    pub attempt: u32,
+    /// What happened.
+    pub outcome: Outcome,
+    /// Why, if there is more to say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<Reason>,
+    /// Who asked for it: the value of the annotation `exchange.dev/by`, or `operator`.
+    pub by: String,
+}
+
+/// `<revision>.<attempt>`: how people name exactly one try of exactly one stack.
+pub fn token(stack: &Stack, attempt: u32) -> String {
+    format!("{}.{attempt}", stack.revision)
+}

@@ -1,0 +1,549 @@
+//! The CustomResourceDefinition: kept current, accepts the examples, and says what is wrong with everything else.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+use std::{fs, path::Path};
+
+use exchange_operator::api::{self, ExchangeDeployment};
+use kube::core::cel::{Validator, apply_defaults};
+use serde_json::{Value, json};
+
+fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
+fn schema() -> Value {
+    let crd = serde_json::to_value(api::crd().unwrap()).unwrap();
+    crd.pointer("/spec/versions/0/schema/openAPIV3Schema")
+        .unwrap()
+        .clone()
+}
+
+fn example(name: &str) -> Value {
+    let text = fs::read_to_string(repository().join("examples").join(name)).unwrap();
+    serde_yaml::from_str(&text).unwrap()
+}
+
+/// Checks a value like the API server: defaults first, then limits, then rules.
+fn complaints(schema: &Value, object: &Value, old: Option<&Value>) -> Vec<String> {
+    let object = apply_defaults(schema, object);
+    let mut found = Vec::new();
+    limits(schema, &object, "", &mut found);
+    // As the API server does: rules are not evaluated on what does not have the right shape.
+    if found.is_empty()
+        && let Err(errors) = Validator::new().validate(schema, &object, old)
+    {
+        found.extend(errors.as_slice().iter().map(|error| error.message.clone()));
+    }
+    found
+}
+
+fn limits(schema: &Value, value: &Value, path: &str, found: &mut Vec<String>) {
+    let mut complain = |what: String| found.push(format!("{}: {what}", path.trim_start_matches('.')));
+    let limit = |name: &str| schema.get(name).and_then(Value::as_f64);
+    #[expect(clippy::cast_precision_loss, reason = "lengths in this test are small")]
+    let size = match value {
+        Value::String(text) => Some((text.chars().count() as f64, "Length")),
+        Value::Array(items) => Some((items.len() as f64, "Items")),
+        Value::Object(map) => Some((map.len() as f64, "Properties")),
+        _ => None,
+    };
+    if let Some((size, what)) = size {
+        if limit(&format!("max{what}")).is_some_and(|max| size > max) {
+            complain(format!(
+                "more than {} {what}",
+                limit(&format!("max{what}")).unwrap()
+            ));
+        }
+        if limit(&format!("min{what}")).is_some_and(|min| size < min) {
+            complain(format!(
+                "fewer than {} {what}",
+                limit(&format!("min{what}")).unwrap()
+            ));
+        }
+    }
+    if let Some(number) = value.as_f64() {
+        if limit("maximum").is_some_and(|max| number > max) {
+            complain(format!(
+                "should be less than or equal to {}",
+                limit("maximum").unwrap()
+            ));
+        }
+        if limit("minimum").is_some_and(|min| number < min) {
+            complain(format!(
+                "should be greater than or equal to {}",
+                limit("minimum").unwrap()
+            ));
+        }
+    }
+    if let Some(allowed) = schema.get("enum").and_then(Value::as_array)
+        && !allowed.contains(value)
+    {
+        complain(format!("supported values: {}", Value::Array(allowed.clone())));
+    }
+    let shape = match value {
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+        Value::Bool(_) => "boolean",
+        Value::Number(_) => "integer",
+        Value::Null => "null",
+    };
+    if let Some(kind) = schema.get("type").and_then(Value::as_str)
+        && kind != shape
+    {
+        complain(format!("must be of type {kind}"));
+    }
+    for name in schema
+        .get("required")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+    {
+        if value.is_object() && value.get(name.as_str().unwrap()).is_none() {
+            complain(format!("{}: Required value", name.as_str().unwrap()));
+        }
+    }
+    for (name, schema) in schema
+        .get("properties")
+        .and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+    {
+        if let Some(value) = value.get(name) {
+            limits(schema, value, &format!("{path}.{name}"), found);
+        }
+    }
+    if let (Some(schema), Some(items)) = (schema.get("items"), value.as_array()) {
+        for (index, item) in items.iter().enumerate() {
+            limits(schema, item, &format!("{path}[{index}]"), found);
+        }
+    }
+}
+
+fn merge(target: &mut Value, patch: &Value) {
+    match patch {
+        Value::Object(patch) => {
+            if !target.is_object() {
+                *target = json!({});
+            }
+            let map = target.as_object_mut().unwrap();
+            for (key, value) in patch {
+                if value.is_null() {
+                    map.remove(key);
+                } else {
+                    merge(map.entry(key).or_insert(Value::Null), value);
+                }
+            }
+        }
+        other => *target = other.clone(),
+    }
+}
+
+#[test]
+fn the_generated_definition_is_current() {
+    let kept = fs::read_to_string(repository().join("crds/exchangedeployments.exchange.dev.yaml")).unwrap();
+    assert!(
+        kept == api::crd_yaml().unwrap(),
+        "crds/ is stale: cargo run -p exchange-operator -- crd > crds/exchangedeployments.exchange.dev.yaml"
+    );
+}
+
+#[test]
+fn the_definition_is_structural_and_documented() {
+    fn walk(schema: &Value, path: &str) {
+        for forbidden in ["anyOf", "oneOf", "allOf", "$ref", "nullable"] {
+            let int_or_string = schema.get("x-kubernetes-int-or-string").is_some();
+            assert!(
+                schema.get(forbidden).is_none() || int_or_string,
+                "{path} has {forbidden}"
+            );
+        }
+        for (name, property) in schema
+            .get("properties")
+            .and_then(Value::as_object)
+            .into_iter()
+            .flatten()
+        {
+            let path = format!("{path}.{name}");
+            let known = [".metadata", ".apiVersion", ".kind"].contains(&path.as_str());
+            assert!(
+                known || property.get("description").is_some(),
+                "{path} is not documented"
+            );
+            walk(property, &path);
+        }
+        if let Some(items) = schema.get("items") {
+            walk(items, &format!("{path}[]"));
+        }
+    }
+    walk(&schema(), "");
+}
+
+#[test]
+fn examples_are_valid() {
+    let schema = schema();
+    let mut seen = 0;
+    for entry in fs::read_dir(repository().join("examples")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "yaml") {
+            continue;
+        }
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        let value = example(&name);
+        assert_eq!(complaints(&schema, &value, None), Vec::<String>::new(), "{name}");
+        let object: ExchangeDeployment = serde_json::from_value(value.clone()).unwrap();
+        object.validate_cel().unwrap();
+        // Nothing in the file is unknown to the schema: all of it survives a round trip.
+        let mut expected = serde_json::to_value(&object).unwrap();
+        let written = expected.clone();
+        merge(&mut expected, &value);
+        normalise(&mut expected);
+        let mut written = written;
+        normalise(&mut written);
+        assert_eq!(written, expected, "{name}");
+        seen += 1;
+    }
+    assert!(seen >= 3);
+}
+
+/// Durations are written differently from how they are read.
+fn normalise(value: &mut Value) {
+    match value {
+        Value::String(text) => {
+            if let Ok(duration) = text.parse::<kube::core::Duration>() {
+                *text = duration.to_string();
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(normalise),
+        Value::Object(map) => map.values_mut().for_each(normalise),
+        _ => {}
+    }
+}
+
+#[test]
+fn defaults_are_in_the_schema_and_the_same_as_in_the_types() {
+    let minimal = example("minimal.yaml");
+    let defaulted: ExchangeDeployment = serde_json::from_value(apply_defaults(&schema(), &minimal)).unwrap();
+    let parsed: ExchangeDeployment = serde_json::from_value(minimal).unwrap();
+    assert_eq!(defaulted, parsed);
+    insta::assert_yaml_snapshot!("defaults", parsed.spec);
+}
+
+#[test]
+#[expect(clippy::too_many_lines, reason = "a table")]
+fn every_invalid_object_gets_a_message_for_people() {
+    let schema = schema();
+    let service = |patch: Value| json!({"spec": {"services": {"trade": patch}}});
+    let rollout = |patch: Value| json!({"spec": {"rollout": patch}});
+    let cases = [
+        (
+            "long name",
+            json!({"metadata": {"name": "a".repeat(41)}}),
+            "metadata.name must be at most 40",
+        ),
+        (
+            "digit first",
+            json!({"metadata": {"name": "1exchange"}}),
+            "starting with a letter",
+        ),
+        (
+            "dot in name",
+            json!({"metadata": {"name": "ex.change"}}),
+            "lower-case letters, digits and '-'",
+        ),
+        (
+            "colour in name",
+            json!({"metadata": {"name": "exchange-blue"}}),
+            "must not end in -blue or -green",
+        ),
+        (
+            "no version",
+            json!({"spec": {"version": null}}),
+            "spec: version: Required value",
+        ),
+        (
+            "empty version",
+            json!({"spec": {"version": ""}}),
+            "spec.version: fewer than 1 Length",
+        ),
+        (
+            "spaces",
+            json!({"spec": {"version": "1.5 beta"}}),
+            "version must consist of letters",
+        ),
+        (
+            "plus",
+            json!({"spec": {"version": "1.5.0+7"}}),
+            "version must consist of letters",
+        ),
+        (
+            "tag in image",
+            json!({"spec": {"image": "ghcr.io/acme/exchange:1.5"}}),
+            "without tag or digest",
+        ),
+        (
+            "digest in image",
+            json!({"spec": {"image": "acme/exchange@sha256:00"}}),
+            "without tag or digest",
+        ),
+        (
+            "digest",
+            json!({"spec": {"imageDigest": "sha256:xyz"}}),
+            "64 hexadecimal digits",
+        ),
+        (
+            "no database",
+            json!({"spec": {"database": null}}),
+            "spec: database: Required value",
+        ),
+        (
+            "no queue",
+            json!({"spec": {"queue": null}}),
+            "spec: queue: Required value",
+        ),
+        (
+            "no market data",
+            json!({"spec": {"marketData": null}}),
+            "spec: marketData: Required value",
+        ),
+        (
+            "empty secret name",
+            json!({"spec": {"queue": {"secretRef": {"name": ""}}}}),
+            "fewer than 1 Length",
+        ),
+        (
+            "one secret for both",
+            json!({"spec": {"database": {"migrationSecretRef": {"name": "exchange-db", "key": "url"}}}}),
+            "migrationSecretRef must differ from secretRef",
+        ),
+        (
+            "no pods",
+            service(json!({"replicas": 0})),
+            "should be greater than or equal to 1",
+        ),
+        (
+            "too many pods",
+            service(json!({"replicas": 101})),
+            "should be less than or equal to 100",
+        ),
+        (
+            "replicas as text",
+            service(json!({"replicas": "3"})),
+            "must be of type integer",
+        ),
+        (
+            "limits crossed",
+            service(json!({"replicas": 5, "autoscaling": {"minReplicas": 5, "maxReplicas": 3}})),
+            "minReplicas must not be greater than maxReplicas",
+        ),
+        (
+            "start outside the limits",
+            service(json!({"replicas": 2, "autoscaling": {"minReplicas": 3, "maxReplicas": 9}})),
+            "replicas must lie between",
+        ),
+        (
+            "cpu",
+            service(
+                json!({"autoscaling": {"minReplicas": 1, "maxReplicas": 3, "targetCPUUtilizationPercentage": 0}}),
+            ),
+            "should be greater than or equal to 1",
+        ),
+        (
+            "tag in service image",
+            service(json!({"image": "acme/trade:1"})),
+            "without tag or digest",
+        ),
+        (
+            "digest without image",
+            service(json!({"imageDigest": format!("sha256:{}", "0".repeat(64))})),
+            "needs an image of that service",
+        ),
+        (
+            "reserved variable",
+            service(json!({"env": [{"name": "EXCHANGE_STACK_NAME"}]})),
+            "set by the operator",
+        ),
+        (
+            "name of a variable",
+            service(json!({"env": [{"name": "1ST", "value": "x"}]})),
+            "does not start with a digit",
+        ),
+        (
+            "long value",
+            service(json!({"env": [{"name": "A", "value": "x".repeat(8193)}]})),
+            "more than 8192 Length",
+        ),
+        (
+            "envFrom nothing",
+            service(json!({"envFrom": [{"prefix": "A_"}]})),
+            "exactly one configMapRef or secretRef",
+        ),
+        (
+            "envFrom both",
+            service(json!({"envFrom": [{"configMapRef": {"name": "a"}, "secretRef": {"name": "b"}}]})),
+            "exactly one configMapRef or secretRef",
+        ),
+        (
+            "files nothing",
+            service(json!({"files": [{"mountPath": "/a"}]})),
+            "exactly one configMap or secret",
+        ),
+        (
+            "files both",
+            service(json!({"files": [{"mountPath": "/a", "configMap": "a", "secret": "b"}]})),
+            "exactly one configMap or secret",
+        ),
+        (
+            "relative path",
+            service(json!({"files": [{"mountPath": "etc/a", "configMap": "a"}]})),
+            "mountPath must be an absolute path",
+        ),
+        (
+            "operator's path",
+            service(json!({"files": [{"mountPath": "/etc/exchange/db", "configMap": "a"}]})),
+            "must not be below /etc/exchange",
+        ),
+        (
+            "colour",
+            rollout(json!({"colour": "Red"})),
+            r#"supported values: ["Auto","Blue","Green"]"#,
+        ),
+        (
+            "promotion",
+            rollout(json!({"promotion": "Maybe"})),
+            r#"supported values: ["Automatic","Manual"]"#,
+        ),
+        (
+            "deadline",
+            rollout(json!({"progressDeadline": "ten minutes"})),
+            "must be a duration such as",
+        ),
+        (
+            "negative deadline",
+            rollout(json!({"progressDeadline": "-10m"})),
+            "must be a duration such as",
+        ),
+        (
+            "bare number",
+            rollout(json!({"progressDeadline": "600"})),
+            "must be a duration such as",
+        ),
+        (
+            "short deadline",
+            rollout(json!({"progressDeadline": "9s"})),
+            "must lie between 10s and 24h",
+        ),
+        (
+            "retention",
+            rollout(json!({"retention": "721h"})),
+            "retention must be at most 720h",
+        ),
+        (
+            "drain",
+            rollout(json!({"drainTimeout": "25h"})),
+            "drainTimeout must lie between 10s and 24h",
+        ),
+        (
+            "rate",
+            rollout(json!({"verification": {"maxErrorRate": "101%"}})),
+            "between 0% and 100%",
+        ),
+        (
+            "rate without sign",
+            rollout(json!({"verification": {"maxErrorRate": "1"}})),
+            "between 0% and 100%",
+        ),
+        (
+            "latency",
+            rollout(json!({"verification": {"maxLatencyP99": "2m"}})),
+            "must lie between 1ms and 60s",
+        ),
+        (
+            "duration",
+            rollout(json!({"verification": {"duration": "25h"}})),
+            "must be at most 24h",
+        ),
+        (
+            "requests",
+            rollout(json!({"verification": {"minRequests": 0}})),
+            "should be greater than or equal to 1",
+        ),
+        (
+            "name of a test",
+            rollout(json!({"smokeTests": [{"name": "My Test", "command": ["a"]}]})),
+            "consists of lower-case letters",
+        ),
+        (
+            "taken name",
+            rollout(json!({"smokeTests": [{"name": "smoke", "command": ["a"]}]})),
+            "the operator's own Jobs",
+        ),
+        (
+            "no command",
+            rollout(json!({"smokeTests": [{"name": "a", "command": []}]})),
+            "fewer than 1 Items",
+        ),
+        (
+            "test timeout",
+            rollout(json!({"smokeTests": [{"name": "a", "command": ["a"], "timeout": "0s"}]})),
+            "must lie between 1s and 24h",
+        ),
+    ];
+    for (name, patch, expected) in cases {
+        let mut object = example("minimal.yaml");
+        merge(&mut object, &patch);
+        let found = complaints(&schema, &object, None);
+        assert!(
+            found.iter().any(|message| message.contains(expected)),
+            "{name}: {found:?}"
+        );
+    }
+}
+
+#[test]
+fn what_is_unsafe_under_a_live_exchange_cannot_be_changed() {
+    let schema = schema();
+    let old = apply_defaults(&schema, &example("minimal.yaml"));
+    let mut live = old.clone();
+    let status = json!({"status": {"attempt": 1, "epoch": 1, "phase": "Live", "live": {
+        "colour": "blue", "revision": "12345678", "version": "1.4.0", "attempt": 1, "since": "2026-01-01T00:00:00Z"}}});
+    merge(&mut live, &status);
+    let cases = [
+        (
+            json!({"spec": {"database": {"secretRef": {"name": "other"}}}}),
+            "spec.database.secretRef cannot be changed",
+        ),
+        (
+            json!({"spec": {"database": {"secretRef": {"key": "other"}}}}),
+            "spec.database.secretRef cannot be changed",
+        ),
+        (
+            json!({"spec": {"queue": {"secretRef": {"name": "other"}}}}),
+            "spec.queue.secretRef cannot be changed",
+        ),
+        (
+            json!({"spec": {"marketData": {"secretRef": {"name": "other"}}}}),
+            "spec.marketData.secretRef cannot be changed",
+        ),
+    ];
+    for (patch, expected) in cases {
+        let mut changed = live.clone();
+        merge(&mut changed, &patch);
+        let found = complaints(&schema, &changed, Some(&live));
+        assert!(
+            found.iter().any(|message| message.contains(expected)),
+            "{expected}: {found:?}"
+        );
+        let mut early = old.clone();
+        merge(&mut early, &patch);
+        assert_eq!(
+            complaints(&schema, &early, Some(&old)),
+            Vec::<String>::new(),
+            "before anything is live"
+        );
+    }
+    let mut release = live.clone();
+    merge(&mut release, &json!({"spec": {"version": "1.5.0"}}));
+    assert_eq!(complaints(&schema, &release, Some(&live)), Vec::<String>::new());
+}

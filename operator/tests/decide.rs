@@ -1,0 +1,300 @@
+//! The simulated world: histories in which everything goes wrong at any time, and the promises that hold after every
+//! write.
+//!
+//! `SIMULATION_HISTORIES` says how many (10,000 without it), `SIMULATION_SEED` replays one history.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test that cannot go on panics"
+)]
+
+mod world;
+
+use std::{collections::BTreeSet, env, sync::Mutex, thread};
+
+use exchange_operator::{
+    api::{ColourChoice, Promotion, Service},
+    observe::Part,
+    status::Phase,
+};
+use proptest::{
+    prelude::*,
+    test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner},
+};
+use world::{NATURES, Nature, View, World, nature};
+
+/// One thing that happens.
+#[derive(Clone, Debug)]
+enum Step {
+    Operator {
+        who: usize,
+        view: View,
+    },
+    /// An operator works and the world takes its course, for a number of rounds.
+    Progress {
+        who: usize,
+        rounds: u8,
+    },
+    Crash {
+        who: usize,
+    },
+    Kubelet,
+    Slices,
+    Jobs,
+    Wait(i64),
+    Release(usize),
+    Gates(u32),
+    Replicas(i32),
+    Autoscale(bool),
+    Load(u32),
+    Manual(bool),
+    Suspend(bool),
+    Colour(ColourChoice),
+    Promote,
+    Abort,
+    RollBack,
+    Retry,
+    Pause(bool),
+    KillPods {
+        stack: usize,
+        service: Service,
+    },
+    EditLive {
+        service: Service,
+        stack: Option<usize>,
+    },
+    DeleteLive(Service),
+    Spoil {
+        stack: usize,
+        service: Service,
+        part: Part,
+        delete: bool,
+    },
+    DeleteJob(usize),
+    FailJobs,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let view = prop_oneof![6 => Just(View::Fresh), 2 => Just(View::Torn), 2 => Just(View::Old)];
+    let service = proptest::sample::select(Service::ALL.to_vec());
+    let part = proptest::sample::select(vec![
+        Part::ColourService,
+        Part::Budget,
+        Part::Workload,
+        Part::Autoscaler,
+    ]);
+    let colour = proptest::sample::select(vec![
+        ColourChoice::Auto,
+        ColourChoice::Auto,
+        ColourChoice::Blue,
+        ColourChoice::Green,
+    ]);
+    let step = prop_oneof![
+        40 => (0..2_usize, view).prop_map(|(who, view)| Step::Operator { who, view }),
+        30 => (0..2_usize, 1..40_u8).prop_map(|(who, rounds)| Step::Progress { who, rounds }),
+        5 => (0..2_usize).prop_map(|who| Step::Crash { who }),
+        4 => Just(Step::Kubelet),
+        4 => Just(Step::Slices),
+        4 => Just(Step::Jobs),
+        4 => proptest::sample::select(vec![1_i64, 6, 61, 301, 601, 3601]).prop_map(Step::Wait),
+        6 => (0..NATURES.len()).prop_map(Step::Release),
+        6 => (0..3_usize).prop_map(Step::Release),
+        1 => (0..3_u32).prop_map(Step::Gates),
+        2 => (1..5_i32).prop_map(Step::Replicas),
+        1 => any::<bool>().prop_map(Step::Autoscale),
+        2 => (1..6_u32).prop_map(Step::Load),
+        2 => any::<bool>().prop_map(Step::Manual),
+        1 => any::<bool>().prop_map(Step::Suspend),
+        1 => colour.prop_map(Step::Colour),
+        3 => Just(Step::Promote),
+        2 => Just(Step::Abort),
+        4 => Just(Step::RollBack),
+        2 => Just(Step::Retry),
+        1 => any::<bool>().prop_map(Step::Pause),
+        5 => (0..2_usize, service.clone()).prop_map(|(stack, service)| Step::KillPods { stack, service }),
+        2 => (service.clone(), proptest::option::of(0..2_usize)).prop_map(|(service, stack)| Step::EditLive { service, stack }),
+        2 => service.clone().prop_map(Step::DeleteLive),
+        3 => (0..2_usize, service, part, any::<bool>())
+            .prop_map(|(stack, service, part, delete)| Step::Spoil { stack, service, part, delete }),
+        1 => (0..4_usize).prop_map(Step::DeleteJob),
+        1 => Just(Step::FailJobs),
+    ];
+    proptest::collection::vec(step, 10..70)
+}
+
+fn take(world: &mut World, step: &Step) -> Result<(), String> {
+    match step.clone() {
+        Step::Operator { who, view } => world.step(who, view)?,
+        Step::Progress { who, rounds } => {
+            for _ in 0..rounds {
+                world.step(who, View::Fresh)?;
+                world.step(who, View::Fresh)?;
+                world.round();
+            }
+        }
+        Step::Crash { who } => world.operators[who].crash(),
+        Step::Kubelet => world.kubelet(),
+        Step::Slices => world.slices(),
+        Step::Jobs => world.run_jobs(),
+        Step::Wait(seconds) => world.wait(seconds),
+        Step::Release(index) => world.release(index),
+        Step::Gates(gates) => world.change_gates(gates),
+        Step::Replicas(replicas) => world.declare(|spec| spec.services.trade.replicas = replicas),
+        Step::Autoscale(on) => world.autoscale(on),
+        Step::Load(replicas) => world.scale_by_load(replicas),
+        Step::Manual(on) => world.declare(|spec| {
+            spec.rollout.promotion = if on {
+                Promotion::Manual
+            } else {
+                Promotion::Automatic
+            };
+        }),
+        Step::Suspend(on) => world.declare(|spec| spec.suspend = on),
+        Step::Colour(colour) => world.colour(colour),
+        Step::Promote => world.ask(|requests, names| requests.promote = names.candidate),
+        Step::Abort => world.ask(|requests, names| requests.abort = names.candidate),
+        Step::RollBack => world.ask(|requests, names| requests.rollback = names.live),
+        Step::Retry => world.ask(|requests, names| requests.retry = names.rejected),
+        Step::Pause(on) => world.ask(|requests, names| {
+            requests.pause = names.candidate.or(names.live).filter(|_| on);
+        }),
+        Step::KillPods { stack, service } => world.kill_pods(stack, service),
+        Step::EditLive { service, stack } => world.edit_live(service, stack),
+        Step::DeleteLive(service) => world.delete_live(service),
+        Step::Spoil {
+            stack,
+            service,
+            part,
+            delete,
+        } => world.spoil_part(stack, service, part, delete),
+        Step::DeleteJob(index) => world.delete_job(index),
+        Step::FailJobs => world.fail_jobs(),
+    }
+    Ok(())
+}
+
+/// Lives through a history, then lets the world come to rest. What was given up for the sake of the disturbances is
+/// tried again: a good version must then be live, a bad one must not.
+fn live_through(steps: &[Step], traced: bool) -> Result<World, String> {
+    let mut world = World::new(traced);
+    let told = |world: &World, why: String| format!("{why}\n{}", world.trace.join("\n"));
+    for step in steps {
+        take(&mut world, step).map_err(|why| told(&world, why))?;
+    }
+    world.declare(|spec| {
+        spec.suspend = false;
+        spec.rollout.promotion = Promotion::Automatic;
+        spec.rollout.colour = ColourChoice::Auto;
+    });
+    world.ask(|requests, _| requests.pause = None);
+    world.operators[1].crash();
+    world.settle().map_err(|why| told(&world, why))?;
+    world.at_the_end().map_err(|why| told(&world, why))?;
+    world.ask(|requests, names| requests.retry = names.rejected);
+    world.settle().map_err(|why| told(&world, why))?;
+    world.at_the_end().map_err(|why| told(&world, why))?;
+    let good = nature(&world.revision) == Nature::Good;
+    if good && world.status.phase != Phase::Live {
+        return Err(told(
+            &world,
+            format!("P7: {} is good and {}", world.revision, world.status.phase),
+        ));
+    }
+    let verified = world
+        .status
+        .live
+        .as_ref()
+        .is_some_and(|live| live.verified && live.stack.revision == world.revision);
+    if !good && verified {
+        return Err(told(&world, format!("P3: {} is bad and live", world.revision)));
+    }
+    // At rest another operator finds nothing to do either.
+    let before = world.writes;
+    for _ in 0..5 {
+        world.step(1, View::Fresh).map_err(|why| told(&world, why))?;
+        world.wait(100);
+    }
+    if world.writes != before {
+        return Err(told(&world, "P8: writes at rest".to_owned()));
+    }
+    Ok(world)
+}
+
+fn history(seed: u64) -> Result<BTreeSet<Phase>, String> {
+    let mut bytes = [0_u8; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    let config = Config {
+        cases: 1,
+        max_shrink_iters: 2000,
+        failure_persistence: None,
+        ..Config::default()
+    };
+    let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
+    let phases = Mutex::new(BTreeSet::new());
+    let outcome = runner.run(&steps(), |steps| match live_through(&steps, false) {
+        Ok(world) => {
+            phases.lock().unwrap().extend(world.journey);
+            Ok(())
+        }
+        Err(why) => Err(TestCaseError::fail(why)),
+    });
+    match outcome {
+        Ok(()) => Ok(phases.into_inner().unwrap()),
+        Err(TestError::Fail(_, steps)) => {
+            let why = live_through(&steps, true).err().unwrap_or_default();
+            Err(format!("SIMULATION_SEED={seed} after {steps:?}\n{why}"))
+        }
+        Err(other) => Err(format!("SIMULATION_SEED={seed}: {other}")),
+    }
+}
+
+/// All histories, on all cores. The first that breaks a promise is made as short as possible and told.
+fn histories(count: u64) {
+    if let Ok(seed) = env::var("SIMULATION_SEED") {
+        return history(seed.parse().unwrap())
+            .map(drop)
+            .unwrap_or_else(|why| panic!("{why}"));
+    }
+    let count = env::var("SIMULATION_HISTORIES").map_or(count, |count| count.parse().unwrap());
+    let first: u64 = env::var("SIMULATION_FIRST").map_or(0, |first| first.parse().unwrap());
+    let workers = thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+    let seen = Mutex::new(BTreeSet::new());
+    let broken: Mutex<Option<String>> = Mutex::new(None);
+    thread::scope(|scope| {
+        for worker in 0..workers {
+            let (seen, broken) = (&seen, &broken);
+            scope.spawn(move || {
+                for seed in (first + worker..first + count).step_by(usize::try_from(workers).unwrap()) {
+                    if broken.lock().unwrap().is_some() {
+                        return;
+                    }
+                    match history(seed) {
+                        Ok(phases) => seen.lock().unwrap().extend(phases),
+                        Err(why) => _ = broken.lock().unwrap().get_or_insert(why),
+                    }
+                }
+            });
+        }
+    });
+    if let Some(why) = broken.into_inner().unwrap() {
+        panic!("{why}");
+    }
+    // A world in which nothing happens would keep every promise.
+    assert_eq!(
+        seen.into_inner().unwrap().len(),
+        11,
+        "not every phase was reached"
+    );
+}
+
+#[test]
+fn the_promises_hold_in_every_history() {
+    histories(10_000);
+}
+
+#[test]
+#[ignore = "long: the same with a million histories"]
+fn the_promises_hold_in_very_many_histories() {
+    histories(1_000_000);
+}

@@ -1,0 +1,760 @@
+//! Each phase and each way out of it, and the four stories of an operator that wakes too late.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+#![expect(
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test that cannot go on panics"
+)]
+
+#[expect(dead_code, reason = "shared with the simulation, which uses the rest")]
+mod world;
+
+use exchange_operator::{
+    api::{ColourChoice, Promotion, Service},
+    decide::{Action, Intent},
+    observe::Part,
+    status::{
+        Phase::{
+            self, AwaitingPromotion, Failed, Held, Live, Migrating, Pending, Promoting, Provisioning,
+            RollingBack, Testing, Verifying,
+        },
+        PreviousState, Reason,
+    },
+};
+use world::{View, World};
+
+/// r0 is live and verified; r1 is declared and has come as far as this phase.
+fn at(phase: Phase) -> World {
+    releasing(1, phase)
+}
+
+fn releasing(index: usize, phase: Phase) -> World {
+    let mut world = World::new(true);
+    world.settle().unwrap();
+    assert_eq!(world.status.phase, Live);
+    world.declare(|spec| {
+        spec.rollout.promotion = if phase == AwaitingPromotion {
+            Promotion::Manual
+        } else {
+            Promotion::Automatic
+        };
+    });
+    world.release(index);
+    if phase != Live {
+        world.until(0, phase);
+    }
+    world.journey = vec![phase];
+    world
+}
+
+/// A release that is live and verified, with the one before it still there.
+fn after_a_release() -> World {
+    let mut world = releasing(1, Verifying);
+    world.until(0, Live);
+    world.journey = vec![Live];
+    world
+}
+
+struct Row {
+    name: &'static str,
+    world: World,
+    happens: fn(&mut World),
+    journey: &'static [Phase],
+    reason: Option<Reason>,
+}
+
+fn row(name: &'static str, world: World, happens: fn(&mut World), journey: &'static [Phase]) -> Row {
+    Row {
+        name,
+        world,
+        happens,
+        journey,
+        reason: None,
+    }
+}
+
+fn given_up(
+    name: &'static str,
+    world: World,
+    happens: fn(&mut World),
+    journey: &'static [Phase],
+    why: Reason,
+) -> Row {
+    Row {
+        reason: Some(why),
+        ..row(name, world, happens, journey)
+    }
+}
+
+fn nothing(_: &mut World) {}
+
+fn revert(world: &mut World) {
+    world.release(0);
+}
+
+fn abort(world: &mut World) {
+    world.ask(|requests, names| requests.abort = names.candidate);
+}
+
+fn roll_back(world: &mut World) {
+    world.ask(|requests, names| requests.rollback = names.live);
+}
+
+/// The deadline passes while an operator looks on, and nothing else happens.
+fn time_passes(world: &mut World) {
+    world.finish(0);
+    world.step(0, View::Fresh).unwrap();
+    world.finish(0);
+    world.wait(601);
+    world.step(0, View::Fresh).unwrap();
+    world.finish(0);
+}
+
+#[test]
+#[expect(clippy::too_many_lines, reason = "a table")]
+fn every_phase_is_left_as_the_design_says() {
+    const DONE: &[Phase] = &[Migrating, Provisioning, Testing, Promoting, Verifying, Live];
+    let rows = [
+        row(
+            "from Pending all the way",
+            at(Pending),
+            nothing,
+            &[
+                Pending,
+                Migrating,
+                Provisioning,
+                Testing,
+                Promoting,
+                Verifying,
+                Live,
+            ],
+        ),
+        row("reverted in Pending", at(Pending), revert, &[Pending, Live]),
+        given_up(
+            "aborted in Pending",
+            at(Pending),
+            abort,
+            &[Pending, Failed],
+            Reason::Aborted,
+        ),
+        row("from Migrating", at(Migrating), nothing, DONE),
+        row("reverted in Migrating", at(Migrating), revert, &[Migrating, Live]),
+        given_up(
+            "aborted in Migrating",
+            at(Migrating),
+            abort,
+            &[Migrating, Failed],
+            Reason::Aborted,
+        ),
+        given_up(
+            "expand fails",
+            releasing(3, Migrating),
+            nothing,
+            &[Migrating, Failed],
+            Reason::MigrationFailed,
+        ),
+        given_up(
+            "expand takes too long",
+            at(Migrating),
+            time_passes,
+            &[Migrating, Failed],
+            Reason::MigrationFailed,
+        ),
+        row(
+            "superseded in Migrating",
+            at(Migrating),
+            |world| world.release(2),
+            &[
+                Migrating,
+                Pending,
+                Migrating,
+                Provisioning,
+                Testing,
+                Promoting,
+                Verifying,
+                Live,
+            ],
+        ),
+        row(
+            "reverted in Provisioning",
+            at(Provisioning),
+            revert,
+            &[Provisioning, Live],
+        ),
+        given_up(
+            "aborted in Provisioning",
+            at(Provisioning),
+            abort,
+            &[Provisioning, Failed],
+            Reason::Aborted,
+        ),
+        given_up(
+            "pods are never ready",
+            releasing(4, Provisioning),
+            time_passes,
+            &[Provisioning, Failed],
+            Reason::ProgressDeadlineExceeded,
+        ),
+        row(
+            "superseded in Provisioning",
+            at(Provisioning),
+            |world| world.release(2),
+            &[
+                Provisioning,
+                Pending,
+                Migrating,
+                Provisioning,
+                Testing,
+                Promoting,
+                Verifying,
+                Live,
+            ],
+        ),
+        row("reverted in Testing", at(Testing), revert, &[Testing, Live]),
+        given_up(
+            "aborted in Testing",
+            at(Testing),
+            abort,
+            &[Testing, Failed],
+            Reason::Aborted,
+        ),
+        given_up(
+            "a test fails",
+            releasing(5, Testing),
+            nothing,
+            &[Testing, Failed],
+            Reason::SmokeTestFailed,
+        ),
+        given_up(
+            "a test is terminated",
+            at(Testing),
+            |world| {
+                world.finish(0);
+                world.fail_jobs();
+            },
+            &[Testing, Failed],
+            Reason::SmokeTestFailed,
+        ),
+        given_up(
+            "tests take too long",
+            at(Testing),
+            time_passes,
+            &[Testing, Failed],
+            Reason::SmokeTestFailed,
+        ),
+        row(
+            "other gates are another attempt",
+            at(Testing),
+            |world| world.change_gates(1),
+            &[
+                Testing,
+                Pending,
+                Migrating,
+                Provisioning,
+                Testing,
+                Promoting,
+                Verifying,
+                Live,
+            ],
+        ),
+        row(
+            "waits for approval past every deadline",
+            at(AwaitingPromotion),
+            |world| world.wait(100_000),
+            &[AwaitingPromotion],
+        ),
+        row(
+            "approved",
+            at(AwaitingPromotion),
+            |world| world.ask(|requests, names| requests.promote = names.candidate),
+            &[AwaitingPromotion, Promoting, Verifying, Live],
+        ),
+        row(
+            "another attempt approved",
+            at(AwaitingPromotion),
+            |world| world.ask(|requests, _| requests.promote = Some("r1.1".to_owned())),
+            &[AwaitingPromotion],
+        ),
+        row(
+            "the live stack approved",
+            at(AwaitingPromotion),
+            |world| world.ask(|requests, names| requests.promote = names.live),
+            &[AwaitingPromotion],
+        ),
+        row(
+            "made automatic",
+            at(AwaitingPromotion),
+            |world| world.declare(|spec| spec.rollout.promotion = Promotion::Automatic),
+            &[AwaitingPromotion, Promoting, Verifying, Live],
+        ),
+        given_up(
+            "aborted while waiting",
+            at(AwaitingPromotion),
+            abort,
+            &[AwaitingPromotion, Failed],
+            Reason::Aborted,
+        ),
+        row(
+            "reverted while waiting",
+            at(AwaitingPromotion),
+            revert,
+            &[AwaitingPromotion, Live],
+        ),
+        row(
+            "suspended while waiting and approved",
+            at(AwaitingPromotion),
+            |world| {
+                world.ask(|requests, names| requests.promote = names.candidate);
+                world.declare(|spec| spec.suspend = true);
+            },
+            &[AwaitingPromotion],
+        ),
+        row(
+            "a swap is finished",
+            at(Promoting),
+            nothing,
+            &[Promoting, Verifying, Live],
+        ),
+        row(
+            "a swap is finished before a newer spec is looked at",
+            at(Promoting),
+            |world| {
+                world.step(0, View::Fresh).unwrap();
+                world.release(2);
+            },
+            &[
+                Promoting,
+                Verifying,
+                Live,
+                Pending,
+                Migrating,
+                Provisioning,
+                Testing,
+                Promoting,
+                Verifying,
+                Live,
+            ],
+        ),
+        row(
+            "a swap is finished although suspended",
+            at(Promoting),
+            |world| world.declare(|spec| spec.suspend = true),
+            &[Promoting, Verifying],
+        ),
+        given_up(
+            "a rollback during a swap",
+            at(Promoting),
+            |world| world.ask(|requests, names| requests.rollback = names.candidate),
+            &[Promoting, RollingBack, Held],
+            Reason::RolledBack,
+        ),
+        given_up(
+            "a service dies during a swap",
+            at(Promoting),
+            |world| {
+                world.lose("r1", Service::Trade);
+                world.step(0, View::Fresh).unwrap();
+            },
+            &[Promoting, RollingBack, Held],
+            Reason::PromotionFailed,
+        ),
+        given_up(
+            "verification fails",
+            releasing(6, Verifying),
+            nothing,
+            &[Verifying, RollingBack, Held],
+            Reason::VerificationFailed,
+        ),
+        given_up(
+            "too many errors",
+            releasing(7, Verifying),
+            nothing,
+            &[Verifying, RollingBack, Held],
+            Reason::VerificationFailed,
+        ),
+        given_up(
+            "rolled back while verifying",
+            at(Verifying),
+            roll_back,
+            &[Verifying, RollingBack, Held],
+            Reason::RolledBack,
+        ),
+        row(
+            "the predecessor is named again while verifying",
+            at(Verifying),
+            revert,
+            &[Verifying, RollingBack, Live],
+        ),
+        given_up(
+            "rolled back",
+            after_a_release(),
+            roll_back,
+            &[Live, RollingBack, Held],
+            Reason::RolledBack,
+        ),
+        row("reverted", after_a_release(), revert, &[Live, RollingBack, Live]),
+        given_up(
+            "rolled back while suspended",
+            after_a_release(),
+            |world| {
+                world.declare(|spec| spec.suspend = true);
+                roll_back(world);
+            },
+            &[Live, RollingBack, Held],
+            Reason::RolledBack,
+        ),
+        row(
+            "the old stack is retired",
+            after_a_release(),
+            |world| world.wait(3601),
+            &[Live],
+        ),
+        row(
+            "a next release takes the old one's colour",
+            after_a_release(),
+            |world| world.release(2),
+            &[
+                Live,
+                Pending,
+                Migrating,
+                Provisioning,
+                Testing,
+                Promoting,
+                Verifying,
+                Live,
+            ],
+        ),
+        row(
+            "the live colour is declared for another revision",
+            after_a_release(),
+            |world| {
+                world.colour(ColourChoice::Green);
+                world.release(2);
+            },
+            &[Live, Pending],
+        ),
+        row(
+            "the same revision in the other colour",
+            at(Live),
+            |world| {
+                world.release(0);
+                world.settle().unwrap();
+                world.journey = vec![Live];
+                world.colour(ColourChoice::Green);
+            },
+            &[
+                Live,
+                Pending,
+                Migrating,
+                Provisioning,
+                Testing,
+                Promoting,
+                Verifying,
+                Live,
+            ],
+        ),
+        row(
+            "tried again after a failure",
+            releasing(1, Testing),
+            |world| {
+                abort(world);
+                world.until(0, Failed);
+                world.ask(|requests, names| requests.retry = names.rejected);
+                world.journey = vec![Failed];
+            },
+            &[
+                Failed,
+                Pending,
+                Migrating,
+                Provisioning,
+                Testing,
+                Promoting,
+                Verifying,
+                Live,
+            ],
+        ),
+        row(
+            "another version after a failure",
+            releasing(5, Failed),
+            |world| world.release(2),
+            &[
+                Failed,
+                Pending,
+                Migrating,
+                Provisioning,
+                Testing,
+                Promoting,
+                Verifying,
+                Live,
+            ],
+        ),
+        row(
+            "reverted after a failure",
+            releasing(5, Failed),
+            revert,
+            &[Failed, Live],
+        ),
+        row(
+            "another version after a rollback",
+            releasing(6, Held),
+            |world| world.release(2),
+            &[
+                Held,
+                Pending,
+                Migrating,
+                Provisioning,
+                Testing,
+                Promoting,
+                Verifying,
+                Live,
+            ],
+        ),
+        row(
+            "reverted after a rollback",
+            releasing(6, Held),
+            revert,
+            &[Held, Live],
+        ),
+    ];
+    for mut row in rows {
+        (row.happens)(&mut row.world);
+        row.world
+            .settle()
+            .unwrap_or_else(|why| panic!("{}: {why}", row.name));
+        assert_eq!(
+            row.world.journey, row.journey,
+            "{}: {:#?}",
+            row.name, row.world.trace
+        );
+        let reason = row.world.status.rejected.as_ref().map(|rejected| rejected.reason);
+        assert_eq!(reason, row.reason, "{}", row.name);
+    }
+}
+
+#[test]
+fn an_annotation_never_acts_twice() {
+    let mut world = releasing(6, Held);
+    world.settle().unwrap();
+    world.ask(|requests, names| requests.retry = names.rejected);
+    world.settle().unwrap();
+    let attempts = world.status.attempt;
+    world.settle().unwrap();
+    assert_eq!(world.status.attempt, attempts, "{:#?}", world.trace);
+    assert_eq!(world.status.phase, Held);
+}
+
+#[test]
+fn pausing_stops_the_clock_of_the_retention() {
+    let mut world = after_a_release();
+    world.finish(0);
+    for _ in 0..20 {
+        world.step(0, View::Fresh).unwrap();
+        world.round();
+    }
+    world.declare(|spec| spec.suspend = true);
+    world.settle().unwrap();
+    assert!(world.has("r0"), "retired while suspended");
+    world.declare(|spec| spec.suspend = false);
+    for _ in 0..50 {
+        world.step(0, View::Fresh).unwrap();
+        world.round();
+    }
+    assert!(world.has("r0"), "the time of the pause was counted");
+    world.settle().unwrap();
+    assert!(!world.has("r0"));
+}
+
+#[test]
+fn replicas_without_a_release_apply_to_what_is_live_also_after_a_rollback() {
+    let mut world = releasing(6, Held);
+    world.declare(|spec| spec.services.trade.replicas = 5);
+    world.settle().unwrap();
+    let seen = world.observe();
+    let live = world.status.live.clone().unwrap();
+    assert_eq!(live.stack.revision, "r0");
+    assert_eq!(
+        seen.stacks[&live.stack].service(Service::Trade).unwrap().replicas,
+        5
+    );
+}
+
+#[test]
+fn replicas_that_came_with_a_release_wait_for_its_promotion() {
+    let mut world = World::new(true);
+    world.declare(|spec| spec.services.trade.replicas = 4);
+    world.settle().unwrap();
+    world.declare(|spec| spec.services.trade.replicas = 1);
+    world.release(5);
+    world.settle().unwrap();
+    assert_eq!(world.status.phase, Failed);
+    let live = world.status.live.clone().unwrap();
+    assert_eq!(
+        world.observe().stacks[&live.stack]
+            .service(Service::Trade)
+            .unwrap()
+            .replicas,
+        4
+    );
+}
+
+#[test]
+fn an_object_created_again_adopts_what_its_predecessor_left_running() {
+    let mut world = after_a_release();
+    world.settle().unwrap();
+    let live = world.status.live.clone().unwrap();
+    let targets = world.targets();
+    world.lose_status();
+    world.settle().unwrap();
+    assert_eq!(world.status.phase, Live, "{:#?}", world.trace);
+    assert_eq!(world.status.live.clone().unwrap().stack, live.stack);
+    assert_eq!(world.targets(), targets);
+}
+
+#[test]
+fn an_old_leader_that_wakes_with_gates_passed_after_an_abort() {
+    let mut world = at(Testing);
+    world.finish(0);
+    world.round();
+    world.round();
+    // The old leader has seen all gates passed, is about to record it, and falls asleep.
+    world.operators[1].crash();
+    world.step(1, View::Fresh).unwrap();
+    assert_eq!(world.recording(1), Some(Promoting));
+    abort(&mut world);
+    world.until(0, Failed);
+    world.finish(0);
+    let before = (world.status.clone(), world.targets());
+    world.finish(1);
+    assert_eq!((world.status.clone(), world.targets()), before);
+    assert_eq!(world.status.live.unwrap().stack.revision, "r0");
+}
+
+#[test]
+fn an_old_leader_that_wakes_between_two_of_the_three_writes() {
+    let mut world = at(Promoting);
+    world.round();
+    let moves = |world: &World| world.next_action(0).cloned();
+    // The old leader has moved one Service, has checked the next one, and falls asleep.
+    while !matches!(
+        moves(&world),
+        Some(Action::Point {
+            service: Service::Trade,
+            ..
+        })
+    ) {
+        world.step(0, View::Fresh).unwrap();
+    }
+    world.step(0, View::Fresh).unwrap();
+    let revisions = |world: &World| {
+        world
+            .targets()
+            .into_iter()
+            .map(|target| target.unwrap().revision)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(revisions(&world), ["r1", "r0", "r0"]);
+    world.lose("r1", Service::Notification);
+    world.operators[1].crash();
+    while world.status.phase != RollingBack {
+        world.step(1, View::Fresh).unwrap();
+    }
+    // Before the new leader has written anything, the old one does; and after it.
+    world.until(1, Held);
+    world.finish(1);
+    assert_eq!(revisions(&world), ["r0", "r0", "r0"]);
+    world.finish(0);
+    assert_eq!(revisions(&world), ["r0", "r0", "r0"], "{:#?}", world.trace);
+}
+
+#[test]
+fn an_old_leader_that_wakes_to_retire_what_has_become_live_again() {
+    let mut world = after_a_release();
+    world.finish(0);
+    for _ in 0..20 {
+        world.step(0, View::Fresh).unwrap();
+        world.round();
+    }
+    world.finish(0);
+    assert_eq!(
+        world.status.previous.as_ref().unwrap().state,
+        PreviousState::Retained
+    );
+    world.wait(3601);
+    world.operators[1].crash();
+    world.step(1, View::Fresh).unwrap();
+    assert_eq!(
+        world.recording(1),
+        Some(Live),
+        "is about to record the retirement"
+    );
+    roll_back(&mut world);
+    world.until(0, Held);
+    world.finish(0);
+    world.finish(1);
+    assert_eq!(world.status.live.clone().unwrap().stack.revision, "r0");
+    assert!(world.has("r0"), "{:#?}", world.trace);
+
+    // And one that had recorded it: nobody can go back any more, and when the same revision is live again in the same
+    // colour under the same names, it is not what the sleeper has seen.
+    let mut world = after_a_release();
+    world.wait(4000);
+    world.operators[1].crash();
+    while !matches!(
+        world.next_action(1),
+        Some(Action::Delete {
+            part: Part::Workload,
+            ..
+        })
+    ) {
+        world.step(1, View::Fresh).unwrap();
+        world.round();
+    }
+    world.step(1, View::Fresh).unwrap();
+    roll_back(&mut world);
+    world.settle().unwrap();
+    assert!(
+        !world.has("r0") && world.status.phase == Live,
+        "{:#?}",
+        world.trace
+    );
+    world.release(0);
+    world.settle().unwrap();
+    assert_eq!(world.status.live.clone().unwrap().stack.revision, "r0");
+    world.finish(1);
+    assert!(world.has("r0"));
+    world.round();
+    world.at_the_end().unwrap();
+}
+
+#[test]
+fn a_forced_repair_that_races_a_swap() {
+    let mut world = at(AwaitingPromotion);
+    world.finish(0);
+    world.round();
+    world.edit_live(Service::Trade, None);
+    world.operators[1].crash();
+    world.step(1, View::Fresh).unwrap();
+    world.step(1, View::Fresh).unwrap();
+    let repair = world.next_action(1).cloned();
+    assert!(
+        matches!(
+            repair,
+            Some(Action::Point {
+                intent: Intent::Repair,
+                service: Service::Trade,
+                ..
+            })
+        ),
+        "{repair:?}"
+    );
+    world.ask(|requests, names| requests.promote = names.candidate);
+    world.until(0, Verifying);
+    world.finish(1);
+    let revisions: Vec<_> = world
+        .targets()
+        .into_iter()
+        .map(|target| target.unwrap().revision)
+        .collect();
+    assert_eq!(revisions, ["r1", "r1", "r1"], "{:#?}", world.trace);
+}

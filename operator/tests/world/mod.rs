@@ -1,0 +1,1255 @@
+//! A cluster in memory, with a mind of its own: versions of objects and optimistic locking, endpoint slices that lag,
+//! pods that die, Jobs that fail, people who change their minds, and operators that sleep between any two steps.
+//!
+//! After every write of an operator the promises are checked against what is *true* in this world, not against what
+//! the operator has seen of it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    rc::Rc,
+};
+
+use exchange_operator::{
+    api::{Autoscaling, ColourChoice, ExchangeDeploymentSpec as Spec, Promotion, Service},
+    decide::{Action, Intent, decide},
+    guard,
+    observe::{
+        Declared, Fence, Figures, Job, JobKind, JobSeen, JobState, LiveService, Observed, Part, PartSeen,
+        Requests, ServiceSeen, StackSeen, Target,
+    },
+    status::{ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack, token},
+};
+use jiff::{SignedDuration, Timestamp};
+
+/// Told only when a history is told: most are not.
+macro_rules! note {
+    ($world:expr, $($what:tt)*) => {
+        if $world.traced {
+            $world.trace.push(format!($($what)*));
+        }
+    };
+}
+
+/// What is the matter with a revision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Nature {
+    Good,
+    CannotMigrate,
+    NeverReady,
+    FailsTests,
+    FailsVerification,
+    ServesErrors,
+}
+
+/// The revisions that people declare in these histories.
+pub(crate) const NATURES: [Nature; 8] = [
+    Nature::Good,
+    Nature::Good,
+    Nature::Good,
+    Nature::CannotMigrate,
+    Nature::NeverReady,
+    Nature::FailsTests,
+    Nature::FailsVerification,
+    Nature::ServesErrors,
+];
+
+pub(crate) fn nature(revision: &str) -> Nature {
+    let index: usize = revision.trim_start_matches('r').parse().unwrap();
+    NATURES[index]
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pod {
+    Starting,
+    Ready,
+    Dead,
+    Terminating,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Workload {
+    parts: BTreeMap<Part, PartSeen>,
+    replicas: u32,
+    pods: Vec<Pod>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct StackThere {
+    rendered: Option<Fence>,
+    attempt: u32,
+    version: String,
+    services: BTreeMap<Service, Workload>,
+    open: u64,
+}
+
+#[derive(Clone, Debug)]
+struct LiveThere {
+    fence: Fence,
+    target: Target,
+    epoch: u32,
+    /// Somebody else has had a hand in it since the operator wrote it.
+    tampered: bool,
+}
+
+#[derive(Clone, Debug)]
+struct JobThere {
+    seen: JobSeen,
+    /// The rendered stack for which it runs.
+    of: Option<Fence>,
+}
+
+/// How an operator sees the world.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum View {
+    /// As it is.
+    Fresh,
+    /// The object as it is, everything else as it was a while ago: reads take time, and the object is read last.
+    Torn,
+    /// All as it was a while ago.
+    Old,
+}
+
+/// One operator: a plan that it is carrying out, and what it remembers.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Operator {
+    status: Option<(Status, u64)>,
+    actions: VecDeque<Action>,
+    guarded: bool,
+    phase: Option<(Phase, u32)>,
+    known: Option<(Phase, u32)>,
+}
+
+impl Operator {
+    fn idle(&self) -> bool {
+        self.status.is_none() && self.actions.is_empty()
+    }
+
+    fn give_up(&mut self) {
+        self.status = None;
+        self.actions.clear();
+        self.guarded = false;
+    }
+
+    /// Forgets everything.
+    pub(crate) fn crash(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// The cluster, and what has been true in it.
+pub(crate) struct World {
+    pub(crate) now: Timestamp,
+    counter: u64,
+    pub(crate) spec: Spec,
+    pub(crate) revision: String,
+    pub(crate) gates: u32,
+    generation: i64,
+    pub(crate) requests: Requests,
+    pub(crate) status: Status,
+    version: u64,
+    live: BTreeMap<Service, LiveThere>,
+    stacks: BTreeMap<Stack, StackThere>,
+    jobs: BTreeMap<Job, JobThere>,
+    slices: BTreeMap<(Stack, Service), u32>,
+    live_slices: BTreeMap<Service, Vec<Stack>>,
+    /// Jobs that have passed, and the rendered stack for which they ran.
+    passed: BTreeMap<Job, Option<Fence>>,
+    /// Rendered stacks that have passed all their gates.
+    proven: BTreeSet<(Stack, Fence)>,
+    /// Endpoints at the time of the last guard, per operator.
+    at_guard: [BTreeMap<(Stack, Service), (u32, u32)>; 2],
+    /// What was declared at that time.
+    declared_at_guard: [Spec; 2],
+    past: VecDeque<Rc<(Observed, u64)>>,
+    pub(crate) operators: [Operator; 2],
+    /// Writes of the operators.
+    pub(crate) writes: u64,
+    /// What happened, for people who replay a history.
+    pub(crate) trace: Vec<String>,
+    traced: bool,
+    /// The phases that were recorded, in order.
+    pub(crate) journey: Vec<Phase>,
+}
+
+pub(crate) fn spec() -> Spec {
+    let value = serde_json::json!({
+        "version": "r0", "image": "acme/exchange",
+        "database": {"secretRef": {"name": "db"}},
+        "queue": {"secretRef": {"name": "queue"}},
+        "marketData": {"secretRef": {"name": "redis"}},
+        "rollout": {"smokeTests": [{"name": "own", "command": ["test"]}]},
+    });
+    serde_json::from_value(value).unwrap()
+}
+
+impl World {
+    pub(crate) fn new(traced: bool) -> Self {
+        Self {
+            now: "2026-01-01T00:00:00Z".parse().unwrap(),
+            counter: 0,
+            spec: spec(),
+            revision: "r0".to_owned(),
+            gates: 0,
+            generation: 1,
+            requests: Requests::default(),
+            status: Status::default(),
+            version: 0,
+            live: BTreeMap::new(),
+            stacks: BTreeMap::new(),
+            jobs: BTreeMap::new(),
+            slices: BTreeMap::new(),
+            live_slices: BTreeMap::new(),
+            passed: BTreeMap::new(),
+            proven: BTreeSet::new(),
+            at_guard: [BTreeMap::new(), BTreeMap::new()],
+            declared_at_guard: [spec(), spec()],
+            past: VecDeque::new(),
+            operators: [Operator::default(), Operator::default()],
+            writes: 0,
+            trace: Vec::new(),
+            traced,
+            journey: vec![Phase::Pending],
+        }
+    }
+
+    fn fence(&mut self) -> Fence {
+        self.counter += 1;
+        Fence {
+            uid: format!("u{}", self.counter).into(),
+            resource_version: self.counter.to_string().into(),
+        }
+    }
+
+    fn touch(fence: &mut Fence, counter: &mut u64) {
+        *counter += 1;
+        fence.resource_version = counter.to_string().into();
+    }
+
+    // ---- what operators see -----------------------------------------------------------------------------------
+
+    pub(crate) fn observe(&self) -> Observed {
+        let mut live = BTreeMap::new();
+        for (service, there) in &self.live {
+            let endpoints = self.live_slices.get(service).cloned().unwrap_or_default();
+            let LiveThere {
+                fence, target, epoch, ..
+            } = there.clone();
+            live.insert(
+                *service,
+                LiveService {
+                    fence,
+                    target,
+                    epoch,
+                    endpoints,
+                },
+            );
+        }
+        let mut stacks = BTreeMap::new();
+        for (stack, there) in &self.stacks {
+            let mut services = BTreeMap::new();
+            for (service, workload) in &there.services {
+                let seen = ServiceSeen {
+                    parts: workload.parts.clone(),
+                    replicas: workload.replicas,
+                    ready: self.slices.get(&(stack.clone(), *service)).copied().unwrap_or(0),
+                    pods: u32::try_from(workload.pods.len()).unwrap(),
+                    trouble: None,
+                };
+                services.insert(*service, seen);
+            }
+            let (rendered, attempt, version) = (there.rendered.clone(), there.attempt, there.version.clone());
+            stacks.insert(
+                stack.clone(),
+                StackSeen {
+                    rendered,
+                    attempt,
+                    version,
+                    services,
+                    open: Some(there.open),
+                },
+            );
+        }
+        let jobs = self
+            .jobs
+            .iter()
+            .map(|(job, there)| (job.clone(), there.seen.clone()))
+            .collect();
+        let mut answers = self.live_slices.values().map(Vec::as_slice);
+        let answers = match answers.next() {
+            Some([first])
+                if self.live_slices.len() == 3 && answers.all(|it| it == std::slice::from_ref(first)) =>
+            {
+                Some(first.clone())
+            }
+            _ => None,
+        };
+        let errors = self
+            .status
+            .live
+            .as_ref()
+            .is_some_and(|it| nature(&it.stack.revision) == Nature::ServesErrors);
+        let errors = if errors { 500 } else { 5 };
+        let figures = [(
+            Service::Trade,
+            Figures {
+                requests: 1000,
+                errors,
+                p99_ms: 20,
+            },
+        )]
+        .into();
+        Observed {
+            generation: self.generation,
+            deleting: false,
+            requests: self.requests.clone(),
+            status: self.status.clone(),
+            declared: Ok(Declared {
+                revision: self.revision.clone(),
+                gates: format!("g{}", self.gates),
+            }),
+            live,
+            stacks,
+            jobs,
+            taken: Vec::new(),
+            answers,
+            figures,
+            seen_before: false,
+        }
+    }
+
+    /// One step of an operator: it looks and decides, or records, or checks an action, or carries it out.
+    pub(crate) fn step(&mut self, who: usize, view: View) -> Result<(), String> {
+        if let Some((status, version)) = self.operators[who].status.take() {
+            return self.record(who, status, version);
+        }
+        let Some(action) = self.operators[who].actions.front().cloned() else {
+            self.look(who, view);
+            return Ok(());
+        };
+        if !self.operators[who].guarded {
+            let replicas = |(stack, service): &(Stack, Service)| {
+                self.stacks
+                    .get(stack)
+                    .and_then(|it| it.services.get(service))
+                    .map_or(0, |it| it.replicas)
+            };
+            self.at_guard[who] = self
+                .slices
+                .iter()
+                .map(|(key, ready)| (key.clone(), (*ready, replicas(key))))
+                .collect();
+            self.declared_at_guard[who] = self.spec.clone();
+            if let Err(refusal) = guard::check(&self.spec, &action, &self.observe()) {
+                note!(self, "{who}: refused: {refusal}");
+                self.operators[who].give_up();
+            } else {
+                self.operators[who].guarded = true;
+            }
+            return Ok(());
+        }
+        self.operators[who].guarded = false;
+        self.operators[who].actions.pop_front();
+        let done = self.act(who, &action)?;
+        note!(self, "{who}: {action:?} {}", if done { "" } else { "CONFLICT" });
+        if done {
+            self.writes += 1;
+        } else {
+            self.operators[who].give_up();
+        }
+        if self.operators[who].idle() {
+            self.operators[who].known = self.operators[who].phase;
+        }
+        Ok(())
+    }
+
+    fn look(&mut self, who: usize, view: View) {
+        let fresh = Rc::new((self.observe(), self.version));
+        let old = self.past.front().cloned().unwrap_or_else(|| Rc::clone(&fresh));
+        self.past.push_back(Rc::clone(&fresh));
+        if self.past.len() > 6 {
+            self.past.pop_front();
+        }
+        let (mut seen, version) = match view {
+            View::Fresh => (*fresh).clone(),
+            View::Old => (*old).clone(),
+            View::Torn => {
+                let Observed {
+                    generation,
+                    requests,
+                    status,
+                    declared,
+                    ..
+                } = fresh.0.clone();
+                (
+                    Observed {
+                        generation,
+                        requests,
+                        status,
+                        declared,
+                        ..old.0.clone()
+                    },
+                    fresh.1,
+                )
+            }
+        };
+        let now = (seen.status.phase, seen.status.attempt);
+        seen.seen_before = self.operators[who].known == Some(now);
+        let plan = decide(&self.spec, &seen, self.now);
+        let operator = &mut self.operators[who];
+        operator.phase = Some(
+            plan.status
+                .as_ref()
+                .map_or(now, |next| (next.phase, next.attempt)),
+        );
+        operator.status = plan.status.map(|status| (status, version));
+        operator.actions = plan.actions.into();
+        if operator.idle() {
+            operator.known = operator.phase;
+        }
+    }
+
+    // ---- writes -----------------------------------------------------------------------------------------------
+
+    fn record(&mut self, who: usize, status: Status, version: u64) -> Result<(), String> {
+        if version != self.version {
+            note!(self, "{who}: record CONFLICT");
+            self.operators[who].give_up();
+            return Ok(());
+        }
+        let old = std::mem::replace(&mut self.status, status);
+        self.counter += 1;
+        self.version = self.counter;
+        self.writes += 1;
+        if self.journey.last() != Some(&self.status.phase) {
+            self.journey.push(self.status.phase);
+        }
+        note!(
+            self,
+            "{who}: {} -> {} live {:?} candidate {:?} previous {:?} attempt {} epoch {}",
+            old.phase,
+            self.status.phase,
+            self.status.live.as_ref().map(|it| it.stack.to_string()),
+            self.status.candidate.as_ref().map(|it| it.stack.to_string()),
+            self.status
+                .previous
+                .as_ref()
+                .map(|it| (it.stack.to_string(), it.state)),
+            self.status.attempt,
+            self.status.epoch
+        );
+        if self.operators[who].idle() {
+            self.operators[who].known = self.operators[who].phase;
+        }
+        self.after_record(&old)
+    }
+
+    fn after_record(&mut self, old: &Status) -> Result<(), String> {
+        let new = self.status.clone();
+        if new.attempt < old.attempt || new.epoch < old.epoch {
+            return Err("P7: an attempt or a move was counted twice".to_owned());
+        }
+        if new.phase == Phase::Promoting && old.phase != Phase::Promoting && old.phase != Phase::RollingBack {
+            self.may_promote(&new)?;
+        }
+        if new.phase == Phase::RollingBack
+            && old
+                .previous
+                .as_ref()
+                .is_some_and(|it| it.state == PreviousState::Retiring)
+        {
+            return Err("P5: back to a stack that is being retired".to_owned());
+        }
+        if let (Some(was), Some(is)) = (&old.previous, &new.previous)
+            && was.state == PreviousState::Retiring
+            && is.state != PreviousState::Retiring
+            && was.stack == is.stack
+        {
+            return Err("P5: a retirement was taken back".to_owned());
+        }
+        let moving = matches!(new.phase, Phase::Promoting | Phase::RollingBack);
+        if !moving && (matches!(old.phase, Phase::Promoting | Phase::RollingBack) || old.live != new.live) {
+            let live = new.live.as_ref().map(|live| &live.stack);
+            for (service, there) in &self.live {
+                if !there.tampered && !there.target.is(live) {
+                    return Err(format!(
+                        "P4: {} ended while {service} points at {:?}",
+                        old.phase, there.target
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every gate, for exactly this stack and attempt, as it truly is.
+    fn may_promote(&mut self, status: &Status) -> Result<(), String> {
+        let candidate = status.candidate.clone().ok_or("promotes nothing")?;
+        let rendered = self
+            .stacks
+            .get(&candidate.stack)
+            .and_then(|it| it.rendered.clone());
+        let rendered = rendered.ok_or("P3: promotes a stack that does not exist")?;
+        let mut kinds = vec![JobKind::Expand, JobKind::Smoke];
+        kinds.extend(
+            self.spec
+                .rollout
+                .smoke_tests
+                .iter()
+                .map(|test| JobKind::Test(test.name.clone())),
+        );
+        for kind in kinds {
+            let job = Job {
+                kind,
+                stack: candidate.stack.clone(),
+                attempt: candidate.attempt,
+            };
+            let of = self
+                .passed
+                .get(&job)
+                .ok_or(format!("P3: {job:?} has not passed"))?;
+            if job.kind != JobKind::Expand && of.as_ref() != Some(&rendered) {
+                return Err(format!("P3: {job:?} was about another stack of this name"));
+            }
+        }
+        let name = token(&candidate.stack, candidate.attempt);
+        if self.spec.rollout.promotion == Promotion::Manual && self.requests.promote.as_ref() != Some(&name) {
+            return Err("P3: nobody has approved it".to_owned());
+        }
+        if self.requests.abort.as_ref() == Some(&name) {
+            return Err("P7: promotes what has been aborted".to_owned());
+        }
+        if candidate.stack.revision != self.revision {
+            return Err("P7: promotes what is not declared any more".to_owned());
+        }
+        if self.stopped() {
+            return Err("promotes while stopped".to_owned());
+        }
+        self.proven.insert((candidate.stack, rendered));
+        Ok(())
+    }
+
+    fn stopped(&self) -> bool {
+        self.spec.suspend
+    }
+
+    fn is_proven(&self, stack: &Stack) -> bool {
+        let rendered = self.stacks.get(stack).and_then(|it| it.rendered.clone());
+        rendered.is_some_and(|rendered| self.proven.contains(&(stack.clone(), rendered)))
+    }
+
+    /// Carries one action out. `false`: refused by the API server, because of another version or an existing name.
+    fn act(&mut self, who: usize, action: &Action) -> Result<bool, String> {
+        match action {
+            Action::CreateLive { service } => {
+                if self.live.contains_key(service) {
+                    return Ok(false);
+                }
+                let fence = self.fence();
+                let there = LiveThere {
+                    fence,
+                    target: Target::Nothing,
+                    epoch: 0,
+                    tampered: true,
+                };
+                self.live.insert(*service, there);
+                Ok(true)
+            }
+            Action::Point {
+                service,
+                fence,
+                to,
+                epoch,
+                intent,
+            } => {
+                let Some(there) = self.live.get_mut(service).filter(|it| it.fence == *fence) else {
+                    return Ok(false);
+                };
+                there.target = to.clone().map_or(Target::Nothing, Target::Stack);
+                there.epoch = *epoch;
+                there.tampered = false;
+                Self::touch(&mut there.fence, &mut self.counter);
+                self.after_point(who, *service, to.as_ref(), *intent)?;
+                Ok(true)
+            }
+            Action::Render {
+                stack,
+                attempt,
+                version,
+            } => {
+                if self.stacks.get(stack).is_some_and(|it| it.rendered.is_some()) {
+                    return Ok(false);
+                }
+                let fence = self.fence();
+                let there = self.stacks.entry(stack.clone()).or_default();
+                there.rendered = Some(fence);
+                there.attempt = *attempt;
+                there.version.clone_from(version);
+                Ok(true)
+            }
+            Action::Apply {
+                stack,
+                service,
+                part,
+                replicas,
+                fence,
+            } => self.apply(who, stack, *service, *part, *replicas, fence.as_ref()),
+            Action::Delete {
+                stack,
+                service,
+                part,
+                fence,
+            } => {
+                let there = self
+                    .stacks
+                    .get_mut(stack)
+                    .and_then(|it| it.services.get_mut(service));
+                let Some(there) = there.filter(|it| it.parts.get(part).is_some_and(|it| it.fence == *fence))
+                else {
+                    return Ok(false);
+                };
+                there.parts.remove(part);
+                if *part == Part::Workload {
+                    there.replicas = 0;
+                    there.pods.fill(Pod::Terminating);
+                }
+                self.after_delete(stack, *service, *part)?;
+                self.forget_empty();
+                Ok(true)
+            }
+            Action::Unrender { stack, fence } => {
+                let there = self
+                    .stacks
+                    .get_mut(stack)
+                    .filter(|it| it.rendered.as_ref() == Some(fence));
+                let Some(there) = there else { return Ok(false) };
+                there.rendered = None;
+                self.after_delete(stack, Service::User, Part::Budget)?;
+                self.forget_empty();
+                Ok(true)
+            }
+            Action::Run(job) => {
+                if self.jobs.contains_key(job) {
+                    return Ok(false);
+                }
+                if job.kind == JobKind::Contract {
+                    self.may_contract(job)?;
+                }
+                let seen = JobSeen {
+                    fence: self.fence(),
+                    state: JobState::Running,
+                };
+                let of = self.stacks.get(&job.stack).and_then(|it| it.rendered.clone());
+                self.jobs.insert(job.clone(), JobThere { seen, of });
+                Ok(true)
+            }
+            Action::DeleteJob(job, fence) => {
+                if self.jobs.get(job).is_none_or(|it| it.seen.fence != *fence) {
+                    return Ok(false);
+                }
+                self.jobs.remove(job);
+                Ok(true)
+            }
+        }
+    }
+
+    fn apply(
+        &mut self,
+        who: usize,
+        stack: &Stack,
+        service: Service,
+        part: Part,
+        replicas: u32,
+        fence: Option<&Fence>,
+    ) -> Result<bool, String> {
+        let new = self.fence();
+        let there = self
+            .stacks
+            .entry(stack.clone())
+            .or_default()
+            .services
+            .entry(service)
+            .or_default();
+        let new = match (there.parts.get(&part), fence) {
+            (None, None) => new,
+            (Some(there), Some(fence)) if there.fence == *fence => Fence {
+                uid: there.fence.uid.clone(),
+                resource_version: new.resource_version,
+            },
+            _ => {
+                self.forget_empty();
+                return Ok(false);
+            }
+        };
+        let before = there.replicas;
+        there.parts.insert(
+            part,
+            PartSeen {
+                fence: new,
+                intact: true,
+            },
+        );
+        if part == Part::Workload {
+            there.replicas = replicas;
+            let live = self.status.live.as_ref().is_some_and(|live| live.stack == *stack);
+            let declared = u32::try_from(self.declared_at_guard[who].services.get(service).replicas).unwrap();
+            if replicas == 0 || (live && replicas < before.min(declared)) {
+                return Err(format!(
+                    "P3: the live stack was scaled from {before} to {replicas}"
+                ));
+            }
+        }
+        Ok(true)
+    }
+
+    fn forget_empty(&mut self) {
+        self.stacks.retain(|_, stack| {
+            stack
+                .services
+                .retain(|_, service| !service.parts.is_empty() || !service.pods.is_empty());
+            stack.rendered.is_some() || !stack.services.is_empty()
+        });
+    }
+
+    fn after_point(
+        &self,
+        who: usize,
+        service: Service,
+        to: Option<&Stack>,
+        intent: Intent,
+    ) -> Result<(), String> {
+        if let Some(to) = to {
+            if !self.is_proven(to) {
+                return Err(format!("P3: {service} points at {to}, which is not proven"));
+            }
+            let (ready, replicas) = self.at_guard[who]
+                .get(&(to.clone(), service))
+                .copied()
+                .unwrap_or((0, 0));
+            if ready == 0 || (intent == Intent::Promote && ready < replicas) {
+                return Err(format!(
+                    "P3: {service} points at {to}, which had {ready} of {replicas} endpoints"
+                ));
+            }
+        }
+        let moving = matches!(self.status.phase, Phase::Promoting | Phase::RollingBack);
+        if !moving {
+            let live = self.status.live.as_ref().map(|live| &live.stack);
+            if to != live {
+                return Err(format!(
+                    "P4: {service} was pointed at {to:?} ({intent:?}) while {live:?} is live"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn after_delete(&self, stack: &Stack, service: Service, part: Part) -> Result<(), String> {
+        if part == Part::Autoscaler {
+            return Ok(());
+        }
+        if self.status.live.as_ref().is_some_and(|live| live.stack == *stack) {
+            return Err(format!(
+                "P5: {part:?} of {service} of the live {stack} was deleted"
+            ));
+        }
+        if let Some(previous) = &self.status.previous
+            && previous.stack == *stack
+            && previous.state != PreviousState::Retiring
+        {
+            return Err(format!(
+                "P5: {part:?} of {service} of the way back {stack} was deleted"
+            ));
+        }
+        let pods = self
+            .stacks
+            .get(stack)
+            .map_or(0, |it| it.services.values().map(|it| it.pods.len()).sum());
+        // A sleeper may start pods of a stack that never had traffic: nobody is connected to them.
+        if part == Part::ColourService && pods > 0 && self.is_proven(stack) {
+            return Err(format!(
+                "P1: the colour Service of {stack} was deleted while pods are left"
+            ));
+        }
+        if self
+            .live
+            .values()
+            .any(|live| !live.tampered && live.target.is(Some(stack)))
+        {
+            return Err(format!(
+                "P3: {part:?} of {stack} was deleted while a live Service points at it"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Nothing may be left that reads the old schema: no pod of another stack, no way back.
+    fn may_contract(&self, job: &Job) -> Result<(), String> {
+        let live = self
+            .status
+            .live
+            .as_ref()
+            .is_some_and(|live| live.stack == job.stack);
+        let others = self.stacks.iter().any(|(stack, there)| {
+            *stack != job.stack
+                && there
+                    .services
+                    .values()
+                    .any(|it| !it.pods.is_empty() || it.replicas > 0)
+        });
+        if !live || others || self.status.previous.is_some() {
+            return Err(format!(
+                "P5: the schema is contracted for {} too early",
+                job.stack
+            ));
+        }
+        Ok(())
+    }
+
+    // ---- the rest of the world --------------------------------------------------------------------------------
+
+    /// Controllers and kubelets do a bit of their work.
+    pub(crate) fn kubelet(&mut self) {
+        let pointed: Vec<Target> = self.live.values().map(|live| live.target.clone()).collect();
+        for (stack, there) in &mut self.stacks {
+            let healthy = nature(&stack.revision) != Nature::NeverReady;
+            for service in there.services.values_mut() {
+                service
+                    .pods
+                    .retain(|pod| !matches!(pod, Pod::Terminating | Pod::Dead));
+                for pod in &mut service.pods {
+                    if *pod == Pod::Starting && healthy {
+                        *pod = Pod::Ready;
+                    }
+                }
+                let wanted = if service.parts.contains_key(&Part::Workload) {
+                    service.replicas
+                } else {
+                    0
+                } as usize;
+                while service.pods.len() < wanted {
+                    service.pods.push(Pod::Starting);
+                }
+                for pod in service.pods.iter_mut().skip(wanted) {
+                    *pod = Pod::Terminating;
+                }
+            }
+            let used = pointed.iter().any(|target| target.is(Some(stack)));
+            there.open = if used { 3 } else { there.open.saturating_sub(1) };
+        }
+        self.forget_empty();
+    }
+
+    /// The slice controller catches up.
+    pub(crate) fn slices(&mut self) {
+        self.slices.clear();
+        for (stack, there) in &self.stacks {
+            for (service, workload) in &there.services {
+                let ready = workload.pods.iter().filter(|pod| **pod == Pod::Ready).count();
+                if workload.parts.contains_key(&Part::ColourService) {
+                    self.slices
+                        .insert((stack.clone(), *service), u32::try_from(ready).unwrap());
+                }
+            }
+        }
+        self.live_slices.clear();
+        for (service, live) in &self.live {
+            let mut listed = Vec::new();
+            if let Target::Stack(stack) = &live.target {
+                let workload = self.stacks.get(stack).and_then(|it| it.services.get(service));
+                if workload.is_some_and(|it| it.pods.contains(&Pod::Ready)) {
+                    listed.push(stack.clone());
+                }
+            }
+            self.live_slices.insert(*service, listed);
+        }
+    }
+
+    /// Jobs finish as their revision lets them.
+    pub(crate) fn run_jobs(&mut self) {
+        let serves = |slices: &BTreeMap<(Stack, Service), u32>, stack: &Stack| {
+            Service::ALL.iter().all(|service| {
+                slices
+                    .get(&(stack.clone(), *service))
+                    .is_some_and(|ready| *ready > 0)
+            })
+        };
+        for (job, there) in &mut self.jobs {
+            if there.seen.state != JobState::Running {
+                continue;
+            }
+            let nature = nature(&job.stack.revision);
+            let fails = match job.kind {
+                JobKind::Expand => nature == Nature::CannotMigrate,
+                JobKind::Smoke | JobKind::Test(_) => nature == Nature::FailsTests,
+                JobKind::Verify => nature == Nature::FailsVerification,
+                JobKind::Contract => false,
+            };
+            let needs_pods = matches!(job.kind, JobKind::Smoke | JobKind::Test(_) | JobKind::Verify);
+            if needs_pods && !serves(&self.slices, &job.stack) {
+                continue;
+            }
+            there.seen.state = if fails {
+                JobState::Failed("as it must".to_owned())
+            } else {
+                JobState::Passed
+            };
+            if !fails {
+                self.passed.insert(job.clone(), there.of.clone());
+            }
+            Self::touch(&mut there.seen.fence, &mut self.counter);
+        }
+    }
+
+    pub(crate) fn wait(&mut self, seconds: i64) {
+        self.now = self.now.checked_add(SignedDuration::from_secs(seconds)).unwrap();
+    }
+
+    /// Everything around the operators takes its course.
+    pub(crate) fn round(&mut self) {
+        self.kubelet();
+        self.slices();
+        self.run_jobs();
+        self.wait(1);
+    }
+
+    fn edited(&mut self) {
+        self.counter += 1;
+        self.version = self.counter;
+    }
+
+    /// People change the spec.
+    pub(crate) fn declare(&mut self, change: impl FnOnce(&mut Spec)) {
+        change(&mut self.spec);
+        self.generation += 1;
+        self.edited();
+    }
+
+    pub(crate) fn release(&mut self, index: usize) {
+        self.revision = format!("r{index}");
+        note!(self, "people: release r{index}");
+        self.declare(|spec| spec.version = format!("r{index}"));
+    }
+
+    pub(crate) fn change_gates(&mut self, gates: u32) {
+        self.gates = gates;
+        note!(self, "people: gates {gates}");
+        self.declare(|_| {});
+    }
+
+    pub(crate) fn colour(&mut self, colour: ColourChoice) {
+        note!(self, "people: colour {colour:?}");
+        self.declare(|spec| spec.rollout.colour = colour);
+    }
+
+    pub(crate) fn autoscale(&mut self, on: bool) {
+        self.declare(|spec| {
+            spec.services.trade.autoscaling = on.then_some(Autoscaling {
+                min_replicas: 1,
+                max_replicas: 6,
+                target_cpu_utilization_percentage: 70,
+            });
+        });
+    }
+
+    /// The autoscaler moves the live workload.
+    pub(crate) fn scale_by_load(&mut self, replicas: u32) {
+        let Some(live) = self.status.live.clone() else {
+            return;
+        };
+        if let Some(there) = self
+            .stacks
+            .get_mut(&live.stack)
+            .and_then(|it| it.services.get_mut(&Service::Trade))
+            && there.parts.contains_key(&Part::Autoscaler)
+            && let Some(workload) = there.parts.get_mut(&Part::Workload)
+        {
+            there.replicas = replicas;
+            Self::touch(&mut workload.fence, &mut self.counter);
+        }
+    }
+
+    /// People annotate the object with the name of the present candidate, live stack, or rejected release.
+    pub(crate) fn ask(&mut self, set: impl FnOnce(&mut Requests, Names)) {
+        let candidate = self
+            .status
+            .candidate
+            .as_ref()
+            .map(|it| token(&it.stack, it.attempt));
+        let live = self.status.live.as_ref().map(|it| token(&it.stack, it.attempt));
+        let rejected = self
+            .status
+            .rejected
+            .as_ref()
+            .map(|it| token(&it.stack, it.attempt));
+        set(
+            &mut self.requests,
+            Names {
+                candidate,
+                live,
+                rejected,
+            },
+        );
+        note!(self, "people: {:?}", self.requests);
+        self.edited();
+    }
+
+    pub(crate) fn kill_pods(&mut self, stack: usize, service: Service) {
+        if let Some(there) = self
+            .stacks
+            .values_mut()
+            .nth(stack)
+            .and_then(|it| it.services.get_mut(&service))
+        {
+            there.pods.fill(Pod::Dead);
+            note!(self, "chaos: pods of stack {stack} {service} die");
+        }
+    }
+
+    pub(crate) fn edit_live(&mut self, service: Service, stack: Option<usize>) {
+        let target = stack
+            .and_then(|index| self.stacks.keys().nth(index).cloned())
+            .map_or(Target::Foreign, Target::Stack);
+        if let Some(there) = self.live.get_mut(&service) {
+            note!(self, "chaos: {service} edited to {target:?}");
+            there.target = target;
+            there.tampered = true;
+            Self::touch(&mut there.fence, &mut self.counter);
+        }
+    }
+
+    pub(crate) fn delete_live(&mut self, service: Service) {
+        note!(self, "chaos: live {service} deleted");
+        self.live.remove(&service);
+    }
+
+    pub(crate) fn spoil_part(&mut self, stack: usize, service: Service, part: Part, delete: bool) {
+        let Some(there) = self
+            .stacks
+            .values_mut()
+            .nth(stack)
+            .and_then(|it| it.services.get_mut(&service))
+        else {
+            return;
+        };
+        note!(
+            self,
+            "chaos: {part:?} of stack {stack} {service} spoiled, deleted {delete}"
+        );
+        if delete {
+            if there.parts.remove(&part).is_some() && part == Part::Workload {
+                there.pods.fill(Pod::Terminating);
+                there.replicas = 0;
+            }
+        } else if let Some(object) = there.parts.get_mut(&part) {
+            object.intact = false;
+            Self::touch(&mut object.fence, &mut self.counter);
+        }
+        self.forget_empty();
+    }
+
+    pub(crate) fn delete_job(&mut self, index: usize) {
+        // A finished contract is what keeps a sleeper from starting it again; it is owned and labelled, and left alone.
+        let found = self
+            .jobs
+            .keys()
+            .filter(|job| job.kind != JobKind::Contract)
+            .nth(index)
+            .cloned();
+        if let Some(job) = found {
+            note!(self, "chaos: {job:?} deleted");
+            self.jobs.remove(&job);
+        }
+    }
+
+    pub(crate) fn fail_jobs(&mut self) {
+        for there in self
+            .jobs
+            .values_mut()
+            .filter(|it| it.seen.state == JobState::Running)
+        {
+            there.seen.state = JobState::Failed("terminated".to_owned());
+            Self::touch(&mut there.seen.fence, &mut self.counter);
+        }
+    }
+
+    // ---- for stories that are told step by step -------------------------------------------------------------------
+
+    /// One operator works until this phase is recorded.
+    pub(crate) fn until(&mut self, who: usize, phase: Phase) {
+        for _ in 0..2000 {
+            if self.status.phase == phase {
+                return;
+            }
+            self.step(who, View::Fresh).unwrap();
+            if self.status.phase != phase {
+                self.round();
+            }
+        }
+        panic!("{phase} is not reached: {:#?}", self.trace);
+    }
+
+    /// One operator goes on until it has nothing more in hand.
+    pub(crate) fn finish(&mut self, who: usize) {
+        while !self.operators[who].idle() {
+            self.step(who, View::Fresh).unwrap();
+        }
+    }
+
+    /// What the operator is about to write, checked and all.
+    pub(crate) fn next_action(&self, who: usize) -> Option<&Action> {
+        self.operators[who]
+            .actions
+            .front()
+            .filter(|_| self.operators[who].status.is_none())
+    }
+
+    /// The phase that the operator is about to record.
+    pub(crate) fn recording(&self, who: usize) -> Option<Phase> {
+        self.operators[who]
+            .status
+            .as_ref()
+            .map(|(status, _)| status.phase)
+    }
+
+    /// The object is deleted without its children, and created again.
+    pub(crate) fn lose_status(&mut self) {
+        self.status = Status::default();
+        self.edited();
+    }
+
+    pub(crate) fn targets(&self) -> Vec<Option<Stack>> {
+        let target = |live: &LiveThere| match &live.target {
+            Target::Stack(stack) => Some(stack.clone()),
+            _ => None,
+        };
+        self.live.values().map(target).collect()
+    }
+
+    pub(crate) fn has(&self, revision: &str) -> bool {
+        self.stacks
+            .iter()
+            .any(|(stack, there)| stack.revision == revision && there.services.len() == 3)
+    }
+
+    /// All pods of a revision die and do not come back.
+    pub(crate) fn lose(&mut self, revision: &str, service: Service) {
+        for ((stack, of), ready) in &mut self.slices {
+            if stack.revision == revision && *of == service {
+                *ready = 0;
+            }
+        }
+    }
+
+    // ---- the end ----------------------------------------------------------------------------------------------
+
+    /// One undisturbed operator, until it has nothing to do for a while.
+    pub(crate) fn settle(&mut self) -> Result<(), String> {
+        let mut still = 0;
+        for _ in 0..3000 {
+            let before = self.writes;
+            self.step(0, View::Fresh)?;
+            self.round();
+            still = if self.writes == before && self.operators[0].idle() {
+                still + 1
+            } else {
+                0
+            };
+            if still > 8 {
+                // Past every deadline, retention and drain.
+                self.wait(4000);
+                self.round();
+                let before = self.writes;
+                for _ in 0..10 {
+                    self.step(0, View::Fresh)?;
+                    self.round();
+                }
+                if self.writes == before {
+                    return Ok(());
+                }
+                still = 0;
+            }
+        }
+        Err(format!(
+            "P7: no end is reached; at last {:?}",
+            self.trace.iter().rev().take(12).rev().collect::<Vec<_>>()
+        ))
+    }
+
+    /// What has to be true when nothing happens any more.
+    pub(crate) fn at_the_end(&self) -> Result<(), String> {
+        let status = &self.status;
+        let live = status.live.as_ref().map(|live| live.stack.clone());
+        for service in Service::ALL {
+            let there = self
+                .live
+                .get(&service)
+                .ok_or(format!("P7: live {service} is missing"))?;
+            if !there.target.is(live.as_ref()) {
+                return Err(format!(
+                    "P4: at the end {service} points at {:?}, live is {live:?}",
+                    there.target
+                ));
+            }
+        }
+        if status.previous.is_some() {
+            return Err("P7: the old stack is never retired".to_owned());
+        }
+        let allowed: BTreeSet<&Stack> = live
+            .iter()
+            .chain(status.candidate.as_ref().map(|candidate| &candidate.stack))
+            .collect();
+        if let Some(left) = self.stacks.keys().find(|stack| !allowed.contains(stack)) {
+            return Err(format!("P7: {left} is left over"));
+        }
+        let fixed = self.spec.rollout.colour.fixed();
+        match status.phase {
+            Phase::Live => {
+                let right = status.live.as_ref().is_some_and(|it| {
+                    it.stack.revision == self.revision
+                        && it.verified
+                        && fixed.is_none_or(|c| c == it.stack.colour)
+                });
+                if !right {
+                    return Err(format!("P9: Live, but {live:?} is not {}", self.revision));
+                }
+            }
+            Phase::Failed | Phase::Held => {
+                let rejected = status.rejected.as_ref().ok_or("P9: given up without a reason")?;
+                if rejected.stack.revision != self.revision {
+                    return Err("P9: what was given up is not what is declared".to_owned());
+                }
+            }
+            Phase::Pending => {
+                let in_use = live
+                    .as_ref()
+                    .is_some_and(|it| fixed == Some(it.colour) && it.revision != self.revision);
+                if !in_use {
+                    return Err("P7: Pending for ever".to_owned());
+                }
+            }
+            other => return Err(format!("P7: {other} for ever")),
+        }
+        if let Some(live) = &live {
+            for service in Service::ALL {
+                let there = self.stacks.get(live).and_then(|it| it.services.get(&service));
+                let there = there.ok_or(format!("P7: live {service} does not run"))?;
+                let ready = there.pods.iter().filter(|pod| **pod == Pod::Ready).count();
+                let parts = [Part::ColourService, Part::Budget, Part::Workload];
+                let intact = parts
+                    .iter()
+                    .all(|part| there.parts.get(part).is_some_and(|it| it.intact));
+                if ready == 0 || !intact {
+                    return Err(format!("P7: live {service}: {ready} pods, intact {intact}"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How people can name what they mean.
+pub(crate) struct Names {
+    pub(crate) candidate: Option<String>,
+    pub(crate) live: Option<String>,
+    pub(crate) rejected: Option<String>,
+}
