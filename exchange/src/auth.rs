@@ -52,7 +52,7 @@ const SIGNS_FOR: time::Duration = time::Duration::days(1);
 /// How far clocks may differ.
 const LEEWAY: i64 = 5;
 
-/// An unknown key id reads the keys again, but not more often than this.
+/// An unknown key id reads the keys again, but not more often than this: who comes sooner waits.
 const REFETCH_AFTER: Duration = Duration::from_secs(1);
 
 /// How long the published keys are answered from memory: much shorter than a key is published before it signs.
@@ -140,7 +140,10 @@ pub struct Keys {
     issuer: String,
     lifetime: Duration,
     known: RwLock<Arc<Vec<Key>>>,
+    /// When the last read of the keys began.
     read_at: Mutex<Option<Instant>>,
+    /// Held by whoever reads them for an unknown key id.
+    reading: Mutex<()>,
 }
 
 #[derive(sqlx::FromRow)]
@@ -191,6 +194,7 @@ impl Keys {
             lifetime: config.access_token_lifetime,
             known: RwLock::default(),
             read_at: Mutex::new(None),
+            reading: Mutex::new(()),
         }
     }
 
@@ -329,13 +333,20 @@ impl Keys {
         find(&self.known(), OffsetDateTime::now_utc()).ok_or_else(|| ApiError::internal("no key signs"))
     }
 
+    /// Reads the keys, unless a read has begun since the caller asked: a key that signed before that is in it.
     async fn read_again(&self) -> Result<(), ApiError> {
-        let mut read_at = self.read_at.lock().await;
-        if read_at.is_some_and(|at| at.elapsed() < REFETCH_AFTER) {
+        let asked = Instant::now();
+        let _reading = self.reading.lock().await;
+        let read_at = *self.read_at.lock().await;
+        if read_at.is_some_and(|at| at > asked) {
             return Ok(());
         }
+        if let Some(at) = read_at {
+            tokio::time::sleep_until(at + REFETCH_AFTER).await;
+        }
+        let began = Instant::now();
         self.store(read_keys(&self.db).await?)?;
-        *read_at = Some(Instant::now());
+        *self.read_at.lock().await = Some(began);
         Ok(())
     }
 
@@ -351,6 +362,7 @@ impl Keys {
     /// Makes the key that is missing: the first one, which signs at once, or the successor of the last.
     async fn ensure_keys(&self) -> Result<(), ApiError> {
         let mut transaction = self.db.begin().await?;
+        let began = Instant::now();
         sqlx::query("select pg_advisory_xact_lock(hashtext('signing_keys'))")
             .execute(&mut *transaction)
             .await?;
@@ -390,7 +402,7 @@ impl Keys {
         }
         transaction.commit().await?;
         self.store(rows)?;
-        *self.read_at.lock().await = Some(Instant::now());
+        *self.read_at.lock().await = Some(began);
         Ok(())
     }
 }

@@ -86,4 +86,14 @@ insert into user_data (topic, position, export, erase) values
              ''created_at'', created_at, ''read_at'', read_at)
          from notifications where user_id = $1 order by seq',
         'delete from notifications where user_id = $1'
+    ),
+    (
+        'emails', 99,
+        'select jsonb_build_object(''notification'', seq, ''due_at'', due_at) from emails where user_id = $1 order by seq',
+        'delete from emails where user_id = $1'
+    ),
+    (
+        'notification_counters', 101,
+        'select jsonb_build_object(''notifications'', last_seq) from notification_counters where user_id = $1',
+        'delete from notification_counters where user_id = $1'
     );
