@@ -98,9 +98,9 @@ crds-check:
 	  || { echo "error: crds/ is out of date: run \`make crds\` and commit" >&2; exit 1; }
 
 .PHONY: bench
-bench: ## Benchmarks: print tables, write target/results/*.json
-	@echo "no benchmark yet" >&2
-	@exit 1
+bench: deps ## Benchmarks: ratios from one run, printed and written to target/results/*.json
+	@$(MAKE) --no-print-directory $(TESTBED)
+	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --release --package exchange --locked --test it -- --ignored --nocapture bench::
 
 .PHONY: deny
 deny: ## Licences, sources and advisories of all dependencies (needs cargo-deny)
