@@ -869,7 +869,7 @@ impl Turn<'_> {
         };
         match self.next.candidate.clone() {
             Some(candidate) if candidate.stack == stack && candidate.gates == declared.gates => {
-                self.climb(&candidate)
+                self.climb(&candidate);
             }
             superseded => self.begin(stack, declared.gates, superseded.as_ref()),
         }
@@ -1087,7 +1087,7 @@ impl Turn<'_> {
         if let Some(contract) = self.next.contract.clone() {
             match self.state(JobKind::Contract, &contract.stack, contract.attempt) {
                 Some(JobState::Passed) => {
-                    self.tell(false, "Contracted", "the schema is contracted".to_owned())
+                    self.tell(false, "Contracted", "the schema is contracted".to_owned());
                 }
                 Some(JobState::Failed(why)) => {
                     let note = format!("the contract migration of {} failed: {why}", live.version);
@@ -1281,7 +1281,7 @@ impl Turn<'_> {
                 self.rejects(declared)
                     && of(rejected.replicas, service) != of(declared_replicas(self.spec), service)
             });
-            changed || (self.reached(declared) && !self.next.rejected.is_some())
+            changed || (self.reached(declared) && self.next.rejected.is_none())
         });
         match (seen, applies && !self.autoscaled(service)) {
             (0, _) | (_, true) => declared,

@@ -8,4 +8,6 @@ pub mod decide;
 pub mod guard;
 pub mod observe;
 pub mod report;
+pub mod resources;
+pub mod revision;
 pub mod status;

@@ -19,10 +19,10 @@ struct Verdict {
     message: String,
 }
 
-fn verdict(is: bool, reason: impl ToString, message: impl Into<String>) -> Verdict {
+fn verdict(is: bool, reason: impl Into<String>, message: impl Into<String>) -> Verdict {
     Verdict {
         is,
-        reason: reason.to_string(),
+        reason: reason.into(),
         message: message.into(),
     }
 }
@@ -106,7 +106,7 @@ fn stalled(spec: &Spec, seen: &Observed, status: &Status) -> Option<Verdict> {
             "spec wants {}, live is {live} because {}; change the spec, or try again with exchange.dev/retry={retry}",
             spec.version, rejected.message
         );
-        return Some(verdict(true, rejected.reason, message));
+        return Some(verdict(true, rejected.reason.to_string(), message));
     }
     let live = status.live.as_ref()?;
     let revision = &seen.declared.as_ref().ok()?.revision;

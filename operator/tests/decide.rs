@@ -6,9 +6,14 @@
 #![expect(
     clippy::unwrap_used,
     clippy::indexing_slicing,
+    clippy::panic,
     reason = "a test that cannot go on panics"
 )]
 
+#[expect(
+    dead_code,
+    reason = "shared with the table of transitions, which uses the rest"
+)]
 mod world;
 
 use std::{collections::BTreeSet, env, sync::Mutex, thread};
@@ -252,9 +257,7 @@ fn history(seed: u64) -> Result<BTreeSet<Phase>, String> {
 /// All histories, on all cores. The first that breaks a promise is made as short as possible and told.
 fn histories(count: u64) {
     if let Ok(seed) = env::var("SIMULATION_SEED") {
-        return history(seed.parse().unwrap())
-            .map(drop)
-            .unwrap_or_else(|why| panic!("{why}"));
+        return history(seed.parse().unwrap()).map_or_else(|why| panic!("{why}"), drop);
     }
     let count = env::var("SIMULATION_HISTORIES").map_or(count, |count| count.parse().unwrap());
     let first: u64 = env::var("SIMULATION_FIRST").map_or(0, |first| first.parse().unwrap());

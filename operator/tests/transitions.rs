@@ -115,7 +115,7 @@ fn time_passes(world: &mut World) {
 #[expect(clippy::too_many_lines, reason = "a table")]
 fn every_phase_is_left_as_the_design_says() {
     const DONE: &[Phase] = &[Migrating, Provisioning, Testing, Promoting, Verifying, Live];
-    let rows = [
+    let rows = vec![
         row(
             "from Pending all the way",
             at(Pending),

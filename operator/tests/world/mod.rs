@@ -506,7 +506,7 @@ impl World {
             let of = self
                 .passed
                 .get(&job)
-                .ok_or(format!("P3: {job:?} has not passed"))?;
+                .ok_or_else(|| format!("P3: {job:?} has not passed"))?;
             if job.kind != JobKind::Expand && of.as_ref() != Some(&rendered) {
                 return Err(format!("P3: {job:?} was about another stack of this name"));
             }
@@ -538,6 +538,7 @@ impl World {
     }
 
     /// Carries one action out. `false`: refused by the API server, because of another version or an existing name.
+    #[expect(clippy::too_many_lines, reason = "an arm for each action")]
     fn act(&mut self, who: usize, action: &Action) -> Result<bool, String> {
         match action {
             Action::CreateLive { service } => {
@@ -1183,7 +1184,7 @@ impl World {
             let there = self
                 .live
                 .get(&service)
-                .ok_or(format!("P7: live {service} is missing"))?;
+                .ok_or_else(|| format!("P7: live {service} is missing"))?;
             if !there.target.is(live.as_ref()) {
                 return Err(format!(
                     "P4: at the end {service} points at {:?}, live is {live:?}",
@@ -1232,7 +1233,7 @@ impl World {
         if let Some(live) = &live {
             for service in Service::ALL {
                 let there = self.stacks.get(live).and_then(|it| it.services.get(&service));
-                let there = there.ok_or(format!("P7: live {service} does not run"))?;
+                let there = there.ok_or_else(|| format!("P7: live {service} does not run"))?;
                 let ready = there.pods.iter().filter(|pod| **pod == Pod::Ready).count();
                 let parts = [Part::ColourService, Part::Budget, Part::Workload];
                 let intact = parts
