@@ -13,10 +13,20 @@ TEST ?=
 KEEP ?=
 TAG ?= dev
 
+ifeq ($(filter $(CLUSTER),testbed existing),)
+  $(error CLUSTER=$(CLUSTER) is unknown: leave it out for the test cluster, or say CLUSTER=existing)
+endif
+.NOTPARALLEL:
+
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 TESTBED := $(TARGET_DIR)/debug/testbed
 export CLUSTER
 export TESTBED_NAME := $(NAME)
+export AGENT_IMAGE ?= exchange.local/testbed-agent:$(TAG)
+# Runs tests, and fails if a misspelt TEST selects none of them.
+run-tests = $(1) 2>&1 | tee $(TARGET_DIR)/last-tests.log; \
+	  grep -q "^test result: ok. [1-9]" $(TARGET_DIR)/last-tests.log || \
+	  { echo "error: no test is named like TEST=$(TEST)" >&2; exit 1; }
 
 .PHONY: help
 help: ## List the targets
@@ -31,7 +41,7 @@ demo: ## Show a release, a failed one and a rollback, live (not there yet: it co
 
 .PHONY: test
 test: ## Run everything: check, integration, a cluster of its own with the end-to-end tests, and its end
-	@$(MAKE) --no-print-directory check integration
+	@$(MAKE) --no-print-directory check $(if $(filter existing,$(CLUSTER)),,integration)
 	@$(MAKE) --no-print-directory e2e down-test NAME=$(if $(filter dev,$(NAME)),test,$(NAME))
 
 .PHONY: check
@@ -52,18 +62,22 @@ integration: deps ## The exchange against real PostgreSQL, NATS and Redis on fre
 
 .PHONY: e2e
 e2e: cluster images ## End-to-end tests on the cluster, which stays for the next run
-	cargo test --package testbed --locked --test ground_floor -- --ignored --test-threads 2 $(TEST)
+	@$(call run-tests,cargo test --package testbed --locked --test ground_floor -- --ignored --test-threads 2 $(TEST))
 
 .PHONY: cluster-test
-cluster-test: deps $(TESTBED) ## Test the test cluster itself: kills, several at once, leavings, wrong use (about 10 minutes)
+cluster-test: $(if $(filter existing,$(CLUSTER)),not-existing,) deps $(TESTBED) ## Test the test cluster itself: kills, several at once, leavings, wrong use (about 10 minutes)
 	$(TESTBED) tools
-	cargo test --package testbed --locked --test cluster -- --ignored --test-threads 1 $(TEST)
+	@$(call run-tests,cargo test --package testbed --locked --test cluster -- --ignored --test-threads 1 $(TEST))
+
+.PHONY: not-existing
+not-existing:
+	@echo "error: this target is about the test cluster, not about an existing one: leave CLUSTER out" >&2; exit 1
 
 .PHONY: down-test
 down-test:
 ifneq ($(CLUSTER),existing)
 	@$(if $(KEEP),echo "KEEP=1: cluster $(NAME) goes on",$(TESTBED) down)
-	cargo test --package testbed --locked --test cluster -- --ignored --exact down_leaves_nothing
+	@$(call run-tests,cargo test --package testbed --locked --test cluster -- --ignored --exact down_leaves_nothing)
 endif
 
 .PHONY: cluster
@@ -77,7 +91,11 @@ endif
 
 .PHONY: down
 down: $(TESTBED) ## End the test cluster NAME and remove all it has left
+ifeq ($(CLUSTER),existing)
+	@echo "error: CLUSTER=existing: that cluster is not ours to end" >&2; exit 1
+else
 	$(TESTBED) down
+endif
 
 .PHONY: images
 images: deps $(TESTBED) ## Build the images and load them into the test cluster
@@ -90,7 +108,8 @@ endif
 
 .PHONY: crds
 crds: ## Generate crds/ from the code
-	cargo run --quiet --locked --package exchange-operator -- crd >crds/exchangedeployments.exchange.dev.yaml
+	@mkdir -p crds
+	cargo run --quiet --locked --package exchange-operator -- crd >crds/.next && mv crds/.next crds/exchangedeployments.exchange.dev.yaml
 
 .PHONY: crds-check
 crds-check:

@@ -37,8 +37,15 @@ if ! command -v go >/dev/null; then
   echo "error: Go is missing: install Go 1.26 or newer and put it into PATH; the test cluster is built with it" >&2
   exit 1
 fi
+version=$(go env GOVERSION)
+minor=${version#go1.}
+minor=${minor%%[!0-9]*}
+if [ "${minor:-0}" -lt 26 ] && [ "${version#go1.}" != "$version" ]; then
+  echo "error: $(command -v go) is $version: install Go 1.26 or newer and put it first into PATH" >&2
+  exit 1
+fi
 if ! command -v cargo >/dev/null; then
-  echo "error: Rust is missing: install rustup; the toolchain pinned in rust-toolchain.toml comes by itself" >&2
+  echo "error: cargo is not in PATH: install rustup; the toolchain pinned in rust-toolchain.toml comes by itself" >&2
   exit 1
 fi
 [ -n "$missing" ] || exit 0
@@ -57,6 +64,7 @@ echo "Installing Debian packages:$reasons"
 policy=/usr/sbin/policy-rc.d
 if [ ! -e "$policy" ]; then
   trap 'rm -f "$policy"' EXIT
+  trap 'exit 1' HUP INT TERM
   printf '#!/bin/sh\nexit 101\n' >"$policy"
   chmod 755 "$policy"
 fi

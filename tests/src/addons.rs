@@ -6,7 +6,7 @@ use crate::cluster::Cluster;
 
 /// Where the add-ons' objects are.
 pub const NAMESPACE: &str = "kube-system";
-/// The image of pod sandboxes and of the pods that make volumes: a static busybox.
+/// The image of pod sandboxes and of the pods that make volumes: busybox.
 pub const HELPER_IMAGE: &str = "exchange.local/busybox:1";
 /// The default StorageClass.
 pub const STORAGE_CLASS: &str = "local-path";

@@ -2,10 +2,12 @@
 
 use std::{
     env, fs,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::unistd::geteuid;
 
 use crate::tools::Tools;
 
@@ -22,6 +24,12 @@ pub const DOMAIN: &str = "cluster.local";
 
 /// The longest name: it becomes part of file names, cgroups and socket paths, and those are limited to 107 bytes.
 const NAME_MAX: usize = 20;
+
+/// The kernel's limit of a socket's path.
+const SOCKET_PATH_MAX: usize = 107;
+
+/// A file in every cluster's home: what has none is not ours to remove.
+const MARK: &str = ".exchange-testbed";
 
 /// One test cluster on this machine, running or not.
 #[derive(Clone, Debug)]
@@ -58,7 +66,7 @@ impl Cluster {
         let mut clusters = Vec::new();
         for entry in entries {
             let entry = entry?;
-            if entry.file_type()?.is_dir() {
+            if entry.path().join(MARK).is_file() {
                 clusters.push(Self {
                     name: entry.file_name().to_string_lossy().into_owned(),
                     home: entry.path(),
@@ -154,6 +162,38 @@ impl Cluster {
         ))
     }
 
+    /// Makes the cluster's home, for this user only.
+    ///
+    /// # Errors
+    /// If others could write to the directory of all clusters: they could make root write where they like.
+    pub fn make_home(&self) -> Result<()> {
+        let parent = home()?;
+        let private = |path: &Path| fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+        private(&parent).with_context(|| format!("cannot create {}; are you root?", parent.display()))?;
+        let found = fs::symlink_metadata(&parent)?;
+        ensure!(
+            found.is_dir() && found.uid() == geteuid().as_raw() && found.mode() & 0o022 == 0,
+            "{} belongs to somebody else or can be written by others: remove it, or set TESTBED_HOME to another directory",
+            parent.display()
+        );
+        private(&self.home)?;
+        fs::write(self.home.join(MARK), "")
+            .with_context(|| format!("cannot write to {}", self.home.display()))
+    }
+
+    /// Fails if the home is there and was not made by [`Self::make_home`].
+    ///
+    /// # Errors
+    /// One sentence that names the directory.
+    pub fn check_home_is_ours(&self) -> Result<()> {
+        ensure!(
+            !self.home.exists() || self.home.join(MARK).is_file(),
+            "{} is not the home of a test cluster, so it is left alone: choose another --name or TESTBED_HOME",
+            self.home.display()
+        );
+        Ok(())
+    }
+
     /// What to say when the cluster is needed and is not there.
     pub fn does_not_run(&self) -> String {
         format!(
@@ -167,7 +207,8 @@ impl Cluster {
     /// # Errors
     /// If all 256 are taken.
     pub fn claim_link(&self, taken_addresses: &str) -> Result<Link> {
-        let guard = fs::File::create(home()?.join("links.lock"))?;
+        // The directory itself is the lock, so that no file is left.
+        let guard = fs::File::open(home()?)?;
         guard.lock()?;
         let others: Vec<u8> = Self::all()?
             .iter()
@@ -244,7 +285,14 @@ fn home() -> Result<PathBuf> {
             "TESTBED_HOME must not be below {replaced}: inside the cluster that is another directory"
         );
     }
-    fs::create_dir_all(&home).with_context(|| format!("cannot create {}; are you root?", home.display()))?;
+    let socket = home
+        .join("x".repeat(NAME_MAX))
+        .join("root/run/containerd/containerd.sock.ttrpc");
+    ensure!(
+        socket.as_os_str().len() <= SOCKET_PATH_MAX,
+        "TESTBED_HOME {} is too long: sockets below it may have {SOCKET_PATH_MAX} bytes",
+        home.display()
+    );
     Ok(home)
 }
 

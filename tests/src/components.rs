@@ -349,7 +349,7 @@ pub fn write_configuration(cluster: &Cluster, tools: &Tools) -> Result<()> {
         "containerd.toml",
         &format!(
             r#"version = 3
-disabled_plugins = ["io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs"]
+disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs"]
 
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
   sandbox = "{HELPER_IMAGE}"

@@ -169,24 +169,22 @@ pub struct Namespace<'a> {
 }
 
 impl<'a> Namespace<'a> {
-    /// Makes the namespace anew, restricted as production should be.
+    /// Makes the namespace `exchange-e2e-<name>` anew, restricted as production should be.
     ///
     /// # Errors
     /// If an earlier one of the name cannot be removed.
     pub fn new(session: &'a Session, name: &str) -> Result<Self> {
-        session.kubectl(&["delete", "namespace", name, "--ignore-not-found", "--wait"])?;
+        let name = format!("exchange-e2e-{name}");
+        session.kubectl(&["delete", "namespace", &name, "--ignore-not-found", "--wait"])?;
         let labels = json!({"pod-security.kubernetes.io/enforce": "restricted"});
         let object =
-            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}});
+            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": &name, "labels": labels}});
         session.run(
             "kubectl",
             &["create", "--filename", "-"],
             Some(&object.to_string()),
         )?;
-        Ok(Self {
-            session,
-            name: name.to_owned(),
-        })
+        Ok(Self { session, name })
     }
 }
 

@@ -112,7 +112,10 @@ fn run(cli: &Cli) -> Result<()> {
             Ok(())
         }
         Action::Status => status(&cluster),
-        Action::Kubeconfig => print(&cluster.kubeconfig().display().to_string()),
+        Action::Kubeconfig => {
+            sandbox::supervisor(&cluster).with_context(|| cluster.does_not_run())?;
+            print(&cluster.kubeconfig().display().to_string())
+        }
         Action::Load { archives } => {
             let tools = Tools::ensure()?;
             for path in archives {

@@ -27,6 +27,16 @@ use crate::cluster::{Cluster, Link, SERVICE_CIDR};
 /// Directories inside the cluster that are its own, with the name of the directory that stands for each.
 const REPLACED: [(&str, &str); 3] = [("lib", "/var/lib"), ("log", "/var/log"), ("run", "/run")];
 
+/// Kernel settings that a kubelet insists on, with the values that it wants.
+const KUBELET_SETTINGS: [(&str, &str); 6] = [
+    ("vm/overcommit_memory", "1"),
+    ("vm/panic_on_oom", "0"),
+    ("kernel/panic", "10"),
+    ("kernel/panic_on_oops", "1"),
+    ("kernel/keys/root_maxkeys", "1000000"),
+    ("kernel/keys/root_maxbytes", "25000000"),
+];
+
 /// How long the kernel may take to end the processes of a cluster, the supervisor to see its link, …
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -119,7 +129,8 @@ pub fn launch(cluster: &Cluster, supervisor_args: &[&str]) -> Result<()> {
 /// If a step fails; another supervisor of the same cluster is one reason.
 pub fn enter(cluster: &Cluster) -> Result<fs::File> {
     let lock = fs::File::create(cluster.lock_file())?;
-    lock.try_lock()
+    // Somebody who looks whether we are alive may hold it for a moment.
+    wait_until("", Duration::from_secs(1), || lock.try_lock().is_ok())
         .with_context(|| format!("cluster {:?} has a supervisor already", cluster.name()))?;
     // The old /proc still shows the host's process ids.
     let host_pid = fs::read_link("/proc/self").context("cannot read /proc/self")?;
@@ -143,7 +154,21 @@ fn replace_directories(cluster: &Cluster) -> Result<()> {
         mount(Some(&own), path, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)
             .with_context(|| format!("cannot replace {path}"))?;
     }
-    mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none).context("cannot mount /proc")
+    mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none).context("cannot mount /proc")?;
+    // The kubelet sets these for the whole machine. It finds them set here, and the machine keeps its own.
+    for (setting, value) in KUBELET_SETTINGS {
+        let file = cluster.home().join("root").join(setting.replace('/', "."));
+        fs::write(&file, value)?;
+        mount(
+            Some(&file),
+            &*format!("/proc/sys/{setting}"),
+            none,
+            MsFlags::MS_BIND,
+            none,
+        )
+        .with_context(|| format!("cannot hide the machine's {setting}"))?;
+    }
+    Ok(())
 }
 
 fn set_up_network(link: Link) -> Result<()> {
@@ -216,15 +241,22 @@ fn make_cgroups(cluster: &Cluster) -> Result<()> {
 /// The supervisor's process id, if it is alive.
 pub fn supervisor(cluster: &Cluster) -> Option<Pid> {
     let lock = fs::File::open(cluster.lock_file()).ok()?;
-    match lock.try_lock() {
-        Err(fs::TryLockError::WouldBlock) => fs::read_to_string(cluster.pid_file())
-            .ok()?
-            .trim()
-            .parse()
-            .ok()
-            .map(Pid::from_raw),
-        _ => None,
-    }
+    // Shared, so that several who look do not take each other for the supervisor.
+    let Err(fs::TryLockError::WouldBlock) = lock.try_lock_shared() else {
+        return None;
+    };
+    let pid = fs::read_to_string(cluster.pid_file()).ok()?.trim().parse().ok()?;
+    is_first_of_a_namespace(pid).then_some(Pid::from_raw(pid))
+}
+
+/// True for process 1 of a namespace below ours: a number in a file may have become somebody else's.
+fn is_first_of_a_namespace(pid: i32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let ids = status
+        .lines()
+        .find_map(|line| line.strip_prefix("NSpid:"))
+        .unwrap_or_default();
+    ids.split_whitespace().count() > 1 && ids.split_whitespace().last() == Some("1")
 }
 
 /// Ends the cluster, whatever state it is in, and removes all it has left. Succeeds if there is nothing to do.
@@ -232,6 +264,7 @@ pub fn supervisor(cluster: &Cluster) -> Option<Pid> {
 /// # Errors
 /// If something resists; the error names it.
 pub fn destroy(cluster: &Cluster) -> Result<()> {
+    cluster.check_home_is_ours()?;
     if let Some(pid) = supervisor(cluster) {
         kill(pid, Signal::SIGKILL).with_context(|| format!("cannot end the supervisor, process {pid}"))?;
         // The kernel lets go of process 1 only after every other process of the namespace.

@@ -150,6 +150,7 @@ fn start(
     let mut command = Command::new(&component.program);
     command
         .args(&component.args)
+        .env_clear()
         .envs(component.environment.iter().cloned());
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
     let (sender, receiver) = mpsc::channel();

@@ -103,6 +103,7 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
 
 /// Removes what an earlier, killed start has left, and writes all files of a new cluster.
 fn prepare(cluster: &Cluster, tools: &Tools) -> Result<()> {
+    cluster.check_home_is_ours()?;
     if cluster.home().exists() {
         say(format!(
             "Cluster {:?}: removing what an earlier start has left.",
@@ -110,6 +111,7 @@ fn prepare(cluster: &Cluster, tools: &Tools) -> Result<()> {
         ));
         sandbox::destroy(cluster)?;
     }
+    cluster.make_home()?;
     for directory in [
         cluster.pki(),
         cluster.conf(),
@@ -273,6 +275,7 @@ pub async fn client(kubeconfig: &Path) -> Result<Client> {
     config.connect_timeout = Some(Duration::from_secs(2));
     config.read_timeout = Some(Duration::from_secs(10));
     config.default_retry = false;
+    config.proxy_url = None; // the cluster is on this machine, whatever the environment says
     Ok(Client::try_from(config)?)
 }
 

@@ -75,6 +75,7 @@ struct Traces {
     interfaces: BTreeSet<String>,
     network_namespaces: String,
     cgroups: BTreeSet<PathBuf>,
+    kernel_settings: String,
     files: BTreeSet<PathBuf>,
 }
 
@@ -112,6 +113,19 @@ fn traces(of: &Cluster) -> Traces {
             .map(|path| path.display().to_string())
             .collect(),
         network_namespaces: sandbox::run("ip", &["netns", "list"]).unwrap(),
+        kernel_settings: sandbox::run(
+            "sysctl",
+            &[
+                "-n",
+                "vm.overcommit_memory",
+                "vm.panic_on_oom",
+                "kernel.panic",
+                "kernel.panic_on_oops",
+                "kernel.keys.root_maxkeys",
+                "kernel.keys.root_maxbytes",
+            ],
+        )
+        .unwrap(),
         cgroups: hierarchies
             .iter()
             .flat_map(|path| entries(path))
@@ -222,6 +236,10 @@ fn start_pod(session: &Session, name: &str) {
 fn down_leaves_nothing() {
     let cluster = Cluster::named("leaves-nothing").unwrap();
     sandbox::destroy(&cluster).unwrap();
+    // A kubelet would set it to another value for the whole machine.
+    let setting = "/proc/sys/kernel/keys/root_maxkeys";
+    let own_value = fs::read_to_string(setting).unwrap();
+    fs::write(setting, "1000001").unwrap();
     let before = traces(&cluster);
     let outside = all_namespaces();
 
@@ -245,7 +263,9 @@ fn down_leaves_nothing() {
     );
 
     succeed(cluster.name(), &["down"]);
-    assert_eq!(traces(&cluster), before);
+    let after = traces(&cluster);
+    fs::write(setting, own_value).unwrap();
+    assert_eq!(after, before);
     let alive: Vec<_> = inside
         .keys()
         .filter(|pid| !namespaces(**pid).is_disjoint(&theirs))
@@ -458,6 +478,56 @@ fn a_full_disk_gets_a_sentence() {
     );
     assert!(again.status.success(), "after making room: {}", text(&again));
     assert!(down.status.success(), "{}", text(&down));
+}
+
+#[test]
+#[ignore = "needs root: make cluster-test"]
+fn what_is_not_ours_is_left_alone() {
+    let home = Path::new("/tmp/testbed-not-ours");
+    let _ = fs::remove_dir_all(home);
+    fs::create_dir_all(home.join("precious/work")).unwrap();
+    for args in [["up"], ["down"]] {
+        let output = testbed("precious", &args)
+            .env("TESTBED_HOME", home)
+            .output()
+            .unwrap();
+        assert!(
+            text(&output).contains("is not the home of a test cluster"),
+            "{args:?}: {}",
+            text(&output)
+        );
+    }
+    let all = testbed("x", &["down", "--all"])
+        .env("TESTBED_HOME", home)
+        .output()
+        .unwrap();
+    assert!(
+        all.status.success() && home.join("precious/work").is_dir(),
+        "{}",
+        text(&all)
+    );
+
+    // The number in a pid file may have become somebody else's, and a lock may be held by somebody who only looks.
+    let cluster = home.join("stale");
+    fs::create_dir_all(&cluster).unwrap();
+    fs::write(cluster.join(".exchange-testbed"), "").unwrap();
+    let mut bystander = Command::new("sleep").arg("600").spawn().unwrap();
+    fs::write(cluster.join("supervisor.pid"), bystander.id().to_string()).unwrap();
+    let lock = fs::File::create(cluster.join("lock")).unwrap();
+    lock.lock().unwrap();
+    let down = testbed("stale", &["down"])
+        .env("TESTBED_HOME", home)
+        .output()
+        .unwrap();
+    let alive = bystander.try_wait().unwrap().is_none();
+    bystander.kill().unwrap();
+    bystander.wait().unwrap();
+    fs::remove_dir_all(home).unwrap();
+    assert!(
+        alive,
+        "down has killed a process that is not ours: {}",
+        text(&down)
+    );
 }
 
 #[test]

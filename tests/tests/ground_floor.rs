@@ -164,7 +164,8 @@ fn a_deployment_is_reached_through_its_cluster_ip_and_its_name() {
         .get(&namespace.name, "service/agents", "{.spec.clusterIP}")
         .unwrap();
     wait_for_endpoints(&session, &namespace.name, "agents", 2);
-    for host in [address.as_str(), "agents", "agents.service.svc.cluster.local"] {
+    let full = format!("agents.{}.svc.cluster.local", namespace.name);
+    for host in [address.as_str(), "agents", &full] {
         let url = format!("http://{host}/");
         let ask = || look(&session, &namespace.name, &["timeout", "5", "wget", "-qO-", &url]);
         // kube-proxy may take a second to act on the endpoints that we have seen.
