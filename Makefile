@@ -1,4 +1,6 @@
 # Every target has its line in `make help`; what it does is in the script or program that it calls.
+# cargo is always asked for the whole workspace: for one package alone it would choose other features of the dependencies,
+# and build them all once more.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -52,22 +54,21 @@ check: ## Format, lints, unit tests, generated files: minutes, no root, no clust
 
 .PHONY: unit
 unit: ## Unit tests
-	cargo test --workspace --locked --lib --bins $(TEST)
-	cargo test --package exchange-operator --locked --tests $(TEST)
+	cargo test --workspace --locked --lib --bins --test crd --test decide --test resources --test transitions $(TEST)
 
 .PHONY: integration
 integration: deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine
 	@$(MAKE) --no-print-directory $(TESTBED)
-	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --package exchange --locked --tests $(TEST)
+	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --workspace --locked --test it $(TEST)
 
 .PHONY: e2e
 e2e: cluster images ## End-to-end tests on the cluster, which stays for the next run
-	@$(call run-tests,cargo test --package testbed --locked --test ground_floor -- --ignored --test-threads 2 $(TEST))
+	@$(call run-tests,cargo test --workspace --locked --test ground_floor -- --ignored --test-threads 2 $(TEST))
 
 .PHONY: cluster-test
 cluster-test: $(if $(filter existing,$(CLUSTER)),not-existing,) deps $(TESTBED) ## Test the test cluster itself: kills, several at once, leavings, wrong use (about 10 minutes)
 	$(TESTBED) tools
-	@$(call run-tests,cargo test --package testbed --locked --test cluster -- --ignored --test-threads 1 $(TEST))
+	@$(call run-tests,cargo test --workspace --locked --test cluster -- --ignored --test-threads 1 $(TEST))
 
 .PHONY: not-existing
 not-existing:
@@ -77,7 +78,7 @@ not-existing:
 down-test:
 ifneq ($(CLUSTER),existing)
 	@$(if $(KEEP),echo "KEEP=1: cluster $(NAME) goes on",$(TESTBED) down)
-	@$(call run-tests,cargo test --package testbed --locked --test cluster -- --ignored --exact down_leaves_nothing)
+	@$(call run-tests,cargo test --workspace --locked --test cluster -- --ignored --exact down_leaves_nothing)
 endif
 
 .PHONY: cluster
@@ -102,24 +103,24 @@ images: deps $(TESTBED) ## Build the images and load them into the test cluster
 ifeq ($(CLUSTER),existing)
 	@echo "CLUSTER=existing: build and push with docker, as the Dockerfile says; see docs/architecture.md, Images"
 else
-	cargo build --release --locked --bins --package exchange --package exchange-operator --package testbed
+	cargo build --workspace --release --locked --bins
 	archives=$$($(TESTBED) images --binaries $(TARGET_DIR)/release --tag $(TAG)) && $(TESTBED) load $$archives
 endif
 
 .PHONY: crds
 crds: ## Generate crds/ from the code
 	@mkdir -p crds
-	cargo run --quiet --locked --package exchange-operator -- crd >crds/.next && mv crds/.next crds/exchangedeployments.exchange.dev.yaml
+	cargo run --quiet --locked --bin exchange-operator -- crd >crds/.next && mv crds/.next crds/exchangedeployments.exchange.dev.yaml
 
 .PHONY: crds-check
 crds-check:
-	@cargo run --quiet --locked --package exchange-operator -- crd | diff crds/exchangedeployments.exchange.dev.yaml - \
+	@cargo run --quiet --locked --bin exchange-operator -- crd | diff crds/exchangedeployments.exchange.dev.yaml - \
 	  || { echo "error: crds/ is out of date: run \`make crds\` and commit" >&2; exit 1; }
 
 .PHONY: bench
 bench: deps ## Benchmarks: ratios from one run, printed and written to target/results/*.json
 	@$(MAKE) --no-print-directory $(TESTBED)
-	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --release --package exchange --locked --test it -- --ignored --nocapture bench::
+	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --workspace --release --locked --test it -- --ignored --nocapture bench::
 
 .PHONY: deny
 deny: ## Licences, sources and advisories of all dependencies (needs cargo-deny)
@@ -140,4 +141,4 @@ clean: ## End all test clusters and remove what was built here (the caches of to
 # cargo decides what is out of date.
 .PHONY: $(TESTBED)
 $(TESTBED):
-	@cargo build --quiet --locked --package testbed --bin testbed
+	@cargo build --workspace --locked --bin testbed

@@ -69,7 +69,7 @@ if [ ! -e "$policy" ]; then
   chmod 755 "$policy"
 fi
 export DEBIAN_FRONTEND=noninteractive
-apt-get update -qq
+apt-get update -q
 # shellcheck disable=SC2086 # a list of packages
-apt-get install -qq --yes --no-install-recommends $missing >/dev/null
+apt-get install -q --yes --no-install-recommends $missing
 echo "Installed:$missing"

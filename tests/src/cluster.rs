@@ -162,21 +162,12 @@ impl Cluster {
         ))
     }
 
-    /// Makes the cluster's home, for this user only.
+    /// Makes the cluster's home.
     ///
     /// # Errors
-    /// If others could write to the directory of all clusters: they could make root write where they like.
+    /// If it cannot be written.
     pub fn make_home(&self) -> Result<()> {
-        let parent = home()?;
-        let private = |path: &Path| fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-        private(&parent).with_context(|| format!("cannot create {}; are you root?", parent.display()))?;
-        let found = fs::symlink_metadata(&parent)?;
-        ensure!(
-            found.is_dir() && found.uid() == geteuid().as_raw() && found.mode() & 0o022 == 0,
-            "{} belongs to somebody else or can be written by others: remove it, or set TESTBED_HOME to another directory",
-            parent.display()
-        );
-        private(&self.home)?;
+        make_private(&self.home)?;
         fs::write(self.home.join(MARK), "")
             .with_context(|| format!("cannot write to {}", self.home.display()))
     }
@@ -202,14 +193,12 @@ impl Cluster {
         )
     }
 
-    /// Takes the first link number that no other cluster and nothing else on this machine uses.
+    /// Takes the first link number that no other cluster and nothing else on this machine uses. The caller holds
+    /// [`starting`]'s lock.
     ///
     /// # Errors
     /// If all 256 are taken.
     pub fn claim_link(&self, taken_addresses: &str) -> Result<Link> {
-        // The directory itself is the lock, so that no file is left.
-        let guard = fs::File::open(home()?)?;
-        guard.lock()?;
         let others: Vec<u8> = Self::all()?
             .iter()
             .filter(|other| other.name != self.name)
@@ -294,6 +283,31 @@ fn home() -> Result<PathBuf> {
         home.display()
     );
     Ok(home)
+}
+
+/// Makes the directory of all clusters, for this user only, and locks it: one start at a time. The directory itself is
+/// the lock, so that no file is left.
+///
+/// # Errors
+/// If others could write there: they could make root write where they like.
+pub fn starting() -> Result<fs::File> {
+    let home = home()?;
+    make_private(&home)?;
+    let found = fs::symlink_metadata(&home)?;
+    ensure!(
+        found.is_dir() && found.uid() == geteuid().as_raw() && found.mode() & 0o022 == 0,
+        "{} belongs to somebody else or can be written by others: remove it, or set TESTBED_HOME to another directory",
+        home.display()
+    );
+    let lock = fs::File::open(&home)?;
+    lock.lock()
+        .with_context(|| format!("cannot lock {}", home.display()))?;
+    Ok(lock)
+}
+
+fn make_private(path: &Path) -> Result<()> {
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.with_context(|| format!("cannot create {}; are you root?", path.display()))
 }
 
 /// Where built tools and images are kept between clusters and clones.

@@ -168,6 +168,12 @@ fn cached(
     if archive.path.exists() {
         return Ok(archive);
     }
+    fs::create_dir_all(&cache).with_context(|| format!("cannot create {}", cache.display()))?;
+    let lock = fs::File::create(cache.join("lock"))?;
+    lock.lock().context("cannot lock the image cache")?;
+    if archive.path.exists() {
+        return Ok(archive); // somebody else built it while we waited
+    }
     let step = Step::start(format!("image {image}"));
     let context = cache.join(format!("{name}-{key}.context"));
     let _ = fs::remove_dir_all(&context); // of an interrupted build
@@ -291,7 +297,7 @@ pub fn load(cluster: &Cluster, tools: &Tools, archive: &Archive) -> Result<()> {
     }
     let text = String::from_utf8_lossy(&import.stderr).trim().to_owned();
     let error = anyhow::anyhow!(
-        "cannot load {} into cluster {:?}: {text}",
+        "cannot load {} into cluster {:?} (is it an OCI archive?): {text}",
         archive.path.display(),
         cluster.name()
     );

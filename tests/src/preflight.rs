@@ -60,7 +60,8 @@ pub fn check(home: &Path) -> Result<()> {
     if is_installed("nft") && !succeeds("nft", &["list", "tables"]) {
         lacks.push("the kernel has no nftables (CONFIG_NF_TABLES): `nft list tables` fails".to_owned());
     }
-    if let Ok(disk) = statvfs(home) {
+    let there = home.ancestors().find(|path| path.exists()).unwrap_or(home);
+    if let Ok(disk) = statvfs(there) {
         let free = disk.blocks_available() * disk.fragment_size();
         if free < DISK_MIN {
             lacks.push(format!(

@@ -22,7 +22,7 @@ use kube::{
 
 use crate::{
     addons,
-    cluster::{Cluster, NODE},
+    cluster::{self, Cluster, NODE},
     components::{self, DNS_READY_PORT},
     images, pki, preflight,
     progress::{Step, say},
@@ -32,6 +32,9 @@ use crate::{
 
 /// How long a warm machine may take to a ready cluster before we show the logs and give up.
 const PATIENCE: Duration = Duration::from_mins(3);
+
+/// How long the supervisor may take to its first sign of life.
+const SUPERVISOR_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a start cost; `None` is what was not needed.
 #[derive(Debug, Default)]
@@ -58,10 +61,12 @@ pub fn up(cluster: &Cluster) -> Result<Times> {
     let tools = Tools::ensure()?;
     let helper = images::helper(&tools)?;
     let started = Instant::now();
+    let lock = cluster::starting()?;
     if sandbox::supervisor(cluster).is_none() {
         prepare(cluster, &tools)?;
         start(cluster)?;
     }
+    drop(lock);
     let mut times = Times {
         build: tools.built_in,
         ..Times::default()
@@ -139,7 +144,11 @@ fn start(cluster: &Cluster) -> Result<()> {
                 .trim_start_matches("error: ")
         );
     }
-    Ok(())
+    // Until it shows that it lives, another start would take what is there for leavings.
+    sandbox::wait_until("the supervisor", SUPERVISOR_PATIENCE, || {
+        sandbox::supervisor(cluster).is_some()
+    })
+    .with_context(|| last_lines(cluster, "supervisor"))
 }
 
 fn wait(

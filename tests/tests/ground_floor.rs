@@ -25,6 +25,11 @@ fn session() -> Session {
     Session::from_environment().expect("a cluster")
 }
 
+/// The image of pods to look around from: any busybox.
+fn busybox_image() -> String {
+    std::env::var("BUSYBOX_IMAGE").unwrap_or_else(|_| HELPER_IMAGE.into())
+}
+
 /// The image of `testbed-agent`.
 fn agent_image() -> String {
     std::env::var("AGENT_IMAGE").unwrap_or_else(|_| "exchange.local/testbed-agent:dev".into())
@@ -63,7 +68,7 @@ fn start_looker(session: &Session, namespace: &str) {
         session,
         namespace,
         "looker",
-        HELPER_IMAGE,
+        &busybox_image(),
         &["/bin/sleep", "infinity"],
     );
 }
@@ -113,7 +118,7 @@ fn a_pod_starts_and_can_be_looked_into() {
         &session,
         &namespace.name,
         "hello",
-        HELPER_IMAGE,
+        &busybox_image(),
         &["/bin/sh", "-c", "echo it runs; sleep infinity"],
     );
     let log = session
