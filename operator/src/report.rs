@@ -3,6 +3,8 @@
 //! A message says what is awaited and what can be done about it. It contains no running time, so that a status which
 //! says the same is not written again.
 
+use std::fmt;
+
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
@@ -19,7 +21,7 @@ struct Verdict {
     message: String,
 }
 
-fn verdict(is: bool, reason: impl ToString, message: impl Into<String>) -> Verdict {
+fn verdict(is: bool, reason: impl fmt::Display, message: impl Into<String>) -> Verdict {
     Verdict {
         is,
         reason: reason.to_string(),

@@ -3,16 +3,9 @@
 //!
 //! `SIMULATION_HISTORIES` says how many (10,000 without it), `SIMULATION_SEED` replays one history.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    reason = "a test that cannot go on panics"
-)]
-
-mod world;
-
 use std::{collections::BTreeSet, env, sync::Mutex, thread};
 
+use crate::world::{NATURES, Nature, View, World, nature};
 use exchange_operator::{
     api::{ColourChoice, Promotion, Service},
     observe::Part,
@@ -22,7 +15,6 @@ use proptest::{
     prelude::*,
     test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner},
 };
-use world::{NATURES, Nature, View, World, nature};
 
 /// One thing that happens.
 #[derive(Clone, Debug)]
@@ -252,9 +244,7 @@ fn history(seed: u64) -> Result<BTreeSet<Phase>, String> {
 /// All histories, on all cores. The first that breaks a promise is made as short as possible and told.
 fn histories(count: u64) {
     if let Ok(seed) = env::var("SIMULATION_SEED") {
-        return history(seed.parse().unwrap())
-            .map(drop)
-            .unwrap_or_else(|why| panic!("{why}"));
+        return history(seed.parse().unwrap()).map_or_else(|why| panic!("{why}"), drop);
     }
     let count = env::var("SIMULATION_HISTORIES").map_or(count, |count| count.parse().unwrap());
     let first: u64 = env::var("SIMULATION_FIRST").map_or(0, |first| first.parse().unwrap());

@@ -1,0 +1,702 @@
+//! Everything that the operator creates, as manifests: pure functions of what is declared.
+//!
+//! A stack is rendered once. What is rendered is kept in a ControllerRevision, and all repairs are made from there.
+//! Replicas are not part of it: they are set when a workload is applied.
+
+use std::{collections::BTreeMap, time};
+
+use kube::core::Duration;
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::{
+    api::{ExchangeDeploymentSpec as Spec, SecretKey, Service, ServiceSpec},
+    observe::{Job, JobKind, Part},
+    revision::{Source, hex, sources},
+    status::Stack,
+};
+
+/// Field manager of every write.
+pub const MANAGER: &str = "exchange-operator";
+/// Label with the colour of a stack.
+pub const COLOUR: &str = "exchange.dev/colour";
+/// Label with the revision of a stack.
+pub const REVISION: &str = "exchange.dev/revision";
+/// Label with the attempt for which a Job runs.
+pub const ATTEMPT: &str = "exchange.dev/attempt";
+/// Label with what a Job does.
+pub const JOB: &str = "exchange.dev/job";
+/// Annotation of a live Service: the number of the move that wrote its selector.
+pub const EPOCH: &str = "exchange.dev/epoch";
+/// Revision in the selector of a live Service that points at nothing.
+pub const NOTHING: &str = "none";
+
+/// Port of the services' public side in the pods.
+const PUBLIC: u16 = 8080;
+/// Port of the services' admin side in the pods.
+const ADMIN: u16 = 9090;
+/// Time for the data planes to take a terminating pod out, before it is told to end.
+const PRE_STOP_SECONDS: u32 = 5;
+/// Longer than the services take to let their clients go, and than clients leave connections idle.
+const GRACE_SECONDS: u32 = 120;
+
+/// What is built is built for one object.
+#[derive(Clone, Copy, Debug)]
+pub struct Builder<'a> {
+    /// Name of the object.
+    pub name: &'a str,
+    /// Its namespace.
+    pub namespace: &'a str,
+    /// Its `metadata.uid`, for owner references.
+    pub uid: &'a str,
+}
+
+impl Builder<'_> {
+    // ---- names ------------------------------------------------------------------------------------------------
+
+    /// Name of a live Service.
+    pub fn live_name(&self, service: Service) -> String {
+        format!("{}-{service}", self.name)
+    }
+
+    /// Name of a Service of a colour.
+    pub fn colour_name(&self, stack: &Stack, service: Service) -> String {
+        format!("{}-{}-{service}", self.name, stack.colour)
+    }
+
+    /// Name of the workload of a service of a stack, and of what goes with it.
+    pub fn workload_name(&self, stack: &Stack, service: Service) -> String {
+        format!("{}-{}-{service}-{}", self.name, stack.colour, stack.revision)
+    }
+
+    /// Name of an object of a stack.
+    pub fn part_name(&self, stack: &Stack, service: Service, part: Part) -> String {
+        match part {
+            Part::ColourService => self.colour_name(stack, service),
+            Part::Workload | Part::Budget | Part::Autoscaler => self.workload_name(stack, service),
+        }
+    }
+
+    /// Name of the rendered stack, of its ServiceAccount, and of the Secret that opens its test lanes.
+    pub fn stack_name(&self, stack: &Stack) -> String {
+        format!("{}-{}-{}", self.name, stack.colour, stack.revision)
+    }
+
+    /// Name of the copy of a ConfigMap or Secret for a revision.
+    pub fn copy_name(&self, stack: &Stack, source: &Source) -> String {
+        let (Source::ConfigMap(name) | Source::Secret(name)) = source;
+        fit(format!("{}-{name}", self.stack_name(stack)), 253)
+    }
+
+    /// Name of a Job: all that its result is about.
+    pub fn job_name(&self, job: &Job) -> String {
+        fit(
+            format!(
+                "{}-{}-{}",
+                self.stack_name(&job.stack),
+                job_word(&job.kind),
+                job.attempt
+            ),
+            63,
+        )
+    }
+
+    // ---- labels -----------------------------------------------------------------------------------------------
+
+    /// Labels of everything that belongs to the object.
+    pub fn labels(&self) -> BTreeMap<String, String> {
+        labels([
+            ("app.kubernetes.io/name", "exchange"),
+            ("app.kubernetes.io/instance", self.name),
+            ("app.kubernetes.io/managed-by", MANAGER),
+        ])
+    }
+
+    fn stack_labels(&self, stack: &Stack) -> BTreeMap<String, String> {
+        let mut all = self.labels();
+        all.extend(labels([
+            (COLOUR, stack.colour.as_str()),
+            (REVISION, &stack.revision),
+        ]));
+        all
+    }
+
+    fn service_labels(&self, stack: &Stack, service: Service, version: &str) -> BTreeMap<String, String> {
+        let mut all = self.stack_labels(stack);
+        all.extend(labels([
+            ("app.kubernetes.io/component", service.as_str()),
+            ("app.kubernetes.io/version", version),
+        ]));
+        all
+    }
+
+    /// Names colour *and* revision: a pod of another revision is never selected.
+    fn selector(&self, stack: &Stack, service: Service) -> BTreeMap<String, String> {
+        labels([
+            ("app.kubernetes.io/instance", self.name),
+            ("app.kubernetes.io/component", service.as_str()),
+            (COLOUR, stack.colour.as_str()),
+            (REVISION, &stack.revision),
+        ])
+    }
+
+    fn metadata(&self, name: &str, labels: &BTreeMap<String, String>) -> Value {
+        json!({
+            "name": name,
+            "namespace": self.namespace,
+            "labels": labels,
+            "ownerReferences": [{
+                "apiVersion": "exchange.dev/v1alpha1",
+                "kind": "ExchangeDeployment",
+                "name": self.name,
+                "uid": self.uid,
+                "controller": true,
+                "blockOwnerDeletion": true,
+            }],
+        })
+    }
+
+    // ---- traffic ----------------------------------------------------------------------------------------------
+
+    /// A live Service that points at a stack, or at nothing. Its selector is never empty: that would select every
+    /// pod of the namespace for nobody, or be managed by hand.
+    pub fn live_service(&self, service: Service, to: Option<&Stack>, epoch: u32) -> Value {
+        let mut labels = self.labels();
+        labels.insert("app.kubernetes.io/component".to_owned(), service.to_string());
+        let mut metadata = self.metadata(&self.live_name(service), &labels);
+        if let Value::Object(metadata) = &mut metadata {
+            metadata.insert("annotations".to_owned(), json!({EPOCH: epoch.to_string()}));
+        }
+        let selector = to.map_or_else(
+            || {
+                self::labels([
+                    ("app.kubernetes.io/instance", self.name),
+                    ("app.kubernetes.io/component", service.as_str()),
+                    (COLOUR, NOTHING),
+                    (REVISION, NOTHING),
+                ])
+            },
+            |stack| self.selector(stack, service),
+        );
+        json!({"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": service_spec(&selector)})
+    }
+
+    // ---- a stack ----------------------------------------------------------------------------------------------
+
+    /// The objects of a stack that are kept as they were rendered, by service.
+    pub fn render(&self, spec: &Spec, stack: &Stack) -> Rendered {
+        let mut objects = BTreeMap::new();
+        for service in Service::ALL {
+            let parts = [
+                (Part::ColourService, self.colour_service(spec, stack, service)),
+                (Part::Budget, self.budget(spec, stack, service)),
+                (Part::Workload, self.workload(spec, stack, service)),
+            ];
+            objects.extend(parts.map(|(part, object)| ((service, part), object)));
+        }
+        Rendered {
+            version: spec.version.clone(),
+            objects,
+        }
+    }
+
+    /// The ControllerRevision that keeps a rendered stack.
+    pub fn controller_revision(&self, stack: &Stack, attempt: u32, rendered: &Rendered) -> Value {
+        let mut labels = self.stack_labels(stack);
+        labels.insert(ATTEMPT.to_owned(), attempt.to_string());
+        let objects: Vec<&Value> = rendered.objects.values().collect();
+        json!({
+            "apiVersion": "apps/v1",
+            "kind": "ControllerRevision",
+            "metadata": self.metadata(&self.stack_name(stack), &labels),
+            "revision": attempt,
+            "data": {"version": rendered.version, "objects": objects},
+        })
+    }
+
+    /// The account of a stack's pods. It may do nothing, and its token is not mounted.
+    pub fn service_account(&self, stack: &Stack) -> Value {
+        json!({
+            "apiVersion": "v1",
+            "kind": "ServiceAccount",
+            "metadata": self.metadata(&self.stack_name(stack), &self.stack_labels(stack)),
+            "automountServiceAccountToken": false,
+        })
+    }
+
+    /// The secret that a stack and its test Jobs share. It opens the stack's test lanes.
+    pub fn lane_secret(&self, stack: &Stack, secret: &str) -> Value {
+        json!({
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": self.metadata(&self.stack_name(stack), &self.stack_labels(stack)),
+            "immutable": true,
+            "stringData": {"lane": secret},
+        })
+    }
+
+    /// The copy of a ConfigMap or Secret for a revision: a rollback finds what it had. `content` is `data`, and
+    /// `binaryData` for ConfigMaps, as it was read.
+    pub fn copy(&self, stack: &Stack, source: &Source, content: &Map<String, Value>) -> Value {
+        let kind = match source {
+            Source::ConfigMap(_) => "ConfigMap",
+            Source::Secret(_) => "Secret",
+        };
+        let mut copy = json!({
+            "apiVersion": "v1",
+            "kind": kind,
+            "metadata": self.metadata(&self.copy_name(stack, source), &self.stack_labels(stack)),
+            "immutable": true,
+        });
+        if let Value::Object(copy) = &mut copy {
+            copy.extend(content.clone());
+        }
+        copy
+    }
+
+    fn colour_service(&self, spec: &Spec, stack: &Stack, service: Service) -> Value {
+        let labels = self.service_labels(stack, service, &spec.version);
+        json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": self.metadata(&self.colour_name(stack, service), &labels),
+            "spec": service_spec(&self.selector(stack, service)),
+        })
+    }
+
+    fn budget(&self, spec: &Spec, stack: &Stack, service: Service) -> Value {
+        let labels = self.service_labels(stack, service, &spec.version);
+        json!({
+            "apiVersion": "policy/v1",
+            "kind": "PodDisruptionBudget",
+            "metadata": self.metadata(&self.workload_name(stack, service), &labels),
+            "spec": {
+                "maxUnavailable": 1,
+                "unhealthyPodEvictionPolicy": "AlwaysAllow",
+                "selector": {"matchLabels": self.selector(stack, service)},
+            },
+        })
+    }
+
+    fn workload(&self, spec: &Spec, stack: &Stack, service: Service) -> Value {
+        let labels = self.service_labels(stack, service, &spec.version);
+        json!({
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": self.metadata(&self.workload_name(stack, service), &labels),
+            "spec": {
+                "selector": {"matchLabels": self.selector(stack, service)},
+                "revisionHistoryLimit": 1,
+                // A stack is never rolled to another revision. This is for repairs: first the new pod, then the old.
+                "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+                "template": self.pod(spec, stack, service, &labels),
+            },
+        })
+    }
+
+    fn pod(&self, spec: &Spec, stack: &Stack, service: Service, labels: &BTreeMap<String, String>) -> Value {
+        let declared = spec.services.get(service);
+        let probe = |path: &str, period: u32, failures: u32| {
+            json!({
+                "httpGet": {"path": path, "port": "admin"},
+                "periodSeconds": period,
+                "timeoutSeconds": 2,
+                "failureThreshold": failures,
+            })
+        };
+        let (mut volumes, mut mounts) = self.stores(spec, stack);
+        for (index, file) in declared.files.iter().enumerate() {
+            let name = format!("files-{index}");
+            let source = match (&file.config_map, &file.secret) {
+                (Some(name), _) => Source::ConfigMap(name.clone()),
+                (_, name) => Source::Secret(name.clone().unwrap_or_default()),
+            };
+            let copy = self.copy_name(stack, &source);
+            volumes.push(match source {
+                Source::ConfigMap(_) => json!({"name": name, "configMap": {"name": copy}}),
+                Source::Secret(_) => json!({"name": name, "secret": {"secretName": copy}}),
+            });
+            mounts.push(json!({"name": name, "mountPath": file.mount_path, "readOnly": true}));
+        }
+        let mut container = json!({
+            "name": service.as_str(),
+            "image": image(spec, declared),
+            "args": [service.as_str()],
+            "env": self.environment(spec, stack, service),
+            "ports": [
+                {"name": "http", "containerPort": PUBLIC},
+                {"name": "admin", "containerPort": ADMIN},
+            ],
+            "startupProbe": probe("/readyz", 1, 120),
+            "readinessProbe": probe("/readyz", 2, 2),
+            "livenessProbe": probe("/livez", 10, 3),
+            "lifecycle": {"preStop": {"sleep": {"seconds": PRE_STOP_SECONDS}}},
+            "securityContext": container_security(),
+            "volumeMounts": mounts,
+        });
+        let mut pod = json!({
+            "serviceAccountName": self.stack_name(stack),
+            "automountServiceAccountToken": false,
+            "enableServiceLinks": false,
+            "terminationGracePeriodSeconds": GRACE_SECONDS,
+            "securityContext": pod_security(),
+            "topologySpreadConstraints": self.spread(declared, stack, service),
+            "volumes": volumes,
+        });
+        if let (Value::Object(container), Value::Object(pod)) = (&mut container, &mut pod) {
+            optional(container, "envFrom", self.env_from(declared, stack));
+            optional(container, "resources", json!(declared.resources));
+            optional(pod, "imagePullSecrets", json!(spec.image_pull_secrets));
+            optional(pod, "nodeSelector", json!(declared.node_selector));
+            optional(pod, "tolerations", json!(declared.tolerations));
+            optional(pod, "priorityClassName", json!(declared.priority_class_name));
+            pod.insert("containers".to_owned(), json!([container]));
+        }
+        json!({"metadata": {"labels": labels}, "spec": pod})
+    }
+
+    /// The stores' Secrets are mounted as they are, and read again at each reconnect. The lane's secret is the stack's.
+    fn stores(&self, spec: &Spec, stack: &Stack) -> (Vec<Value>, Vec<Value>) {
+        let lane = SecretKey {
+            name: self.stack_name(stack),
+            key: "lane".to_owned(),
+        };
+        let mut volumes = vec![json!({"name": "tmp", "emptyDir": {"sizeLimit": "64Mi"}})];
+        let mut mounts = vec![json!({"name": "tmp", "mountPath": "/tmp"})];
+        let stores = [
+            ("database", &spec.database.secret_ref),
+            ("queue", &spec.queue.secret_ref),
+            ("market-data", &spec.market_data.secret_ref),
+            ("lane", &lane),
+        ];
+        for (name, key) in stores {
+            let (volume, mount) = secret_file(name, key);
+            volumes.push(volume);
+            mounts.push(mount);
+        }
+        (volumes, mounts)
+    }
+
+    fn environment(&self, spec: &Spec, stack: &Stack, service: Service) -> Vec<Value> {
+        let live = format!("http://{}", self.live_name(service));
+        let drain = seconds(spec.rollout.drain_timeout);
+        let mut env = vec![
+            var("EXCHANGE_COLOUR", stack.colour.as_str()),
+            var("EXCHANGE_REVISION", &stack.revision),
+            var("EXCHANGE_DATABASE_URL_FILE", "/etc/exchange/database/url"),
+            var("EXCHANGE_QUEUE_URL_FILE", "/etc/exchange/queue/url"),
+            var("EXCHANGE_MARKET_DATA_URL_FILE", "/etc/exchange/market-data/url"),
+            var("EXCHANGE_LANE_SECRET_FILE", "/etc/exchange/lane/url"),
+            var("EXCHANGE_LIVE_URL", &live),
+            var("EXCHANGE_DRAIN_TIMEOUT", &format!("{drain}s")),
+        ];
+        env.extend(Self::addresses(stack, |service| self.colour_name(stack, service)));
+        for declared in &spec.services.get(service).env {
+            let mut declared = json!(declared);
+            for (field, source) in [
+                ("configMapKeyRef", Source::ConfigMap as fn(String) -> Source),
+                ("secretKeyRef", Source::Secret as fn(String) -> Source),
+            ] {
+                let name = declared.pointer_mut(&format!("/valueFrom/{field}/name"));
+                if let Some(Value::String(name)) = name {
+                    *name = self.copy_name(stack, &source(std::mem::take(name)));
+                }
+            }
+            env.push(declared);
+        }
+        env
+    }
+
+    fn env_from(&self, declared: &ServiceSpec, stack: &Stack) -> Value {
+        let copies = declared.env_from.iter().map(|from| {
+            let mut from = from.clone();
+            if let Some(it) = &mut from.config_map_ref {
+                it.name = self.copy_name(stack, &Source::ConfigMap(std::mem::take(&mut it.name)));
+            }
+            if let Some(it) = &mut from.secret_ref {
+                it.name = self.copy_name(stack, &Source::Secret(std::mem::take(&mut it.name)));
+            }
+            json!(from)
+        });
+        copies.collect()
+    }
+
+    fn addresses(stack: &Stack, name: impl Fn(Service) -> String) -> Vec<Value> {
+        let mut env = vec![var("EXCHANGE_STACK_NAME", &stack.to_string())];
+        for service in Service::ALL {
+            let key = format!("EXCHANGE_STACK_{}_URL", service.as_str().to_uppercase());
+            env.push(var(&key, &format!("http://{}", name(service))));
+        }
+        env
+    }
+
+    fn spread(&self, declared: &ServiceSpec, stack: &Stack, service: Service) -> Value {
+        let selector = json!({"matchLabels": self.selector(stack, service)});
+        if declared.topology_spread_constraints.is_empty() {
+            let evenly = |key: &str| {
+                json!({
+                    "maxSkew": 1,
+                    "topologyKey": key,
+                    "whenUnsatisfiable": "ScheduleAnyway",
+                    "labelSelector": selector,
+                })
+            };
+            return json!([
+                evenly("kubernetes.io/hostname"),
+                evenly("topology.kubernetes.io/zone")
+            ]);
+        }
+        let own = declared.topology_spread_constraints.iter().map(|constraint| {
+            let mut constraint = json!(constraint);
+            if let Value::Object(fields) = &mut constraint {
+                fields.entry("labelSelector").or_insert_with(|| selector.clone());
+            }
+            constraint
+        });
+        own.collect()
+    }
+
+    /// The autoscaler of a live stack's service, where one is declared.
+    pub fn autoscaler(&self, spec: &Spec, stack: &Stack, service: Service) -> Option<Value> {
+        let declared = spec.services.get(service).autoscaling.as_ref()?;
+        let name = self.workload_name(stack, service);
+        Some(json!({
+            "apiVersion": "autoscaling/v2",
+            "kind": "HorizontalPodAutoscaler",
+            "metadata": self.metadata(&name, &self.service_labels(stack, service, &spec.version)),
+            "spec": {
+                "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name},
+                "minReplicas": declared.min_replicas,
+                "maxReplicas": declared.max_replicas,
+                "metrics": [{
+                    "type": "Resource",
+                    "resource": {
+                        "name": "cpu",
+                        "target": {
+                            "type": "Utilization",
+                            "averageUtilization": declared.target_cpu_utilization_percentage,
+                        },
+                    },
+                }],
+            },
+        }))
+    }
+
+    // ---- Jobs -------------------------------------------------------------------------------------------------
+
+    /// A Job. It runs the image of its stack as it was rendered, whatever is declared by now; only the expand runs
+    /// before there is one. Nothing if the stack is not rendered, or the test not declared any more.
+    pub fn job(&self, spec: &Spec, rendered: Option<&Rendered>, job: &Job) -> Option<Value> {
+        let own = match job.kind {
+            JobKind::Expand => image(spec, &spec.services.trade),
+            _ => rendered?.image(Service::Trade)?,
+        };
+        let tested = |name: fn(&Self, &Stack, Service) -> String| {
+            Self::addresses(&job.stack, |service| name(self, &job.stack, service))
+        };
+        let live = |builder: &Self, _: &Stack, service| builder.live_name(service);
+        let deadline = seconds(spec.rollout.progress_deadline);
+        let (image, command, env, deadline) = match &job.kind {
+            JobKind::Expand | JobKind::Contract => {
+                let args = json!(["migrate", "--phase", job_word(&job.kind)]);
+                (own, json!({"args": args}), Vec::new(), deadline)
+            }
+            JobKind::Smoke => (
+                own,
+                json!({"args": ["smoke"]}),
+                tested(Self::colour_name),
+                deadline,
+            ),
+            JobKind::Verify => (own, json!({"args": ["smoke"]}), tested(live), deadline),
+            JobKind::Test(name) => {
+                let test = spec.rollout.smoke_tests.iter().find(|test| test.name == *name)?;
+                let image = test.image.clone().unwrap_or(own);
+                (
+                    image,
+                    json!({"command": test.command}),
+                    tested(Self::colour_name),
+                    seconds(test.timeout),
+                )
+            }
+        };
+        let migration = matches!(job.kind, JobKind::Expand | JobKind::Contract);
+        let lane = SecretKey {
+            name: self.stack_name(&job.stack),
+            key: "lane".to_owned(),
+        };
+        let (name, variable, key) = if migration {
+            let database = &spec.database;
+            let key = database
+                .migration_secret_ref
+                .as_ref()
+                .unwrap_or(&database.secret_ref);
+            ("database", "EXCHANGE_DATABASE_URL_FILE", key)
+        } else {
+            ("lane", "EXCHANGE_LANE_SECRET_FILE", &lane)
+        };
+        let (volume, mount) = secret_file(name, key);
+        let mut env = env;
+        env.push(var(variable, &format!("/etc/exchange/{name}/url")));
+        let mut labels = self.stack_labels(&job.stack);
+        labels.extend(self::labels([
+            (JOB, job_word(&job.kind)),
+            (ATTEMPT, &job.attempt.to_string()),
+        ]));
+        let mut container = json!({
+            "name": "job",
+            "image": image,
+            "env": env,
+            "securityContext": container_security(),
+            "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}, mount],
+        });
+        let mut pod = json!({
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": false,
+            "enableServiceLinks": false,
+            "securityContext": pod_security(),
+            "volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "64Mi"}}, volume],
+        });
+        if let (Value::Object(container), Value::Object(pod), Value::Object(command)) =
+            (&mut container, &mut pod, command)
+        {
+            container.extend(command);
+            optional(pod, "imagePullSecrets", json!(spec.image_pull_secrets));
+            pod.insert("containers".to_owned(), json!([container]));
+        }
+        Some(json!({
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": self.metadata(&self.job_name(job), &labels),
+            "spec": {
+                "activeDeadlineSeconds": deadline,
+                // A migration can be repeated, and a node may be drained under any Job. A failed test has failed.
+                "backoffLimit": if migration { 3 } else { 0 },
+                "podFailurePolicy": {"rules": [
+                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                ]},
+                "template": {"metadata": {"labels": labels}, "spec": pod},
+            },
+        }))
+    }
+}
+
+/// A stack as it was rendered.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rendered {
+    /// Its version.
+    pub version: String,
+    /// Its objects.
+    pub objects: BTreeMap<(Service, Part), Value>,
+}
+
+impl Rendered {
+    /// Image of a service.
+    pub fn image(&self, service: Service) -> Option<String> {
+        let workload = self.objects.get(&(service, Part::Workload))?;
+        Some(
+            workload
+                .pointer("/spec/template/spec/containers/0/image")?
+                .as_str()?
+                .to_owned(),
+        )
+    }
+}
+
+/// What a Job does, in its name and labels.
+pub fn job_word(kind: &JobKind) -> &str {
+    match kind {
+        JobKind::Expand => "expand",
+        JobKind::Smoke => "smoke",
+        JobKind::Test(name) => name,
+        JobKind::Verify => "verify",
+        JobKind::Contract => "contract",
+    }
+}
+
+/// Copies that a stack needs: of every source that is declared.
+pub fn copies(spec: &Spec) -> impl Iterator<Item = Source> {
+    sources(spec).into_keys()
+}
+
+fn image(spec: &Spec, declared: &ServiceSpec) -> String {
+    let (repository, digest) = match &declared.image {
+        Some(image) => (image, &declared.image_digest),
+        None => (&spec.image, &spec.image_digest),
+    };
+    match digest {
+        Some(digest) => format!("{repository}@{digest}"),
+        None => format!("{repository}:{}", spec.version),
+    }
+}
+
+/// One port: with several, a change of the selector leaves some of them without endpoints for about a second.
+fn service_spec(selector: &BTreeMap<String, String>) -> Value {
+    json!({
+        "type": "ClusterIP",
+        "selector": selector,
+        "ports": [{"name": "http", "port": 80, "protocol": "TCP", "targetPort": PUBLIC}],
+    })
+}
+
+fn secret_file(name: &str, key: &SecretKey) -> (Value, Value) {
+    let items = json!([{"key": key.key, "path": "url"}]);
+    let volume = json!({"name": name, "secret": {"secretName": key.name, "items": items}});
+    let mount = json!({"name": name, "mountPath": format!("/etc/exchange/{name}"), "readOnly": true});
+    (volume, mount)
+}
+
+fn container_security() -> Value {
+    json!({
+        "allowPrivilegeEscalation": false,
+        "readOnlyRootFilesystem": true,
+        "capabilities": {"drop": ["ALL"]},
+    })
+}
+
+fn pod_security() -> Value {
+    json!({
+        "runAsNonRoot": true,
+        "runAsUser": 65532,
+        "runAsGroup": 65532,
+        "fsGroup": 65532,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    })
+}
+
+fn var(name: &str, value: &str) -> Value {
+    json!({"name": name, "value": value})
+}
+
+fn labels<const N: usize>(labels: [(&str, &str); N]) -> BTreeMap<String, String> {
+    labels
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect()
+}
+
+fn optional(map: &mut Map<String, Value>, key: &str, value: Value) {
+    let empty = match &value {
+        Value::Null => true,
+        Value::Array(items) => items.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        _ => false,
+    };
+    if !empty {
+        map.insert(key.to_owned(), value);
+    }
+}
+
+fn seconds(duration: Duration) -> u64 {
+    time::Duration::from(duration).as_secs()
+}
+
+/// A name that is too long is cut, and what was cut is hashed into its end.
+fn fit(name: String, limit: usize) -> String {
+    if name.len() <= limit {
+        return name;
+    }
+    let digest = Sha256::digest(name.as_bytes());
+    let hash = hex(digest.get(..4).unwrap_or_default());
+    let kept: String = name.chars().take(limit - 9).collect();
+    format!("{}-{hash}", kept.trim_end_matches(['-', '.']))
+}

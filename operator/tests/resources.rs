@@ -1,0 +1,295 @@
+//! What is created, as it is sent: snapshots, and the rules that each object has to keep.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot go on panics"
+)]
+
+use std::{collections::BTreeMap, fs};
+
+use exchange_operator::{
+    api::{ExchangeDeployment, ExchangeDeploymentSpec as Spec, Service},
+    observe::{Job, JobKind, Part},
+    resources::{Builder, copies, job_word},
+    revision::Source,
+    status::{Colour, Stack},
+};
+use k8s_openapi::api::{
+    apps::v1::{ControllerRevision, Deployment},
+    autoscaling::v2::HorizontalPodAutoscaler,
+    batch::v1::Job as BatchJob,
+    core::v1::{ConfigMap, Secret, Service as CoreService, ServiceAccount},
+    policy::v1::PodDisruptionBudget,
+};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+
+const BUILDER: Builder<'_> = Builder {
+    name: "exchange",
+    namespace: "prod",
+    uid: "8d0ae1d4-3d6c-4d1c-8a59-1d2a8e1c9d10",
+};
+
+fn example(name: &str) -> Spec {
+    let path = format!("{}/../examples/{name}.yaml", env!("CARGO_MANIFEST_DIR"));
+    serde_yaml::from_str::<ExchangeDeployment>(&fs::read_to_string(path).unwrap())
+        .unwrap()
+        .spec
+}
+
+fn stack() -> Stack {
+    Stack {
+        colour: Colour::Green,
+        revision: "0123456789".to_owned(),
+    }
+}
+
+fn jobs() -> Vec<Job> {
+    let test = JobKind::Test("reconcile-ledger".to_owned());
+    let kinds = [
+        JobKind::Expand,
+        JobKind::Smoke,
+        test,
+        JobKind::Verify,
+        JobKind::Contract,
+    ];
+    kinds
+        .map(|kind| Job {
+            kind,
+            stack: stack(),
+            attempt: 7,
+        })
+        .to_vec()
+}
+
+/// Everything that is created for an example, under a name.
+fn everything(spec: &Spec) -> BTreeMap<String, Value> {
+    let mut all = BTreeMap::new();
+    let rendered = BUILDER.render(spec, &stack());
+    let of = rendered.clone();
+    all.insert(
+        "controllerrevision".to_owned(),
+        BUILDER.controller_revision(&stack(), 7, &rendered),
+    );
+    for ((service, part), object) in rendered.objects {
+        all.insert(format!("{service}-{part:?}").to_lowercase(), object);
+    }
+    for service in Service::ALL {
+        all.insert(
+            format!("live-{service}"),
+            BUILDER.live_service(service, Some(&stack()), 3),
+        );
+        if let Some(object) = BUILDER.autoscaler(spec, &stack(), service) {
+            all.insert(format!("{service}-autoscaler"), object);
+        }
+    }
+    all.insert(
+        "live-nothing".to_owned(),
+        BUILDER.live_service(Service::Trade, None, 0),
+    );
+    all.insert("account".to_owned(), BUILDER.service_account(&stack()));
+    all.insert(
+        "lane".to_owned(),
+        BUILDER.lane_secret(&stack(), "drawn at random"),
+    );
+    for source in copies(spec) {
+        let content = json!({"data": {"key": "dmFsdWU="}});
+        let copy = BUILDER.copy(&stack(), &source, content.as_object().unwrap());
+        let (Source::ConfigMap(name) | Source::Secret(name)) = &source;
+        all.insert(format!("copy-{name}"), copy);
+    }
+    for job in jobs() {
+        if let Some(object) = BUILDER.job(spec, Some(&of), &job) {
+            all.insert(format!("job-{}", job_word(&job.kind)), object);
+        }
+    }
+    all
+}
+
+#[test]
+fn the_minimal_exchange() {
+    let all = everything(&example("minimal"));
+    for name in [
+        "trade-workload",
+        "trade-colourservice",
+        "trade-budget",
+        "live-trade",
+        "live-nothing",
+        "account",
+    ] {
+        insta::assert_yaml_snapshot!(format!("minimal-{name}"), all.get(name).unwrap());
+    }
+}
+
+#[test]
+fn the_full_exchange() {
+    let all = everything(&example("full"));
+    let names = [
+        "trade-workload",
+        "notification-workload",
+        "user-workload",
+        "trade-autoscaler",
+        "lane",
+        "copy-exchange-fees",
+        "copy-exchange-smtp",
+        "job-expand",
+        "job-smoke",
+        "job-verify",
+        "job-contract",
+        "job-reconcile-ledger",
+    ];
+    for name in names {
+        insta::assert_yaml_snapshot!(format!("full-{name}"), all.get(name).unwrap());
+    }
+}
+
+/// A field that the API does not have, or has with another type, does not survive.
+fn survives<T: DeserializeOwned + Serialize>(name: &str, object: &Value) {
+    let typed: T = serde_json::from_value(object.clone()).unwrap_or_else(|why| panic!("{name}: {why}"));
+    assert_eq!(serde_json::to_value(typed).unwrap(), *object, "{name}");
+}
+
+#[test]
+fn every_field_exists_in_the_api() {
+    for example in ["minimal", "full"].map(example) {
+        for (name, object) in everything(&example) {
+            match object["kind"].as_str().unwrap() {
+                "Deployment" => survives::<Deployment>(&name, &object),
+                "Service" => survives::<CoreService>(&name, &object),
+                "PodDisruptionBudget" => survives::<PodDisruptionBudget>(&name, &object),
+                "HorizontalPodAutoscaler" => survives::<HorizontalPodAutoscaler>(&name, &object),
+                "ServiceAccount" => survives::<ServiceAccount>(&name, &object),
+                "ControllerRevision" => survives::<ControllerRevision>(&name, &object),
+                "ConfigMap" => survives::<ConfigMap>(&name, &object),
+                "Secret" => survives::<Secret>(&name, &object),
+                "Job" => survives::<BatchJob>(&name, &object),
+                other => panic!("{name}: {other}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn every_object_is_owned_labelled_and_has_a_valid_name() {
+    for (name, object) in everything(&example("full")) {
+        let metadata = &object["metadata"];
+        assert_eq!(metadata["ownerReferences"][0]["controller"], true, "{name}");
+        assert_eq!(
+            metadata["labels"]["app.kubernetes.io/managed-by"], "exchange-operator",
+            "{name}"
+        );
+        assert!(metadata["name"].as_str().unwrap().len() <= 253, "{name}");
+        for (key, value) in metadata["labels"].as_object().unwrap() {
+            assert!(value.as_str().unwrap().len() <= 63, "{name}: label {key}");
+        }
+    }
+}
+
+#[test]
+fn names_fit_also_for_the_longest_name() {
+    let name = "e".repeat(40);
+    let builder = Builder {
+        name: &name,
+        ..BUILDER
+    };
+    for service in Service::ALL {
+        assert!(builder.live_name(service).len() <= 63);
+        assert!(builder.colour_name(&stack(), service).len() <= 63);
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    for attempt in [1, 2, 4_000_000_000] {
+        for job in jobs() {
+            let name = builder.job_name(&Job { attempt, ..job });
+            assert!(name.len() <= 63, "{name}");
+            assert!(seen.insert(name), "two Jobs of one name");
+        }
+    }
+}
+
+#[test]
+fn pods_are_restricted() {
+    for (name, object) in everything(&example("full")) {
+        let Some(pod) = object.pointer("/spec/template/spec") else {
+            continue;
+        };
+        assert_eq!(pod["securityContext"]["runAsNonRoot"], true, "{name}");
+        assert_eq!(
+            pod["securityContext"]["seccompProfile"]["type"], "RuntimeDefault",
+            "{name}"
+        );
+        assert_eq!(pod["automountServiceAccountToken"], false, "{name}");
+        for container in pod["containers"].as_array().unwrap() {
+            let security = &container["securityContext"];
+            assert_eq!(security["allowPrivilegeEscalation"], false, "{name}");
+            assert_eq!(security["capabilities"]["drop"], json!(["ALL"]), "{name}");
+        }
+    }
+}
+
+#[test]
+fn selectors_are_never_empty_and_name_colour_and_revision() {
+    for (name, object) in everything(&example("full")) {
+        if object["kind"] != "Service" {
+            continue;
+        }
+        let selector = object["spec"]["selector"].as_object().unwrap();
+        for key in [
+            "app.kubernetes.io/component",
+            "exchange.dev/colour",
+            "exchange.dev/revision",
+        ] {
+            assert!(selector.contains_key(key), "{name} does not select by {key}");
+        }
+        assert_eq!(object["spec"]["ports"].as_array().unwrap().len(), 1, "{name}");
+    }
+}
+
+#[test]
+fn only_migrations_get_the_owner_of_the_database() {
+    for (name, object) in everything(&example("full")) {
+        let Some(pod) = object.pointer("/spec/template/spec") else {
+            continue;
+        };
+        let owner = pod.to_string().contains("owner-url");
+        assert_eq!(
+            owner,
+            ["job-expand", "job-contract"].contains(&name.as_str()),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn pods_use_the_copies_of_what_they_refer_to() {
+    let rendered = BUILDER.render(&example("full"), &stack());
+    let trade = rendered
+        .objects
+        .get(&(Service::Trade, Part::Workload))
+        .unwrap()
+        .to_string();
+    assert!(trade.contains("\"exchange-green-0123456789-exchange-fees\""));
+    assert!(!trade.contains("\"exchange-fees\""));
+}
+
+#[test]
+fn the_contract_runs_the_live_image_when_another_version_is_declared() {
+    let rendered = BUILDER.render(&example("minimal"), &stack());
+    let mut newer = example("minimal");
+    newer.version = "1.5.0".to_owned();
+    let contract = Job {
+        kind: JobKind::Contract,
+        stack: stack(),
+        attempt: 7,
+    };
+    let image = |rendered| {
+        let job = BUILDER.job(&newer, rendered, &contract)?;
+        Some(
+            job.pointer("/spec/template/spec/containers/0/image")?
+                .as_str()?
+                .to_owned(),
+        )
+    };
+    assert_eq!(image(Some(&rendered)).unwrap(), "ghcr.io/acme/exchange:1.4.0");
+    assert_eq!(image(None), None);
+}
