@@ -7,6 +7,7 @@ mod actions;
 pub mod api;
 pub mod decide;
 pub mod guard;
+pub mod lease;
 pub mod observe;
 pub mod plan;
 mod release;

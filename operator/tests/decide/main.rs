@@ -10,4 +10,5 @@
 
 mod histories;
 mod transitions;
+mod verdicts;
 mod world;

@@ -16,11 +16,11 @@ use exchange_operator::{
 };
 
 /// r0 is live and verified; r1 is declared and has come as far as this phase.
-fn at(phase: Phase) -> World {
+pub(crate) fn at(phase: Phase) -> World {
     releasing(1, phase)
 }
 
-fn releasing(index: usize, phase: Phase) -> World {
+pub(crate) fn releasing(index: usize, phase: Phase) -> World {
     let mut world = World::new(true);
     world.settle().unwrap();
     assert_eq!(world.status.phase, Live);
@@ -551,8 +551,10 @@ fn time_in_which_nobody_looked_is_not_held_against_a_release() {
 
 #[test]
 fn an_operator_that_is_served_an_old_object_moves_nothing() {
-    let mut world = at(Testing);
+    let mut world = World::new(true);
+    world.settle().unwrap();
     let old = world.remember();
+    world.release(1);
     world.until(0, Verifying);
     world.finish(0);
     let before = world.targets();
