@@ -94,12 +94,12 @@ mod tests {
 
     use super::*;
 
-    fn record(holder: &str, version: u64) -> Option<Record> {
+    fn record(holder: &str, version: u64) -> Record {
         let holder = Some(holder.to_owned()).filter(|holder| !holder.is_empty());
-        Some(Record {
+        Record {
             holder,
             resource_version: version.to_string(),
-        })
+        }
     }
 
     #[test]
@@ -111,19 +111,24 @@ mod tests {
         };
         let rows = [
             ("none", None, 10, Step::Create),
-            ("released", record("", 5), 10, Step::Take("5".to_owned())),
-            ("mine", record("me", 5), 10, Step::Renew("5".to_owned())),
-            ("mine, long ago", record("me", 5), 99, Step::Renew("5".to_owned())),
-            ("another's", record("you", 5), 10, Step::Wait(seconds(1))),
+            ("released", Some(record("", 5)), 10, Step::Take("5".to_owned())),
+            ("mine", Some(record("me", 5)), 10, Step::Renew("5".to_owned())),
+            (
+                "mine, long ago",
+                Some(record("me", 5)),
+                99,
+                Step::Renew("5".to_owned()),
+            ),
+            ("another's", Some(record("you", 5)), 10, Step::Wait(seconds(1))),
             (
                 "another's, almost over",
-                record("you", 5),
+                Some(record("you", 5)),
                 13,
                 Step::Wait(seconds(1)),
             ),
             (
                 "another's, over",
-                record("you", 5),
+                Some(record("you", 5)),
                 14,
                 Step::Take("5".to_owned()),
             ),
@@ -136,12 +141,12 @@ mod tests {
     #[test]
     fn a_renewal_seen_starts_the_wait_anew() {
         let sight = Sight {
-            record: record("you", 1),
+            record: Some(record("you", 1)),
             since: Duration::ZERO,
         };
-        let same = sight.clone().see(record("you", 1), Duration::from_secs(3));
+        let same = sight.clone().see(Some(record("you", 1)), Duration::from_secs(3));
         assert_eq!(same.since, Duration::ZERO);
-        let renewed = sight.see(record("you", 2), Duration::from_secs(3));
+        let renewed = sight.see(Some(record("you", 2)), Duration::from_secs(3));
         assert_eq!(renewed.since, Duration::from_secs(3));
     }
 
@@ -178,7 +183,7 @@ mod tests {
                     (0, Some((expected, began))) => {
                         if expected == lease.as_ref().map(|lease| lease.resource_version.clone()) {
                             version += 1;
-                            lease = record(it.name, version);
+                            lease = Some(record(it.name, version));
                             it.renewed = Some(began);
                         } else {
                             it.renewed = None;

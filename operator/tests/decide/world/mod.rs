@@ -528,15 +528,11 @@ impl World {
         if candidate.stack.revision != self.revision {
             return Err("P7: promotes what is not declared any more".to_owned());
         }
-        if self.stopped() {
-            return Err("promotes while stopped".to_owned());
+        if self.spec.suspend || self.requests.pause.as_ref() == Some(&name) {
+            return Err("promotes while paused or suspended".to_owned());
         }
         self.proven.insert((candidate.stack, rendered));
         Ok(())
-    }
-
-    fn stopped(&self) -> bool {
-        self.spec.suspend
     }
 
     fn is_proven(&self, stack: &Stack) -> bool {
