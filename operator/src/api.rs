@@ -243,8 +243,8 @@ pub struct ServiceSpec {
         merge_strategy = ListMerge::Map(vec!["name".into()]),
         validation = Rule::new("self.all(e, e.name.matches('^[-._a-zA-Z][-._a-zA-Z0-9]*$'))")
             .message("the name of an environment variable consists of letters, digits, '_', '-' and '.', and does not start with a digit"),
-        validation = Rule::new("self.all(e, !e.name.startsWith('EXCHANGE_STACK_'))")
-            .message("environment variables that start with EXCHANGE_STACK_ are set by the operator"),
+        validation = Rule::new("self.all(e, !e.name.startsWith('EXCHANGE_STACK_') && !(e.name in ['EXCHANGE_COLOUR', 'EXCHANGE_REVISION', 'EXCHANGE_ROLE', 'EXCHANGE_LIVE_URL', 'EXCHANGE_DRAIN_TIMEOUT', 'EXCHANGE_DATABASE_URL', 'EXCHANGE_DATABASE_URL_FILE', 'EXCHANGE_QUEUE_URL', 'EXCHANGE_QUEUE_URL_FILE', 'EXCHANGE_MARKET_DATA_URL', 'EXCHANGE_MARKET_DATA_URL_FILE', 'EXCHANGE_LANE_SECRET', 'EXCHANGE_LANE_SECRET_FILE', 'EXCHANGE_PUBLIC_ADDRESS', 'EXCHANGE_ADMIN_ADDRESS']))")
+            .message("the operator itself sets EXCHANGE_STACK_…, and the colour, revision, role, addresses, stores and lane of a pod: leave them out of env"),
     )]
     pub env: Vec<EnvVar>,
 

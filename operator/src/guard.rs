@@ -1,13 +1,14 @@
 //! What is refused, whatever the plan says.
 //!
-//! Checked by [`apply`](crate::decide::Action) on what is seen right before each write, and by the simulation in the same
+//! Checked by [`apply`](crate::plan::Action) on what is seen right before each write, and by the simulation in the same
 //! place. The fences make a write about an older state of an object fail; the guards look at *other* objects: endpoints
 //! that have gone since the plan was made, and traffic that has come.
 
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
-    decide::{Action, Intent, declared_replicas},
+    decide::declared_replicas,
     observe::{Observed, Part, Target},
+    plan::{Action, Intent},
     status::Stack,
 };
 

@@ -3,11 +3,16 @@
 //! A reconcile is a pipeline: *observe* (the only reader) → *decide* (pure) → *apply* (the only writer). What has been
 //! decided is recorded in the object's status before it is done.
 
+mod actions;
 pub mod api;
 pub mod decide;
 pub mod guard;
+pub mod lease;
 pub mod observe;
+pub mod plan;
+mod release;
 pub mod report;
 pub mod resources;
 pub mod revision;
 pub mod status;
+mod swap;

@@ -3,6 +3,10 @@
 //! Two facts come from places of their own, because others would lie: whether a stack can take traffic is read from
 //! the EndpointSlices of its colour Services (a pod may be ready before the slice controller has seen it), and where
 //! traffic goes is read from the live Services themselves.
+//!
+//! The object itself is read last, by a read that the API server answers from its store. What belongs to it is then
+//! never newer than the record by which it is judged: whatever has been recorded since has changed either the object,
+//! so that the next record is refused, or what is to be written, so that the write is.
 
 use std::{collections::BTreeMap, sync::Arc};
 

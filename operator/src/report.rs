@@ -3,6 +3,8 @@
 //! A message says what is awaited and what can be done about it. It contains no running time, so that a status which
 //! says the same is not written again.
 
+use std::fmt;
+
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
@@ -19,10 +21,10 @@ struct Verdict {
     message: String,
 }
 
-fn verdict(is: bool, reason: impl Into<String>, message: impl Into<String>) -> Verdict {
+fn verdict(is: bool, reason: impl fmt::Display, message: impl Into<String>) -> Verdict {
     Verdict {
         is,
-        reason: reason.into(),
+        reason: reason.to_string(),
         message: message.into(),
     }
 }
@@ -106,7 +108,7 @@ fn stalled(spec: &Spec, seen: &Observed, status: &Status) -> Option<Verdict> {
             "spec wants {}, live is {live} because {}; change the spec, or try again with exchange.dev/retry={retry}",
             spec.version, rejected.message
         );
-        return Some(verdict(true, rejected.reason.to_string(), message));
+        return Some(verdict(true, rejected.reason, message));
     }
     let live = status.live.as_ref()?;
     let revision = &seen.declared.as_ref().ok()?.revision;

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, SecretKey, Service, ServiceSpec},
     observe::{Job, JobKind, Part},
-    revision::{Source, sources},
+    revision::{Source, hex, sources},
     status::Stack,
 };
 
@@ -484,9 +484,13 @@ impl Builder<'_> {
 
     // ---- Jobs -------------------------------------------------------------------------------------------------
 
-    /// A Job. Nothing if it is a test that is not declared any more.
-    pub fn job(&self, spec: &Spec, job: &Job) -> Option<Value> {
-        let own = image(spec, &spec.services.trade);
+    /// A Job. It runs the image of its stack as it was rendered, whatever is declared by now; only the expand runs
+    /// before there is one. Nothing if the stack is not rendered, or the test not declared any more.
+    pub fn job(&self, spec: &Spec, rendered: Option<&Rendered>, job: &Job) -> Option<Value> {
+        let own = match job.kind {
+            JobKind::Expand => image(spec, &spec.services.trade),
+            _ => rendered?.image(Service::Trade)?,
+        };
         let tested = |name: fn(&Self, &Stack, Service) -> String| {
             Self::addresses(&job.stack, |service| name(self, &job.stack, service))
         };
@@ -585,6 +589,19 @@ pub struct Rendered {
     pub objects: BTreeMap<(Service, Part), Value>,
 }
 
+impl Rendered {
+    /// Image of a service.
+    pub fn image(&self, service: Service) -> Option<String> {
+        let workload = self.objects.get(&(service, Part::Workload))?;
+        Some(
+            workload
+                .pointer("/spec/template/spec/containers/0/image")?
+                .as_str()?
+                .to_owned(),
+        )
+    }
+}
+
 /// What a Job does, in its name and labels.
 pub fn job_word(kind: &JobKind) -> &str {
     match kind {
@@ -679,10 +696,7 @@ fn fit(name: String, limit: usize) -> String {
         return name;
     }
     let digest = Sha256::digest(name.as_bytes());
-    let hash: String = digest
-        .iter()
-        .take(4)
-        .fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
+    let hash = hex(digest.get(..4).unwrap_or_default());
     let kept: String = name.chars().take(limit - 9).collect();
     format!("{}-{hash}", kept.trim_end_matches(['-', '.']))
 }

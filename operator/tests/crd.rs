@@ -362,7 +362,12 @@ fn every_invalid_object_gets_a_message_for_people() {
         (
             "reserved variable",
             service(json!({"env": [{"name": "EXCHANGE_STACK_NAME"}]})),
-            "set by the operator",
+            "the operator itself sets",
+        ),
+        (
+            "colour of a pod",
+            service(json!({"env": [{"name": "EXCHANGE_COLOUR", "value": "red"}]})),
+            "the operator itself sets",
         ),
         (
             "name of a variable",

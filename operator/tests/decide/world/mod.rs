@@ -10,16 +10,17 @@ use std::{
 };
 
 use exchange_operator::{
-    api::{Autoscaling, ColourChoice, ExchangeDeploymentSpec as Spec, Promotion, Service},
-    decide::{Action, Intent, decide},
+    api::{ExchangeDeploymentSpec as Spec, Promotion, Service},
+    decide::decide,
     guard,
     observe::{
         Declared, Fence, Figures, Job, JobKind, JobSeen, JobState, LiveService, Observed, Part, PartSeen,
         Requests, ServiceSeen, StackSeen, Target,
     },
+    plan::{Action, Intent},
     status::{ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack, token},
 };
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 
 /// Told only when a history is told: most are not.
 macro_rules! note {
@@ -29,6 +30,8 @@ macro_rules! note {
         }
     };
 }
+
+mod around;
 
 /// What is the matter with a revision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -369,7 +372,7 @@ impl World {
         if self.past.len() > 6 {
             self.past.pop_front();
         }
-        let (mut seen, version) = match view {
+        let (seen, version) = match view {
             View::Fresh => (*fresh).clone(),
             View::Old => (*old).clone(),
             View::Torn => {
@@ -392,6 +395,10 @@ impl World {
                 )
             }
         };
+        self.plan(who, seen, version);
+    }
+
+    fn plan(&mut self, who: usize, mut seen: Observed, version: u64) {
         let now = (seen.status.phase, seen.status.attempt);
         seen.seen_before = self.operators[who].known == Some(now);
         let plan = decide(&self.spec, &seen, self.now);
@@ -521,15 +528,11 @@ impl World {
         if candidate.stack.revision != self.revision {
             return Err("P7: promotes what is not declared any more".to_owned());
         }
-        if self.stopped() {
-            return Err("promotes while stopped".to_owned());
+        if self.spec.suspend || self.requests.pause.as_ref() == Some(&name) {
+            return Err("promotes while paused or suspended".to_owned());
         }
         self.proven.insert((candidate.stack, rendered));
         Ok(())
-    }
-
-    fn stopped(&self) -> bool {
-        self.spec.suspend
     }
 
     fn is_proven(&self, stack: &Stack) -> bool {
@@ -538,7 +541,7 @@ impl World {
     }
 
     /// Carries one action out. `false`: refused by the API server, because of another version or an existing name.
-    #[expect(clippy::too_many_lines, reason = "an arm for each action")]
+    #[expect(clippy::too_many_lines, reason = "one arm per action")]
     fn act(&mut self, who: usize, action: &Action) -> Result<bool, String> {
         match action {
             Action::CreateLive { service } => {
@@ -802,447 +805,6 @@ impl World {
                 "P5: the schema is contracted for {} too early",
                 job.stack
             ));
-        }
-        Ok(())
-    }
-
-    // ---- the rest of the world --------------------------------------------------------------------------------
-
-    /// Controllers and kubelets do a bit of their work.
-    pub(crate) fn kubelet(&mut self) {
-        let pointed: Vec<Target> = self.live.values().map(|live| live.target.clone()).collect();
-        for (stack, there) in &mut self.stacks {
-            let healthy = nature(&stack.revision) != Nature::NeverReady;
-            for service in there.services.values_mut() {
-                service
-                    .pods
-                    .retain(|pod| !matches!(pod, Pod::Terminating | Pod::Dead));
-                for pod in &mut service.pods {
-                    if *pod == Pod::Starting && healthy {
-                        *pod = Pod::Ready;
-                    }
-                }
-                let wanted = if service.parts.contains_key(&Part::Workload) {
-                    service.replicas
-                } else {
-                    0
-                } as usize;
-                while service.pods.len() < wanted {
-                    service.pods.push(Pod::Starting);
-                }
-                for pod in service.pods.iter_mut().skip(wanted) {
-                    *pod = Pod::Terminating;
-                }
-            }
-            let used = pointed.iter().any(|target| target.is(Some(stack)));
-            there.open = if used { 3 } else { there.open.saturating_sub(1) };
-        }
-        self.forget_empty();
-    }
-
-    /// The slice controller catches up.
-    pub(crate) fn slices(&mut self) {
-        self.slices.clear();
-        for (stack, there) in &self.stacks {
-            for (service, workload) in &there.services {
-                let ready = workload.pods.iter().filter(|pod| **pod == Pod::Ready).count();
-                if workload.parts.contains_key(&Part::ColourService) {
-                    self.slices
-                        .insert((stack.clone(), *service), u32::try_from(ready).unwrap());
-                }
-            }
-        }
-        self.live_slices.clear();
-        for (service, live) in &self.live {
-            let mut listed = Vec::new();
-            if let Target::Stack(stack) = &live.target {
-                let workload = self.stacks.get(stack).and_then(|it| it.services.get(service));
-                if workload.is_some_and(|it| it.pods.contains(&Pod::Ready)) {
-                    listed.push(stack.clone());
-                }
-            }
-            self.live_slices.insert(*service, listed);
-        }
-    }
-
-    /// Jobs finish as their revision lets them.
-    pub(crate) fn run_jobs(&mut self) {
-        let serves = |slices: &BTreeMap<(Stack, Service), u32>, stack: &Stack| {
-            Service::ALL.iter().all(|service| {
-                slices
-                    .get(&(stack.clone(), *service))
-                    .is_some_and(|ready| *ready > 0)
-            })
-        };
-        for (job, there) in &mut self.jobs {
-            if there.seen.state != JobState::Running {
-                continue;
-            }
-            let nature = nature(&job.stack.revision);
-            let fails = match job.kind {
-                JobKind::Expand => nature == Nature::CannotMigrate,
-                JobKind::Smoke | JobKind::Test(_) => nature == Nature::FailsTests,
-                JobKind::Verify => nature == Nature::FailsVerification,
-                JobKind::Contract => false,
-            };
-            let needs_pods = matches!(job.kind, JobKind::Smoke | JobKind::Test(_) | JobKind::Verify);
-            if needs_pods && !serves(&self.slices, &job.stack) {
-                continue;
-            }
-            there.seen.state = if fails {
-                JobState::Failed("as it must".to_owned())
-            } else {
-                JobState::Passed
-            };
-            if !fails {
-                self.passed.insert(job.clone(), there.of.clone());
-            }
-            Self::touch(&mut there.seen.fence, &mut self.counter);
-        }
-    }
-
-    pub(crate) fn wait(&mut self, seconds: i64) {
-        self.now = self.now.checked_add(SignedDuration::from_secs(seconds)).unwrap();
-    }
-
-    /// Everything around the operators takes its course.
-    pub(crate) fn round(&mut self) {
-        self.kubelet();
-        self.slices();
-        self.run_jobs();
-        self.wait(1);
-    }
-
-    fn edited(&mut self) {
-        self.counter += 1;
-        self.version = self.counter;
-    }
-
-    /// People change the spec.
-    pub(crate) fn declare(&mut self, change: impl FnOnce(&mut Spec)) {
-        change(&mut self.spec);
-        self.generation += 1;
-        self.edited();
-    }
-
-    pub(crate) fn release(&mut self, index: usize) {
-        self.revision = format!("r{index}");
-        note!(self, "people: release r{index}");
-        self.declare(|spec| spec.version = format!("r{index}"));
-    }
-
-    pub(crate) fn change_gates(&mut self, gates: u32) {
-        self.gates = gates;
-        note!(self, "people: gates {gates}");
-        self.declare(|_| {});
-    }
-
-    pub(crate) fn colour(&mut self, colour: ColourChoice) {
-        note!(self, "people: colour {colour:?}");
-        self.declare(|spec| spec.rollout.colour = colour);
-    }
-
-    pub(crate) fn autoscale(&mut self, on: bool) {
-        self.declare(|spec| {
-            spec.services.trade.autoscaling = on.then_some(Autoscaling {
-                min_replicas: 1,
-                max_replicas: 6,
-                target_cpu_utilization_percentage: 70,
-            });
-        });
-    }
-
-    /// The autoscaler moves the live workload.
-    pub(crate) fn scale_by_load(&mut self, replicas: u32) {
-        let Some(live) = self.status.live.clone() else {
-            return;
-        };
-        if let Some(there) = self
-            .stacks
-            .get_mut(&live.stack)
-            .and_then(|it| it.services.get_mut(&Service::Trade))
-            && there.parts.contains_key(&Part::Autoscaler)
-            && let Some(workload) = there.parts.get_mut(&Part::Workload)
-        {
-            there.replicas = replicas;
-            Self::touch(&mut workload.fence, &mut self.counter);
-        }
-    }
-
-    /// People annotate the object with the name of the present candidate, live stack, or rejected release.
-    pub(crate) fn ask(&mut self, set: impl FnOnce(&mut Requests, Names)) {
-        let candidate = self
-            .status
-            .candidate
-            .as_ref()
-            .map(|it| token(&it.stack, it.attempt));
-        let live = self.status.live.as_ref().map(|it| token(&it.stack, it.attempt));
-        let rejected = self
-            .status
-            .rejected
-            .as_ref()
-            .map(|it| token(&it.stack, it.attempt));
-        set(
-            &mut self.requests,
-            Names {
-                candidate,
-                live,
-                rejected,
-            },
-        );
-        note!(self, "people: {:?}", self.requests);
-        self.edited();
-    }
-
-    pub(crate) fn kill_pods(&mut self, stack: usize, service: Service) {
-        if let Some(there) = self
-            .stacks
-            .values_mut()
-            .nth(stack)
-            .and_then(|it| it.services.get_mut(&service))
-        {
-            there.pods.fill(Pod::Dead);
-            note!(self, "chaos: pods of stack {stack} {service} die");
-        }
-    }
-
-    pub(crate) fn edit_live(&mut self, service: Service, stack: Option<usize>) {
-        let target = stack
-            .and_then(|index| self.stacks.keys().nth(index).cloned())
-            .map_or(Target::Foreign, Target::Stack);
-        if let Some(there) = self.live.get_mut(&service) {
-            note!(self, "chaos: {service} edited to {target:?}");
-            there.target = target;
-            there.tampered = true;
-            Self::touch(&mut there.fence, &mut self.counter);
-        }
-    }
-
-    pub(crate) fn delete_live(&mut self, service: Service) {
-        note!(self, "chaos: live {service} deleted");
-        self.live.remove(&service);
-    }
-
-    pub(crate) fn spoil_part(&mut self, stack: usize, service: Service, part: Part, delete: bool) {
-        let Some(there) = self
-            .stacks
-            .values_mut()
-            .nth(stack)
-            .and_then(|it| it.services.get_mut(&service))
-        else {
-            return;
-        };
-        note!(
-            self,
-            "chaos: {part:?} of stack {stack} {service} spoiled, deleted {delete}"
-        );
-        if delete {
-            if there.parts.remove(&part).is_some() && part == Part::Workload {
-                there.pods.fill(Pod::Terminating);
-                there.replicas = 0;
-            }
-        } else if let Some(object) = there.parts.get_mut(&part) {
-            object.intact = false;
-            Self::touch(&mut object.fence, &mut self.counter);
-        }
-        self.forget_empty();
-    }
-
-    pub(crate) fn delete_job(&mut self, index: usize) {
-        // A finished contract is what keeps a sleeper from starting it again; it is owned and labelled, and left alone.
-        let found = self
-            .jobs
-            .keys()
-            .filter(|job| job.kind != JobKind::Contract)
-            .nth(index)
-            .cloned();
-        if let Some(job) = found {
-            note!(self, "chaos: {job:?} deleted");
-            self.jobs.remove(&job);
-        }
-    }
-
-    pub(crate) fn fail_jobs(&mut self) {
-        for there in self
-            .jobs
-            .values_mut()
-            .filter(|it| it.seen.state == JobState::Running)
-        {
-            there.seen.state = JobState::Failed("terminated".to_owned());
-            Self::touch(&mut there.seen.fence, &mut self.counter);
-        }
-    }
-
-    // ---- for stories that are told step by step -------------------------------------------------------------------
-
-    /// One operator works until this phase is recorded.
-    pub(crate) fn until(&mut self, who: usize, phase: Phase) {
-        for _ in 0..2000 {
-            if self.status.phase == phase {
-                return;
-            }
-            self.step(who, View::Fresh).unwrap();
-            if self.status.phase != phase {
-                self.round();
-            }
-        }
-        panic!("{phase} is not reached: {:#?}", self.trace);
-    }
-
-    /// One operator goes on until it has nothing more in hand.
-    pub(crate) fn finish(&mut self, who: usize) {
-        while !self.operators[who].idle() {
-            self.step(who, View::Fresh).unwrap();
-        }
-    }
-
-    /// What the operator is about to write, checked and all.
-    pub(crate) fn next_action(&self, who: usize) -> Option<&Action> {
-        self.operators[who]
-            .actions
-            .front()
-            .filter(|_| self.operators[who].status.is_none())
-    }
-
-    /// The phase that the operator is about to record.
-    pub(crate) fn recording(&self, who: usize) -> Option<Phase> {
-        self.operators[who]
-            .status
-            .as_ref()
-            .map(|(status, _)| status.phase)
-    }
-
-    /// The object is deleted without its children, and created again.
-    pub(crate) fn lose_status(&mut self) {
-        self.status = Status::default();
-        self.edited();
-    }
-
-    pub(crate) fn targets(&self) -> Vec<Option<Stack>> {
-        let target = |live: &LiveThere| match &live.target {
-            Target::Stack(stack) => Some(stack.clone()),
-            _ => None,
-        };
-        self.live.values().map(target).collect()
-    }
-
-    pub(crate) fn has(&self, revision: &str) -> bool {
-        self.stacks
-            .iter()
-            .any(|(stack, there)| stack.revision == revision && there.services.len() == 3)
-    }
-
-    /// All pods of a revision die and do not come back.
-    pub(crate) fn lose(&mut self, revision: &str, service: Service) {
-        for ((stack, of), ready) in &mut self.slices {
-            if stack.revision == revision && *of == service {
-                *ready = 0;
-            }
-        }
-    }
-
-    // ---- the end ----------------------------------------------------------------------------------------------
-
-    /// One undisturbed operator, until it has nothing to do for a while.
-    pub(crate) fn settle(&mut self) -> Result<(), String> {
-        let mut still = 0;
-        for _ in 0..3000 {
-            let before = self.writes;
-            self.step(0, View::Fresh)?;
-            self.round();
-            still = if self.writes == before && self.operators[0].idle() {
-                still + 1
-            } else {
-                0
-            };
-            if still > 8 {
-                // Past every deadline, retention and drain.
-                self.wait(4000);
-                self.round();
-                let before = self.writes;
-                for _ in 0..10 {
-                    self.step(0, View::Fresh)?;
-                    self.round();
-                }
-                if self.writes == before {
-                    return Ok(());
-                }
-                still = 0;
-            }
-        }
-        Err(format!(
-            "P7: no end is reached; at last {:?}",
-            self.trace.iter().rev().take(12).rev().collect::<Vec<_>>()
-        ))
-    }
-
-    /// What has to be true when nothing happens any more.
-    pub(crate) fn at_the_end(&self) -> Result<(), String> {
-        let status = &self.status;
-        let live = status.live.as_ref().map(|live| live.stack.clone());
-        for service in Service::ALL {
-            let there = self
-                .live
-                .get(&service)
-                .ok_or_else(|| format!("P7: live {service} is missing"))?;
-            if !there.target.is(live.as_ref()) {
-                return Err(format!(
-                    "P4: at the end {service} points at {:?}, live is {live:?}",
-                    there.target
-                ));
-            }
-        }
-        if status.previous.is_some() {
-            return Err("P7: the old stack is never retired".to_owned());
-        }
-        let allowed: BTreeSet<&Stack> = live
-            .iter()
-            .chain(status.candidate.as_ref().map(|candidate| &candidate.stack))
-            .collect();
-        if let Some(left) = self.stacks.keys().find(|stack| !allowed.contains(stack)) {
-            return Err(format!("P7: {left} is left over"));
-        }
-        let fixed = self.spec.rollout.colour.fixed();
-        match status.phase {
-            Phase::Live => {
-                let right = status.live.as_ref().is_some_and(|it| {
-                    it.stack.revision == self.revision
-                        && it.verified
-                        && fixed.is_none_or(|c| c == it.stack.colour)
-                });
-                if !right {
-                    return Err(format!("P9: Live, but {live:?} is not {}", self.revision));
-                }
-            }
-            Phase::Failed | Phase::Held => {
-                let rejected = status.rejected.as_ref().ok_or("P9: given up without a reason")?;
-                if rejected.stack.revision != self.revision {
-                    return Err("P9: what was given up is not what is declared".to_owned());
-                }
-            }
-            Phase::Pending => {
-                let in_use = live
-                    .as_ref()
-                    .is_some_and(|it| fixed == Some(it.colour) && it.revision != self.revision);
-                if !in_use {
-                    return Err("P7: Pending for ever".to_owned());
-                }
-            }
-            other => return Err(format!("P7: {other} for ever")),
-        }
-        if let Some(live) = &live {
-            for service in Service::ALL {
-                let there = self.stacks.get(live).and_then(|it| it.services.get(&service));
-                let there = there.ok_or_else(|| format!("P7: live {service} does not run"))?;
-                let ready = there.pods.iter().filter(|pod| **pod == Pod::Ready).count();
-                let parts = [Part::ColourService, Part::Budget, Part::Workload];
-                let intact = parts
-                    .iter()
-                    .all(|part| there.parts.get(part).is_some_and(|it| it.intact));
-                if ready == 0 || !intact {
-                    return Err(format!("P7: live {service}: {ready} pods, intact {intact}"));
-                }
-            }
         }
         Ok(())
     }

@@ -3,21 +3,9 @@
 //!
 //! `SIMULATION_HISTORIES` says how many (10,000 without it), `SIMULATION_SEED` replays one history.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    clippy::panic,
-    reason = "a test that cannot go on panics"
-)]
-
-#[expect(
-    dead_code,
-    reason = "shared with the table of transitions, which uses the rest"
-)]
-mod world;
-
 use std::{collections::BTreeSet, env, sync::Mutex, thread};
 
+use crate::world::{NATURES, Nature, View, World, nature};
 use exchange_operator::{
     api::{ColourChoice, Promotion, Service},
     observe::Part,
@@ -27,7 +15,6 @@ use proptest::{
     prelude::*,
     test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner},
 };
-use world::{NATURES, Nature, View, World, nature};
 
 /// One thing that happens.
 #[derive(Clone, Debug)]

@@ -1,35 +1,26 @@
 //! Each phase and each way out of it, and the four stories of an operator that wakes too late.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
-#![expect(
-    clippy::indexing_slicing,
-    clippy::panic,
-    reason = "a test that cannot go on panics"
-)]
-
-#[expect(dead_code, reason = "shared with the simulation, which uses the rest")]
-mod world;
-
+use crate::world::{View, World};
 use exchange_operator::{
     api::{ColourChoice, Promotion, Service},
-    decide::{Action, Intent},
-    observe::Part,
+    guard::{self, Refusal},
+    observe::{Observed, Part},
+    plan::{Action, Intent},
     status::{
         Phase::{
             self, AwaitingPromotion, Failed, Held, Live, Migrating, Pending, Promoting, Provisioning,
             RollingBack, Testing, Verifying,
         },
-        PreviousState, Reason,
+        PreviousState, Reason, Stack,
     },
 };
-use world::{View, World};
 
 /// r0 is live and verified; r1 is declared and has come as far as this phase.
-fn at(phase: Phase) -> World {
+pub(crate) fn at(phase: Phase) -> World {
     releasing(1, phase)
 }
 
-fn releasing(index: usize, phase: Phase) -> World {
+pub(crate) fn releasing(index: usize, phase: Phase) -> World {
     let mut world = World::new(true);
     world.settle().unwrap();
     assert_eq!(world.status.phase, Live);
@@ -530,6 +521,142 @@ fn every_phase_is_left_as_the_design_says() {
         let reason = row.world.status.rejected.as_ref().map(|rejected| rejected.reason);
         assert_eq!(reason, row.reason, "{}", row.name);
     }
+}
+
+#[test]
+fn what_is_not_what_was_tested_is_tested_again() {
+    let mut world = at(AwaitingPromotion);
+    world.finish(0);
+    let attempt = world.status.attempt;
+    world.ask(|requests, names| requests.promote = names.candidate);
+    world.lose_rendered("r1");
+    world.settle().unwrap();
+    assert_eq!(world.status.phase, AwaitingPromotion, "{:#?}", world.trace);
+    assert_eq!(world.status.attempt, attempt + 1);
+}
+
+#[test]
+fn time_in_which_nobody_looked_is_not_held_against_a_release() {
+    let mut world = at(Provisioning);
+    world.finish(0);
+    world.kubelet();
+    world.wait(601);
+    world.operators[1].crash();
+    world.step(1, View::Fresh).unwrap();
+    world.finish(1);
+    world.round();
+    world.until(1, Testing);
+    assert_eq!(world.journey, [Provisioning, Testing], "{:#?}", world.trace);
+}
+
+#[test]
+fn an_operator_that_is_served_an_old_object_moves_nothing() {
+    let mut world = World::new(true);
+    world.settle().unwrap();
+    let old = world.remember();
+    world.release(1);
+    world.until(0, Verifying);
+    world.finish(0);
+    let before = world.targets();
+    world.operators[1].crash();
+    world.look_at_old_object(1, old);
+    world.finish(1);
+    assert_eq!(world.targets(), before, "{:#?}", world.trace);
+}
+
+#[test]
+fn the_guards_refuse_what_a_plan_must_not_do() {
+    let mut world = after_a_release();
+    world.finish(0);
+    world.round();
+    let (seen, spec) = (world.observe(), world.spec.clone());
+    let live = world.status.live.clone().unwrap().stack;
+    let previous = world.status.previous.clone().unwrap().stack;
+    let fence = seen.live[&Service::Trade].fence.clone();
+    let check = |action: &Action, seen: &Observed| guard::check(&spec, action, seen);
+    let delete = |stack: &Stack, part| Action::Delete {
+        stack: stack.clone(),
+        service: Service::Trade,
+        part,
+        fence: fence.clone(),
+    };
+    assert_eq!(
+        check(&delete(&live, Part::Workload), &seen),
+        Err(Refusal::Live(live.clone()))
+    );
+    let unrender = Action::Unrender {
+        stack: live.clone(),
+        fence: fence.clone(),
+    };
+    assert_eq!(check(&unrender, &seen), Err(Refusal::Live(live.clone())));
+    assert_eq!(check(&delete(&previous, Part::Workload), &seen), Ok(()));
+    assert_eq!(
+        check(&delete(&previous, Part::ColourService), &seen),
+        Err(Refusal::PodsLeft(previous.clone()))
+    );
+    let scale = |replicas| Action::Apply {
+        stack: live.clone(),
+        service: Service::Trade,
+        part: Part::Workload,
+        replicas,
+        fence: Some(fence.clone()),
+    };
+    assert_eq!(check(&scale(2), &seen), Ok(()));
+    let few = |replicas| {
+        Err(Refusal::TooFew {
+            stack: live.clone(),
+            service: Service::Trade,
+            replicas,
+        })
+    };
+    assert_eq!(check(&scale(1), &seen), few(1));
+    assert_eq!(check(&scale(0), &seen), few(0));
+    let point = |intent| Action::Point {
+        service: Service::User,
+        fence: fence.clone(),
+        to: Some(previous.clone()),
+        epoch: 9,
+        intent,
+    };
+    let short = |service| {
+        Err(Refusal::NoEndpoints {
+            stack: previous.clone(),
+            service,
+        })
+    };
+    assert_eq!(check(&point(Intent::Promote), &seen), Ok(()));
+    // Not the service that is written now: none moves before all can.
+    let mut one_short = seen.clone();
+    one_short
+        .stacks
+        .get_mut(&previous)
+        .unwrap()
+        .services
+        .get_mut(&Service::Notification)
+        .unwrap()
+        .ready = 1;
+    assert_eq!(
+        check(&point(Intent::Promote), &one_short),
+        short(Service::Notification)
+    );
+    assert_eq!(check(&point(Intent::RollBack), &one_short), Ok(()));
+    one_short
+        .stacks
+        .get_mut(&previous)
+        .unwrap()
+        .services
+        .get_mut(&Service::Notification)
+        .unwrap()
+        .ready = 0;
+    assert_eq!(
+        check(&point(Intent::RollBack), &one_short),
+        short(Service::Notification)
+    );
+    let deleting = Observed {
+        deleting: true,
+        ..seen.clone()
+    };
+    assert_eq!(check(&scale(2), &deleting), Err(Refusal::Deleting));
 }
 
 #[test]

@@ -1,0 +1,112 @@
+//! What a pass comes to: a record, and what the record allows.
+
+use std::time;
+
+use crate::{
+    api::Service,
+    observe::{Fence, Job, Part},
+    status::{ExchangeDeploymentStatus as Status, Stack},
+};
+
+/// What to record, to do, to tell, and when to look again.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// The record to write first, if it differs from the one that was observed.
+    pub status: Option<Status>,
+    /// What to do after that, in this order, until one fails.
+    pub actions: Vec<Action>,
+    /// What to tell people, after the record is written.
+    pub events: Vec<Event>,
+    /// When to look again at the latest.
+    pub requeue: time::Duration,
+}
+
+/// One write. What exists is changed or deleted only in the state in which it was observed; what has no fence is
+/// created only if it does not exist.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Create a live Service that points at nothing. (Created pointing at a stack, it could not be fenced.)
+    CreateLive {
+        /// Which one.
+        service: Service,
+    },
+    /// Point a live Service at a stack, or at nothing.
+    Point {
+        /// Which one.
+        service: Service,
+        /// As it was observed.
+        fence: Fence,
+        /// Where to.
+        to: Option<Stack>,
+        /// Number of this move.
+        epoch: u32,
+        /// What for.
+        intent: Intent,
+    },
+    /// Create the rendered stack, and before it what it names: the copies of ConfigMaps and Secrets, the ServiceAccount.
+    Render {
+        /// Which stack.
+        stack: Stack,
+        /// For which attempt.
+        attempt: u32,
+        /// Its version.
+        version: String,
+    },
+    /// Create an object of a stack, or make it again what was rendered.
+    Apply {
+        /// Which stack.
+        stack: Stack,
+        /// Which service.
+        service: Service,
+        /// Which object.
+        part: Part,
+        /// Replicas of a workload.
+        replicas: u32,
+        /// As it was observed.
+        fence: Option<Fence>,
+    },
+    /// Delete an object of a stack.
+    Delete {
+        /// Which stack.
+        stack: Stack,
+        /// Which service.
+        service: Service,
+        /// Which object.
+        part: Part,
+        /// As it was observed.
+        fence: Fence,
+    },
+    /// Delete the rendered stack and with it all that it owns.
+    Unrender {
+        /// Which stack.
+        stack: Stack,
+        /// As it was observed.
+        fence: Fence,
+    },
+    /// Create a Job.
+    Run(Job),
+    /// Delete a Job and its pods.
+    DeleteJob(Job, Fence),
+}
+
+/// What a live Service is written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Intent {
+    /// The swap.
+    Promote,
+    /// The swap back.
+    RollBack,
+    /// Somebody else has changed the selector.
+    Repair,
+}
+
+/// Something that people are told once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// Whether it is bad news.
+    pub warning: bool,
+    /// What happened, as one word.
+    pub reason: &'static str,
+    /// What happened, as a sentence.
+    pub note: String,
+}

@@ -1,0 +1,302 @@
+//! Traffic moves: the swap, the swap back, and the verification between them.
+//!
+//! Each move has a number, the epoch. A move writes all live Services, also those that point at the right stack already,
+//! so that whatever somebody has decided about them earlier is refused.
+
+use std::time;
+
+use crate::{
+    api::Service,
+    decide::{KEPT_FOR_LOGS, SHORT_OF_ENDPOINTS, Turn, later, named, signed},
+    observe::{JobKind, JobState, StackSeen},
+    status::{Candidate, Live, Outcome, Phase, Previous, PreviousState, Reason, Stack},
+};
+
+impl Turn<'_> {
+    pub(crate) fn promoting(&mut self) {
+        let Some(candidate) = self.next.candidate.clone() else {
+            return;
+        };
+        if self.asked_to_leave(&candidate.stack, candidate.attempt) {
+            let by = self.asker();
+            self.roll_back(
+                Some((Reason::RolledBack, format!("{by} asked for the way back"))),
+                &by,
+            );
+        } else if self.moved(Some(&candidate.stack)) && self.arrived(&candidate.stack) {
+            self.swapped(candidate);
+        } else if let Some(service) = self.lost(&candidate.stack) {
+            let message =
+                format!("the {service} service of the new stack lost its endpoints during the swap");
+            self.roll_back(Some((Reason::PromotionFailed, message)), "operator");
+        } else if self.overdue() {
+            let message = "the swap was not finished in time".to_owned();
+            self.roll_back(Some((Reason::PromotionFailed, message)), "operator");
+        }
+    }
+
+    /// Whether all live Services have been written by the present move.
+    pub(crate) fn moved(&self, to: Option<&Stack>) -> bool {
+        Service::ALL.iter().all(|service| self.is_moved(*service, to))
+    }
+
+    pub(crate) fn is_moved(&self, service: Service, to: Option<&Stack>) -> bool {
+        self.seen
+            .live
+            .get(&service)
+            .is_some_and(|live| live.epoch == self.next.epoch && live.target.is(to))
+    }
+
+    /// Whether the traffic has followed the selectors: the slices list nothing else, and new connections agree.
+    pub(crate) fn arrived(&self, stack: &Stack) -> bool {
+        self.seen.answers.as_ref() == Some(stack)
+            && self
+                .seen
+                .live
+                .values()
+                .all(|live| live.endpoints.as_slice() == std::slice::from_ref(stack))
+    }
+
+    /// A service that is still to be moved and has nowhere to go.
+    pub(crate) fn lost(&self, stack: &Stack) -> Option<Service> {
+        let seen = self.stack(stack);
+        let short = |service: &Service| {
+            let ready = seen.map_or(0, |seen| seen.ready(*service));
+            let replicas = seen
+                .and_then(|seen| seen.service(*service))
+                .map_or(1, |seen| seen.replicas);
+            ready == 0 || (ready < replicas && self.elapsed() >= SHORT_OF_ENDPOINTS)
+        };
+        Service::ALL
+            .into_iter()
+            .find(|service| !self.is_moved(*service, Some(stack)) && short(service))
+    }
+
+    pub(crate) fn swapped(&mut self, candidate: Candidate) {
+        let forced = self
+            .next
+            .rejected
+            .as_ref()
+            .is_some_and(|rejected| rejected.stack == candidate.stack);
+        self.tell(
+            false,
+            "Promoted",
+            format!("{} has all the traffic", candidate.version),
+        );
+        self.remember(named(&candidate), Outcome::Promoted, None, "operator");
+        self.next.candidate = None;
+        let old = self.next.live.take();
+        self.next.previous = old.map(|old| self.leaves(old, !forced));
+        self.next.live = Some(Live {
+            stack: candidate.stack,
+            version: candidate.version,
+            attempt: candidate.attempt,
+            since: self.now,
+            verified: false,
+            contracted: false,
+        });
+        self.enter(if forced { Phase::Held } else { Phase::Verifying });
+    }
+
+    /// What becomes of a stack that has had the traffic.
+    pub(crate) fn leaves(&self, live: Live, way_back: bool) -> Previous {
+        let kept = if way_back {
+            signed(self.spec.rollout.retention)
+        } else {
+            KEPT_FOR_LOGS
+        };
+        let since = self.clock();
+        let Live {
+            stack,
+            version,
+            attempt,
+            verified,
+            contracted,
+            ..
+        } = live;
+        Previous {
+            stack,
+            version,
+            attempt,
+            state: PreviousState::Draining,
+            way_back,
+            verified,
+            contracted,
+            since,
+            idle_since: None,
+            until: later(since, kept),
+        }
+    }
+
+    pub(crate) fn rolling_back(&mut self) {
+        let Some(left) = self.next.candidate.clone() else {
+            return;
+        };
+        let to = self.next.live.as_ref().map(|live| live.stack.clone());
+        if self.moved(to.as_ref()) {
+            self.next.candidate = None;
+            if to.is_none() {
+                self.enter(Phase::Failed);
+                return;
+            }
+            let Candidate {
+                stack,
+                version,
+                attempt,
+                ..
+            } = left;
+            let left = Live {
+                stack,
+                version,
+                attempt,
+                since: self.now,
+                verified: false,
+                contracted: false,
+            };
+            self.next.previous = Some(self.leaves(left, false));
+            self.tell(false, "RolledBack", "the traffic is back".to_owned());
+            if self.next.rejected.is_some() {
+                self.enter(Phase::Held);
+            } else {
+                self.arrive();
+            }
+            return;
+        }
+        let can = |stack: &Stack| self.stack(stack).is_some_and(StackSeen::serves);
+        if self.overdue()
+            && !to.as_ref().is_some_and(can)
+            && self.stack(&left.stack).is_some_and(StackSeen::complete)
+        {
+            // Better all on the new stack than some on each, or all on a dead one.
+            let message = "the stack before it could not serve".to_owned();
+            self.tell(true, "RollbackImpossible", message.clone());
+            self.reject(left, Reason::RollbackImpossible, message);
+            self.next.epoch += 1;
+            self.enter(Phase::Promoting);
+        }
+    }
+
+    pub(crate) fn verifying(&mut self) {
+        let Some(live) = self.next.live.clone() else {
+            return;
+        };
+        if self.leave(&live) {
+            return;
+        }
+        let verdict = self.verdict(&live);
+        let way_back = self
+            .next
+            .previous
+            .as_ref()
+            .is_some_and(|previous| previous.way_back);
+        match verdict {
+            Some(Ok(())) => {
+                if let Some(live) = &mut self.next.live {
+                    live.verified = true;
+                }
+                self.remember(
+                    (live.stack, live.version.clone(), live.attempt),
+                    Outcome::Verified,
+                    None,
+                    "operator",
+                );
+                self.tell(
+                    false,
+                    "Verified",
+                    format!("{} is live and verified", live.version),
+                );
+                self.enter(Phase::Live);
+            }
+            Some(Err(message)) if way_back => {
+                self.roll_back(Some((Reason::VerificationFailed, message)), "operator");
+            }
+            Some(Err(message)) => {
+                // Nothing to go back to: an exchange with errors is better than none.
+                let gates = self
+                    .declared()
+                    .map_or_else(String::new, |declared| declared.gates.clone());
+                let Live {
+                    stack,
+                    version,
+                    attempt,
+                    ..
+                } = live;
+                self.tell(true, "VerificationFailed", message.clone());
+                self.reject(
+                    Candidate {
+                        stack,
+                        version,
+                        attempt,
+                        gates,
+                    },
+                    Reason::VerificationFailed,
+                    message,
+                );
+                self.enter(Phase::Held);
+            }
+            None => {}
+        }
+    }
+
+    /// Leaves the live stack for the one before it, if somebody asks for it or the spec names that one again.
+    pub(crate) fn leave(&mut self, live: &Live) -> bool {
+        let Some(previous) = self.next.previous.clone() else {
+            return false;
+        };
+        if !previous.way_back || previous.state == PreviousState::Retiring {
+            return false;
+        }
+        if self.asked_to_leave(&live.stack, live.attempt) {
+            let by = self.asker();
+            self.roll_back(
+                Some((Reason::RolledBack, format!("{by} asked for the way back"))),
+                &by,
+            );
+            return true;
+        }
+        let fixed = self.spec.rollout.colour.fixed();
+        let named_again = self.declared().is_some_and(|declared| {
+            declared.revision == previous.stack.revision
+                && !self.reached(declared)
+                && fixed.is_none_or(|colour| colour == previous.stack.colour)
+        });
+        if named_again && !self.stopped() {
+            self.roll_back(None, "spec");
+            return true;
+        }
+        false
+    }
+
+    /// How the verification has ended, if it has.
+    pub(crate) fn verdict(&self, live: &Live) -> Option<Result<(), String>> {
+        let limits = &self.spec.rollout.verification;
+        for (service, figures) in &self.seen.figures {
+            if figures.requests < u64::try_from(limits.min_requests).unwrap_or(u64::MAX) {
+                continue;
+            }
+            if figures.errors * 100_000 > limits.max_error_millipercent() * figures.requests {
+                let (errors, requests) = (figures.errors, figures.requests);
+                return Some(Err(format!(
+                    "{errors} of {requests} requests to the {service} service failed"
+                )));
+            }
+            if time::Duration::from_millis(figures.p99_ms) > limits.max_latency_p99.into() {
+                return Some(Err(format!(
+                    "the {service} service answers too slowly: p99 is {} ms",
+                    figures.p99_ms
+                )));
+            }
+        }
+        match self.state(JobKind::Verify, &live.stack, live.attempt) {
+            Some(JobState::Failed(why)) => Some(Err(format!(
+                "the smoke test through the live address failed: {why}"
+            ))),
+            Some(JobState::Passed) if self.elapsed() >= signed(limits.duration) => Some(Ok(())),
+            Some(JobState::Passed) => None,
+            _ if self.overdue() => Some(Err(
+                "the smoke test through the live address was not done in time".to_owned(),
+            )),
+            _ => None,
+        }
+    }
+}
