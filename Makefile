@@ -62,8 +62,10 @@ integration: deps ## The exchange against real PostgreSQL, NATS and Redis on fre
 	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --workspace --locked --test it $(TEST)
 
 .PHONY: e2e
-e2e: cluster images ## End-to-end tests on the cluster, which stays for the next run
-	@$(call run-tests,cargo test --workspace --locked --test ground_floor -- --ignored --test-threads 2 $(TEST))
+e2e: cluster images $(TESTBED) ## End-to-end tests on the cluster, which stays for the next run
+	@$(TESTBED) results --begin
+	@trap '$(TESTBED) results' EXIT; \
+	  $(call run-tests,cargo test --workspace --locked --test ground_floor -- --ignored --test-threads 2 $(TEST))
 
 .PHONY: cluster-test
 cluster-test: $(if $(filter existing,$(CLUSTER)),not-existing,) deps $(TESTBED) ## Test the test cluster itself: kills, several at once, leavings, wrong use (about 10 minutes)

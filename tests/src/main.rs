@@ -1,7 +1,7 @@
 //! `testbed`: starts, looks at and ends test clusters.
 
 use std::{
-    io::Write,
+    io::{ErrorKind, Write},
     os::unix::process::CommandExt,
     path::PathBuf,
     process::{Command, ExitCode},
@@ -71,6 +71,12 @@ enum Action {
         /// The tag of the exchange's and the operator's images.
         #[arg(long, default_value = "dev")]
         tag: String,
+    },
+    /// Show what the last end-to-end run has measured.
+    Results {
+        /// Forget it instead: a run begins.
+        #[arg(long)]
+        begin: bool,
     },
     /// First half of a start; `up` calls it.
     #[command(hide = true)]
@@ -162,6 +168,8 @@ fn run(cli: &Cli) -> Result<()> {
                 .iter()
                 .try_for_each(|archive| print(&archive.path.display().to_string()))
         }
+        Action::Results { begin: true } => results::begin(),
+        Action::Results { begin: false } => print(&results::table()?),
         Action::Launch | Action::Supervise => Ok(()),
     }
 }
@@ -210,6 +218,12 @@ fn status(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
+/// Whoever stops reading (`testbed status | head -1`) has seen enough: that is no error.
 fn print(line: &str) -> Result<()> {
-    writeln!(std::io::stdout(), "{line}").context("cannot write to standard output")
+    match writeln!(std::io::stdout(), "{line}") {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
+        }
+        _ => Ok(()),
+    }
 }
