@@ -57,9 +57,9 @@ unit: ## Unit tests
 	cargo test --workspace --locked --lib --bins --test crd --test decide --test resources $(TEST)
 
 .PHONY: integration
-integration: deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine
+integration: deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine; the charts as helm renders them
 	@$(MAKE) --no-print-directory $(TESTBED)
-	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --workspace --locked --test it $(TEST)
+	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --workspace --locked --test it --test charts $(TEST)
 
 .PHONY: e2e
 e2e: cluster images $(TESTBED) ## End-to-end tests on the cluster, which stays for the next run
@@ -110,14 +110,16 @@ else
 endif
 
 .PHONY: crds
-crds: ## Generate crds/ from the code
+crds: ## Generate crds/, and the chart's copy, from the code
 	@mkdir -p crds
 	cargo run --quiet --locked --bin exchange-operator -- crd >crds/.next && mv crds/.next crds/exchangedeployments.exchange.dev.yaml
+	cp crds/exchangedeployments.exchange.dev.yaml charts/exchange-operator/files/
 
 .PHONY: crds-check
 crds-check:
 	@cargo run --quiet --locked --bin exchange-operator -- crd | diff crds/exchangedeployments.exchange.dev.yaml - \
-	  || { echo "error: crds/ is out of date: run \`make crds\` and commit" >&2; exit 1; }
+	  && diff crds/exchangedeployments.exchange.dev.yaml charts/exchange-operator/files/exchangedeployments.exchange.dev.yaml \
+	  || { echo "error: crds/ or the chart's copy is out of date: run \`make crds\` and commit" >&2; exit 1; }
 
 .PHONY: bench
 bench: deps ## Benchmarks: ratios from one run, printed and written to target/results/*.json

@@ -408,6 +408,18 @@ fn the_stores_keep_their_data_over_the_end_of_their_pods_and_an_upgrade() {
     assert_eq!(connections.trim(), "123");
     assert_stores_have_the_data(&session, &namespace.name);
 
+    let args: Vec<&str> = ["upgrade"]
+        .iter()
+        .chain(&common)
+        .chain(&["--set", "postgres.storage=3Gi"])
+        .copied()
+        .collect();
+    let refusal = session.helm(&args).unwrap_err().to_string();
+    assert!(
+        refusal.contains("postgres.storage cannot be changed from 2Gi to 3Gi"),
+        "{refusal}"
+    );
+
     session
         .helm(&["uninstall", "exchange", "--namespace", &namespace.name, "--wait"])
         .unwrap();
