@@ -117,6 +117,7 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
     let root = repository.join("Dockerfile");
     let targets = [
         "exchange-operator",
+        "exchange",
         "exchange-user",
         "exchange-trade",
         "exchange-notification",
