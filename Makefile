@@ -37,9 +37,10 @@ help: ## List the targets
 	@echo "  Variables: NAME=dev (which test cluster), CLUSTER=existing (use the one of KUBECONFIG), TEST=… (one test)"
 
 .PHONY: demo
-demo: ## Show a release, a failed one and a rollback, live (not there yet: it comes with the operator)
-	@echo "make demo comes with the operator's first release; until then, make test shows what is there." >&2
-	@exit 1
+demo: NAME := $(if $(filter dev,$(NAME)),demo,$(NAME))
+demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C ends the cluster, too
+	@trap '[ "$(CLUSTER)" = existing ] || $(TESTBED) down' INT; \
+	  $(MAKE) --no-print-directory cluster images NAME=$(NAME) && TESTBED_NAME=$(NAME) $(TESTBED) demo
 
 .PHONY: test
 test: ## Run everything: check, integration, a cluster of its own with the end-to-end tests, and its end

@@ -64,16 +64,16 @@ impl Session {
         self.run("kubectl", args, None)
     }
 
-    /// Starts `kubectl` and leaves it running.
+    /// Starts `kubectl` and leaves it running; what it prints can be read from its standard output.
     ///
     /// # Errors
     /// If it cannot be started.
-    pub fn start(&self, args: &[String]) -> Result<Child> {
+    pub fn follow(&self, args: &[&str]) -> Result<Child> {
         Command::new("kubectl")
             .args(args)
             .envs(self.environment.iter().cloned())
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
             .context("cannot start `kubectl`")

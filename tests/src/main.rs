@@ -13,7 +13,9 @@ use clap::{Parser, Subcommand};
 use serde_json::json;
 use testbed::{
     cluster::Cluster,
+    demo,
     images::{self, Archive},
+    kubectl::Session,
     progress::say,
     results, sandbox, supervisor,
     tools::Tools,
@@ -72,6 +74,8 @@ enum Action {
         #[arg(long, default_value = "dev")]
         tag: String,
     },
+    /// Show a release, a failed one and a rollback, under load, on the cluster.
+    Demo,
     /// Show what the last end-to-end run has measured.
     Results {
         /// Forget it instead: a run begins.
@@ -168,6 +172,7 @@ fn run(cli: &Cli) -> Result<()> {
                 .iter()
                 .try_for_each(|archive| print(&archive.path.display().to_string()))
         }
+        Action::Demo => demo::run(&Session::from_environment()?),
         Action::Results { begin: true } => results::begin(),
         Action::Results { begin: false } => print(&results::table()?),
         Action::Launch | Action::Supervise => Ok(()),

@@ -359,12 +359,9 @@ fn the_stores_keep_their_data_over_the_end_of_their_pods_and_an_upgrade() {
     write_to_stores(&session, &namespace.name);
 
     // A client that is busy must not keep PostgreSQL from an orderly end.
+    let sleep = in_pod(&namespace.name, "postgres", &psql("select pg_sleep(600)"));
     let mut busy = session
-        .start(&in_pod(
-            &namespace.name,
-            "postgres",
-            &psql("select pg_sleep(600)"),
-        ))
+        .follow(&sleep.iter().map(String::as_str).collect::<Vec<_>>())
         .unwrap();
     let sleeps = psql("select count(*) from pg_stat_activity where query = 'select pg_sleep(600)'");
     let is_busy =
