@@ -24,6 +24,10 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 TESTBED := $(TARGET_DIR)/debug/testbed
 export CLUSTER
 export TESTBED_NAME := $(NAME)
+ifdef STORES_VALUES
+  override STORES_VALUES := $(abspath $(STORES_VALUES))
+  export STORES_VALUES
+endif
 export AGENT_IMAGE ?= exchange.local/testbed-agent:$(TAG)
 # Runs tests, and fails if a misspelt TEST selects none of them.
 run-tests = $(1) 2>&1 | tee $(TARGET_DIR)/last-tests.log; \

@@ -102,12 +102,10 @@ impl<'a> Exchange<'a> {
     /// If a store does not become ready.
     pub fn install(session: &'a Session, namespace: &'a str, images: &'a Images) -> Result<Self> {
         let chart = chart("exchange-stores");
-        let values = format!("{}/cluster/stores-values.yaml", env!("CARGO_MANIFEST_DIR"));
+        let values = session.stores_values();
         let mut args = vec!["upgrade", "--install", NAME, &chart, "--namespace", namespace];
         args.extend(["--wait", "--timeout", "180s"]);
-        if session.cluster.is_some() {
-            args.extend(["--values", &values]);
-        }
+        args.extend(values.iter().map(String::as_str));
         session
             .helm(&args)
             .with_context(|| session.circumstances(namespace))?;

@@ -87,6 +87,16 @@ impl Session {
         self.run("helm", args, None)
     }
 
+    /// What `helm` is told beside the defaults of the stores' chart: `STORES_VALUES`, or on the test cluster that the
+    /// images are its own.
+    pub fn stores_values(&self) -> Vec<String> {
+        let own = concat!(env!("CARGO_MANIFEST_DIR"), "/cluster/stores-values.yaml");
+        let values = env::var("STORES_VALUES")
+            .ok()
+            .or_else(|| self.cluster.is_some().then(|| own.to_owned()));
+        values.map_or_else(Vec::new, |values| vec!["--values".to_owned(), values])
+    }
+
     /// Applies an object in a namespace.
     ///
     /// # Errors

@@ -329,7 +329,7 @@ fn the_stores_keep_their_data_over_the_end_of_their_pods_and_an_upgrade() {
     let session = session();
     let namespace = Namespace::new(&session, "stores").unwrap();
     let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/exchange-stores");
-    let values = concat!(env!("CARGO_MANIFEST_DIR"), "/cluster/stores-values.yaml");
+    let values = session.stores_values();
     let mut common = vec![
         "exchange",
         chart,
@@ -339,9 +339,7 @@ fn the_stores_keep_their_data_over_the_end_of_their_pods_and_an_upgrade() {
         "--timeout",
         "180s",
     ];
-    if session.cluster.is_some() {
-        common.extend(["--values", values]);
-    }
+    common.extend(values.iter().map(String::as_str));
     let helm = |verb: &str, more: &[&str]| {
         let args: Vec<&str> = [verb].iter().chain(&common).chain(more).copied().collect();
         session
