@@ -1,6 +1,10 @@
-# One image per service and one for the operator, all from one build.
+# The images of the exchange and of its operator, all from one build.
 #
-#   docker build --target exchange-trade -t ghcr.io/acme/exchange-trade:1.0.0 .
+#   docker build --target exchange -t ghcr.io/acme/exchange:1.0.0 .
+#   docker build --target exchange --build-arg BINARY=exchange-2 -t ghcr.io/acme/exchange:2.0.0 .
+#
+# `exchange` is one image for all services and tools of a release; `exchange-user`, `exchange-trade` and
+# `exchange-notification` are the same with a service chosen. docs/releases.md says which binaries there are.
 #
 # Where the binaries are built outside (no Docker, no image registry), `make images` passes
 # BINARIES=prebuilt and a BASE of its own; see docs/architecture.md.
@@ -11,7 +15,7 @@ FROM docker.io/library/rust:1.95-bookworm AS compiled
 WORKDIR /src
 COPY . .
 RUN cargo build --release --locked --package exchange --package exchange-operator \
- && mkdir /out && cp target/release/exchange target/release/exchange-operator /out/
+ && mkdir /out && cd target/release && cp exchange exchange-2 exchange-faulty exchange-operator /out/
 
 # The context must then have the binaries in dist/.
 FROM scratch AS prebuilt
@@ -26,7 +30,8 @@ ENTRYPOINT ["/usr/bin/exchange-operator"]
 CMD ["run"]
 
 FROM ${BASE} AS exchange
-COPY --from=binaries /out/exchange /usr/bin/exchange
+ARG BINARY=exchange
+COPY --from=binaries /out/${BINARY} /usr/bin/exchange
 USER 65532:65532
 ENTRYPOINT ["/usr/bin/exchange"]
 
@@ -38,3 +43,8 @@ CMD ["trade"]
 
 FROM exchange AS exchange-notification
 CMD ["notification"]
+
+# For tests only, with BINARY=exchange-faulty: a release with a fault.
+FROM exchange AS exchange-faulty
+ARG FAULT
+ENV EXCHANGE_FAULT=${FAULT}

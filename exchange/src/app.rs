@@ -12,12 +12,9 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::{
-    auth::Keys, config::Config, db, lane::Lane, metrics::Metrics, password::Passwords, role::Role,
-    server::Counts,
+    auth::Keys, config::Config, db, lane::Lane, metrics::Metrics, password::Passwords, release::Release,
+    role::Role, server::Counts,
 };
-
-/// The version of this build.
-pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Everything that handlers and background work need. Clones share it.
 #[derive(Clone)]
@@ -27,6 +24,8 @@ pub struct App(Arc<Inner>);
 pub struct Inner {
     /// Which service this process is.
     pub service: &'static str,
+    /// Of which release.
+    pub release: Release,
     /// This process, among all that work on the database.
     pub instance: Uuid,
     /// As started.
@@ -58,6 +57,7 @@ impl App {
     /// Puts the parts together. Nothing is connected yet.
     pub fn new(
         service: &'static str,
+        release: Release,
         config: Config,
         role: watch::Receiver<Role>,
         readiness: watch::Receiver<Result<(), String>>,
@@ -65,7 +65,7 @@ impl App {
         let stack = StackId {
             colour: config.colour.clone(),
             revision: config.revision.clone(),
-            version: VERSION,
+            version: release.version,
         };
         let db = db::pool(&config, &format!("exchange-{service} {stack}"))?;
         let metrics = Metrics::new();
@@ -73,6 +73,7 @@ impl App {
         gauges.register(&metrics);
         Ok(Self(Arc::new(Inner {
             service,
+            release,
             instance: Uuid::now_v7(),
             passwords: Passwords::new(config.password_hashers),
             keys: Keys::new(db.clone(), &config),

@@ -1,4 +1,4 @@
-//! The exchange: user, trade and notification services of one binary, on PostgreSQL.
+//! The exchange: user, trade and notification services of one binary per release, on PostgreSQL.
 //!
 //! Every service is an axum router that [`service::serve`] puts behind the accept loop of [`server`] and beside the
 //! admin port of [`admin`]. What the services share is in [`app::App`].
@@ -7,6 +7,7 @@ pub mod admin;
 pub mod app;
 pub mod auth;
 pub mod bus;
+pub mod cli;
 pub mod config;
 pub mod db;
 pub mod error;
@@ -22,6 +23,7 @@ pub mod messages;
 pub mod metrics;
 pub mod migrate;
 pub mod money;
+pub mod notice;
 pub mod notification;
 pub mod openapi;
 pub mod outbox;

@@ -24,8 +24,9 @@ use crate::{
     mail::{self, MailConfig},
     market::{Store, StoreConfig},
     metrics::Metrics,
+    notice,
     notification::Writer,
-    outbox, release,
+    outbox,
     role::Role,
     stream::Hub,
 };
@@ -234,7 +235,7 @@ impl Workers {
             tokio::join!(
                 until_not_live,
                 self.work(&Scope::Live, &stop),
-                release::run(&self.app.db, &self.app.stack, self.config.notice_delay, &stop),
+                notice::run(&self.app.db, &self.app.stack, self.config.notice_delay, &stop),
                 self.restore(&stop),
                 mail,
             );

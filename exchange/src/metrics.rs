@@ -166,7 +166,7 @@ mod tests {
     use tower::ServiceExt;
 
     use super::*;
-    use crate::{config::ConfigArgs, role::Role};
+    use crate::{config::ConfigArgs, release::V1, role::Role};
 
     #[derive(clap::Parser)]
     struct Command {
@@ -183,7 +183,7 @@ mod tests {
         ];
         let config = Command::parse_from(flags).args.validate().unwrap();
         let (role, readiness) = (watch::channel(Role::Live).1, watch::channel(Ok(())).1);
-        let app = App::new("test", config, role, readiness).unwrap();
+        let app = App::new("test", V1, config, role, readiness).unwrap();
         let router: Router = Router::new()
             .route(
                 "/panics",

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use tracing::info;
 use uuid::Uuid;
 
-use crate::{app::App, config::StoreUrl, db};
+use crate::{app::App, config::StoreUrl, db, release::Release};
 
 static EXPAND: Migrator = sqlx::migrate!("./migrations/expand");
 static CONTRACT: Migrator = sqlx::migrate!("./migrations/contract");
@@ -71,21 +71,15 @@ impl Phase {
         }
     }
 
-    fn migrations(self) -> &'static [Migration] {
-        match self {
+    /// The files of a release: those up to its level, in the order of their numbers.
+    fn migrations(self, release: Release) -> &'static [Migration] {
+        let all: &'static [Migration] = match self {
             Self::Expand => &EXPAND.migrations,
             Self::Contract => &CONTRACT.migrations,
-        }
+        };
+        let newer = all.partition_point(|migration| migration.version <= release.level);
+        all.split_at(newer).0
     }
-}
-
-/// The expand that this build needs, which is also its level as a reader: the highest that it contains.
-pub fn level() -> i64 {
-    EXPAND
-        .iter()
-        .map(|migration| migration.version)
-        .max()
-        .unwrap_or(0)
 }
 
 /// What a database says about its schema.
@@ -134,7 +128,7 @@ pub async fn announce(app: &App) -> Result<(), sqlx::Error> {
     .bind(app.instance)
     .bind(app.service)
     .bind(app.stack.to_string())
-    .bind(level())
+    .bind(app.release.level)
     .execute(&app.db)
     .await?;
     Ok(())
@@ -150,7 +144,7 @@ pub async fn depart(app: &App) -> Result<(), sqlx::Error> {
 }
 
 /// Runs what is outstanding of one phase. Can be killed at any moment and run again.
-pub async fn run(args: MigrateArgs) -> anyhow::Result<()> {
+pub async fn run(args: MigrateArgs, release: Release) -> anyhow::Result<()> {
     let url = match (args.database_url, args.database_url_file) {
         (Some(url), _) => StoreUrl::Given(SecretString::from(url)),
         (None, Some(path)) => StoreUrl::File(path),
@@ -187,7 +181,13 @@ pub async fn run(args: MigrateArgs) -> anyhow::Result<()> {
     if let Some(connections) = args.connections_per_stack {
         check_connection_budget(&mut connection, connections).await?;
     }
-    bring_forward(&mut connection, args.phase, args.phase.migrations(), deadline).await?;
+    bring_forward(
+        &mut connection,
+        args.phase,
+        args.phase.migrations(release),
+        deadline,
+    )
+    .await?;
     let state = read_state(&mut connection).await?;
     info!(
         "done: expanded to {}, oldest reader {}",
@@ -497,6 +497,7 @@ fn split(file: &str) -> Vec<Batch<'_>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::release;
 
     #[test]
     fn a_file_is_split_into_batches() {
@@ -512,6 +513,26 @@ mod tests {
             (Mode::Transaction, "select 1;\nselect 2;"),
         ];
         assert_eq!(batches, expected.map(|(mode, sql)| Batch { mode, sql }));
+    }
+
+    #[test]
+    fn a_release_brings_the_schema_to_its_level_and_every_file_is_of_one() {
+        let numbers = |phase: Phase, release| {
+            let files = phase.migrations(release).iter();
+            files.map(|file| file.version).collect::<Vec<_>>()
+        };
+        for release in [release::V1, release::V2] {
+            assert_eq!(numbers(Phase::Expand, release).last(), Some(&release.level));
+            let contracts = numbers(Phase::Contract, release);
+            assert!(
+                contracts
+                    .iter()
+                    .all(|number| numbers(Phase::Expand, release).contains(number))
+            );
+        }
+        assert_eq!(numbers(Phase::Expand, release::V2).len(), EXPAND.migrations.len());
+        assert_eq!(numbers(Phase::Contract, release::V1), [0; 0]);
+        assert_eq!(numbers(Phase::Contract, release::V2), [release::V2.level]);
     }
 
     #[test]

@@ -5,10 +5,10 @@ use utoipa::openapi::{
     security::{Http, HttpAuthScheme, SecurityScheme},
 };
 
-use crate::{app, error, market, notification, stream, trade, user};
+use crate::{error, market, notification, release::Release, stream, trade, user};
 
-/// The OpenAPI document of all services.
-pub fn document() -> OpenApi {
+/// The OpenAPI document of all services of a release.
+pub fn document(release: Release) -> OpenApi {
     let services = [
         user::routes().into_openapi(),
         trade::routes().into_openapi(),
@@ -22,7 +22,7 @@ pub fn document() -> OpenApi {
     for service in services {
         document.merge(service);
     }
-    document.info = Info::new("exchange", app::VERSION);
+    document.info = Info::new("exchange", release.version);
     document.info.description = Some(description(&problems));
     let components = document.components.get_or_insert_with(Components::default);
     components.add_security_scheme(
@@ -38,6 +38,11 @@ pub fn document() -> OpenApi {
         && let Some(RefOr::T(Schema::Object(code))) = problem.properties.get_mut("code")
     {
         code.enum_values = Some(codes.collect());
+    }
+    if !release.has_freezes
+        && let Some(RefOr::T(Schema::Object(account))) = components.schemas.get_mut("Account")
+    {
+        account.properties.remove("frozen_at");
     }
     document
 }

@@ -1,116 +1,27 @@
-//! Release notices: every user is told once when a new revision has gone live.
-//!
-//! A stack announces itself when it has been live without a break for longer than a release is verified; one that
-//! is rolled back before that is never announced. Users are told in portions, each in a transaction that also
-//! says how far the announcement has come.
+//! The releases that are built from this tree. Each binary is linked with one of them; all share this library.
 
-use std::time::Duration;
-
-use serde_json::json;
-use sqlx::PgPool;
-use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
-use uuid::Uuid;
-
-use crate::{app::StackId, notification::CHANNEL, outbox::rest};
-
-/// Users told in one transaction.
-const PORTION: i64 = 500;
-/// How often announcements that somebody else has begun are looked for.
-const IDLE: Duration = Duration::from_secs(5);
-
-/// Announces this stack once `delay` has passed, and finishes announcements that others have left, until told to
-/// stop. To be run only while the stack is live.
-pub async fn run(db: &PgPool, stack: &StackId, delay: Duration, stop: &CancellationToken) {
-    let live_since = tokio::time::Instant::now();
-    let mut recorded = false;
-    while !stop.is_cancelled() {
-        let pass = async {
-            if !recorded && live_since.elapsed() >= delay {
-                record(db, stack).await?;
-                recorded = true;
-            }
-            announce_portion(db).await
-        };
-        match pass.await {
-            Ok(true) => {}
-            Ok(false) => rest(stop, if recorded { IDLE } else { delay.min(IDLE) }).await,
-            Err(error) => {
-                warn!(error.message = %error, "failed to announce a release");
-                rest(stop, IDLE).await;
-            }
-        }
-    }
+/// A version of the exchange, and what it does differently from the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Release {
+    /// The version, as `/version` and `/stack` show it.
+    pub version: &'static str,
+    /// The expand that it needs, which is also its level as a reader: `exchange migrate` goes no further.
+    pub level: i64,
+    /// Whether freezes of accounts are periods of their own, told apart from other changes and shown as `frozen_at`.
+    /// Otherwise `accounts.state` is all that is known.
+    pub has_freezes: bool,
 }
 
-async fn record(db: &PgPool, stack: &StackId) -> Result<(), sqlx::Error> {
-    let new = sqlx::query("insert into releases (revision, version) values ($1, $2) on conflict do nothing")
-        .bind(&stack.revision)
-        .bind(stack.version)
-        .execute(db)
-        .await?;
-    if new.rows_affected() > 0 {
-        info!("announcing {} ({}) to all users", stack.version, stack.revision);
-    }
-    Ok(())
-}
+/// The first release.
+pub const V1: Release = Release {
+    version: "1.0.0",
+    level: 10,
+    has_freezes: false,
+};
 
-/// Tells the next users of an announcement that is under way. False: nothing is left to do for this process.
-async fn announce_portion(db: &PgPool) -> Result<bool, sqlx::Error> {
-    let mut transaction = db.begin().await?;
-    let release: Option<(String, String, Uuid)> = sqlx::query_as(
-        "select revision, version, coalesce(announced_to, '00000000-0000-0000-0000-000000000000')
-         from releases where announced_at is null order by live_at limit 1 for update skip locked",
-    )
-    .fetch_optional(&mut *transaction)
-    .await?;
-    let Some((revision, version, announced_to)) = release else {
-        return Ok(false);
-    };
-    let users: Vec<(Uuid,)> = sqlx::query_as(
-        "select id from users
-         where lane = 'live' and deleted_at is null and id > $1
-           and created_at <= (select live_at from releases where revision = $2)
-         order by id limit $3",
-    )
-    .bind(announced_to)
-    .bind(&revision)
-    .bind(PORTION)
-    .fetch_all(&mut *transaction)
-    .await?;
-    let users: Vec<Uuid> = users.into_iter().map(|(id,)| id).collect();
-    let Some(last) = users.last() else {
-        sqlx::query("update releases set announced_at = now() where revision = $1")
-            .bind(&revision)
-            .execute(&mut *transaction)
-            .await?;
-        transaction.commit().await?;
-        return Ok(true);
-    };
-    sqlx::query(
-        "with counted as (
-             insert into notification_counters as counter (user_id, lane, last_seq)
-             select id, 'live', 1 from unnest($1::uuid[]) as told (id) order by id
-             on conflict (user_id) do update set last_seq = counter.last_seq + 1
-             returning user_id, last_seq
-         ), written as (
-             insert into notifications (user_id, seq, lane, kind, title, data)
-             select user_id, last_seq, 'live', 'release', $2, $3 from counted
-             returning user_id
-         )
-         select pg_notify($4, user_id::text) from written",
-    )
-    .bind(&users)
-    .bind(format!("Version {version} is live"))
-    .bind(json!({"version": version, "revision": revision}))
-    .bind(CHANNEL)
-    .execute(&mut *transaction)
-    .await?;
-    sqlx::query("update releases set announced_to = $2 where revision = $1")
-        .bind(&revision)
-        .bind(last)
-        .execute(&mut *transaction)
-        .await?;
-    transaction.commit().await?;
-    Ok(true)
-}
+/// Says since when an account is frozen.
+pub const V2: Release = Release {
+    version: "2.0.0",
+    level: 20,
+    has_freezes: true,
+};

@@ -22,11 +22,12 @@ use utoipa_axum::router::OpenApiRouter;
 
 use crate::{
     admin,
-    app::{self, App},
+    app::App,
     config::{Config, RoleSource},
     db,
     error::{self, ApiError},
     metrics, migrate,
+    release::Release,
     role::{self, Role},
     server::{self, Closing, Counts},
     telemetry,
@@ -49,18 +50,19 @@ const RETRY_EVERY: Duration = Duration::from_millis(500);
 /// `routes` builds its public routes; `background` is its work beside them, which ends when its token is cancelled.
 pub async fn serve<B: Future<Output = ()> + Send + 'static>(
     service: &'static str,
+    release: Release,
     config: Config,
     routes: impl FnOnce(App) -> OpenApiRouter,
     background: impl FnOnce(App, CancellationToken) -> B,
 ) -> anyhow::Result<()> {
-    let version = app::VERSION;
+    let version = release.version;
     let (role_sender, role) = watch::channel(match config.role {
         RoleSource::AlwaysLive => Role::Live,
         RoleSource::Ask(_) => Role::Standby,
     });
     let (readiness_sender, readiness) =
         watch::channel(Err("the database has not been reached yet".to_owned()));
-    let app = App::new(service, config, role, readiness)?;
+    let app = App::new(service, release, config, role, readiness)?;
     telemetry::init(service, version, app.stack.to_string());
 
     let public = TcpListener::bind(app.config.public_address)
@@ -72,7 +74,7 @@ pub async fn serve<B: Future<Output = ()> + Send + 'static>(
     info!(
         server.address = %public.local_addr()?,
         labels.admin_address = %admin.local_addr()?,
-        labels.database_schema = migrate::level(),
+        labels.database_schema = release.level,
         "exchange {service} {version} of {stack} listens", stack = app.stack,
     );
 
@@ -200,7 +202,7 @@ async fn watch_schema(
             let seen = async {
                 let state = migrate::read_state(&app.db).await?;
                 app.database_identity.get_or_init(|| state.identity);
-                let verdict = state.supports(migrate::level());
+                let verdict = state.supports(app.release.level);
                 if verdict.is_ok() {
                     migrate::announce(&app).await?;
                 }

@@ -99,6 +99,21 @@ pub fn stores(tools: &Tools) -> Result<Vec<Archive>> {
     Ok(archives)
 }
 
+/// The releases of the exchange: tag, binary, and the fault of those that have one.
+const RELEASES: [(&str, &str, Option<&str>); 7] = [
+    ("1.0.0", "exchange", None),
+    ("2.0.0", "exchange-2", None),
+    ("2.0.1-fails-smoke", "exchange-faulty", Some("fails-smoke")),
+    (
+        "2.0.2-fails-verification",
+        "exchange-faulty",
+        Some("fails-verification"),
+    ),
+    ("2.0.3-crashes", "exchange-faulty", Some("crashes")),
+    ("2.0.4-never-ready", "exchange-faulty", Some("never-ready")),
+    ("2.0.5-slows-down", "exchange-faulty", Some("slows-down")),
+];
+
 /// The images of the exchange, the operator and the tests' agent, from binaries that cargo has built.
 ///
 /// # Errors
@@ -108,38 +123,58 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
     fs::create_dir_all(&out)?;
     let dist = repository.join("dist");
     fs::create_dir_all(&dist)?;
-    for binary in ["exchange", "exchange-operator", "testbed-agent"] {
+    for binary in [
+        "exchange",
+        "exchange-2",
+        "exchange-faulty",
+        "exchange-operator",
+        "testbed-agent",
+    ] {
         let built = binaries.join(binary);
         fs::copy(&built, dist.join(binary))
             .with_context(|| format!("cannot copy {}: `make images` builds it first", built.display()))?;
     }
     let agent = Path::new(env!("CARGO_MANIFEST_DIR")).join("cluster/images/agent.Dockerfile");
     let root = repository.join("Dockerfile");
-    let targets = [
+    let prebuilt = ["--build-arg", "BINARIES=prebuilt"];
+    let mut archives = Vec::new();
+    let mut make = |name: &str, tag: &str, file: &Path, context: &Path, args: &[&str]| -> Result<()> {
+        let image = format!("{PREFIX}/{name}:{tag}");
+        let mut step = Step::start(format!("image {image}"));
+        let path = out.join(format!("{name}-{tag}.tar"));
+        build(
+            &mut step,
+            file,
+            context,
+            &[&prebuilt, args].concat(),
+            &image,
+            &path,
+        )?;
+        step.done();
+        archives.push(Archive { image, path });
+        Ok(())
+    };
+    make("testbed-agent", tag, &agent, &dist, &[])?;
+    for target in [
         "exchange-operator",
         "exchange",
         "exchange-user",
         "exchange-trade",
         "exchange-notification",
-        "testbed-agent",
-    ];
-    let mut archives = Vec::new();
-    for target in targets {
-        let image = format!("{PREFIX}/{target}:{tag}");
-        let mut step = Step::start(format!("image {image}"));
-        let (file, context) = if target == "testbed-agent" {
-            (&agent, &dist)
-        } else {
-            (&root, &repository.to_owned())
-        };
-        let mut args = vec!["--build-arg", "BINARIES=prebuilt"];
-        if target != "testbed-agent" {
-            args.extend(["--target", target]);
+    ] {
+        make(target, tag, &root, repository, &["--target", target])?;
+    }
+    for (version, binary, fault) in RELEASES {
+        let target = fault.map_or("exchange", |_| "exchange-faulty");
+        let arguments = [
+            format!("BINARY={binary}"),
+            format!("FAULT={}", fault.unwrap_or_default()),
+        ];
+        let mut args = vec!["--target", target];
+        for argument in &arguments {
+            args.extend(["--build-arg", argument]);
         }
-        let path = out.join(format!("{target}.tar"));
-        build(&mut step, file, context, &args, &image, &path)?;
-        step.done();
-        archives.push(Archive { image, path });
+        make("exchange", version, &root, repository, &args)?;
     }
     Ok(archives)
 }

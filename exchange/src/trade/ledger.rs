@@ -22,7 +22,7 @@ use crate::{
     telemetry::TraceContext,
 };
 
-use super::refused;
+use super::{freezes, refused};
 
 /// The longest name of an account, in characters.
 const LONGEST_NAME: usize = 64;
@@ -34,11 +34,21 @@ const LONGEST_REFERENCE: usize = 128;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema, sqlx::Type)]
 #[serde(rename_all = "lowercase")]
 #[sqlx(type_name = "text", rename_all = "lowercase")]
-enum AccountState {
+pub(super) enum AccountState {
     /// It may.
     Active,
     /// No new orders and no withdrawals. Orders that are open stay open.
     Frozen,
+}
+
+impl AccountState {
+    /// What has happened to an account that came to be in this state.
+    fn change(self) -> &'static str {
+        match self {
+            Self::Active => "unfrozen",
+            Self::Frozen => "frozen",
+        }
+    }
 }
 
 /// An account as it is stored.
@@ -52,6 +62,9 @@ struct AccountRow {
     balance: Amount,
     hold: Amount,
     created_at: OffsetDateTime,
+    /// Since when it is frozen; version 1 does not know.
+    #[sqlx(default)]
+    frozen_at: Option<OffsetDateTime>,
 }
 
 /// An account of the caller.
@@ -64,6 +77,12 @@ pub(super) struct Account {
     kind: String,
     name: String,
     state: AccountState,
+    /// Since when the account is frozen; absent when it is not.
+    #[serde(
+        with = "time::serde::rfc3339::option",
+        skip_serializing_if = "Option::is_none"
+    )]
+    frozen_at: Option<OffsetDateTime>,
     /// All of it, including what is on hold.
     balance: Amount,
     /// What open orders have reserved.
@@ -85,6 +104,7 @@ impl TryFrom<AccountRow> for Account {
             kind: row.kind,
             name: row.name,
             state: row.state,
+            frozen_at: row.frozen_at,
             balance: row.balance,
             hold: row.hold,
             created_at: row.created_at,
@@ -229,27 +249,58 @@ pub(super) async fn update_account(
         check_name(name)?;
     }
     let mut transaction = app.db.begin().await?;
-    let updated: Option<AccountRow> = sqlx::query_as(
-        "update accounts set name = coalesce($4, name), state = coalesce($5, state), updated_at = now()
-         where id = $1 and user_id = $2 and lane = $3 and deleted_at is null
-         returning id, currency, (select kind from currencies where symbol = currency) as kind, name, state, balance, hold,
-                   created_at",
-    )
-    .bind(request.account_id)
-    .bind(caller.user_id)
-    .bind(&caller.lane)
-    .bind(&request.name)
-    .bind(request.state)
-    .fetch_optional(&mut *transaction)
-    .await
-    .map_err(|error| match error.as_database_error() {
-        Some(cause) if cause.is_unique_violation() => refused("account_exists", Some("name")),
-        _ => error.into(),
-    })?;
+    let mut change = "updated";
+    let updated: Option<AccountRow> = if app.release.has_freezes {
+        let renamed = sqlx::query_as(
+            "update accounts set name = coalesce($4, name), updated_at = now()
+             where id = $1 and user_id = $2 and lane = $3 and deleted_at is null
+             returning id, currency, (select kind from currencies where symbol = currency) as kind, name, state, balance,
+                       hold, created_at",
+        )
+        .bind(request.account_id)
+        .bind(caller.user_id)
+        .bind(&caller.lane)
+        .bind(&request.name)
+        .fetch_optional(&mut *transaction)
+        .await;
+        let mut renamed: Option<AccountRow> = renamed.map_err(name_taken)?;
+        if let Some(account) = &mut renamed {
+            if let Some(state) = request.state {
+                if freezes::set(&mut transaction, account.id, &caller.lane, state).await? {
+                    change = state.change();
+                }
+                account.state = state;
+            }
+            account.frozen_at = freezes::frozen_at(&mut transaction, account.id).await?;
+        }
+        renamed
+    } else {
+        sqlx::query_as(
+            "update accounts set name = coalesce($4, name), state = coalesce($5, state), updated_at = now()
+             where id = $1 and user_id = $2 and lane = $3 and deleted_at is null
+             returning id, currency, (select kind from currencies where symbol = currency) as kind, name, state, balance,
+                       hold, created_at",
+        )
+        .bind(request.account_id)
+        .bind(caller.user_id)
+        .bind(&caller.lane)
+        .bind(&request.name)
+        .bind(request.state)
+        .fetch_optional(&mut *transaction)
+        .await
+        .map_err(name_taken)?
+    };
     let updated = updated.ok_or_else(|| refused("account_not_found", Some("account_id")))?;
-    tell_change(&mut transaction, &caller, &updated, "updated").await?;
+    tell_change(&mut transaction, &caller, &updated, change).await?;
     transaction.commit().await?;
     Ok(Json(updated.try_into().map_err(ApiError::internal)?))
+}
+
+fn name_taken(error: sqlx::Error) -> ApiError {
+    match error.as_database_error() {
+        Some(cause) if cause.is_unique_violation() => refused("account_exists", Some("name")),
+        _ => error.into(),
+    }
 }
 
 /// Closes an empty account. Its entries stay in the ledger; its name is free again.
@@ -303,16 +354,23 @@ pub(super) async fn list_accounts(
     State(app): State<App>,
     caller: Caller,
 ) -> Result<Json<AccountList>, ApiError> {
-    let rows: Vec<AccountRow> = sqlx::query_as(
+    let query = if app.release.has_freezes {
+        "select accounts.id, currency, currencies.kind, name, state, balance, hold, created_at, frozen_at
+         from accounts join currencies on symbol = currency
+              left join freezes on account_id = accounts.id and lifted_at is null
+         where user_id = $1 and accounts.lane = $2 and deleted_at is null and accounts.kind = 'user'
+         order by created_at, accounts.id"
+    } else {
         "select accounts.id, currency, currencies.kind, name, state, balance, hold, created_at
          from accounts join currencies on symbol = currency
          where user_id = $1 and lane = $2 and deleted_at is null and accounts.kind = 'user'
-         order by created_at, accounts.id",
-    )
-    .bind(caller.user_id)
-    .bind(&caller.lane)
-    .fetch_all(&app.db)
-    .await?;
+         order by created_at, accounts.id"
+    };
+    let rows: Vec<AccountRow> = sqlx::query_as(query)
+        .bind(caller.user_id)
+        .bind(&caller.lane)
+        .fetch_all(&app.db)
+        .await?;
     let accounts = rows.into_iter().map(Account::try_from).collect::<Result<_, _>>();
     Ok(Json(AccountList {
         accounts: accounts.map_err(ApiError::internal)?,

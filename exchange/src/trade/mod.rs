@@ -5,6 +5,7 @@
 
 mod batch;
 pub mod book;
+mod freezes;
 mod ledger;
 mod orders;
 

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, fmt::Write, path::Path};
 
+use exchange::release;
 use reqwest::Method;
 use serde_json::{Map, Value, json};
 
@@ -55,9 +56,9 @@ const RULES: &[(&str, &str, Rule)] = &[
     ("get", "/market/trades", Rule::Public),
 ];
 
-/// The description, as clients get it.
+/// The description of the newest version, as clients get it.
 fn document() -> Value {
-    serde_json::to_value(exchange::openapi::document()).unwrap()
+    serde_json::to_value(exchange::openapi::document(release::V2)).unwrap()
 }
 
 /// Method, path and description of each operation.
@@ -108,14 +109,19 @@ fn method(name: &str) -> Method {
 }
 
 #[test]
-fn the_description_is_current() {
-    let document = exchange::openapi::document().to_pretty_json().unwrap() + "\n";
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/openapi.json");
-    let committed = std::fs::read_to_string(path).unwrap();
-    assert!(
-        document == committed,
-        "write it anew: cargo run -p exchange -- openapi > docs/openapi.json"
-    );
+fn the_descriptions_are_current() {
+    for (release, file, target) in [
+        (release::V1, "openapi.json", "exchange"),
+        (release::V2, "openapi-2.json", "exchange-2"),
+    ] {
+        let document = exchange::openapi::document(release).to_pretty_json().unwrap() + "\n";
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(file);
+        let committed = std::fs::read_to_string(path).unwrap_or_default();
+        assert!(
+            document == committed,
+            "write it anew: cargo run --bin {target} -- openapi >docs/{file}"
+        );
+    }
 }
 
 #[test]

@@ -16,6 +16,8 @@ mod queue;
 #[cfg(test)]
 mod races;
 #[cfg(test)]
+mod releases;
+#[cfg(test)]
 mod roles;
 #[cfg(test)]
 mod rules;

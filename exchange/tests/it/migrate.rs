@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use exchange::migrate::{Phase, bring_forward, read_state};
+use exchange::{
+    migrate::{Phase, bring_forward, read_state},
+    release,
+};
 use sqlx::{
     Connection, PgConnection, SqlSafeStr,
     migrate::{Migration, MigrationType},
@@ -51,10 +54,7 @@ async fn a_second_run_changes_nothing() {
     let (succeeded, second) = database.migrate("expand", &[]);
     assert!(succeeded && !second.contains("batch"), "{second}");
     assert_eq!(read_state(&database.owner().await).await.unwrap(), state);
-    assert_eq!(
-        (state.expanded, state.oldest_reader),
-        (exchange::migrate::level(), 0)
-    );
+    assert_eq!((state.expanded, state.oldest_reader), (release::V1.level, 0));
     let (succeeded, contract) = database.migrate("contract", &[]);
     assert!(succeeded, "{contract}");
 }
@@ -169,7 +169,7 @@ async fn a_service_is_ready_between_its_own_expand_and_the_contract_that_leaves_
 async fn a_contract_waits_for_older_instances() {
     let database = Database::migrated(Postgres::shared()).await;
     let mut connection = migrator(&database).await;
-    let level = exchange::migrate::level() + 1;
+    let level = release::V1.level + 1;
     let expand = [file(level, "create table newer ()")];
     let contract = [file(level, "create table contracted ()")];
     let mut service = Service::live("user", &database, &[]).ready().await;
@@ -217,7 +217,7 @@ async fn a_killed_migration_goes_on_where_it_stopped_and_waits_for_no_lock_for_l
         .execute(&owner)
         .await
         .unwrap();
-    let level = exchange::migrate::level() + 1;
+    let level = release::V1.level + 1;
     let batches_done = || {
         let query =
             sqlx::query_scalar::<_, i32>("select batches_done from migrations where number = $1").bind(level);
@@ -362,7 +362,7 @@ async fn an_interrupted_index_is_built_again() {
         .execute(&owner)
         .await
         .unwrap();
-    let level = exchange::migrate::level() + 1;
+    let level = release::V1.level + 1;
     // Building an index waits for every transaction that might still look at the table without it.
     let mut writer = owner.begin().await.unwrap();
     sqlx::query("insert into original values (1)")

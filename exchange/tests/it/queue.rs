@@ -170,7 +170,7 @@ async fn market_data_comes_back_equal() {
 
     drop(service);
     flush().await;
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_exchange"))
+    let output = std::process::Command::new(crate::servers::binary())
         .args([
             "market",
             "rebuild",

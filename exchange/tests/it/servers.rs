@@ -18,6 +18,23 @@ use std::{
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, ConnectOptions, PgPool, postgres::PgConnectOptions};
 
+/// Version 1, which tests are about unless they say otherwise.
+pub(crate) const V1: &str = env!("CARGO_BIN_EXE_exchange");
+/// Version 2.
+pub(crate) const V2: &str = env!("CARGO_BIN_EXE_exchange-2");
+/// Version 2 with faults.
+pub(crate) const FAULTY: &str = env!("CARGO_BIN_EXE_exchange-faulty");
+
+/// The variables by which `releases` has other tests run with the services, or on the schema, of another version.
+pub(crate) const SERVICES: &str = "EXCHANGE_TEST_SERVICES";
+/// See [`SERVICES`].
+pub(crate) const SCHEMA: &str = "EXCHANGE_TEST_SCHEMA";
+
+/// The binary of the services.
+pub(crate) fn binary() -> String {
+    std::env::var(SERVICES).unwrap_or_else(|_| V1.to_owned())
+}
+
 /// The debug build starts slowly on a busy machine.
 const START: Duration = Duration::from_mins(1);
 
@@ -250,7 +267,12 @@ pub(crate) struct Database {
 impl Database {
     /// Runs `exchange migrate --phase <phase>` and returns whether it succeeded, and what it wrote.
     pub(crate) fn migrate(&self, phase: &str, flags: &[&str]) -> (bool, String) {
-        let output = Command::new(env!("CARGO_BIN_EXE_exchange"))
+        self.migrate_by(V1, phase, flags)
+    }
+
+    /// The same by a binary of another version.
+    pub(crate) fn migrate_by(&self, binary: &str, phase: &str, flags: &[&str]) -> (bool, String) {
+        let output = Command::new(binary)
             .args(["migrate", "--phase", phase, "--database-url", &self.owner_url])
             .args(flags)
             .output()
@@ -266,8 +288,14 @@ impl Database {
 
     /// A new database of a server, with the current schema and a role for services.
     pub(crate) async fn migrated(postgres: &Postgres) -> Self {
+        let binary = std::env::var(SCHEMA).unwrap_or_else(|_| V1.to_owned());
+        Self::migrated_by(&binary, postgres).await
+    }
+
+    /// The same with the schema of another version.
+    pub(crate) async fn migrated_by(binary: &str, postgres: &Postgres) -> Self {
         let database = postgres.database().await;
-        let (succeeded, output) = database.migrate("expand", &[]);
+        let (succeeded, output) = database.migrate_by(binary, "expand", &[]);
         assert!(succeeded, "{output}");
         database.create_service_role().await;
         database
@@ -307,7 +335,12 @@ impl Service {
 
     /// Starts a service, and waits until it listens.
     pub(crate) fn start(service: &str, database: &Database, flags: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_exchange"))
+        Self::start_by(&mut Command::new(binary()), service, database, flags)
+    }
+
+    /// The same by a binary of another version.
+    pub(crate) fn start_by(binary: &mut Command, service: &str, database: &Database, flags: &[&str]) -> Self {
+        let mut child = binary
             .args([
                 service,
                 "--public-address",

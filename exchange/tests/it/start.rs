@@ -79,7 +79,7 @@ async fn a_body_that_does_not_come_is_not_waited_for_forever() {
 
 #[test]
 fn a_wrong_configuration_is_refused_with_every_problem() {
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_exchange"))
+    let output = std::process::Command::new(crate::servers::binary())
         .args(["user", "--colour", "Blue!", "--drain-timeout", "soon"])
         .output()
         .unwrap();

@@ -1,6 +1,6 @@
 //! The queue and the market-data store, and what tests put into the database for them.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, process::Command, time::Duration};
 
 use exchange::{auth::Keys, config::ConfigArgs, lane::Lane};
 use redis::AsyncCommands;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use crate::servers::{Database, Server, Service, eventually, free_port, temporary_directory};
+use crate::servers::{Database, Server, Service, binary, eventually, free_port, temporary_directory};
 
 /// Files for TLS: a certificate for `localhost`, its key, and the authority to trust.
 pub(crate) struct Certificates {
@@ -223,7 +223,11 @@ pub(crate) struct Stores {
 
 impl Stores {
     pub(crate) async fn start() -> Self {
-        let database = Database::migrated(crate::servers::Postgres::shared()).await;
+        Self::beside(Database::migrated(crate::servers::Postgres::shared()).await).await
+    }
+
+    /// A queue and a market-data store for a database.
+    pub(crate) async fn beside(database: Database) -> Self {
         let owner = PgPool::connect(&database.owner_url).await.unwrap();
         Self {
             database,
@@ -235,9 +239,14 @@ impl Stores {
 
     /// A notification service with these flags.
     pub(crate) fn notification(&self, flags: &[&str]) -> Service {
+        self.notification_by(&mut Command::new(binary()), flags)
+    }
+
+    /// The same by a binary of another version.
+    pub(crate) fn notification_by(&self, binary: &mut Command, flags: &[&str]) -> Service {
         let (queue, market) = (self.nats.url(), self.redis.url());
         let stores = ["--queue-url", &queue, "--market-data-url", &market];
-        Service::start("notification", &self.database, &[&stores, flags].concat())
+        Service::start_by(binary, "notification", &self.database, &[&stores, flags].concat())
     }
 
     pub(crate) async fn user(&self, lane: &str) -> Uuid {

@@ -12,29 +12,36 @@ use crate::{
 const SECRET: &str = "a secret of this stack";
 
 /// The three services of one stack.
-struct Stack {
-    user: Service,
-    trade: Service,
-    notification: Service,
+pub(crate) struct Stack {
+    pub(crate) user: Service,
+    pub(crate) trade: Service,
+    pub(crate) notification: Service,
 }
 
 impl Stack {
     async fn start(stores: &Stores, flags: &[&str]) -> Self {
+        Self::start_by(&mut Command::new(crate::servers::binary()), stores, flags).await
+    }
+
+    /// A stack of another version.
+    pub(crate) async fn start_by(binary: &mut Command, stores: &Stores, flags: &[&str]) -> Self {
         let market = stores.redis.url();
         let flags = [&["--lane-secret", SECRET], flags].concat();
         let with_market = [&["--market-data-url", &market], flags.as_slice()].concat();
+        let start =
+            |service, flags: &[&str]| Service::start_by(&mut like(binary), service, &stores.database, flags);
+        let (user, trade) = (start("user", &flags), start("trade", &with_market));
+        let notification = stores.notification_by(&mut like(binary), &flags);
         Self {
-            user: Service::start("user", &stores.database, &flags).ready().await,
-            trade: Service::start("trade", &stores.database, &with_market)
-                .ready()
-                .await,
-            notification: stores.notification(&flags).ready().await,
+            user: user.ready().await,
+            trade: trade.ready().await,
+            notification: notification.ready().await,
         }
     }
 
     /// Runs the binary with the addresses of this stack.
-    async fn run(&self, command: &str, flags: &[&str]) -> Output {
-        let mut process = Command::new(env!("CARGO_BIN_EXE_exchange"));
+    pub(crate) async fn run(&self, command: &str, flags: &[&str]) -> Output {
+        let mut process = Command::new(crate::servers::binary());
         process
             .args([command, "--user-url", &self.user.url("")])
             .args(["--trade-url", &self.trade.url("")])
@@ -47,7 +54,18 @@ impl Stack {
     }
 }
 
-fn text(output: &Output) -> String {
+/// Another command with the same program and environment.
+fn like(command: &Command) -> Command {
+    let mut other = Command::new(command.get_program());
+    other.envs(
+        command
+            .get_envs()
+            .filter_map(|(name, value)| Some((name, value?))),
+    );
+    other
+}
+
+pub(crate) fn text(output: &Output) -> String {
     format!(
         "{}{}",
         String::from_utf8_lossy(&output.stdout),
