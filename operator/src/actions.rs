@@ -41,7 +41,7 @@ impl Turn<'_> {
                 continue;
             };
             let right = match intent {
-                Intent::Repair => seen.target.is(to.as_ref()),
+                Intent::Repair => seen.intact && seen.target.is(to.as_ref()),
                 Intent::Promote | Intent::RollBack => self.is_moved(service, to.as_ref()),
             };
             if !right && self.can_take(to.as_ref(), service, intent) {
@@ -98,7 +98,7 @@ impl Turn<'_> {
     pub(crate) fn keep(&self, stack: &Stack, actions: &mut Vec<Action>) {
         let seen = self.stack(stack);
         let live = self.next.live.as_ref().filter(|live| live.stack == *stack);
-        if seen.is_none_or(|seen| seen.rendered.is_none()) {
+        if seen.is_none_or(|seen| seen.rendered.is_none() || !seen.whole) {
             // Only what is still declared can be rendered.
             let known = self
                 .next

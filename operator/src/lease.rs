@@ -9,6 +9,22 @@
 
 use std::time::Duration;
 
+use jiff::Timestamp;
+use k8s_openapi::{
+    api::coordination::v1::{Lease, LeaseSpec},
+    apimachinery::pkg::apis::meta::v1::MicroTime,
+};
+use kube::{
+    Api, ResourceExt,
+    api::{ObjectMeta, PostParams},
+};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
 /// How long a record that nobody renews is respected.
 pub const LEASE: Duration = Duration::from_secs(4);
 /// How long a leader works on after the beginning of its last renewal.
@@ -86,6 +102,185 @@ pub fn evaluate(me: &str, sight: &Sight, now: Duration) -> Step {
 /// Whether a leader whose last successful renewal began at this time may go on.
 pub fn leads(renewed: Duration, now: Duration) -> bool {
     now.saturating_sub(renewed) < RENEW_DEADLINE
+}
+
+/// For each request about the record.
+const REQUEST_LIMIT: Duration = Duration::from_secs(2);
+
+/// Takes part in the election.
+pub struct Contender {
+    /// The Leases of the namespace.
+    pub leases: Api<Lease>,
+    /// Name of the Lease.
+    pub name: String,
+    /// One's own name, which nobody else has.
+    pub identity: String,
+}
+
+/// What a contender knows.
+struct Knowledge {
+    origin: Instant,
+    sight: Sight,
+    /// The beginning of the last renewal that succeeded, while one leads.
+    renewed: Option<Duration>,
+}
+
+impl Knowledge {
+    fn now(&self) -> Duration {
+        self.origin.elapsed()
+    }
+
+    fn see(&mut self, record: Option<Record>) {
+        let nothing = Sight {
+            record: None,
+            since: Duration::ZERO,
+        };
+        let now = self.now();
+        self.sight = std::mem::replace(&mut self.sight, nothing).see(record, now);
+    }
+}
+
+impl Contender {
+    /// Takes part until it is told to stop, and then gives up what it has. `leads` says whether one leads, `reached`
+    /// whether the API server has ever answered.
+    pub async fn run(
+        &self,
+        leads: watch::Sender<bool>,
+        reached: watch::Sender<bool>,
+        stop: CancellationToken,
+    ) {
+        let origin = Instant::now();
+        let mut known = Knowledge {
+            origin,
+            sight: Sight {
+                record: None,
+                since: Duration::ZERO,
+            },
+            renewed: None,
+        };
+        while !stop.is_cancelled() {
+            let deadline = known.renewed.map(|renewed| origin + renewed + RENEW_DEADLINE);
+            let round = async {
+                let wait = self.round(&mut known, &reached).await;
+                tell(&leads, known.renewed.is_some());
+                sleep(wait).await;
+            };
+            tokio::select! {
+                () = round => {}
+                () = stop.cancelled() => break,
+                // Whatever is under way: who cannot renew must stop now.
+                () = until(deadline) => {
+                    warn!("the lease could not be renewed in time");
+                    known.renewed = None;
+                    known.see(None);
+                    tell(&leads, false);
+                }
+            }
+        }
+        tell(&leads, false);
+        if known.renewed.is_some() {
+            self.release(&known).await;
+        }
+    }
+
+    /// One look and one write, if one is due; how long to wait for the next.
+    async fn round(&self, known: &mut Knowledge, reached: &watch::Sender<bool>) -> Duration {
+        // A leader knows its record, unless its last renewal failed.
+        if known.renewed.is_none() {
+            match timeout(REQUEST_LIMIT, self.leases.get_opt(&self.name)).await {
+                Ok(Ok(lease)) => {
+                    reached.send_replace(true);
+                    known.see(lease.as_ref().map(record));
+                }
+                Ok(Err(error)) => {
+                    warn!(error.message = %error, "failed to read the lease");
+                    return RETRY;
+                }
+                Err(_) => return RETRY,
+            }
+        }
+        let began = known.now();
+        let version = match evaluate(&self.identity, &known.sight, began) {
+            Step::Create => None,
+            Step::Take(version) | Step::Renew(version) => Some(version),
+            Step::Wait(wait) => return wait,
+        };
+        let lease = self.lease(version.clone(), Some(&self.identity));
+        let write = async {
+            match version {
+                None => self.leases.create(&PostParams::default(), &lease).await,
+                Some(_) => {
+                    self.leases
+                        .replace(&self.name, &PostParams::default(), &lease)
+                        .await
+                }
+            }
+        };
+        match timeout(REQUEST_LIMIT, write).await {
+            Ok(Ok(lease)) => {
+                known.see(Some(record(&lease)));
+                known.renewed = Some(began);
+                RETRY
+            }
+            Ok(Err(kube::Error::Api(status))) if status.code == 409 => {
+                // Somebody else was faster: who, is seen in the next round.
+                known.renewed = None;
+                RETRY
+            }
+            Ok(Err(error)) => {
+                warn!(error.message = %error, "failed to write the lease");
+                RETRY / 4
+            }
+            Err(_) => RETRY / 4,
+        }
+    }
+
+    async fn release(&self, known: &Knowledge) {
+        let version = known.sight.record.as_ref().map(|it| it.resource_version.clone());
+        let lease = self.lease(version, None);
+        let params = PostParams::default();
+        let released = self.leases.replace(&self.name, &params, &lease);
+        match timeout(REQUEST_LIMIT, released).await {
+            Ok(Ok(_)) => info!("the lease is given up"),
+            _ => warn!("the lease could not be given up: it ends by itself"),
+        }
+    }
+
+    fn lease(&self, version: Option<String>, holder: Option<&str>) -> Lease {
+        let now = MicroTime(Timestamp::now());
+        Lease {
+            metadata: ObjectMeta {
+                name: Some(self.name.clone()),
+                resource_version: version,
+                ..ObjectMeta::default()
+            },
+            spec: Some(LeaseSpec {
+                holder_identity: Some(holder.unwrap_or_default().to_owned()),
+                lease_duration_seconds: i32::try_from(LEASE.as_secs()).ok(),
+                renew_time: Some(now),
+                ..LeaseSpec::default()
+            }),
+        }
+    }
+}
+
+fn record(lease: &Lease) -> Record {
+    let holder = lease.spec.as_ref().and_then(|spec| spec.holder_identity.clone());
+    Record {
+        holder: holder.filter(|holder| !holder.is_empty()),
+        resource_version: lease.resource_version().unwrap_or_default(),
+    }
+}
+
+fn tell(leads: &watch::Sender<bool>, now: bool) {
+    leads.send_if_modified(|leads| std::mem::replace(leads, now) != now);
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
 }
 
 #[cfg(test)]

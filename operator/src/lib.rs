@@ -5,9 +5,14 @@
 
 mod actions;
 pub mod api;
+pub mod apply;
+pub mod controller;
 pub mod decide;
+pub mod error;
 pub mod guard;
+pub mod http;
 pub mod lease;
+pub mod metrics;
 pub mod observe;
 pub mod plan;
 mod release;
@@ -16,3 +21,5 @@ pub mod resources;
 pub mod revision;
 pub mod status;
 mod swap;
+pub mod telemetry;
+pub mod watch;

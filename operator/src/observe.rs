@@ -8,6 +8,10 @@
 //! never newer than the record by which it is judged: whatever has been recorded since has changed either the object,
 //! so that the next record is refused, or what is to be written, so that the write is.
 
+pub mod intact;
+pub mod pods;
+pub mod read;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use crate::{
@@ -90,6 +94,8 @@ pub struct LiveService {
     pub target: Target,
     /// Number of the move that wrote the selector.
     pub epoch: u32,
+    /// Whether everything beside its selector is as the operator writes it.
+    pub intact: bool,
     /// The stacks whose pods its EndpointSlices list as ready.
     pub endpoints: Vec<Stack>,
 }
@@ -121,6 +127,9 @@ impl Target {
 pub struct StackSeen {
     /// The rendered stack, from which everything else is made and repaired.
     pub rendered: Option<Fence>,
+    /// Whether all that its pods need beside their stores exists: the account, the lane's secret, the copies of
+    /// ConfigMaps and Secrets.
+    pub whole: bool,
     /// Attempt for which it was rendered.
     pub attempt: u32,
     /// Version of the rendered stack.

@@ -43,7 +43,8 @@ pub enum Action {
         /// What for.
         intent: Intent,
     },
-    /// Create the rendered stack, and before it what it names: the copies of ConfigMaps and Secrets, the ServiceAccount.
+    /// Create the rendered stack, and after it what is missing of that which its pods need: the copies of ConfigMaps and
+    /// Secrets, the ServiceAccount, the lane's secret.
     Render {
         /// Which stack.
         stack: Stack,
@@ -76,7 +77,7 @@ pub enum Action {
         /// As it was observed.
         fence: Fence,
     },
-    /// Delete the rendered stack and with it all that it owns.
+    /// Delete what a stack's pods needed, and last the rendered stack.
     Unrender {
         /// Which stack.
         stack: Stack,

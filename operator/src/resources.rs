@@ -3,7 +3,10 @@
 //! A stack is rendered once. What is rendered is kept in a ControllerRevision, and all repairs are made from there.
 //! Replicas are not part of it: they are set when a workload is applied.
 
-use std::{collections::BTreeMap, time};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time,
+};
 
 use kube::core::Duration;
 use serde_json::{Map, Value, json};
@@ -35,6 +38,16 @@ pub const NOTHING: &str = "none";
 const PUBLIC: u16 = 8080;
 /// Port of the services' admin side in the pods.
 const ADMIN: u16 = 9090;
+/// Where pods and test Jobs find the secret of their test lanes.
+const LANE_SECRET: &str = "/etc/exchange/lane/secret";
+/// Where pods and migrations find the database's URL.
+const DATABASE_URL: &str = "/etc/exchange/database/url";
+/// How long a stack is live before its users are told of it.
+const NOTICE_DELAY: &str = "EXCHANGE_NOTICE_DELAY";
+/// Connections that a pod opens to PostgreSQL unless its environment says otherwise; the exchange's own default.
+const DATABASE_CONNECTIONS: i64 = 10;
+/// From the end of a verification to telling the users of the release.
+const NOTICE_AFTER_VERIFICATION_SECONDS: u64 = 60;
 /// Time for the data planes to take a terminating pod out, before it is told to end.
 const PRE_STOP_SECONDS: u32 = 5;
 /// Longer than the services take to let their clients go, and than clients leave connections idle.
@@ -145,15 +158,20 @@ impl Builder<'_> {
             "name": name,
             "namespace": self.namespace,
             "labels": labels,
-            "ownerReferences": [{
-                "apiVersion": "exchange.dev/v1alpha1",
-                "kind": "ExchangeDeployment",
-                "name": self.name,
-                "uid": self.uid,
-                "controller": true,
-                "blockOwnerDeletion": true,
-            }],
+            "ownerReferences": self.owner(),
         })
+    }
+
+    /// The owner references of everything that belongs to the object.
+    pub fn owner(&self) -> Value {
+        json!([{
+            "apiVersion": "exchange.dev/v1alpha1",
+            "kind": "ExchangeDeployment",
+            "name": self.name,
+            "uid": self.uid,
+            "controller": true,
+            "blockOwnerDeletion": true,
+        }])
     }
 
     // ---- traffic ----------------------------------------------------------------------------------------------
@@ -194,10 +212,45 @@ impl Builder<'_> {
             ];
             objects.extend(parts.map(|(part, object)| ((service, part), object)));
         }
+        let copies = copies(spec).map(|source| {
+            let kind = match source {
+                Source::ConfigMap(_) => "ConfigMap",
+                Source::Secret(_) => "Secret",
+            };
+            format!("{kind}/{}", self.copy_name(stack, &source))
+        });
         Rendered {
             version: spec.version.clone(),
             objects,
+            copies: copies.collect(),
         }
+    }
+
+    /// A stack as a ControllerRevision keeps it, owned by the object as it is now. Nothing if it is not what
+    /// [`Self::controller_revision`] makes.
+    pub fn read(&self, data: &Value) -> Option<Rendered> {
+        let mut objects = BTreeMap::new();
+        for object in data.get("objects")?.as_array()? {
+            let part = match object.get("kind")?.as_str()? {
+                "Service" => Part::ColourService,
+                "PodDisruptionBudget" => Part::Budget,
+                "Deployment" => Part::Workload,
+                _ => return None,
+            };
+            let service = object.pointer("/metadata/labels/app.kubernetes.io~1component")?;
+            let service = Service::ALL.into_iter().find(|known| service == known.as_str())?;
+            let mut object = object.clone();
+            object
+                .get_mut("metadata")?
+                .as_object_mut()?
+                .insert("ownerReferences".to_owned(), self.owner());
+            objects.insert((service, part), object);
+        }
+        Some(Rendered {
+            version: data.get("version")?.as_str()?.to_owned(),
+            objects,
+            copies: serde_json::from_value(data.get("copies")?.clone()).ok()?,
+        })
     }
 
     /// The ControllerRevision that keeps a rendered stack.
@@ -210,7 +263,7 @@ impl Builder<'_> {
             "kind": "ControllerRevision",
             "metadata": self.metadata(&self.stack_name(stack), &labels),
             "revision": attempt,
-            "data": {"version": rendered.version, "objects": objects},
+            "data": {"version": rendered.version, "objects": objects, "copies": rendered.copies},
         })
     }
 
@@ -364,13 +417,13 @@ impl Builder<'_> {
         let mut volumes = vec![json!({"name": "tmp", "emptyDir": {"sizeLimit": "64Mi"}})];
         let mut mounts = vec![json!({"name": "tmp", "mountPath": "/tmp"})];
         let stores = [
-            ("database", &spec.database.secret_ref),
-            ("queue", &spec.queue.secret_ref),
-            ("market-data", &spec.market_data.secret_ref),
-            ("lane", &lane),
+            ("database", &spec.database.secret_ref, "url"),
+            ("queue", &spec.queue.secret_ref, "url"),
+            ("market-data", &spec.market_data.secret_ref, "url"),
+            ("lane", &lane, "secret"),
         ];
-        for (name, key) in stores {
-            let (volume, mount) = secret_file(name, key);
+        for (name, key, file) in stores {
+            let (volume, mount) = secret_file(name, key, file);
             volumes.push(volume);
             mounts.push(mount);
         }
@@ -383,15 +436,21 @@ impl Builder<'_> {
         let mut env = vec![
             var("EXCHANGE_COLOUR", stack.colour.as_str()),
             var("EXCHANGE_REVISION", &stack.revision),
-            var("EXCHANGE_DATABASE_URL_FILE", "/etc/exchange/database/url"),
+            var("EXCHANGE_DATABASE_URL_FILE", DATABASE_URL),
             var("EXCHANGE_QUEUE_URL_FILE", "/etc/exchange/queue/url"),
             var("EXCHANGE_MARKET_DATA_URL_FILE", "/etc/exchange/market-data/url"),
-            var("EXCHANGE_LANE_SECRET_FILE", "/etc/exchange/lane/url"),
+            var("EXCHANGE_LANE_SECRET_FILE", LANE_SECRET),
             var("EXCHANGE_LIVE_URL", &live),
             var("EXCHANGE_DRAIN_TIMEOUT", &format!("{drain}s")),
         ];
         env.extend(Self::addresses(stack, |service| self.colour_name(stack, service)));
-        for declared in &spec.services.get(service).env {
+        let own = &spec.services.get(service).env;
+        if service == Service::Notification && own.iter().all(|own| own.name != NOTICE_DELAY) {
+            // Users are not told of a release that may still be taken back.
+            let delay = seconds(spec.rollout.verification.duration) + NOTICE_AFTER_VERIFICATION_SECONDS;
+            env.push(var(NOTICE_DELAY, &format!("{delay}s")));
+        }
+        for declared in own {
             let mut declared = json!(declared);
             for (field, source) in [
                 ("configMapKeyRef", Source::ConfigMap as fn(String) -> Source),
@@ -485,58 +544,53 @@ impl Builder<'_> {
     // ---- Jobs -------------------------------------------------------------------------------------------------
 
     /// A Job. It runs the image of its stack as it was rendered, whatever is declared by now; only the expand runs
-    /// before there is one. Nothing if the stack is not rendered, or the test not declared any more.
-    pub fn job(&self, spec: &Spec, rendered: Option<&Rendered>, job: &Job) -> Option<Value> {
+    /// before there is one. A migration refuses every database but this one, if it is known which the live stack uses.
+    /// Nothing if the stack is not rendered, or the test not declared any more.
+    pub fn job(
+        &self,
+        spec: &Spec,
+        rendered: Option<&Rendered>,
+        job: &Job,
+        database: Option<&str>,
+    ) -> Option<Value> {
         let own = match job.kind {
             JobKind::Expand => image(spec, &spec.services.trade),
             _ => rendered?.image(Service::Trade)?,
         };
-        let tested = |name: fn(&Self, &Stack, Service) -> String| {
-            Self::addresses(&job.stack, |service| name(self, &job.stack, service))
-        };
-        let live = |builder: &Self, _: &Stack, service| builder.live_name(service);
         let deadline = seconds(spec.rollout.progress_deadline);
-        let (image, command, env, deadline) = match &job.kind {
+        let (image, command, deadline) = match &job.kind {
             JobKind::Expand | JobKind::Contract => {
-                let args = json!(["migrate", "--phase", job_word(&job.kind)]);
-                (own, json!({"args": args}), Vec::new(), deadline)
+                let args = migrate(spec, &job.kind, deadline, database);
+                (own, json!({"args": args}), deadline)
             }
-            JobKind::Smoke => (
-                own,
-                json!({"args": ["smoke"]}),
-                tested(Self::colour_name),
-                deadline,
-            ),
-            JobKind::Verify => (own, json!({"args": ["smoke"]}), tested(live), deadline),
+            JobKind::Smoke => {
+                let args = smoke(&job.stack, |service| self.colour_name(&job.stack, service));
+                (own, json!({"args": args}), deadline)
+            }
+            JobKind::Verify => {
+                let args = smoke(&job.stack, |service| self.live_name(service));
+                (own, json!({"args": args}), deadline)
+            }
             JobKind::Test(name) => {
                 let test = spec.rollout.smoke_tests.iter().find(|test| test.name == *name)?;
-                let image = test.image.clone().unwrap_or(own);
-                (
-                    image,
-                    json!({"command": test.command}),
-                    tested(Self::colour_name),
-                    seconds(test.timeout),
-                )
+                let mut env = Self::addresses(&job.stack, |service| self.colour_name(&job.stack, service));
+                env.push(var("EXCHANGE_LANE_SECRET_FILE", LANE_SECRET));
+                let command = json!({"command": test.command, "env": env});
+                (test.image.clone().unwrap_or(own), command, seconds(test.timeout))
             }
         };
         let migration = matches!(job.kind, JobKind::Expand | JobKind::Contract);
-        let lane = SecretKey {
-            name: self.stack_name(&job.stack),
-            key: "lane".to_owned(),
-        };
-        let (name, variable, key) = if migration {
+        let (volume, mount) = if migration {
             let database = &spec.database;
-            let key = database
-                .migration_secret_ref
-                .as_ref()
-                .unwrap_or(&database.secret_ref);
-            ("database", "EXCHANGE_DATABASE_URL_FILE", key)
+            let owner = database.migration_secret_ref.as_ref();
+            secret_file("database", owner.unwrap_or(&database.secret_ref), "url")
         } else {
-            ("lane", "EXCHANGE_LANE_SECRET_FILE", &lane)
+            let lane = SecretKey {
+                name: self.stack_name(&job.stack),
+                key: "lane".to_owned(),
+            };
+            secret_file("lane", &lane, "secret")
         };
-        let (volume, mount) = secret_file(name, key);
-        let mut env = env;
-        env.push(var(variable, &format!("/etc/exchange/{name}/url")));
         let mut labels = self.stack_labels(&job.stack);
         labels.extend(self::labels([
             (JOB, job_word(&job.kind)),
@@ -545,7 +599,8 @@ impl Builder<'_> {
         let mut container = json!({
             "name": "job",
             "image": image,
-            "env": env,
+            // What it said last is what people are told when it fails.
+            "terminationMessagePolicy": "FallbackToLogsOnError",
             "securityContext": container_security(),
             "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}, mount],
         });
@@ -587,6 +642,8 @@ pub struct Rendered {
     pub version: String,
     /// Its objects.
     pub objects: BTreeMap<(Service, Part), Value>,
+    /// The copies of ConfigMaps and Secrets that its pods need, as `<kind>/<name>`.
+    pub copies: BTreeSet<String>,
 }
 
 impl Rendered {
@@ -618,6 +675,51 @@ pub fn copies(spec: &Spec) -> impl Iterator<Item = Source> {
     sources(spec).into_keys()
 }
 
+/// Arguments of `exchange migrate`.
+fn migrate(spec: &Spec, kind: &JobKind, deadline: u64, database: Option<&str>) -> Vec<String> {
+    let mut args = vec![
+        "migrate".to_owned(),
+        format!("--phase={}", job_word(kind)),
+        format!("--database-url-file={DATABASE_URL}"),
+        // It gives up by itself, and says why, before its Job does.
+        format!("--deadline={}s", deadline - deadline / 10),
+    ];
+    if *kind == JobKind::Expand {
+        args.push(format!("--connections-per-stack={}", connections(spec)));
+    }
+    args.extend(database.map(|identity| format!("--expect-database={identity}")));
+    args
+}
+
+/// Connections to PostgreSQL that a whole stack may open.
+fn connections(spec: &Spec) -> i64 {
+    let of = |service| {
+        let ServiceSpec {
+            replicas,
+            autoscaling,
+            env,
+            ..
+        } = spec.services.get(service);
+        let pods = autoscaling.as_ref().map_or(*replicas, |it| it.max_replicas);
+        let own = env.iter().find(|env| env.name == "EXCHANGE_DATABASE_CONNECTIONS");
+        let own = own.and_then(|env| env.value.as_ref()?.parse().ok());
+        i64::from(pods) * own.unwrap_or(DATABASE_CONNECTIONS)
+    };
+    Service::ALL.into_iter().map(of).sum()
+}
+
+/// Arguments of `exchange smoke`.
+fn smoke(stack: &Stack, name: impl Fn(Service) -> String) -> Vec<String> {
+    let mut args = vec![
+        "smoke".to_owned(),
+        format!("--colour={}", stack.colour),
+        format!("--revision={}", stack.revision),
+        format!("--lane-secret-file={LANE_SECRET}"),
+    ];
+    args.extend(Service::ALL.map(|service| format!("--{service}-url=http://{}", name(service))));
+    args
+}
+
 fn image(spec: &Spec, declared: &ServiceSpec) -> String {
     let (repository, digest) = match &declared.image {
         Some(image) => (image, &declared.image_digest),
@@ -638,8 +740,8 @@ fn service_spec(selector: &BTreeMap<String, String>) -> Value {
     })
 }
 
-fn secret_file(name: &str, key: &SecretKey) -> (Value, Value) {
-    let items = json!([{"key": key.key, "path": "url"}]);
+fn secret_file(name: &str, key: &SecretKey, file: &str) -> (Value, Value) {
+    let items = json!([{"key": key.key, "path": file}]);
     let volume = json!({"name": name, "secret": {"secretName": key.name, "items": items}});
     let mount = json!({"name": name, "mountPath": format!("/etc/exchange/{name}"), "readOnly": true});
     (volume, mount)

@@ -100,7 +100,12 @@ fn everything(spec: &Spec) -> BTreeMap<String, Value> {
         all.insert(format!("copy-{name}"), copy);
     }
     for job in jobs() {
-        if let Some(object) = BUILDER.job(spec, Some(&of), &job) {
+        if let Some(object) = BUILDER.job(
+            spec,
+            Some(&of),
+            &job,
+            Some("0190b5a2-5f3c-7cc2-9f5a-4f6f6f6f6f6f"),
+        ) {
             all.insert(format!("job-{}", job_word(&job.kind)), object);
         }
     }

@@ -243,6 +243,7 @@ impl World {
                     fence,
                     target,
                     epoch,
+                    intact: true,
                     endpoints,
                 },
             );
@@ -265,6 +266,7 @@ impl World {
                 stack.clone(),
                 StackSeen {
                     rendered,
+                    whole: true,
                     attempt,
                     version,
                     services,

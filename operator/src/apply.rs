@@ -1,0 +1,384 @@
+//! The only writer: carries out what was planned, one write at a time.
+//!
+//! Each kind of write has its own protection. What is new is *created*: if the name is taken, nothing happens. What
+//! exists is written by server-side apply with the uid and `resourceVersion` that were observed; Services by a
+//! replacement with the same, because server-side apply would leave others' keys in a selector. Deletions have them as
+//! preconditions. If any is refused, the pass ends, and the next one looks again.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use k8s_openapi::{
+    api::{
+        apps::v1::{ControllerRevision, Deployment},
+        autoscaling::v2::HorizontalPodAutoscaler,
+        batch::v1::Job as BatchJob,
+        core::v1::{ConfigMap, Secret, Service as CoreService, ServiceAccount},
+        policy::v1::PodDisruptionBudget,
+    },
+    apimachinery::pkg::apis::meta::v1::OwnerReference,
+};
+use kube::{
+    Api, Client, Resource, ResourceExt,
+    api::{
+        ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams, Preconditions,
+        PropagationPolicy,
+    },
+};
+use serde_json::{Value, json};
+use tokio::time::timeout;
+
+use crate::{
+    api::{ExchangeDeployment, Service},
+    error::Error,
+    guard,
+    metrics::Metrics,
+    observe::{
+        Fence, Job, Part,
+        read::{Look, Reader, builder, selector},
+    },
+    plan::Action,
+    resources::{COLOUR, MANAGER, REVISION},
+    revision::{Source, hex},
+    status::{ExchangeDeploymentStatus as Status, Stack},
+};
+
+/// For each write.
+const WRITE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Writes to the API server.
+#[derive(Clone)]
+pub struct Writer {
+    client: Client,
+    reader: Reader,
+    metrics: Metrics,
+}
+
+impl Writer {
+    /// A writer that looks with this reader before it writes.
+    pub const fn new(client: Client, reader: Reader, metrics: Metrics) -> Self {
+        Self {
+            client,
+            reader,
+            metrics,
+        }
+    }
+
+    /// Records a status. Refused if anything about the object has changed since it was observed.
+    pub async fn record(&self, look: &Look, status: Status) -> Result<ExchangeDeployment, Error> {
+        let mut object = look.object.clone();
+        object.status = Some(status);
+        object.metadata.managed_fields = None;
+        let name = object.name_any();
+        let api = Api::<ExchangeDeployment>::namespaced(self.client.clone(), builder(&object).namespace);
+        let params = post();
+        let written = api.replace_status(&name, &params, &object);
+        self.limited("update", "ExchangeDeployment", &name, written).await
+    }
+
+    /// Carries out one action, if its guard has nothing against it.
+    pub async fn act(&self, look: &Look, action: &Action) -> Result<(), Error> {
+        let seen = self.reader.look_again(look, action).await?;
+        guard::check(&look.object.spec, action, &seen)?;
+        let builder = builder(&look.object);
+        match action {
+            Action::CreateLive { service } => {
+                let object = builder.live_service(*service, None, 0);
+                self.create::<CoreService>(look, object).await
+            }
+            Action::Point {
+                service,
+                fence,
+                to,
+                epoch,
+                ..
+            } => {
+                let object = builder.live_service(*service, to.as_ref(), *epoch);
+                self.replace_service(look, object, fence).await
+            }
+            Action::Render { stack, attempt, .. } => self.render(look, stack, *attempt).await,
+            Action::Apply {
+                stack,
+                service,
+                part,
+                replicas,
+                fence,
+            } => {
+                self.apply(look, stack, *service, *part, *replicas, fence.as_ref())
+                    .await
+            }
+            Action::Delete {
+                stack,
+                service,
+                part,
+                fence,
+            } => {
+                let name = builder.part_name(stack, *service, *part);
+                self.delete(&kind(*part), look, &name, fence).await
+            }
+            Action::Unrender { stack, fence } => self.unrender(look, stack, fence).await,
+            Action::Run(job) => self.run(look, job).await,
+            Action::DeleteJob(job, fence) => {
+                let name = builder.job_name(job);
+                self.delete(&ApiResource::erase::<BatchJob>(&()), look, &name, fence)
+                    .await
+            }
+        }
+    }
+
+    /// First the rendered stack, so that what follows is known to belong to it and is removed with it; then what is
+    /// missing of the rest. An operator that dies in between leaves a stack that is not whole.
+    async fn render(&self, look: &Look, stack: &Stack, attempt: u32) -> Result<(), Error> {
+        let builder = builder(&look.object);
+        if !look.material.rendered.contains_key(stack) {
+            let rendered = builder.render(&look.object.spec, stack);
+            let revision = builder.controller_revision(stack, attempt, &rendered);
+            self.create::<ControllerRevision>(look, revision).await?;
+        }
+        self.create_missing::<ServiceAccount>(look, builder.service_account(stack))
+            .await?;
+        self.create_missing::<Secret>(
+            look,
+            builder.lane_secret(stack, &hex(&rand::random::<[u8; 32]>())),
+        )
+        .await?;
+        for (source, content) in &look.material.content {
+            let copy = builder.copy(stack, source, content);
+            match source {
+                Source::ConfigMap(_) => self.create_missing::<ConfigMap>(look, copy).await?,
+                Source::Secret(_) => self.create_missing::<Secret>(look, copy).await?,
+            }
+        }
+        Ok(())
+    }
+
+    async fn apply(
+        &self,
+        look: &Look,
+        stack: &Stack,
+        service: Service,
+        part: Part,
+        replicas: u32,
+        fence: Option<&Fence>,
+    ) -> Result<(), Error> {
+        let builder = builder(&look.object);
+        let object = match part {
+            Part::Autoscaler => builder.autoscaler(&look.object.spec, stack, service),
+            _ => look
+                .material
+                .rendered
+                .get(stack)
+                .and_then(|rendered| rendered.objects.get(&(service, part)).cloned()),
+        };
+        // It was rendered in this very pass, or has just gone: the next pass knows.
+        let Some(mut object) = object else { return Ok(()) };
+        if part == Part::Workload
+            && let Some(Value::Object(spec)) = object.get_mut("spec")
+        {
+            spec.insert("replicas".to_owned(), json!(replicas));
+        }
+        match fence {
+            None => self.create_kind(&kind(part), look, object).await,
+            Some(fence) if part == Part::ColourService => self.replace_service(look, object, fence).await,
+            Some(fence) => self.patch(&kind(part), look, object, fence).await,
+        }
+    }
+
+    async fn unrender(&self, look: &Look, stack: &Stack, fence: &Fence) -> Result<(), Error> {
+        self.delete_all::<ConfigMap>(look, stack).await?;
+        self.delete_all::<Secret>(look, stack).await?;
+        self.delete_all::<ServiceAccount>(look, stack).await?;
+        let name = builder(&look.object).stack_name(stack);
+        let kind = ApiResource::erase::<ControllerRevision>(&());
+        self.delete(&kind, look, &name, fence).await
+    }
+
+    async fn run(&self, look: &Look, job: &Job) -> Result<(), Error> {
+        let builder = builder(&look.object);
+        let rendered = look.material.rendered.get(&job.stack);
+        let database = look.material.database.as_deref();
+        match builder.job(&look.object.spec, rendered, job, database) {
+            Some(object) => self.create::<BatchJob>(look, object).await,
+            None => Ok(()),
+        }
+    }
+
+    // ---- requests ---------------------------------------------------------------------------------------------
+
+    async fn create<K: Resource<DynamicType = ()>>(&self, look: &Look, object: Value) -> Result<(), Error> {
+        self.create_kind(&ApiResource::erase::<K>(&()), look, object)
+            .await
+    }
+
+    /// Creates what may be there already, made by an operator that did not come to its end.
+    async fn create_missing<K: Resource<DynamicType = ()>>(
+        &self,
+        look: &Look,
+        object: Value,
+    ) -> Result<(), Error> {
+        match self.create::<K>(look, object).await {
+            Err(Error::Api { source, .. }) if already_exists(&source) => Ok(()),
+            done => done,
+        }
+    }
+
+    async fn create_kind(&self, kind: &ApiResource, look: &Look, object: Value) -> Result<(), Error> {
+        let object = dynamic(object)?;
+        let name = object.name_any();
+        let (api, params) = (self.objects(kind, look), post());
+        let created = api.create(&params, &object);
+        self.limited("create", &kind.kind, &name, created).await.map(drop)
+    }
+
+    async fn patch(
+        &self,
+        kind: &ApiResource,
+        look: &Look,
+        mut object: Value,
+        fence: &Fence,
+    ) -> Result<(), Error> {
+        carry(&mut object, fence);
+        let name = dynamic(object.clone())?.name_any();
+        let params = PatchParams::apply(MANAGER).force();
+        let api = self.objects(kind, look);
+        let patch = Patch::Apply(&object);
+        let patched = api.patch(&name, &params, &patch);
+        self.limited("apply", &kind.kind, &name, patched).await.map(drop)
+    }
+
+    /// Writes a Service as it was built, and keeps what is not ours of what was observed: the address, other labels and
+    /// annotations.
+    async fn replace_service(&self, look: &Look, object: Value, fence: &Fence) -> Result<(), Error> {
+        let built: CoreService = typed(object)?;
+        let name = built.name_any();
+        let Some(mut service) = look.material.services.get(&name).cloned() else {
+            return Ok(());
+        };
+        let add = |to: &mut Option<BTreeMap<String, String>>, from: Option<BTreeMap<String, String>>| {
+            to.get_or_insert_default().extend(from.unwrap_or_default());
+        };
+        add(&mut service.metadata.labels, built.metadata.labels);
+        add(&mut service.metadata.annotations, built.metadata.annotations);
+        adopt(
+            &mut service.metadata.owner_references,
+            built.metadata.owner_references,
+        );
+        service.metadata.managed_fields = None;
+        service.metadata.uid = Some(fence.uid.to_string());
+        service.metadata.resource_version = Some(fence.resource_version.to_string());
+        if let (Some(spec), Some(built)) = (&mut service.spec, built.spec) {
+            spec.type_ = built.type_;
+            spec.selector = built.selector;
+            spec.ports = built.ports;
+        }
+        let api = Api::<CoreService>::namespaced(self.client.clone(), builder(&look.object).namespace);
+        let params = post();
+        let replaced = api.replace(&name, &params, &service);
+        self.limited("update", "Service", &name, replaced).await.map(drop)
+    }
+
+    async fn delete(&self, kind: &ApiResource, look: &Look, name: &str, fence: &Fence) -> Result<(), Error> {
+        let params = DeleteParams {
+            propagation_policy: Some(PropagationPolicy::Background),
+            preconditions: Some(Preconditions {
+                uid: Some(fence.uid.to_string()),
+                resource_version: Some(fence.resource_version.to_string()),
+            }),
+            ..DeleteParams::default()
+        };
+        let api = self.objects(kind, look);
+        self.limited("delete", &kind.kind, name, api.delete(name, &params))
+            .await
+            .map(drop)
+    }
+
+    /// Deletes all objects of a kind that belong to a stack, each as it is now.
+    async fn delete_all<K: Resource<DynamicType = ()>>(
+        &self,
+        look: &Look,
+        stack: &Stack,
+    ) -> Result<(), Error> {
+        let kind = ApiResource::erase::<K>(&());
+        let api = self.objects(&kind, look);
+        let labels = format!(
+            "{},{COLOUR}={},{REVISION}={}",
+            selector(&look.object.name_any()),
+            stack.colour,
+            stack.revision
+        );
+        let list = api.list_metadata(&ListParams::default().labels(&labels)).await;
+        let list = list.map_err(Error::api(format!("list {}", kind.plural)))?;
+        for object in list.items {
+            let fence = Fence {
+                uid: object.uid().unwrap_or_default().into(),
+                resource_version: object.resource_version().unwrap_or_default().into(),
+            };
+            self.delete(&kind, look, &object.name_any(), &fence).await?;
+        }
+        Ok(())
+    }
+
+    fn objects(&self, kind: &ApiResource, look: &Look) -> Api<DynamicObject> {
+        Api::namespaced_with(self.client.clone(), builder(&look.object).namespace, kind)
+    }
+
+    async fn limited<T>(
+        &self,
+        verb: &'static str,
+        kind: &str,
+        name: &str,
+        write: impl Future<Output = Result<T, kube::Error>>,
+    ) -> Result<T, Error> {
+        self.metrics.write(verb, kind);
+        let doing = format!("{verb} {kind} {name}");
+        match timeout(WRITE_LIMIT, write).await {
+            Ok(written) => written.map_err(Error::api(doing)),
+            Err(_) => Err(Error::Timeout {
+                doing,
+                limit: WRITE_LIMIT,
+            }),
+        }
+    }
+}
+
+fn post() -> PostParams {
+    PostParams {
+        field_manager: Some(MANAGER.to_owned()),
+        ..PostParams::default()
+    }
+}
+
+fn kind(part: Part) -> ApiResource {
+    match part {
+        Part::ColourService => ApiResource::erase::<CoreService>(&()),
+        Part::Budget => ApiResource::erase::<PodDisruptionBudget>(&()),
+        Part::Workload => ApiResource::erase::<Deployment>(&()),
+        Part::Autoscaler => ApiResource::erase::<HorizontalPodAutoscaler>(&()),
+    }
+}
+
+fn carry(object: &mut Value, fence: &Fence) {
+    if let Some(Value::Object(metadata)) = object.get_mut("metadata") {
+        metadata.insert("uid".to_owned(), json!(*fence.uid));
+        metadata.insert("resourceVersion".to_owned(), json!(*fence.resource_version));
+    }
+}
+
+/// One controller, and whoever else owns the object.
+fn adopt(owners: &mut Option<Vec<OwnerReference>>, ours: Option<Vec<OwnerReference>>) {
+    let owners = owners.get_or_insert_default();
+    owners.retain(|owner| owner.controller != Some(true));
+    owners.extend(ours.unwrap_or_default());
+}
+
+fn already_exists(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.is_already_exists())
+}
+
+fn dynamic(object: Value) -> Result<DynamicObject, Error> {
+    typed(object)
+}
+
+fn typed<T: serde::de::DeserializeOwned>(object: Value) -> Result<T, Error> {
+    serde_json::from_value(object)
+        .map_err(|error| Error::Unreadable("what was built".to_owned(), error.to_string()))
+}

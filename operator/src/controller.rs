@@ -1,0 +1,285 @@
+//! Passes over objects: observe, decide, record, act, tell.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use futures::{StreamExt, future};
+use jiff::Timestamp;
+use k8s_openapi::api::{
+    apps::v1::Deployment, batch::v1::Job, core::v1::Service, discovery::v1::EndpointSlice,
+};
+use kube::{
+    Client, Resource, ResourceExt,
+    api::PartialObjectMeta,
+    runtime::{
+        Controller, WatchStreamExt,
+        controller::{Action, Config},
+        events::{Event, EventType, Recorder, Reporter},
+        reflector::{self, ObjectRef},
+    },
+};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, debug, info, info_span, warn};
+
+use crate::{
+    api::ExchangeDeployment,
+    apply::Writer,
+    decide::decide,
+    error::{Class, Error},
+    metrics::Metrics,
+    observe::{
+        pods::Pods,
+        read::{Look, Memory, Reader},
+    },
+    plan::{self, Intent},
+    resources::MANAGER,
+    status::{ExchangeDeploymentStatus as Status, token},
+    watch::Watches,
+};
+
+/// For a whole pass.
+const PASS_LIMIT: Duration = Duration::from_mins(1);
+/// Between two passes over the same object at the most: references are not watched.
+const AT_LEAST_EVERY: Duration = Duration::from_mins(1);
+/// After a pass that has written something beside the record: whoever has to work on it needs a moment.
+const AFTER_WRITES: Duration = Duration::from_secs(1);
+/// Objects that are worked on at the same time.
+const CONCURRENCY: u16 = 8;
+/// The longest note of an event.
+const NOTE: usize = 1000;
+
+type Trigger = PartialObjectMeta<ExchangeDeployment>;
+
+/// What passes need, and what is remembered between them. All of the memory can be lost.
+pub struct Context {
+    reader: Reader,
+    writer: Writer,
+    recorder: Recorder,
+    metrics: Metrics,
+    memories: Mutex<HashMap<ObjectRef<Trigger>, Remembered>>,
+}
+
+#[derive(Default)]
+struct Remembered {
+    memory: Memory,
+    /// Passes in a row that failed.
+    failures: u32,
+    /// The move that is under way, and since when.
+    moving: Option<(u32, Instant)>,
+}
+
+impl Context {
+    /// For an operator of this name.
+    pub fn new(client: &Client, pods: Pods, identity: &str, metrics: Metrics) -> Self {
+        let reader = Reader::new(client.clone(), pods);
+        let reporter = Reporter {
+            controller: MANAGER.to_owned(),
+            instance: Some(identity.to_owned()),
+        };
+        Self {
+            writer: Writer::new(client.clone(), reader.clone(), metrics.clone()),
+            reader,
+            recorder: Recorder::new(client.clone(), reporter),
+            metrics,
+            memories: Mutex::default(),
+        }
+    }
+
+    /// One pass over one object: when to come back.
+    pub async fn pass(&self, namespace: &str, name: &str) -> Result<Action, Error> {
+        let key = ObjectRef::new(name).within(namespace);
+        // The same object is never worked on twice at once.
+        let mut remembered = self.memories().remove(&key).unwrap_or_default();
+        let begun = Instant::now();
+        let result = match timeout(PASS_LIMIT, self.work(namespace, name, &mut remembered)).await {
+            Ok(result) => result,
+            Err(_) => Err(Error::Timeout {
+                doing: format!("look after {namespace}/{name}"),
+                limit: PASS_LIMIT,
+            }),
+        };
+        let class = result.as_ref().err().map(Error::class);
+        self.metrics.reconciled(begun.elapsed(), class);
+        match (&result, class) {
+            (Ok(None), _) => return Ok(Action::await_change()),
+            (Err(error), Some(class)) => {
+                remembered.failures += 1;
+                complain(error, class);
+            }
+            _ => remembered.failures = 0,
+        }
+        self.memories().insert(key, remembered);
+        result.map(|wait| wait.map_or_else(Action::await_change, Action::requeue))
+    }
+
+    /// Nothing if there is no such object.
+    async fn work(
+        &self,
+        namespace: &str,
+        name: &str,
+        remembered: &mut Remembered,
+    ) -> Result<Option<Duration>, Error> {
+        let look = self.reader.look(namespace, name, &mut remembered.memory).await?;
+        let Some(mut look) = look else {
+            return Ok(None);
+        };
+        let plan = decide(&look.object.spec, &look.seen, Timestamp::now());
+        if let Some(status) = plan.status {
+            let old = std::mem::replace(&mut look.seen.status, status.clone());
+            let object = self.writer.record(&look, status).await?;
+            remembered.memory.last = Some(object.clone());
+            look.object = object;
+            self.note(&old, &look.seen.status);
+        }
+        let done = self.act(&look, &plan.actions, remembered).await;
+        self.tell(&look, &plan.events).await;
+        done?;
+        let status = &look.seen.status;
+        remembered.memory.known = Some((status.phase, status.attempt));
+        let wait = if plan.actions.is_empty() {
+            plan.requeue
+        } else {
+            plan.requeue.min(AFTER_WRITES)
+        };
+        Ok(Some(wait.min(AT_LEAST_EVERY)))
+    }
+
+    async fn act(
+        &self,
+        look: &Look,
+        actions: &[plan::Action],
+        remembered: &mut Remembered,
+    ) -> Result<(), Error> {
+        let moves = actions.iter().find_map(|action| match action {
+            plan::Action::Point { epoch, intent, .. } if *intent != Intent::Repair => Some((*epoch, *intent)),
+            _ => None,
+        });
+        if let Some((epoch, _)) = moves
+            && remembered.moving.is_none_or(|(of, _)| of != epoch)
+        {
+            remembered.moving = Some((epoch, Instant::now()));
+        }
+        for action in actions {
+            self.writer.act(look, action).await?;
+            debug!("{action:?}");
+        }
+        if let (Some((_, intent)), Some((_, since))) = (moves, remembered.moving) {
+            self.metrics.swapped(intent, since.elapsed());
+        }
+        Ok(())
+    }
+
+    /// A transition, in the log and in the metrics.
+    fn note(&self, old: &Status, new: &Status) {
+        if old.phase == new.phase {
+            return;
+        }
+        if let Some(since) = old.phase_since
+            && let Ok(took) = Duration::try_from(Timestamp::now().duration_since(since))
+        {
+            self.metrics.phase_ended(old.phase, took);
+        }
+        let live = new.live.as_ref().map(|it| token(&it.stack, it.attempt));
+        let candidate = new.candidate.as_ref().map(|it| token(&it.stack, it.attempt));
+        info!(
+            labels.phase = %new.phase,
+            labels.live = live.unwrap_or_default(),
+            labels.candidate = candidate.unwrap_or_default(),
+            "{} -> {}", old.phase, new.phase,
+        );
+    }
+
+    async fn tell(&self, look: &Look, events: &[plan::Event]) {
+        for event in events {
+            info!(labels.reason = event.reason, "{}", event.note);
+            let event = Event {
+                type_: if event.warning {
+                    EventType::Warning
+                } else {
+                    EventType::Normal
+                },
+                reason: event.reason.to_owned(),
+                note: Some(event.note.chars().take(NOTE).collect()),
+                action: "Release".to_owned(),
+                secondary: None,
+            };
+            let published = self.recorder.publish(&event, &look.object.object_ref(&())).await;
+            if let Err(error) = published {
+                warn!(error.message = %error, "failed to publish an event");
+            }
+        }
+    }
+
+    /// When to come back after a failure: soon after a conflict, later and later after anything else.
+    pub fn after(&self, namespace: &str, name: &str, error: &Error) -> Action {
+        let key = ObjectRef::new(name).within(namespace);
+        let failures = self.memories().get(&key).map_or(1, |it| it.failures);
+        let (first, most) = match error.class() {
+            Class::Conflict => (Duration::from_millis(50), Duration::from_secs(2)),
+            _ => (Duration::from_millis(250), AT_LEAST_EVERY),
+        };
+        let wait = first
+            .saturating_mul(1 << failures.saturating_sub(1).min(10))
+            .min(most);
+        Action::requeue(wait.mul_f64(rand::random_range(0.5..1.0)))
+    }
+
+    fn memories(&self) -> std::sync::MutexGuard<'_, HashMap<ObjectRef<Trigger>, Remembered>> {
+        self.memories.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn complain(error: &Error, class: Class) {
+    let message = error.chain();
+    match class {
+        Class::Conflict => debug!(error.message = message, "the pass ends here and another begins"),
+        Class::Transient => warn!(error.message = message, "the pass failed and is tried again"),
+        Class::Forbidden | Class::Invalid => {
+            tracing::error!(
+                error.message = message,
+                "the pass failed: somebody has to look into it"
+            );
+        }
+    }
+}
+
+/// Works until it is told to stop, and then until the passes under way have ended. Dropped, it stops at once.
+pub async fn run(watches: Watches, context: Arc<Context>, stop: CancellationToken) {
+    let labels = format!("app.kubernetes.io/managed-by={MANAGER}");
+    let (reader, writer) = reflector::store();
+    let objects = watches
+        .events::<ExchangeDeployment>("ExchangeDeployment", "")
+        .map(Ok)
+        .modify(|object: &mut Trigger| object.managed_fields_mut().clear())
+        .reflect(writer)
+        .touched_objects();
+    Controller::for_stream(objects, reader)
+        .with_config(Config::default().concurrency(CONCURRENCY))
+        .reconcile_on(watches.owners::<Service>("Service", &labels))
+        .reconcile_on(watches.owners::<Deployment>("Deployment", &labels))
+        .reconcile_on(watches.owners::<Job>("Job", &labels))
+        .reconcile_on(watches.owners::<EndpointSlice>("EndpointSlice", &labels))
+        .graceful_shutdown_on(stop.cancelled_owned())
+        .run(reconcile, after, context)
+        // Each pass has said itself what was wrong; the rest is about objects that are gone.
+        .for_each(|_| future::ready(()))
+        .await;
+}
+
+async fn reconcile(object: Arc<Trigger>, context: Arc<Context>) -> Result<Action, Error> {
+    let (namespace, name) = (object.namespace().unwrap_or_default(), object.name_any());
+    let span = info_span!("pass", labels.namespace = namespace, labels.name = name);
+    context.pass(&namespace, &name).instrument(span).await
+}
+
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "the signature that the controller asks for"
+)]
+fn after(object: Arc<Trigger>, error: &Error, context: Arc<Context>) -> Action {
+    context.after(&object.namespace().unwrap_or_default(), &object.name_any(), error)
+}

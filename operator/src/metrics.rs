@@ -1,0 +1,179 @@
+//! Metrics in the OpenMetrics text format.
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::Registry,
+};
+
+use crate::{error::Class, plan::Intent, status::Phase};
+
+/// The metrics of a process. Clones share them.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    registry: Arc<Mutex<Registry>>,
+    reconciles: Histogram,
+    errors: Family<ErrorLabels, Counter>,
+    writes: Family<WriteLabels, Counter>,
+    phases: Family<PhaseLabels, Histogram>,
+    swaps: Family<SwapLabels, Histogram>,
+    watch_ages: Family<WatchLabels, Gauge>,
+    watch_errors: Family<WatchLabels, Counter>,
+    leader: Gauge,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ErrorLabels {
+    class: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct WriteLabels {
+    verb: &'static str,
+    kind: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct PhaseLabels {
+    phase: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct SwapLabels {
+    direction: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct WatchLabels {
+    kind: &'static str,
+}
+
+impl Metrics {
+    /// Metrics of a new process.
+    pub fn new() -> Self {
+        let mut registry = Registry::with_prefix("exchange_operator");
+        let reconciles = passes();
+        let (errors, writes) = (Family::default(), Family::default());
+        let phases = Family::new_with_constructor(minutes as fn() -> Histogram);
+        let swaps = Family::new_with_constructor(passes as fn() -> Histogram);
+        let (watch_ages, watch_errors, leader) = (Family::default(), Family::default(), Gauge::default());
+        registry.register("reconcile_duration_seconds", "Time of a pass", reconciles.clone());
+        registry.register(
+            "reconcile_errors",
+            "Passes that ended before their end, by what that means",
+            errors.clone(),
+        );
+        registry.register(
+            "writes",
+            "Writes to the API server, tried ones included",
+            writes.clone(),
+        );
+        registry.register(
+            "phase_duration_seconds",
+            "Time in a phase, when it ends",
+            phases.clone(),
+        );
+        registry.register(
+            "swap_duration_seconds",
+            "From the decision to the last live Service written",
+            swaps.clone(),
+        );
+        registry.register(
+            "watch_age_seconds",
+            "Time since a watch was heard of last",
+            watch_ages.clone(),
+        );
+        registry.register("watch_errors", "Errors of watches", watch_errors.clone());
+        registry.register("leader", "1 in the operator that works", leader.clone());
+        Self {
+            registry: Arc::new(Mutex::new(registry)),
+            reconciles,
+            errors,
+            writes,
+            phases,
+            swaps,
+            watch_ages,
+            watch_errors,
+            leader,
+        }
+    }
+
+    /// Everything, as a scraper reads it.
+    pub fn encode(&self) -> Result<String, fmt::Error> {
+        let mut page = String::new();
+        let registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        text::encode(&mut page, &registry)?;
+        Ok(page)
+    }
+
+    /// A pass has ended.
+    pub fn reconciled(&self, took: Duration, failure: Option<Class>) {
+        self.reconciles.observe(took.as_secs_f64());
+        if let Some(class) = failure {
+            let class = class.as_str();
+            self.errors.get_or_create(&ErrorLabels { class }).inc();
+        }
+    }
+
+    /// A write is sent.
+    pub fn write(&self, verb: &'static str, kind: &str) {
+        let kind = kind.to_owned();
+        self.writes.get_or_create(&WriteLabels { verb, kind }).inc();
+    }
+
+    /// A phase has ended.
+    pub fn phase_ended(&self, phase: Phase, took: Duration) {
+        let phase = phase.to_string();
+        self.phases
+            .get_or_create(&PhaseLabels { phase })
+            .observe(took.as_secs_f64());
+    }
+
+    /// All live Services have been written.
+    pub fn swapped(&self, intent: Intent, took: Duration) {
+        let direction = match intent {
+            Intent::Promote => "forward",
+            Intent::RollBack => "back",
+            Intent::Repair => return,
+        };
+        self.swaps
+            .get_or_create(&SwapLabels { direction })
+            .observe(took.as_secs_f64());
+    }
+
+    /// How long nothing has been heard of a watch.
+    pub fn watch_age(&self, kind: &'static str, age: Duration) {
+        let seconds = i64::try_from(age.as_secs()).unwrap_or(i64::MAX);
+        self.watch_ages.get_or_create(&WatchLabels { kind }).set(seconds);
+    }
+
+    /// A watch has failed and is begun anew.
+    pub fn watch_failed(&self, kind: &'static str) {
+        self.watch_errors.get_or_create(&WatchLabels { kind }).inc();
+    }
+
+    /// Whether this process works.
+    pub fn leads(&self, leads: bool) {
+        self.leader.set(i64::from(leads));
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn passes() -> Histogram {
+    Histogram::new([0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0])
+}
+
+fn minutes() -> Histogram {
+    Histogram::new([1.0, 5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0])
+}

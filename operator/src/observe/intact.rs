@@ -1,0 +1,189 @@
+//! Whether an object is as it was rendered.
+//!
+//! The API server adds defaults, others may add labels and annotations, and admission webhooks may add what they like:
+//! what was rendered only has to be *in* the object. Two things are compared as a whole, because an addition changes
+//! what they mean: selectors and the ports of Services.
+
+use serde_json::{Map, Value};
+
+/// Compared as a whole.
+const EXACT: [&str; 3] = ["selector", "matchLabels", "ports"];
+/// Below these are quantities, which the API server writes in its own way.
+const QUANTITIES: [&str; 3] = ["requests", "limits", "sizeLimit"];
+
+/// Whether everything that was rendered is in the object.
+pub fn contains(object: &Value, rendered: &Value) -> bool {
+    within(rendered, object, false, false)
+}
+
+fn within(wanted: &Value, there: &Value, exact: bool, quantity: bool) -> bool {
+    match (wanted, there) {
+        (Value::Object(wanted), Value::Object(there)) => {
+            let all = wanted.iter().all(|(key, value)| {
+                let exact = EXACT.contains(&key.as_str());
+                let quantity = quantity || QUANTITIES.contains(&key.as_str());
+                let there = there.get(key).unwrap_or(&Value::Null);
+                is_empty(value) && is_empty(there) || within(value, there, exact, quantity)
+            });
+            all && (!exact || has_no_other(wanted, there))
+        }
+        (Value::Array(wanted), Value::Array(there)) => {
+            if exact || wanted.iter().all(|item| !item.is_object()) {
+                return wanted.len() == there.len()
+                    && wanted
+                        .iter()
+                        .zip(there)
+                        .all(|(wanted, there)| within(wanted, there, false, quantity));
+            }
+            let found = |item: &Value| there.iter().any(|there| within(item, there, false, quantity));
+            wanted.iter().all(found)
+        }
+        (Value::String(_) | Value::Number(_), Value::String(_) | Value::Number(_)) if quantity => {
+            wanted == there || matches!((amount(wanted), amount(there)), (Some(a), Some(b)) if a == b)
+        }
+        _ => wanted == there,
+    }
+}
+
+fn has_no_other(wanted: &Map<String, Value>, there: &Map<String, Value>) -> bool {
+    there.keys().all(|key| wanted.contains_key(key))
+}
+
+/// What the API server leaves out.
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Bool(true) => false,
+        Value::Number(number) => number.as_i64() == Some(0),
+        Value::String(text) => text.is_empty(),
+        Value::Array(items) => items.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+    }
+}
+
+/// A quantity in billionths. Nothing if it is none, or has more digits than anybody needs.
+fn amount(value: &Value) -> Option<i128> {
+    let text = match value {
+        Value::String(text) => text.clone(),
+        Value::Number(number) => number.to_string(),
+        _ => return None,
+    };
+    let end = text
+        .find(|it: char| !it.is_ascii_digit() && !matches!(it, '.' | '+' | '-'))
+        .unwrap_or(text.len());
+    let (number, suffix) = text.split_at(end);
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    let digits: i128 = format!("{whole}{fraction}").parse().ok()?;
+    let (ten, two) = match suffix {
+        "n" => (-9, 0),
+        "u" => (-6, 0),
+        "m" => (-3, 0),
+        "" => (0, 0),
+        "k" => (3, 0),
+        "M" => (6, 0),
+        "G" => (9, 0),
+        "T" => (12, 0),
+        "P" => (15, 0),
+        "E" => (18, 0),
+        "Ki" => (0, 10),
+        "Mi" => (0, 20),
+        "Gi" => (0, 30),
+        "Ti" => (0, 40),
+        "Pi" => (0, 50),
+        "Ei" => (0, 60),
+        exponent => (exponent.strip_prefix(['e', 'E'])?.parse::<i32>().ok()?, 0),
+    };
+    let ten = ten + 9 - i32::try_from(fraction.len()).ok()?;
+    let scaled = digits.checked_mul(1_i128.checked_shl(two)?)?;
+    let power = 10_i128.checked_pow(ten.unsigned_abs())?;
+    if ten < 0 {
+        Some(scaled / power)
+    } else {
+        scaled.checked_mul(power)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_the_api_server_adds_is_no_difference() {
+        let rows = [
+            ("the same", json!({"a": 1}), json!({"a": 1}), true),
+            (
+                "a default",
+                json!({"spec": {"a": 1}}),
+                json!({"spec": {"a": 1, "b": "x"}, "status": {}}),
+                true,
+            ),
+            ("another value", json!({"a": 1}), json!({"a": 2}), false),
+            ("missing", json!({"a": 1}), json!({}), false),
+            (
+                "left out because empty",
+                json!({"a": "", "b": false, "c": []}),
+                json!({}),
+                true,
+            ),
+            (
+                "a quantity in other words",
+                json!({"limits": {"cpu": "0.5", "memory": 1024}}),
+                json!({"limits": {"cpu": "500m", "memory": "1Ki"}}),
+                true,
+            ),
+            (
+                "another quantity",
+                json!({"limits": {"cpu": "0.5"}}),
+                json!({"limits": {"cpu": "501m"}}),
+                false,
+            ),
+            (
+                "text that looks like a quantity",
+                json!({"value": "0.5"}),
+                json!({"value": "500m"}),
+                false,
+            ),
+            (
+                "a sidecar",
+                json!({"containers": [{"name": "trade", "image": "a"}]}),
+                json!({"containers": [{"name": "proxy"}, {"name": "trade", "image": "a"}]}),
+                true,
+            ),
+            (
+                "another image",
+                json!({"containers": [{"name": "trade", "image": "a"}]}),
+                json!({"containers": [{"name": "trade", "image": "b"}]}),
+                false,
+            ),
+            (
+                "arguments in another order",
+                json!({"args": ["a", "b"]}),
+                json!({"args": ["b", "a"]}),
+                false,
+            ),
+            (
+                "another argument",
+                json!({"args": ["a"]}),
+                json!({"args": ["a", "b"]}),
+                false,
+            ),
+            (
+                "a narrower selector",
+                json!({"selector": {"a": "1"}}),
+                json!({"selector": {"a": "1", "b": "2"}}),
+                false,
+            ),
+            (
+                "a second port",
+                json!({"ports": [{"port": 80}]}),
+                json!({"ports": [{"port": 80, "protocol": "TCP"}, {"port": 81}]}),
+                false,
+            ),
+        ];
+        for (name, rendered, object, expected) in rows {
+            assert_eq!(contains(&object, &rendered), expected, "{name}");
+        }
+    }
+}

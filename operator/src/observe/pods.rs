@@ -1,0 +1,451 @@
+//! What only the pods know: who answers, what is open, how requests went; and what keeps a pod or a Job from going on.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use futures::future::join_all;
+use k8s_openapi::api::{
+    batch::v1::Job as BatchJob,
+    core::v1::{ContainerStatus, Pod},
+};
+use kube::ResourceExt;
+use serde::Deserialize;
+
+use super::{Figures, JobState};
+use crate::{
+    api::Service,
+    status::{Colour, Stack},
+};
+
+/// New connections to each live Service that have to be answered by the new stack, one after the other.
+const ANSWERS: u32 = 20;
+/// For each request to a pod.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// The admin port of the pods.
+const ADMIN: u16 = 9090;
+/// Routes whose time says nothing about the service: a password's hash is slow on purpose, a stream never ends.
+const NOT_TIMED: [&str; 4] = ["/login", "/register", "/password", "/notifications/stream"];
+/// The longest that is told of what a pod or a Job says.
+const TOLD: usize = 300;
+
+/// Where a pod of a stack is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Address {
+    /// Of which service it is.
+    pub service: Service,
+    /// Its uid.
+    pub pod: String,
+    /// Its address.
+    pub ip: String,
+}
+
+/// Counters of one pod.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Counters {
+    requests: u64,
+    errors: u64,
+    /// Requests that took at most so long, by the upper bound as it is written.
+    buckets: BTreeMap<String, u64>,
+}
+
+/// Where the counters of pods stood when a verification began.
+#[derive(Clone, Debug, Default)]
+pub struct Baselines {
+    of: Option<(u32, u32)>,
+    fresh: bool,
+    pods: BTreeMap<String, Counters>,
+}
+
+impl Baselines {
+    /// Begins a verification, unless it is the one under way. The pods of a stack that has just been swapped in have
+    /// counted nothing before: all that they have counted belongs to it, also for an operator that has been started
+    /// since. Those of a stack that is verified once more start from where they are first seen.
+    pub fn begin(&mut self, verification: (u32, u32), fresh: bool) {
+        if self.of != Some(verification) {
+            *self = Self {
+                of: Some(verification),
+                fresh,
+                pods: BTreeMap::new(),
+            };
+        }
+    }
+
+    fn since(&mut self, pod: &str, now: &Counters) -> Counters {
+        let base = self.pods.entry(pod.to_owned()).or_insert_with(|| {
+            if self.fresh {
+                Counters::default()
+            } else {
+                now.clone()
+            }
+        });
+        now.minus(base)
+    }
+}
+
+impl Counters {
+    /// A pod that was started anew counts from nothing.
+    fn minus(&self, base: &Self) -> Self {
+        let since = |now: u64, base: u64| if now < base { now } else { now - base };
+        let buckets = self.buckets.iter().map(|(bound, count)| {
+            (
+                bound.clone(),
+                since(*count, base.buckets.get(bound).copied().unwrap_or(0)),
+            )
+        });
+        Self {
+            requests: since(self.requests, base.requests),
+            errors: since(self.errors, base.errors),
+            buckets: buckets.collect(),
+        }
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.requests += other.requests;
+        self.errors += other.errors;
+        for (bound, count) in &other.buckets {
+            *self.buckets.entry(bound.clone()).or_default() += count;
+        }
+    }
+
+    /// Reads the live lane's counters from what a pod reports in the OpenMetrics format.
+    pub fn parse(page: &str) -> Self {
+        let mut counters = Self::default();
+        for line in page.lines() {
+            let Some((name, labels, value)) = sample(line) else {
+                continue;
+            };
+            if labels.get("lane") != Some(&"live") {
+                continue;
+            }
+            match name {
+                "http_server_requests_total" => {
+                    counters.requests += value;
+                    if labels.get("status").is_some_and(|status| status.starts_with('5')) {
+                        counters.errors += value;
+                    }
+                }
+                "http_server_request_duration_seconds_bucket" => {
+                    let timed = labels.get("route").is_none_or(|route| !NOT_TIMED.contains(route));
+                    if let Some(bound) = labels.get("le").filter(|_| timed) {
+                        *counters.buckets.entry((*bound).to_owned()).or_default() += value;
+                    }
+                }
+                _ => {}
+            }
+        }
+        counters
+    }
+
+    /// Requests, errors and the upper bound of the bucket with the 99th percentile.
+    fn figures(&self) -> Figures {
+        let mut bounds: Vec<(f64, u64)> = self
+            .buckets
+            .iter()
+            .filter_map(|(bound, count)| {
+                let bound = if bound == "+Inf" {
+                    f64::INFINITY
+                } else {
+                    bound.parse().ok()?
+                };
+                Some((bound, *count))
+            })
+            .collect();
+        bounds.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let all = bounds.last().map_or(0, |(_, count)| *count);
+        // The smallest whole number of requests that is 99 % of all.
+        let most = all - all / 100;
+        let slowest = bounds.iter().find(|(_, count)| all > 0 && *count >= most);
+        let p99 = slowest.map_or(Duration::ZERO, |(bound, _)| {
+            Duration::try_from_secs_f64(*bound).unwrap_or(Duration::MAX)
+        });
+        Figures {
+            requests: self.requests,
+            errors: self.errors,
+            p99_ms: u64::try_from(p99.as_millis()).unwrap_or(u64::MAX),
+        }
+    }
+}
+
+/// Name, labels and value of a line of the OpenMetrics format. Counts are whole numbers.
+fn sample(line: &str) -> Option<(&str, BTreeMap<&str, &str>, u64)> {
+    let (name, rest) = line.split_once('{')?;
+    let (labels, value) = rest.rsplit_once("} ")?;
+    // Route templates have braces, but neither quotes nor commas.
+    let labels = labels.split(',').filter_map(|label| {
+        let (key, value) = label.split_once('=')?;
+        Some((key, value.trim_matches('"')))
+    });
+    Some((name, labels.collect(), value.split(' ').next()?.parse().ok()?))
+}
+
+/// What a pod says about its stack.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Report {
+    in_flight: u64,
+    connections: u64,
+    database: Option<String>,
+}
+
+/// Asks pods and Services over HTTP, each time on a new connection.
+#[derive(Clone, Debug)]
+pub struct Pods {
+    client: reqwest::Client,
+}
+
+impl Pods {
+    /// A client that keeps no connection.
+    pub fn new() -> Result<Self, reqwest::Error> {
+        let client = reqwest::Client::builder()
+            .pool_max_idle_per_host(0)
+            .timeout(PATIENCE)
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+            .build()?;
+        Ok(Self { client })
+    }
+
+    /// The stack that answers a row of new connections to each of these Services, if all answers are the same.
+    pub async fn answers(&self, ips: &[String]) -> Option<Stack> {
+        let rows = join_all(ips.iter().map(|ip| self.row(ip))).await;
+        let names: BTreeSet<Option<String>> = rows.into_iter().collect();
+        let name = names
+            .first()
+            .filter(|_| names.len() == 1 && ips.len() == Service::ALL.len())?;
+        let (colour, revision) = name.as_ref()?.split_once('-')?;
+        let colour = [Colour::Blue, Colour::Green]
+            .into_iter()
+            .find(|known| known.as_str() == colour)?;
+        Some(Stack {
+            colour,
+            revision: revision.to_owned(),
+        })
+    }
+
+    async fn row(&self, ip: &str) -> Option<String> {
+        let host = if ip.contains(':') {
+            format!("[{ip}]")
+        } else {
+            ip.to_owned()
+        };
+        let mut first: Option<String> = None;
+        for _ in 0..ANSWERS {
+            let response = self
+                .client
+                .get(format!("http://{host}/version"))
+                .send()
+                .await
+                .ok()?;
+            let name = response.headers().get("x-exchange-stack")?.to_str().ok()?;
+            if first.get_or_insert_with(|| name.to_owned()) != name {
+                return None;
+            }
+        }
+        first
+    }
+
+    /// Open public connections and requests over all of these pods; nothing if one does not say.
+    pub async fn open(&self, pods: &[Address]) -> Option<u64> {
+        let reports = join_all(pods.iter().map(|pod| self.report(pod))).await;
+        reports
+            .into_iter()
+            .map(|report| report.map(|report| report.connections + report.in_flight))
+            .sum()
+    }
+
+    /// The database that these pods use, if one of them says so.
+    pub async fn database(&self, pods: &[Address]) -> Option<String> {
+        let reports = join_all(pods.iter().map(|pod| self.report(pod))).await;
+        reports.into_iter().flatten().find_map(|report| report.database)
+    }
+
+    /// How requests of the live lane went since the verification began, per service.
+    pub async fn figures(&self, pods: &[Address], baselines: &mut Baselines) -> BTreeMap<Service, Figures> {
+        let pages = join_all(pods.iter().map(|pod| self.page(pod, "metrics"))).await;
+        let mut sums: BTreeMap<Service, Counters> = BTreeMap::new();
+        for (pod, page) in pods.iter().zip(pages) {
+            if let Some(page) = page {
+                let since = baselines.since(&pod.pod, &Counters::parse(&page));
+                sums.entry(pod.service).or_default().add(&since);
+            }
+        }
+        sums.into_iter()
+            .map(|(service, counters)| (service, counters.figures()))
+            .collect()
+    }
+
+    async fn report(&self, pod: &Address) -> Option<Report> {
+        serde_json::from_str(&self.page(pod, "stack").await?).ok()
+    }
+
+    async fn page(&self, pod: &Address, path: &str) -> Option<String> {
+        let ip = &pod.ip;
+        let host = if ip.contains(':') {
+            format!("[{ip}]")
+        } else {
+            ip.clone()
+        };
+        let response = self
+            .client
+            .get(format!("http://{host}:{ADMIN}/{path}"))
+            .send()
+            .await
+            .ok()?;
+        response.error_for_status().ok()?.text().await.ok()
+    }
+}
+
+/// What keeps a pod from becoming ready, if that can be told. Words that do not change from one look to the next.
+pub fn trouble(pod: &Pod) -> Option<String> {
+    let status = pod.status.as_ref()?;
+    if pod.metadata.deletion_timestamp.is_some() {
+        return None;
+    }
+    let conditions = status.conditions.iter().flatten();
+    let unschedulable = conditions
+        .into_iter()
+        .find(|it| it.type_ == "PodScheduled" && it.status == "False")
+        .and_then(|it| it.message.clone());
+    if let Some(message) = unschedulable {
+        return Some(short(&format!("no node for it: {message}")));
+    }
+    let containers = status
+        .init_container_statuses
+        .iter()
+        .chain(&status.container_statuses);
+    containers.flatten().filter(|it| !it.ready).find_map(stuck)
+}
+
+fn stuck(container: &ContainerStatus) -> Option<String> {
+    let waiting = container.state.as_ref().and_then(|state| state.waiting.as_ref());
+    match waiting.and_then(|it| it.reason.as_deref()) {
+        // They take turns.
+        Some("ErrImagePull" | "ImagePullBackOff") => {
+            return Some(format!("ImagePullBackOff {}", container.image));
+        }
+        Some(
+            reason @ ("CreateContainerConfigError"
+            | "CreateContainerError"
+            | "InvalidImageName"
+            | "RunContainerError"),
+        ) => {
+            let message = waiting.and_then(|it| it.message.clone()).unwrap_or_default();
+            return Some(short(&format!("{reason}: {message}")));
+        }
+        _ => {}
+    }
+    let last = container
+        .last_state
+        .as_ref()
+        .and_then(|state| state.terminated.as_ref());
+    last.map(|last| format!("CrashLoopBackOff: its last exit code was {}", last.exit_code))
+}
+
+/// How a Job stands; if it has failed, with what its pod said last.
+pub fn job_state(job: &BatchJob, pods: &[Pod]) -> JobState {
+    if job.metadata.deletion_timestamp.is_some() {
+        return JobState::Failed("it was deleted".to_owned());
+    }
+    let conditions = job
+        .status
+        .iter()
+        .flat_map(|status| status.conditions.iter().flatten());
+    for condition in conditions.filter(|it| it.status == "True") {
+        match condition.type_.as_str() {
+            "Complete" => return JobState::Passed,
+            "Failed" => {
+                let message = condition.message.clone().unwrap_or_default();
+                let said = last_words(job, pods).unwrap_or(message);
+                return JobState::Failed(short(&said));
+            }
+            _ => {}
+        }
+    }
+    JobState::Running
+}
+
+fn last_words(job: &BatchJob, pods: &[Pod]) -> Option<String> {
+    let uid = job.uid()?;
+    let own = pods
+        .iter()
+        .filter(|pod| pod.owner_references().iter().any(|owner| owner.uid == uid));
+    let ends = own.flat_map(|pod| {
+        let status = pod
+            .status
+            .iter()
+            .flat_map(|status| status.container_statuses.iter().flatten());
+        status.filter_map(|container| container.state.as_ref()?.terminated.as_ref())
+    });
+    let said = ends
+        .filter(|end| end.exit_code != 0)
+        .filter_map(|end| end.message.as_deref());
+    let said = said.map(str::trim).filter(|said| !said.is_empty()).last()?;
+    // The smoke test reports every step, and then erases its lane.
+    let from = said.find("FAIL").unwrap_or(0);
+    said.get(from..).map(str::to_owned)
+}
+
+/// The end of what was said, on one line: what went wrong is said last.
+fn short(text: &str) -> String {
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let cut = line.chars().count().saturating_sub(TOLD);
+    if cut == 0 {
+        return line;
+    }
+    let end: String = line.chars().skip(cut).collect();
+    format!("…{end}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: &str = r#"# TYPE http_server_requests counter
+http_server_requests_total{method="POST",route="/trade/add",lane="live",status="201"} 990
+http_server_requests_total{method="POST",route="/trade/add",lane="live",status="503"} 10
+http_server_requests_total{method="POST",route="/trade/add",lane="test",status="500"} 7
+http_server_request_duration_seconds_bucket{le="0.005",method="GET",route="/account/{id}",lane="live"} 98
+http_server_request_duration_seconds_bucket{le="0.05",method="GET",route="/account/{id}",lane="live"} 99
+http_server_request_duration_seconds_bucket{le="+Inf",method="GET",route="/account/{id}",lane="live"} 100
+http_server_request_duration_seconds_bucket{le="0.005",method="POST",route="/login",lane="live"} 0
+http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/login",lane="live"} 100
+"#;
+
+    #[test]
+    fn only_the_live_lane_counts_and_log_ins_are_not_timed() {
+        let figures = Counters::parse(PAGE).figures();
+        assert_eq!(
+            figures,
+            Figures {
+                requests: 1000,
+                errors: 10,
+                p99_ms: 50
+            }
+        );
+    }
+
+    #[test]
+    fn a_stack_that_was_live_before_is_judged_by_what_comes_now() {
+        let now = Counters::parse(PAGE);
+        let mut baselines = Baselines::default();
+        baselines.begin((3, 2), true);
+        assert_eq!(baselines.since("pod", &now).errors, 10);
+        baselines.begin((3, 3), false);
+        assert_eq!(baselines.since("pod", &now).errors, 0);
+        let mut later = now.clone();
+        later.errors += 2;
+        assert_eq!(baselines.since("pod", &later).errors, 2);
+        // It was started anew.
+        later.errors = 1;
+        assert_eq!(baselines.since("pod", &later).errors, 1);
+    }
+
+    #[test]
+    fn what_was_said_last_is_told() {
+        let long = format!("{}\nthe trade is missing", "x".repeat(1000));
+        assert!(short(&long).ends_with("the trade is missing"));
+        assert_eq!(short(&long).chars().count(), TOLD + 1);
+    }
+}
