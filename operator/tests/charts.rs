@@ -135,7 +135,10 @@ fn the_chart_installs_the_definition_as_it_is_and_keeps_it() {
 
     let objects = render("exchange-operator", &[]);
     let mut expected: Value = serde_yaml::from_str(&generated).unwrap();
-    expected["metadata"]["annotations"] = json!({"helm.sh/resource-policy": "keep"});
+    expected["metadata"]["annotations"] = json!({
+        "argocd.argoproj.io/sync-options": "Delete=false,Prune=false",
+        "helm.sh/resource-policy": "keep",
+    });
     let installed: Vec<_> = of_kind(&objects, "CustomResourceDefinition").collect();
     assert!(installed == [&expected], "the definition is changed on its way");
 

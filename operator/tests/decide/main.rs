@@ -9,6 +9,7 @@
 )]
 
 mod histories;
+mod objects;
 mod transitions;
 mod verdicts;
 mod world;

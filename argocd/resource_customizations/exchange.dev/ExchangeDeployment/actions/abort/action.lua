@@ -1,0 +1,7 @@
+-- Gives the candidate up. What is live is not touched.
+local stack = obj.status.candidate
+obj.metadata.annotations = obj.metadata.annotations or {}
+obj.metadata.annotations["exchange.dev/abort"] = stack.revision .. "." .. stack.attempt
+-- Kubernetes sees Argo CD here, not the person: a signature would be somebody else's.
+obj.metadata.annotations["exchange.dev/by"] = nil
+return obj

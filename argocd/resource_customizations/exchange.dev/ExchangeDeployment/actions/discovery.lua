@@ -1,0 +1,27 @@
+-- What can be done with an ExchangeDeployment now. What makes no sense now is shown, but cannot be chosen.
+local status = obj.status or {}
+local phase = status.phase
+local seen = status.observedGeneration == obj.metadata.generation
+local stopped = status.stoppedSince ~= nil
+local way_back = false
+for _, condition in ipairs(status.conditions or {}) do
+  if condition.type == "RollbackAvailable" then
+    way_back = condition.status == "True"
+  end
+end
+
+local moving = phase == "Promoting" or phase == "RollingBack"
+local paused = obj.metadata.annotations ~= nil and (obj.metadata.annotations["exchange.dev/pause"] or "") ~= ""
+local stack = status.candidate or status.live
+
+local function action(possible)
+  return {disabled = not possible}
+end
+return {
+  promote = action(seen and phase == "AwaitingPromotion" and not stopped),
+  abort = action(status.candidate ~= nil and not moving),
+  rollback = action(way_back or (phase == "Promoting" and status.live ~= nil)),
+  retry = action((phase == "Failed" or phase == "Held") and status.rejected ~= nil and not stopped),
+  pause = action(stack ~= nil and not stopped),
+  resume = action(paused and stopped),
+}
