@@ -24,6 +24,10 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 TESTBED := $(TARGET_DIR)/debug/testbed
 export CLUSTER
 export TESTBED_NAME := $(NAME)
+ifdef STORES_VALUES
+  override STORES_VALUES := $(abspath $(STORES_VALUES))
+  export STORES_VALUES
+endif
 export AGENT_IMAGE ?= exchange.local/testbed-agent:$(TAG)
 # Runs tests, and fails if a misspelt TEST selects none of them.
 run-tests = $(1) 2>&1 | tee $(TARGET_DIR)/last-tests.log; \
@@ -37,9 +41,10 @@ help: ## List the targets
 	@echo "  Variables: NAME=dev (which test cluster), CLUSTER=existing (use the one of KUBECONFIG), TEST=… (one test)"
 
 .PHONY: demo
-demo: ## Show a release, a failed one and a rollback, live (not there yet: it comes with the operator)
-	@echo "make demo comes with the operator's first release; until then, make test shows what is there." >&2
-	@exit 1
+demo: NAME := $(if $(filter dev,$(NAME)),demo,$(NAME))
+demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C ends the cluster, too
+	@trap '[ "$(CLUSTER)" = existing ] || $(TESTBED) down' INT; \
+	  $(MAKE) --no-print-directory cluster images NAME=$(NAME) && TESTBED_NAME=$(NAME) $(TESTBED) demo
 
 .PHONY: test
 test: ## Run everything: check, integration, a cluster of its own with the end-to-end tests, and its end
@@ -57,13 +62,15 @@ unit: ## Unit tests
 	cargo test --workspace --locked --lib --bins --test crd --test decide --test resources $(TEST)
 
 .PHONY: integration
-integration: deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine
+integration: deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine; the charts as helm renders them
 	@$(MAKE) --no-print-directory $(TESTBED)
-	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --workspace --locked --test it $(TEST)
+	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --workspace --locked --test it --test charts $(TEST)
 
 .PHONY: e2e
-e2e: cluster images ## End-to-end tests on the cluster, which stays for the next run
-	@$(call run-tests,cargo test --workspace --locked --test ground_floor -- --ignored --test-threads 2 $(TEST))
+e2e: cluster images $(TESTBED) ## End-to-end tests on the cluster, which stays for the next run
+	@$(TESTBED) results --begin
+	@trap '$(TESTBED) results' EXIT; \
+	  $(call run-tests,cargo test --workspace --locked --test ground_floor -- --ignored --test-threads 2 $(TEST))
 
 .PHONY: cluster-test
 cluster-test: $(if $(filter existing,$(CLUSTER)),not-existing,) deps $(TESTBED) ## Test the test cluster itself: kills, several at once, leavings, wrong use (about 10 minutes)
@@ -108,14 +115,16 @@ else
 endif
 
 .PHONY: crds
-crds: ## Generate crds/ from the code
+crds: ## Generate crds/, and the chart's copy, from the code
 	@mkdir -p crds
 	cargo run --quiet --locked --bin exchange-operator -- crd >crds/.next && mv crds/.next crds/exchangedeployments.exchange.dev.yaml
+	cp crds/exchangedeployments.exchange.dev.yaml charts/exchange-operator/files/
 
 .PHONY: crds-check
 crds-check:
 	@cargo run --quiet --locked --bin exchange-operator -- crd | diff crds/exchangedeployments.exchange.dev.yaml - \
-	  || { echo "error: crds/ is out of date: run \`make crds\` and commit" >&2; exit 1; }
+	  && diff crds/exchangedeployments.exchange.dev.yaml charts/exchange-operator/files/exchangedeployments.exchange.dev.yaml \
+	  || { echo "error: crds/ or the chart's copy is out of date: run \`make crds\` and commit" >&2; exit 1; }
 
 .PHONY: bench
 bench: deps ## Benchmarks: ratios from one run, printed and written to target/results/*.json

@@ -6,6 +6,7 @@ mod link;
 mod record;
 
 use std::{
+    collections::BTreeMap,
     fmt::Write as _,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError, RwLock, atomic::Ordering},
@@ -19,9 +20,10 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::Serialize;
 use serde_json::Value;
 use tokio::{
+    signal::unix::{SignalKind, signal},
     sync::mpsc,
     task::JoinSet,
-    time::{Instant, sleep, sleep_until},
+    time::{Instant, interval, sleep, sleep_until},
 };
 use uuid::Uuid;
 
@@ -82,6 +84,9 @@ pub struct LoadArgs {
     /// The database, to have the ledger audit itself afterwards.
     #[arg(long, env = "EXCHANGE_DATABASE_URL", hide_env_values = true)]
     database_url: Option<SecretString>,
+    /// Tell each second how far it is, as a line of JSON on standard error.
+    #[arg(long)]
+    progress: bool,
     /// Where to write the result as JSON.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -257,6 +262,7 @@ impl Run {
 #[derive(Serialize)]
 struct Outcome {
     rate: u32,
+    /// How long requests were sent, also if that was cut short.
     duration_s: f64,
     summary: Summary,
     connects: u64,
@@ -301,6 +307,7 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
     });
     let events = Arc::new(Events::default());
     offer(&args, &client, &traders, &run, &events).await?;
+    let duration_s = run.start.elapsed().as_secs_f64();
 
     let unknown = std::mem::take(&mut *locked(&run.unknown));
     let unknown_orders = unknown.len();
@@ -311,7 +318,7 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
     let closed_without_notice = events.closed_without_notice.load(Ordering::Relaxed);
     let outcome = Outcome {
         rate: args.rate,
-        duration_s: args.duration.as_secs_f64(),
+        duration_s,
         ok: summary.failed == 0 && closed_without_notice == 0 && audit.findings.is_empty(),
         summary,
         connects: events.connects.load(Ordering::Relaxed),
@@ -392,6 +399,9 @@ async fn offer(
         queues.push(queue);
     }
     let relogin = tokio::spawn(keep_logged_in(client.clone(), traders.to_vec(), Arc::clone(run)));
+    let progress = args.progress.then(|| tokio::spawn(tell(Arc::clone(run))));
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
     let duration = Duration::try_from(args.duration).context("the duration is negative")?;
     let name = Uuid::now_v7().simple().to_string();
     for number in 0.. {
@@ -399,7 +409,12 @@ async fn offer(
         if intended >= duration {
             break;
         }
-        sleep_until(run.start + intended).await;
+        // Who has seen enough still gets the audit.
+        tokio::select! {
+            () = sleep_until(run.start + intended) => {}
+            _ = interrupt.recv() => break,
+            _ = terminate.recv() => break,
+        }
         let operation = operation(number, &name, traders);
         let slow =
             matches!(operation, Operation::Order { .. }) && number % 100 < u64::from(args.slow_percent);
@@ -418,7 +433,45 @@ async fn offer(
         ended.context("a worker failed")?;
     }
     relogin.abort();
+    if let Some(progress) = progress {
+        progress.abort();
+    }
     Ok(())
+}
+
+/// How far a run is, each second.
+#[derive(Default, Serialize)]
+struct Progress {
+    elapsed_s: u64,
+    requests: usize,
+    failed: usize,
+    /// Answers of the last second, by stack.
+    answers: BTreeMap<String, usize>,
+}
+
+#[expect(clippy::print_stderr, reason = "progress is for whoever watches")]
+async fn tell(run: Arc<Run>) {
+    let mut progress = Progress::default();
+    let mut seconds = interval(Duration::from_secs(1));
+    loop {
+        seconds.tick().await;
+        progress.add(locked(&run.records).get(progress.requests..).unwrap_or_default());
+        progress.elapsed_s = run.start.elapsed().as_secs();
+        if let Ok(line) = serde_json::to_string(&progress) {
+            eprintln!("{line}");
+        }
+    }
+}
+
+impl Progress {
+    fn add(&mut self, news: &[Record]) {
+        self.requests += news.len();
+        self.failed += news.iter().filter(|record| record.failure().is_some()).count();
+        self.answers.clear();
+        for stack in news.iter().filter_map(|record| record.stack.as_ref()) {
+            *self.answers.entry(stack.clone()).or_default() += 1;
+        }
+    }
 }
 
 type Jobs = Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Job>>>;
@@ -571,7 +624,7 @@ fn table(outcome: &Outcome) -> String {
     // Writing to a string cannot fail.
     let _ = writeln!(
         text,
-        "{} requests at {}/s for {} s: {} failed; {} connections, {} closed without notice, {} requests never sent",
+        "{} requests at {}/s for {:.1} s: {} failed; {} connections, {} closed without notice, {} requests never sent",
         summary.requests,
         outcome.rate,
         outcome.duration_s,

@@ -2,12 +2,14 @@
 //! together by buildah, kept as archives, imported into containerd.
 
 use std::{
+    collections::VecDeque,
     fs,
+    io::{BufRead, BufReader},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::statvfs::statvfs;
 use sha2::{Digest, Sha256};
 
@@ -22,6 +24,9 @@ use crate::{
 pub const PREFIX: &str = "exchange.local";
 /// The tag of images made from Debian packages and Go modules.
 const STATIC_TAG: &str = "1";
+
+/// How much of a failed command's output is shown.
+const LINES_OF_AN_ERROR: usize = 15;
 
 /// Debian packages of an image's root file system.
 struct Recipe {
@@ -86,7 +91,7 @@ pub fn stores(tools: &Tools) -> Result<Vec<Archive>> {
         archives.push(archive);
     }
     let image = format!("{PREFIX}/nats:{STATIC_TAG}");
-    archives.push(cached(tools, "nats", &image, "", |context| {
+    archives.push(cached(tools, "nats", &image, "", |_, context| {
         fs::copy(tools.path("nats-server"), context.join("nats-server"))
             .context("cannot copy nats-server")?;
         Ok(())
@@ -135,9 +140,9 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
     let mut archives = Vec::new();
     let mut make = |name: &str, tag: &str, file: &Path, context: &Path, args: &[&str]| -> Result<()> {
         let image = format!("{PREFIX}/{name}:{tag}");
-        let step = Step::start(format!("image {image}"));
+        let mut step = Step::start(format!("image {image}"));
         let path = out.join(format!("{name}-{tag}.tar"));
-        build(file, context, &[&prebuilt, args].concat(), &image, &path)?;
+        build(&mut step, file, context, &[&prebuilt, args].concat(), &image, &path)?;
         step.done();
         archives.push(Archive { image, path });
         Ok(())
@@ -145,6 +150,7 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
     make("testbed-agent", tag, &agent, &dist, &[])?;
     for target in [
         "exchange-operator",
+        "exchange",
         "exchange-user",
         "exchange-trade",
         "exchange-notification",
@@ -168,8 +174,8 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
 
 fn from_packages(tools: &Tools, recipe: &Recipe) -> Result<Archive> {
     let image = format!("{PREFIX}/{}:{STATIC_TAG}", recipe.name);
-    cached(tools, recipe.name, &image, recipe.packages, |context| {
-        root_file_system(recipe, context)
+    cached(tools, recipe.name, &image, recipe.packages, |step, context| {
+        root_file_system(step, recipe, context)
     })
 }
 
@@ -179,7 +185,7 @@ fn cached(
     name: &str,
     image: &str,
     recipe: &str,
-    prepare: impl FnOnce(&Path) -> Result<()>,
+    prepare: impl FnOnce(&mut Step, &Path) -> Result<()>,
 ) -> Result<Archive> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("cluster/images/{name}.Dockerfile"));
     let mut hash = Sha256::new();
@@ -202,30 +208,36 @@ fn cached(
     if archive.path.exists() {
         return Ok(archive); // somebody else built it while we waited
     }
-    let step = Step::start(format!("image {image}"));
+    let mut step = Step::start(format!("image {image}"));
     let context = cache.join(format!("{name}-{key}.context"));
     let _ = fs::remove_dir_all(&context); // of an interrupted build
     fs::create_dir_all(&context)?;
-    prepare(&context)?;
-    build(&file, &context, &[], image, &archive.path)?;
+    prepare(&mut step, &context)?;
+    build(&mut step, &file, &context, &[], image, &archive.path)?;
     fs::remove_dir_all(&context)?;
     step.done();
     Ok(archive)
 }
 
 /// Unpacks Debian packages into `rootfs.tar`, from the package sources that this machine uses.
-fn root_file_system(recipe: &Recipe, context: &Path) -> Result<()> {
+fn root_file_system(step: &mut Step, recipe: &Recipe, context: &Path) -> Result<()> {
     let tar = context.join("rootfs.tar").display().to_string();
     let include = format!("--include={}", recipe.packages);
     // `extract` only unpacks: no package manager gets in, and no script of a package runs, so the users are ours to make.
     fs::write(context.join("passwd"), USERS)?;
-    command(
-        "mmdebstrap",
-        &["--quiet", "--variant=extract", &include, "bookworm", &tar],
-    )
+    let mut command = Command::new("mmdebstrap");
+    command.args(["--variant=extract", &include, "bookworm", &tar]);
+    finish(&mut command, |line| step.update(line))
 }
 
-fn build(file: &Path, context: &Path, args: &[&str], image: &str, archive: &Path) -> Result<()> {
+fn build(
+    step: &mut Step,
+    file: &Path,
+    context: &Path,
+    args: &[&str],
+    image: &str,
+    archive: &Path,
+) -> Result<()> {
     let file = file.display().to_string();
     let mut all = vec![
         "build",
@@ -241,15 +253,12 @@ fn build(file: &Path, context: &Path, args: &[&str], image: &str, archive: &Path
     all.extend(args);
     let context = context.display().to_string();
     all.push(&context);
-    buildah(&all)?;
+    buildah(&all, |line| step.update(line))?;
     // Written beside and renamed, so that an interrupted run leaves no half archive.
     let partial = archive.with_extension("partial");
     let _ = fs::remove_file(&partial);
-    let pushed = buildah(&[
-        "push",
-        image,
-        &format!("oci-archive:{}:{image}", partial.display()),
-    ]);
+    let target = format!("oci-archive:{}:{image}", partial.display());
+    let pushed = buildah(&["push", image, &target], |line| step.update(line));
     if let Err(error) = pushed {
         let _ = fs::remove_file(&partial);
         return Err(explain_full_disk(error, &partial));
@@ -268,7 +277,8 @@ fn stored(image: &str) -> Result<bool> {
 
 /// Puts an archive back into buildah's storage, when that was cleared but our cache was not.
 fn unpack(archive: &Archive) -> Result<bool> {
-    buildah(&["pull", &format!("oci-archive:{}", archive.path.display())])?;
+    let source = format!("oci-archive:{}", archive.path.display());
+    buildah(&["pull", &source], |_| {})?;
     stored(&archive.image)
 }
 
@@ -283,28 +293,35 @@ fn buildah_command() -> Result<Command> {
     Ok(command)
 }
 
-fn buildah(args: &[&str]) -> Result<()> {
-    finish(buildah_command()?.args(args))
+fn buildah(args: &[&str], tell: impl FnMut(&str)) -> Result<()> {
+    finish(buildah_command()?.args(args), tell)
 }
 
-fn command(program: &str, args: &[&str]) -> Result<()> {
-    finish(Command::new(program).args(args))
-}
-
-fn finish(command: &mut Command) -> Result<()> {
+/// Runs a command to its end; each line of its error output is told, and the last ones are the error if it fails.
+fn finish(command: &mut Command, mut tell: impl FnMut(&str)) -> Result<()> {
     let name = command.get_program().to_string_lossy().into_owned();
-    let output = command
-        .output()
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
         .with_context(|| format!("cannot start `{name}`: `make deps` installs what images are built with"))?;
-    if !output.status.success() {
-        let text = String::from_utf8_lossy(&output.stderr);
-        let lines: Vec<&str> = text.lines().collect();
-        let from = lines.len().saturating_sub(15);
-        bail!(
-            "`{name}` failed:\n{}",
-            lines.get(from..).unwrap_or_default().join("\n")
-        );
+    let mut last = VecDeque::new();
+    if let Some(errors) = child.stderr.take() {
+        for line in BufReader::new(errors).split(b'\n') {
+            let line = String::from_utf8_lossy(&line?).into_owned();
+            tell(&line);
+            last.push_back(line);
+            if last.len() > LINES_OF_AN_ERROR {
+                last.pop_front();
+            }
+        }
     }
+    ensure!(
+        child.wait()?.success(),
+        "`{name}` failed:\n{}",
+        Vec::from(last).join("\n")
+    );
     Ok(())
 }
 

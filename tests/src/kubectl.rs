@@ -4,14 +4,15 @@
 use std::{
     env,
     io::Write,
-    process::{Command, Stdio},
-    time::Duration,
+    process::{Child, Command, Stdio},
+    sync::Mutex,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use crate::{cluster::Cluster, sandbox, tools::Tools};
+use crate::{cluster::Cluster, results, sandbox, tools::Tools};
 
 /// A way to the cluster under test.
 #[derive(Clone, Debug)]
@@ -63,12 +64,37 @@ impl Session {
         self.run("kubectl", args, None)
     }
 
+    /// Starts `kubectl` and leaves it running; what it prints can be read from its standard output.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn follow(&self, args: &[&str]) -> Result<Child> {
+        Command::new("kubectl")
+            .args(args)
+            .envs(self.environment.iter().cloned())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("cannot start `kubectl`")
+    }
+
     /// Runs `helm` and returns what it prints.
     ///
     /// # Errors
     /// If it fails; its error output is part of the error.
     pub fn helm(&self, args: &[&str]) -> Result<String> {
         self.run("helm", args, None)
+    }
+
+    /// What `helm` is told beside the defaults of the stores' chart: `STORES_VALUES`, or on the test cluster that the
+    /// images are its own.
+    pub fn stores_values(&self) -> Vec<String> {
+        let own = concat!(env!("CARGO_MANIFEST_DIR"), "/cluster/stores-values.yaml");
+        let values = env::var("STORES_VALUES")
+            .ok()
+            .or_else(|| self.cluster.is_some().then(|| own.to_owned()));
+        values.map_or_else(Vec::new, |values| vec!["--values".to_owned(), values])
     }
 
     /// Applies an object in a namespace.
@@ -160,21 +186,26 @@ impl Session {
     }
 }
 
-/// A namespace of one test, deleted (without waiting) when the test ends.
+/// A namespace of one test, deleted (without waiting) when the test ends. The test is then a case in the figures of the
+/// end-to-end run.
 #[derive(Debug)]
 pub struct Namespace<'a> {
     session: &'a Session,
+    case: String,
+    started: Instant,
+    figures: Mutex<Map<String, Value>>,
     /// Its name.
     pub name: String,
 }
 
 impl<'a> Namespace<'a> {
-    /// Makes the namespace `exchange-e2e-<name>` anew, restricted as production should be.
+    /// Makes the namespace `exchange-e2e-<case>` anew, restricted as production should be.
     ///
     /// # Errors
     /// If an earlier one of the name cannot be removed.
-    pub fn new(session: &'a Session, name: &str) -> Result<Self> {
-        let name = format!("exchange-e2e-{name}");
+    pub fn new(session: &'a Session, case: &str) -> Result<Self> {
+        let started = Instant::now();
+        let name = format!("exchange-e2e-{case}");
         session.kubectl(&["delete", "namespace", &name, "--ignore-not-found", "--wait"])?;
         let labels = json!({"pod-security.kubernetes.io/enforce": "restricted"});
         let object =
@@ -184,12 +215,35 @@ impl<'a> Namespace<'a> {
             &["create", "--filename", "-"],
             Some(&object.to_string()),
         )?;
-        Ok(Self { session, name })
+        Ok(Self {
+            session,
+            case: case.to_owned(),
+            started,
+            figures: Mutex::default(),
+            name,
+        })
+    }
+
+    /// Notes something that the case has measured. Keys name their unit.
+    pub fn note(&self, key: &str, value: impl Into<Value>) {
+        if let Ok(mut figures) = self.figures.lock() {
+            figures.insert(key.to_owned(), value.into());
+        }
     }
 }
 
 impl Drop for Namespace<'_> {
     fn drop(&mut self) {
+        let verdict = if std::thread::panicking() {
+            "failed"
+        } else {
+            "passed"
+        };
+        self.note("verdict", verdict);
+        self.note("seconds", self.started.elapsed().as_secs());
+        if let Ok(figures) = self.figures.lock() {
+            let _ = results::add_case(&self.case, figures.clone());
+        }
         let _ = self.session.kubectl(&[
             "delete",
             "namespace",

@@ -6,6 +6,8 @@
 pub mod addons;
 pub mod cluster;
 pub mod components;
+pub mod demo;
+pub mod exchange;
 pub mod images;
 pub mod kubectl;
 pub mod pki;

@@ -1,7 +1,7 @@
 //! `testbed`: starts, looks at and ends test clusters.
 
 use std::{
-    io::Write,
+    io::{ErrorKind, Write},
     os::unix::process::CommandExt,
     path::PathBuf,
     process::{Command, ExitCode},
@@ -13,7 +13,9 @@ use clap::{Parser, Subcommand};
 use serde_json::json;
 use testbed::{
     cluster::Cluster,
+    demo,
     images::{self, Archive},
+    kubectl::Session,
     progress::say,
     results, sandbox, supervisor,
     tools::Tools,
@@ -71,6 +73,14 @@ enum Action {
         /// The tag of the exchange's and the operator's images.
         #[arg(long, default_value = "dev")]
         tag: String,
+    },
+    /// Show a release, a failed one and a rollback, under load, on the cluster.
+    Demo,
+    /// Show what the last end-to-end run has measured.
+    Results {
+        /// Forget it instead: a run begins.
+        #[arg(long)]
+        begin: bool,
     },
     /// First half of a start; `up` calls it.
     #[command(hide = true)]
@@ -162,6 +172,9 @@ fn run(cli: &Cli) -> Result<()> {
                 .iter()
                 .try_for_each(|archive| print(&archive.path.display().to_string()))
         }
+        Action::Demo => demo::run(&Session::from_environment()?),
+        Action::Results { begin: true } => results::begin(),
+        Action::Results { begin: false } => print(&results::table()?),
         Action::Launch | Action::Supervise => Ok(()),
     }
 }
@@ -210,6 +223,12 @@ fn status(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
+/// Whoever stops reading (`testbed status | head -1`) has seen enough: that is no error.
 fn print(line: &str) -> Result<()> {
-    writeln!(std::io::stdout(), "{line}").context("cannot write to standard output")
+    match writeln!(std::io::stdout(), "{line}") {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
+        }
+        _ => Ok(()),
+    }
 }

@@ -1,13 +1,24 @@
 //! Figures for machines: what a benchmark or an end-to-end run prints for people, as JSON.
 
 use std::{
-    fs,
+    fs::{self, File},
     path::{Path, PathBuf},
     process::Command,
 };
 
 use anyhow::{Context, Result};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
+
+/// Name of the end-to-end run's figures.
+const END_TO_END: &str = "e2e";
+/// What the table of an end-to-end run shows of a case, if the case has it.
+const COLUMNS: [(&str, &str); 5] = [
+    ("seconds", "SECONDS"),
+    ("requests_answered", "ANSWERED"),
+    ("requests_failed", "FAILED"),
+    ("swap_milliseconds", "SWAP MS"),
+    ("drain_seconds", "DRAIN S"),
+];
 
 /// Writes `target/results/<name>.json`: the figures, with the machine and the commit they come from. Keys should
 /// explain themselves and name their unit (`swap_milliseconds`).
@@ -15,16 +26,84 @@ use serde_json::{Value, json};
 /// # Errors
 /// If the file cannot be written.
 pub fn write(name: &str, figures: &Value) -> Result<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .context("no repository")?;
-    let directory = root.join("target/results");
-    fs::create_dir_all(&directory)?;
-    let path = directory.join(format!("{name}.json"));
+    let root = repository()?;
+    let path = place(name)?;
     let document = json!({"name": name, "machine": machine(), "commit": commit(root), "figures": figures});
     fs::write(&path, format!("{document:#}\n"))
         .with_context(|| format!("cannot write {}", path.display()))?;
     Ok(path)
+}
+
+fn repository() -> Result<&'static Path> {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .context("no repository")
+}
+
+fn place(name: &str) -> Result<PathBuf> {
+    let directory = repository()?.join("target/results");
+    fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
+    Ok(directory.join(format!("{name}.json")))
+}
+
+/// Begins an end-to-end run: forgets the cases of the one before.
+///
+/// # Errors
+/// If the old figures cannot be removed.
+pub fn begin() -> Result<()> {
+    let path = place(END_TO_END)?;
+    if path.exists() {
+        fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Adds a case to the figures of the end-to-end run. Cases may end at the same time.
+///
+/// # Errors
+/// If the figures cannot be read or written.
+pub fn add_case(case: &str, figures: Map<String, Value>) -> Result<()> {
+    let lock = File::create(place(END_TO_END)?.with_extension("lock"))?;
+    lock.lock()?;
+    let mut cases = cases()?;
+    cases.insert(case.to_owned(), figures.into());
+    write(END_TO_END, &cases.into()).map(drop)
+}
+
+/// The end-to-end run as a table: a line per case, with its verdict, and what it measured.
+///
+/// # Errors
+/// If the figures cannot be read.
+pub fn table() -> Result<String> {
+    let mut lines = vec![row("CASE", "VERDICT", COLUMNS.map(|(_, title)| title.to_owned()))];
+    for (case, figures) in cases()? {
+        let shown = |key: &str| match figures.get(key) {
+            None | Some(Value::Null) => "-".to_owned(),
+            Some(value) => value.to_string(),
+        };
+        let verdict = figures.get("verdict").and_then(Value::as_str).unwrap_or("?");
+        lines.push(row(&case, verdict, COLUMNS.map(|(key, _)| shown(key))));
+    }
+    lines.push(format!("  {}", place(END_TO_END)?.display()));
+    Ok(lines.join("\n"))
+}
+
+fn row(case: &str, verdict: &str, figures: [String; COLUMNS.len()]) -> String {
+    let figures = figures.map(|figure| format!("{figure:>9}")).join(" ");
+    format!("  {case:<28} {verdict:<8} {figures}")
+}
+
+fn cases() -> Result<Map<String, Value>> {
+    let path = place(END_TO_END)?;
+    if !path.exists() {
+        return Ok(Map::new());
+    }
+    let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let mut document: Value = serde_json::from_slice(&text)?;
+    match document.get_mut("figures").map(Value::take) {
+        Some(Value::Object(cases)) => Ok(cases),
+        _ => Ok(Map::new()),
+    }
 }
 
 fn machine() -> Value {

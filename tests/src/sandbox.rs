@@ -22,7 +22,10 @@ use nix::{
     unistd::{Pid, setsid},
 };
 
-use crate::cluster::{Cluster, Link, SERVICE_CIDR};
+use crate::{
+    cluster::{Cluster, Link, SERVICE_CIDR},
+    progress::Step,
+};
 
 /// Directories inside the cluster that are its own, with the name of the directory that stands for each.
 const REPLACED: [(&str, &str); 3] = [("lib", "/var/lib"), ("log", "/var/log"), ("run", "/run")];
@@ -266,6 +269,7 @@ fn is_first_of_a_namespace(pid: i32) -> bool {
 pub fn destroy(cluster: &Cluster) -> Result<()> {
     cluster.check_home_is_ours()?;
     if let Some(pid) = supervisor(cluster) {
+        let step = Step::start(format!("ending cluster {:?}", cluster.name()));
         kill(pid, Signal::SIGKILL).with_context(|| format!("cannot end the supervisor, process {pid}"))?;
         // The kernel lets go of process 1 only after every other process of the namespace.
         wait_until(&format!("the end of process {pid}"), PATIENCE, || has_ended(pid))?;
@@ -273,6 +277,7 @@ pub fn destroy(cluster: &Cluster) -> Result<()> {
         let _ = wait_until("", Duration::from_secs(3), || {
             !Path::new(&format!("/proc/{pid}")).exists()
         });
+        step.done();
     }
     if let Ok(link) = cluster.link() {
         // The kernel deletes it too, but some time after the namespace's last process.

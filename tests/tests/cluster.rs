@@ -436,7 +436,11 @@ fn a_full_disk_gets_a_sentence() {
             .unwrap()
     };
 
-    sandbox::run("mount", &["-t", "tmpfs", "-o", "size=64m", "testbed", &disk]).unwrap();
+    sandbox::run(
+        "mount",
+        &["-t", "tmpfs", "-o", "size=64m,mode=700", "testbed", &disk],
+    )
+    .unwrap();
     let refused = on_disk(&["up"]);
     assert!(
         !refused.status.success() && text(&refused).contains("make room"),
@@ -445,7 +449,11 @@ fn a_full_disk_gets_a_sentence() {
     );
     sandbox::run("umount", &[&disk]).unwrap();
 
-    sandbox::run("mount", &["-t", "tmpfs", "-o", "size=4200m", "testbed", &disk]).unwrap();
+    sandbox::run(
+        "mount",
+        &["-t", "tmpfs", "-o", "size=4200m,mode=700", "testbed", &disk],
+    )
+    .unwrap();
     let up = on_disk(&["up"]);
     let free = sandbox::run("df", &["--output=avail", "--block-size=1M", &disk]).unwrap();
     let free: u64 = free.lines().last().unwrap().trim().parse().unwrap();

@@ -14,8 +14,6 @@ use serde_json::{Value, json};
 use testbed::{
     addons::HELPER_IMAGE,
     kubectl::{Namespace, Session},
-    progress::say,
-    results,
 };
 
 /// A warm image starts in a second or two; a machine that compiles beside us needs longer.
@@ -267,21 +265,9 @@ fn a_selector_change_under_load_fails_no_request() {
         .kubectl(&["logs", "--namespace", &namespace.name, "job/load"])
         .unwrap();
     let report: Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
-    let figures = json!({
-        "requests_answered": report["answered"], "requests_failed": report["failed"], "errors": report["errors"],
-        "answers_by_colour": report["by_identity"],
-    });
-    let path = results::write("selector-change", &figures).unwrap();
-    say(format!(
-        "{:<18} {:>9} {:>7}\n{:<18} {:>9} {:>7}   {}",
-        "CASE",
-        "ANSWERED",
-        "FAILED",
-        "selector change",
-        report["answered"],
-        report["failed"],
-        path.display()
-    ));
+    namespace.note("requests_answered", report["answered"].clone());
+    namespace.note("requests_failed", report["failed"].clone());
+    namespace.note("answers_by_colour", report["by_identity"].clone());
     assert_eq!(report["failed"], 0, "{report}");
     assert!(report["answered"].as_u64().unwrap() >= 5_000, "{report}");
     assert!(
@@ -343,7 +329,7 @@ fn the_stores_keep_their_data_over_the_end_of_their_pods_and_an_upgrade() {
     let session = session();
     let namespace = Namespace::new(&session, "stores").unwrap();
     let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/exchange-stores");
-    let values = concat!(env!("CARGO_MANIFEST_DIR"), "/cluster/stores-values.yaml");
+    let values = session.stores_values();
     let mut common = vec![
         "exchange",
         chart,
@@ -353,9 +339,7 @@ fn the_stores_keep_their_data_over_the_end_of_their_pods_and_an_upgrade() {
         "--timeout",
         "180s",
     ];
-    if session.cluster.is_some() {
-        common.extend(["--values", values]);
-    }
+    common.extend(values.iter().map(String::as_str));
     let helm = |verb: &str, more: &[&str]| {
         let args: Vec<&str> = [verb].iter().chain(&common).chain(more).copied().collect();
         session
@@ -372,9 +356,19 @@ fn the_stores_keep_their_data_over_the_end_of_their_pods_and_an_upgrade() {
     assert!(first_password.len() > 30);
     write_to_stores(&session, &namespace.name);
 
+    // A client that is busy must not keep PostgreSQL from an orderly end.
+    let sleep = in_pod(&namespace.name, "postgres", &psql("select pg_sleep(600)"));
+    let mut busy = session
+        .follow(&sleep.iter().map(String::as_str).collect::<Vec<_>>())
+        .unwrap();
+    let sleeps = psql("select count(*) from pg_stat_activity where query = 'select pg_sleep(600)'");
+    let is_busy =
+        || in_store(&session, &namespace.name, "postgres", &sleeps).is_ok_and(|count| count.trim() == "1");
+    assert!(wait_for(PATIENCE, is_busy), "no busy client");
     session
         .kubectl(&["delete", "pod", "--all", "--namespace", &namespace.name, "--wait"])
         .unwrap();
+    let _ = busy.wait();
     for store in ["postgres", "nats", "redis"] {
         let set = format!("statefulset/exchange-{store}");
         session
@@ -389,6 +383,13 @@ fn the_stores_keep_their_data_over_the_end_of_their_pods_and_an_upgrade() {
             .unwrap();
     }
     assert_stores_have_the_data(&session, &namespace.name);
+    let log = session
+        .kubectl(&["logs", "--namespace", &namespace.name, "exchange-postgres-0"])
+        .unwrap();
+    assert!(
+        log.contains("database system was shut down"),
+        "PostgreSQL was killed: {log}"
+    );
 
     helm("upgrade", &["--set", "postgres.connections=123"]);
     assert_eq!(password(), first_password, "an upgrade must not change passwords");
@@ -401,6 +402,18 @@ fn the_stores_keep_their_data_over_the_end_of_their_pods_and_an_upgrade() {
     .unwrap();
     assert_eq!(connections.trim(), "123");
     assert_stores_have_the_data(&session, &namespace.name);
+
+    let args: Vec<&str> = ["upgrade"]
+        .iter()
+        .chain(&common)
+        .chain(&["--set", "postgres.storage=3Gi"])
+        .copied()
+        .collect();
+    let refusal = session.helm(&args).unwrap_err().to_string();
+    assert!(
+        refusal.contains("postgres.storage cannot be changed from 2Gi to 3Gi"),
+        "{refusal}"
+    );
 
     session
         .helm(&["uninstall", "exchange", "--namespace", &namespace.name, "--wait"])
@@ -431,11 +444,19 @@ fn psql(sql: &str) -> Vec<String> {
     .to_vec()
 }
 
-fn in_store(session: &Session, namespace: &str, store: &str, command: &[String]) -> anyhow::Result<String> {
+/// What `kubectl` is told to run a command in the pod of a store.
+fn in_pod(namespace: &str, store: &str, command: &[String]) -> Vec<String> {
     let pod = format!("exchange-{store}-0");
-    let mut args = vec!["exec", "--namespace", namespace, &pod, "--"];
-    args.extend(command.iter().map(String::as_str));
-    session.kubectl(&args)
+    let mut args = ["exec", "--namespace", namespace, &pod, "--"]
+        .map(str::to_owned)
+        .to_vec();
+    args.extend_from_slice(command);
+    args
+}
+
+fn in_store(session: &Session, namespace: &str, store: &str, command: &[String]) -> anyhow::Result<String> {
+    let args = in_pod(namespace, store, command);
+    session.kubectl(&args.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
 /// JetStream has no command-line client here: the agent speaks with it.

@@ -9,6 +9,12 @@ app.kubernetes.io/name: {{ .name }}
 app.kubernetes.io/instance: {{ .root.Release.Name }}
 {{- end }}
 
+{{/* The name of the Secret of a store. */}}
+{{- define "stores.secret" -}}
+{{- $suffix := get (dict "database" "db" "queue" "queue" "marketData" "redis") .store -}}
+{{- get .root.Values.secrets .store | default (printf "%s-%s" .root.Release.Name $suffix) -}}
+{{- end }}
+
 {{/* The value of a key in an existing Secret, or a new password of 40 letters: no digits, because nats-server takes
      what begins with one for a number. */}}
 {{- define "stores.password" -}}
@@ -40,6 +46,7 @@ capabilities: {drop: [ALL]}
 {{- end }}
 
 {{- define "stores.volumeClaim" -}}
+{{- include "stores.sameVolume" . -}}
 volumeClaimTemplates:
   - metadata: {name: data}
     spec:
@@ -48,6 +55,18 @@ volumeClaimTemplates:
       storageClassName: {{ . }}
       {{- end }}
       resources: {requests: {storage: {{ .storage }}}}
+{{- end }}
+
+{{/* The API server would refuse another size, too, but not say what to do. */}}
+{{- define "stores.sameVolume" -}}
+{{- $set := printf "%s-%s" .root.Release.Name .name -}}
+{{- $there := lookup "apps/v1" "StatefulSet" .root.Release.Namespace $set | default dict -}}
+{{- range dig "spec" "volumeClaimTemplates" list $there -}}
+{{- $size := dig "spec" "resources" "requests" "storage" "" . -}}
+{{- if ne $size $.storage -}}
+{{- fail (printf "%s.storage cannot be changed from %s to %s: leave it, or grow the PersistentVolumeClaim data-%s-0 itself, then delete the StatefulSet with `kubectl delete statefulset %s --cascade=orphan` and upgrade again" $.name $size $.storage $set $set) -}}
+{{- end -}}
+{{- end -}}
 {{- end }}
 
 {{- define "stores.service" -}}

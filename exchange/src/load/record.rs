@@ -30,7 +30,7 @@ pub(crate) struct Record {
 
 impl Record {
     /// Why this request counts as failed.
-    fn failure(&self) -> Option<String> {
+    pub(crate) fn failure(&self) -> Option<String> {
         match (self.status, &self.error) {
             (_, Some(error)) => Some(error.clone()),
             (Some(200..=299), None) => None,

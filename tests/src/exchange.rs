@@ -1,0 +1,551 @@
+//! An exchange that the operator runs, and clients that trade on it all the while: what the demonstration and the
+//! end-to-end tests of releases stand on. Everything goes through `kubectl` and `helm`, as a person would do it.
+
+use std::{
+    io::{BufRead, BufReader},
+    process::Child,
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{self, Receiver, RecvTimeoutError},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::{addons::HELPER_IMAGE, kubectl::Session, sandbox::wait_until};
+
+/// Where the operator runs.
+pub const OPERATOR_NAMESPACE: &str = "exchange-operator";
+/// Name of the ExchangeDeployment, of the stores' release, and the prefix of all that belongs to them.
+pub const NAME: &str = "exchange";
+/// How long a phase of a release may take on a machine that compiles beside it.
+pub const PATIENCE: Duration = Duration::from_mins(4);
+
+const TREASURY: &str = "treasury@exchange.example";
+
+/// Where the images are, and how those of the operator are tagged.
+#[derive(Clone, Debug)]
+pub struct Images {
+    /// Everything before the image's name, such as `exchange.local`.
+    pub prefix: String,
+    /// Tag of the operator and of the tests' agent.
+    pub tag: String,
+}
+
+impl Images {
+    /// Those beside the agent's image, which `AGENT_IMAGE` names.
+    ///
+    /// # Errors
+    /// If that is no name of an agent's image with a tag.
+    pub fn from_environment() -> Result<Self> {
+        let agent =
+            std::env::var("AGENT_IMAGE").unwrap_or_else(|_| "exchange.local/testbed-agent:dev".into());
+        let (prefix, tag) = agent.rsplit_once("/testbed-agent:").with_context(|| {
+            format!("AGENT_IMAGE={agent} should be like ghcr.io/acme/testbed-agent:1.0.0")
+        })?;
+        Ok(Self {
+            prefix: prefix.to_owned(),
+            tag: tag.to_owned(),
+        })
+    }
+}
+
+fn chart(name: &str) -> String {
+    format!("{}/../charts/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Installs the operator, or brings it to this state.
+///
+/// # Errors
+/// If it does not become ready.
+pub fn install_operator(session: &Session, images: &Images) -> Result<()> {
+    let repository = format!("image.repository={}/exchange-operator", images.prefix);
+    let tag = format!("image.tag={}", images.tag);
+    let chart = chart("exchange-operator");
+    let installed = session.helm(&[
+        "upgrade",
+        "--install",
+        "exchange-operator",
+        &chart,
+        "--namespace",
+        OPERATOR_NAMESPACE,
+        "--create-namespace",
+        "--set",
+        &repository,
+        "--set",
+        &tag,
+        "--wait",
+        "--timeout",
+        "180s",
+    ]);
+    installed
+        .map(drop)
+        .with_context(|| session.circumstances(OPERATOR_NAMESPACE))
+}
+
+/// An exchange in a namespace of its own.
+#[derive(Debug)]
+pub struct Exchange<'a> {
+    session: &'a Session,
+    namespace: &'a str,
+    images: &'a Images,
+}
+
+impl<'a> Exchange<'a> {
+    /// Installs the stores. The exchange itself comes with the first [`release`](Self::release).
+    ///
+    /// # Errors
+    /// If a store does not become ready.
+    pub fn install(session: &'a Session, namespace: &'a str, images: &'a Images) -> Result<Self> {
+        let chart = chart("exchange-stores");
+        let values = session.stores_values();
+        let mut args = vec!["upgrade", "--install", NAME, &chart, "--namespace", namespace];
+        args.extend(["--wait", "--timeout", "180s"]);
+        args.extend(values.iter().map(String::as_str));
+        session
+            .helm(&args)
+            .with_context(|| session.circumstances(namespace))?;
+        Ok(Self {
+            session,
+            namespace,
+            images,
+        })
+    }
+
+    /// What is declared for a version: one pod per service, and gates as short as a test can bear.
+    pub fn declaration(&self, version: &str) -> Value {
+        let secret = |store: &str, key: &str| json!({"name": format!("{NAME}-{store}"), "key": key});
+        json!({
+            "apiVersion": "exchange.dev/v1alpha1",
+            "kind": "ExchangeDeployment",
+            "metadata": {"name": NAME},
+            "spec": {
+                "version": version,
+                "image": format!("{}/exchange", self.images.prefix),
+                "services": {"user": {"replicas": 1}, "trade": {"replicas": 1}, "notification": {"replicas": 1}},
+                "database": {"secretRef": secret("db", "url"), "migrationSecretRef": secret("db", "owner-url")},
+                "queue": {"secretRef": secret("queue", "url")},
+                "marketData": {"secretRef": secret("redis", "url")},
+                "rollout": {
+                    "progressDeadline": "3m",
+                    "verification": {"duration": "5s", "maxLatencyP99": "2s", "minRequests": 100},
+                    "retention": "10m",
+                    "drainTimeout": "30s",
+                },
+            },
+        })
+    }
+
+    /// Declares it, with `kubectl apply`.
+    ///
+    /// # Errors
+    /// If the API server refuses it.
+    pub fn release(&self, declaration: &Value) -> Result<()> {
+        self.session.apply(self.namespace, declaration)
+    }
+
+    /// Asks for something by annotation: `promote`, `abort`, `rollback`, `retry`, `pause`.
+    ///
+    /// # Errors
+    /// If the API server refuses it.
+    pub fn ask(&self, what: &str, token: &str) -> Result<()> {
+        let annotation = format!("exchange.dev/{what}={token}");
+        self.session
+            .kubectl(&[
+                "annotate",
+                "exchangedeployment",
+                NAME,
+                "--namespace",
+                self.namespace,
+                "--overwrite",
+                &annotation,
+            ])
+            .map(drop)
+    }
+
+    /// Watches the ExchangeDeployment from now on. It has to exist.
+    ///
+    /// # Errors
+    /// If `kubectl` cannot be started.
+    pub fn watch(&self) -> Result<Watch> {
+        let args = [
+            "get",
+            "exchangedeployment",
+            NAME,
+            "--namespace",
+            self.namespace,
+            "--watch",
+            "--output=json",
+        ];
+        let mut child = self.session.follow(&args)?;
+        let output = child.stdout.take().context("no output of `kubectl`")?;
+        let (sender, receiver) = mpsc::channel();
+        thread::spawn(move || {
+            let objects = serde_json::Deserializer::from_reader(BufReader::new(output)).into_iter::<Value>();
+            for object in objects.map_while(Result::ok) {
+                if sender.send((Instant::now(), object)).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Watch {
+            child,
+            receiver,
+            sightings: Vec::new(),
+        })
+    }
+
+    /// Makes the user who credits deposits. The exchange has to be live.
+    ///
+    /// # Errors
+    /// If the exchange refuses it.
+    pub fn make_treasury(&self) -> Result<()> {
+        let password = format!("{NAME}-{}", rand::random::<u128>());
+        let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "treasury"},
+                            "immutable": true, "stringData": {"password": password}});
+        if self.session.apply(self.namespace, &secret).is_err() {
+            return Ok(()); // there since an earlier run, with its user
+        }
+        let body = json!({"email": TREASURY, "password": password, "display_name": "Treasury"}).to_string();
+        let url = format!("http://{NAME}-user/register");
+        let post = [
+            "wget",
+            "-qO-",
+            "--header=content-type: application/json",
+            "--post-data",
+            &body,
+            &url,
+        ];
+        let mut pod = restricted_pod("treasury", &busybox_image());
+        set(&mut pod, "/spec/containers/0/command", json!(post));
+        self.session.apply(self.namespace, &pod)?;
+        let done = "jsonpath={.status.phase}=Succeeded";
+        self.session
+            .wait(self.namespace, "pod/treasury", done, Duration::from_mins(1))?;
+        let grant = format!("update users set scopes = '{{treasury}}' where email = '{TREASURY}'");
+        let answer = self.sql(&grant)?;
+        ensure!(
+            answer.trim() == "UPDATE 1",
+            "the treasury was not registered: {answer}"
+        );
+        Ok(())
+    }
+
+    /// Runs a statement as the database's superuser.
+    ///
+    /// # Errors
+    /// If PostgreSQL does not run or refuses it.
+    pub fn sql(&self, statement: &str) -> Result<String> {
+        let pod = format!("{NAME}-postgres-0");
+        let args = [
+            "exec",
+            "--namespace",
+            self.namespace,
+            &pod,
+            "--",
+            "psql",
+            "--host=/tmp",
+            "--username=postgres",
+        ];
+        let more = [
+            "--dbname=exchange",
+            "--no-align",
+            "--tuples-only",
+            "--command",
+            statement,
+        ];
+        self.session.kubectl(&[&args[..], &more[..]].concat())
+    }
+
+    /// Starts clients that trade, at `rate` requests a second, until [`Load::end`]. There has to be a treasury.
+    ///
+    /// # Errors
+    /// If they do not begin to trade.
+    pub fn start_load(&self, rate: u32) -> Result<Load<'a>> {
+        let url = |service: &str| format!("http://{NAME}-{service}");
+        let args = json!([
+            "load",
+            "--progress",
+            "--json",
+            "/dev/stdout",
+            "--rate",
+            rate.to_string(),
+            "--duration",
+            "1h",
+            "--connections",
+            "4",
+            "--idle-connections",
+            "1",
+            "--user-url",
+            url("user"),
+            "--trade-url",
+            url("trade"),
+            "--notification-url",
+            url("notification"),
+            "--treasury-email",
+            TREASURY,
+            "--treasury-password-file",
+            "/etc/treasury/password",
+        ]);
+        let image = format!("{}/exchange:1.0.0", self.images.prefix);
+        let mut pod = restricted_pod("load", &image);
+        set(&mut pod, "/spec/containers/0/args", args);
+        // As the owner: the audit reads everything.
+        let database = json!({"secretKeyRef": {"name": format!("{NAME}-db"), "key": "owner-url"}});
+        let env = json!([{"name": "EXCHANGE_DATABASE_URL", "valueFrom": database}]);
+        set(&mut pod, "/spec/containers/0/env", env);
+        let mounts = json!([{"name": "treasury", "mountPath": "/etc/treasury", "readOnly": true}]);
+        set(&mut pod, "/spec/containers/0/volumeMounts", mounts);
+        let volumes = json!([{"name": "treasury", "secret": {"secretName": "treasury"}}]);
+        set(&mut pod, "/spec/volumes", volumes);
+        // The audit comes after the end.
+        set(&mut pod, "/spec/terminationGracePeriodSeconds", json!(240));
+        let delete = [
+            "delete",
+            "pod",
+            "load",
+            "--ignore-not-found",
+            "--wait",
+            "--namespace",
+            self.namespace,
+        ];
+        self.session.kubectl(&delete)?;
+        self.session.apply(self.namespace, &pod)?;
+        let started = "jsonpath={.status.containerStatuses[0].started}=true";
+        self.session
+            .wait(self.namespace, "pod/load", started, Duration::from_mins(1))?;
+        let mut child = self
+            .session
+            .follow(&["logs", "--follow", "load", "--namespace", self.namespace])?;
+        let output = child.stdout.take().context("no output of `kubectl`")?;
+        let progress = Arc::new(Mutex::new(Progress::default()));
+        let latest = Arc::clone(&progress);
+        let reader = thread::spawn(move || {
+            let mut report = Vec::new();
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                match serde_json::from_str(&line) {
+                    Ok(news) => *latest.lock().unwrap_or_else(PoisonError::into_inner) = news,
+                    Err(_) => report.push(line),
+                }
+            }
+            report
+        });
+        let load = Load {
+            session: self.session,
+            namespace: self.namespace.to_owned(),
+            child,
+            progress,
+            reader: Some(reader),
+        };
+        wait_until("the first requests", Duration::from_mins(1), || {
+            load.progress().requests > 0
+        })
+        .with_context(|| self.session.circumstances(self.namespace))?;
+        Ok(load)
+    }
+}
+
+fn busybox_image() -> String {
+    std::env::var("BUSYBOX_IMAGE").unwrap_or_else(|_| HELPER_IMAGE.into())
+}
+
+/// A pod that the Pod Security level "restricted" admits.
+fn restricted_pod(name: &str, image: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": {"app": name}},
+        "spec": {
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": false,
+            "securityContext": {"runAsNonRoot": true, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [{
+                "name": "main", "image": image, "imagePullPolicy": "IfNotPresent",
+                "securityContext": {"allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true,
+                                    "capabilities": {"drop": ["ALL"]}},
+            }],
+        },
+    })
+}
+
+/// Sets a field of an object whose parent exists.
+fn set(object: &mut Value, pointer: &str, value: Value) {
+    if let Some((parent, field)) = pointer.rsplit_once('/')
+        && let Some(Value::Object(parent)) = object.pointer_mut(parent)
+    {
+        parent.insert(field.to_owned(), value);
+    }
+}
+
+/// What is seen of an ExchangeDeployment as it changes.
+#[derive(Debug)]
+pub struct Watch {
+    child: Child,
+    receiver: Receiver<(Instant, Value)>,
+    sightings: Vec<(Instant, Value)>,
+}
+
+impl Watch {
+    /// The next change, if there is one in time.
+    ///
+    /// # Errors
+    /// If the watch has ended.
+    pub fn next(&mut self, patience: Duration) -> Result<Option<&(Instant, Value)>> {
+        match self.receiver.recv_timeout(patience) {
+            Ok(sighting) => {
+                self.sightings.push(sighting);
+                Ok(self.sightings.last())
+            }
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => bail!("the watch of the ExchangeDeployment has ended"),
+        }
+    }
+
+    /// Waits until the object is like this, and says when that was seen. The last sighting counts too.
+    ///
+    /// # Errors
+    /// If it does not come true in time: with the last status.
+    pub fn until(
+        &mut self,
+        what: &str,
+        patience: Duration,
+        holds: impl Fn(&Value) -> bool,
+    ) -> Result<Instant> {
+        let deadline = Instant::now() + patience;
+        loop {
+            if let Some((at, object)) = self.sightings.last()
+                && holds(object)
+            {
+                return Ok(*at);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if self.next(left)?.is_none() {
+                let last = self.sightings.last().map(|(_, object)| &object["status"]);
+                return Err(anyhow!(
+                    "waited in vain for {what}; status: {:#}",
+                    last.unwrap_or(&Value::Null)
+                ));
+            }
+        }
+    }
+
+    /// Waits for a phase of a version's release.
+    ///
+    /// # Errors
+    /// If it does not come in time.
+    pub fn until_phase(&mut self, phase: &str, version: &str, patience: Duration) -> Result<Instant> {
+        let what = format!("{phase} with {version}");
+        self.until(&what, patience, |object| {
+            is_current(object) && phase_of(object) == phase && text(object, "/spec/version") == version
+        })
+    }
+
+    /// Everything seen so far, with when.
+    pub fn sightings(&self) -> &[(Instant, Value)] {
+        &self.sightings
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Whether the status is about the spec that it stands beside.
+pub fn is_current(object: &Value) -> bool {
+    object.pointer("/status/observedGeneration") == object.pointer("/metadata/generation")
+}
+
+/// The phase, or nothing.
+pub fn phase_of(object: &Value) -> &str {
+    text(object, "/status/phase")
+}
+
+/// A text in an object, by JSON pointer; empty if there is none.
+pub fn text<'v>(object: &'v Value, pointer: &str) -> &'v str {
+    object
+        .pointer(pointer)
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+}
+
+/// `<revision>.<attempt>` of a stack in the status: how requests by annotation name it.
+pub fn token(object: &Value, stack: &str) -> String {
+    let revision = text(object, &format!("/status/{stack}/revision"));
+    let attempt = object.pointer(&format!("/status/{stack}/attempt"));
+    format!(
+        "{revision}.{}",
+        attempt.and_then(Value::as_u64).unwrap_or_default()
+    )
+}
+
+/// How far a load is.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct Progress {
+    /// Seconds since its start.
+    pub elapsed_s: u64,
+    /// Requests that have come to an end.
+    pub requests: u64,
+    /// Those of them that were not answered with success.
+    pub failed: u64,
+    /// Answers of the last second, by stack.
+    pub answers: std::collections::BTreeMap<String, u64>,
+}
+
+/// Clients that trade.
+#[derive(Debug)]
+pub struct Load<'a> {
+    session: &'a Session,
+    namespace: String,
+    child: Child,
+    progress: Arc<Mutex<Progress>>,
+    reader: Option<JoinHandle<Vec<String>>>,
+}
+
+impl Load<'_> {
+    /// How far it is.
+    pub fn progress(&self) -> Progress {
+        self.progress
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Ends it, waits for its audit, and returns its report for people and for machines.
+    ///
+    /// # Errors
+    /// If there is no report.
+    pub fn end(mut self) -> Result<(String, Value)> {
+        // Told to end, it stops sending, audits and reports; its log can be followed to the last line.
+        let delete = [
+            "delete",
+            "pod",
+            "load",
+            "--wait=false",
+            "--namespace",
+            &self.namespace,
+        ];
+        self.session.kubectl(&delete)?;
+        let lines = self
+            .reader
+            .take()
+            .and_then(|reader| reader.join().ok())
+            .unwrap_or_default();
+        let begin = lines.iter().position(|line| line == "{");
+        let begin = begin.with_context(|| format!("no report of the load:\n{}", lines.join("\n")))?;
+        let (table, report) = lines.split_at(begin);
+        let report = serde_json::from_str(&report.join("\n")).context("the load's report is cut off")?;
+        Ok((table.join("\n"), report))
+    }
+}
+
+impl Drop for Load<'_> {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

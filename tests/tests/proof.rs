@@ -1,0 +1,332 @@
+//! The proof that nothing is lost: releases under a load that retries nothing and audits everything afterwards. Each case
+//! asserts that no request failed, that no connection was cut, that the money is right, and how it ended. `make e2e` runs
+//! them, `make e2e CASE=2` one of them.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use testbed::{
+    exchange::{self, Exchange, Images, Load, PATIENCE, Watch, is_current, phase_of, text, token},
+    kubectl::{Namespace, Session},
+    progress::say,
+};
+
+/// Requests a second.
+const RATE: u32 = 200;
+/// As declared by the harness; afterwards nothing may be left on the old stack.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Two exchanges under load at once would measure the machine.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+struct Ground {
+    session: Session,
+    images: Images,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Ground {
+    fn new() -> Self {
+        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let session = Session::from_environment().unwrap();
+        let images = Images::from_environment().unwrap();
+        exchange::install_operator(&session, &images).unwrap();
+        Self {
+            session,
+            images,
+            _turn: turn,
+        }
+    }
+
+    /// An exchange of this version that is live, with its clients.
+    fn trading<'a>(&'a self, namespace: &'a Namespace<'_>, version: &str) -> Trading<'a> {
+        let exchange = Exchange::install(&self.session, &namespace.name, &self.images).unwrap();
+        exchange.release(&exchange.declaration(version)).unwrap();
+        let mut watch = exchange.watch().unwrap();
+        watch.until_phase("Live", version, PATIENCE).unwrap();
+        exchange.make_treasury().unwrap();
+        let load = exchange.start_load(RATE).unwrap();
+        Trading {
+            namespace,
+            exchange,
+            watch,
+            load,
+        }
+    }
+}
+
+struct Trading<'a> {
+    namespace: &'a Namespace<'a>,
+    exchange: Exchange<'a>,
+    watch: Watch,
+    load: Load<'a>,
+}
+
+impl Trading<'_> {
+    fn last(&self) -> &Value {
+        &self.watch.sightings().last().unwrap().1
+    }
+
+    /// Lets the clients trade until they have made so many requests more.
+    fn trade(&self, requests: u64) {
+        let goal = self.load.progress().requests + requests;
+        testbed::sandbox::wait_until("trading", PATIENCE, || self.load.progress().requests >= goal).unwrap();
+    }
+
+    /// Ends the load: nothing may have failed, nothing be lost.
+    fn end_well(self) -> Value {
+        let (table, report) = self.load.end().unwrap();
+        say(&table);
+        self.namespace
+            .note("requests_answered", report["summary"]["requests"].clone());
+        self.namespace
+            .note("requests_failed", report["summary"]["failed"].clone());
+        self.namespace.note("audit", report["audit"].clone());
+        assert_eq!(report["summary"]["failed"], 0, "{table}");
+        assert_eq!(report["closed_without_notice"], 0, "{table}");
+        assert_eq!(report["audit"]["findings"], json!([]), "{table}");
+        assert_eq!(report["audit"]["ledger_checked"], true, "{table}");
+        assert!(report["audit"]["trades"].as_u64().unwrap() > 100, "{table}");
+        report
+    }
+}
+
+/// The same version with another setting: a release without a migration.
+fn with_setting(mut declaration: Value, value: &str) -> Value {
+    declaration["spec"]["services"]["trade"]["env"] = json!([{"name": "RELEASE_NOTE", "value": value}]);
+    declaration
+}
+
+fn revision(object: &Value) -> String {
+    text(object, "/status/live/revision").to_owned()
+}
+
+/// How long the traffic was between two stacks, as status tells it: from the record of the move to its end.
+fn moves(watch: &Watch) -> Vec<Duration> {
+    let mut begun: Option<Instant> = None;
+    let mut all = Vec::new();
+    for (at, object) in watch.sightings() {
+        let moving = matches!(phase_of(object), "Promoting" | "RollingBack");
+        match (moving, begun) {
+            (true, None) => begun = Some(*at),
+            (false, Some(since)) => {
+                all.push(at.duration_since(since));
+                begun = None;
+            }
+            _ => {}
+        }
+    }
+    all
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn case_1_releases_back_and_forth() {
+    let releases: usize = std::env::var("RELEASES").map_or(5, |count| count.parse().unwrap());
+    let ground = Ground::new();
+    let namespace = Namespace::new(&ground.session, "releases").unwrap();
+    let mut trading = ground.trading(&namespace, "1.0.0");
+    let mut stacks = vec![revision(trading.last())];
+    for number in 1..=releases {
+        trading.trade(500);
+        let declaration = with_setting(trading.exchange.declaration("1.0.0"), &number.to_string());
+        trading.exchange.release(&declaration).unwrap();
+        let before = stacks.last().unwrap().clone();
+        trading
+            .watch
+            .until("the next release to be live", PATIENCE, |object| {
+                is_current(object) && phase_of(object) == "Live" && revision(object) != before
+            })
+            .unwrap();
+        stacks.push(revision(trading.last()));
+        // Its pods go only after it has had no connection for a while: not because the time was over.
+        trading
+            .watch
+            .until("the old stack to be drained", PATIENCE, |object| {
+                text(object, "/status/previous/state") == "Retained"
+            })
+            .unwrap();
+        assert!(
+            !text(trading.last(), "/status/previous/idleSince").is_empty(),
+            "{:#}",
+            trading.last()["status"]
+        );
+    }
+    trading.trade(500);
+    let moves = moves(&trading.watch);
+    let report = trading.end_well();
+    assert_eq!(
+        moves.len(),
+        releases + 1,
+        "the first deployment and each release move the traffic once"
+    );
+    let milliseconds = |time: &Duration| u64::try_from(time.as_millis()).unwrap();
+    let mut times: Vec<u64> = moves.iter().map(milliseconds).collect();
+    times.sort_unstable();
+    namespace.note("swap_milliseconds", times[times.len() / 2]);
+    let presence = |revision: &str, field: &str| {
+        let all = report["summary"]["stacks"].as_object().unwrap();
+        let (_, stack) = all.iter().find(|(name, _)| name.ends_with(revision)).unwrap();
+        stack[field].as_u64().unwrap()
+    };
+    let drains = stacks
+        .windows(2)
+        .map(|pair| presence(&pair[0], "last_ms").saturating_sub(presence(&pair[1], "first_ms")));
+    let longest = Duration::from_millis(drains.max().unwrap());
+    namespace.note("drain_seconds", longest.as_secs());
+    assert!(
+        longest < DRAIN_TIMEOUT,
+        "a connection stayed on the old stack for {longest:?}"
+    );
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn case_2_a_migration_and_the_way_back() {
+    let ground = Ground::new();
+    let namespace = Namespace::new(&ground.session, "migration").unwrap();
+    let mut trading = ground.trading(&namespace, "1.0.0");
+    let first = revision(trading.last());
+
+    // Forward, and back before the contract: version 1 serves on what version 2 has written.
+    trading
+        .exchange
+        .release(&trading.exchange.declaration("2.0.0"))
+        .unwrap();
+    trading.watch.until_phase("Live", "2.0.0", PATIENCE).unwrap();
+    trading.trade(1_000);
+    let begun = Instant::now();
+    let leave = token(trading.last(), "live");
+    trading.exchange.ask("rollback", &leave).unwrap();
+    trading
+        .watch
+        .until("version 1 to be live again", PATIENCE, |object| {
+            phase_of(object) == "Held" && revision(object) == first
+        })
+        .unwrap();
+    let back = begun.elapsed();
+    trading.trade(1_000);
+
+    // Forward again, and this time to the contract, which comes when the old stack is gone.
+    let retry = token(trading.last(), "rejected");
+    let mut declaration = trading.exchange.declaration("2.0.0");
+    declaration["spec"]["rollout"]["retention"] = json!("5s");
+    trading.exchange.release(&declaration).unwrap();
+    trading.exchange.ask("retry", &retry).unwrap();
+    trading
+        .watch
+        .until("version 2 to be live and contracted", PATIENCE, |object| {
+            phase_of(object) == "Live"
+                && text(object, "/status/live/version") == "2.0.0"
+                && object["status"]["live"]["contracted"] == true
+        })
+        .unwrap();
+    let leave = token(trading.last(), "live");
+    trading.exchange.ask("rollback", &leave).unwrap();
+    trading.trade(1_000);
+    let rollback = trading.last()["status"]["conditions"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|condition| condition["type"] == "RollbackAvailable")
+        .unwrap()
+        .clone();
+    assert_eq!(rollback["status"], "False", "{rollback}");
+    assert!(!text(&rollback, "/message").is_empty(), "{rollback}");
+    assert_eq!(text(trading.last(), "/status/live/version"), "2.0.0");
+    trading.end_well();
+    namespace.note("rollback_milliseconds", u64::try_from(back.as_millis()).unwrap());
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn case_4_the_operator_is_killed() {
+    let ground = Ground::new();
+    let namespace = Namespace::new(&ground.session, "killed").unwrap();
+    let mut trading = ground.trading(&namespace, "1.0.0");
+    for (number, phase) in ["Migrating", "Testing", "Promoting"].into_iter().enumerate() {
+        let before = revision(trading.last());
+        let declaration = with_setting(trading.exchange.declaration("1.0.0"), &number.to_string());
+        trading.exchange.release(&declaration).unwrap();
+        trading
+            .watch
+            .until(phase, PATIENCE, |object| {
+                is_current(object) && phase_of(object) == phase
+            })
+            .unwrap();
+        // Without a grace period: what it was doing is cut off.
+        let delete = [
+            "delete",
+            "pods",
+            "--all",
+            "--namespace",
+            exchange::OPERATOR_NAMESPACE,
+        ];
+        let now = ["--grace-period=0", "--force"];
+        ground.session.kubectl(&[&delete[..], &now[..]].concat()).unwrap();
+        trading
+            .watch
+            .until("the release to be live", PATIENCE, |object| {
+                phase_of(object) == "Live" && is_current(object) && revision(object) != before
+            })
+            .unwrap();
+        trading.trade(500);
+    }
+    trading.end_well();
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn case_10_a_bad_version_never_gets_traffic() {
+    let ground = Ground::new();
+    let namespace = Namespace::new(&ground.session, "bad").unwrap();
+    let mut trading = ground.trading(&namespace, "2.0.0");
+    let good = revision(trading.last());
+    let bad = trading.exchange.declaration("2.0.1-fails-smoke");
+    trading.exchange.release(&bad).unwrap();
+    trading
+        .watch
+        .until_phase("Failed", "2.0.1-fails-smoke", PATIENCE)
+        .unwrap();
+    trading.trade(500);
+    assert_eq!(revision(trading.last()), good);
+    let report = trading.end_well();
+    let stacks = report["summary"]["stacks"].as_object().unwrap();
+    assert_eq!(stacks.len(), 1, "somebody else has answered: {stacks:?}");
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn case_8_two_exchanges_are_released_at_once() {
+    let ground = Ground::new();
+    let other = Namespace::new(&ground.session, "beside").unwrap();
+    let beside = Exchange::install(&ground.session, &other.name, &ground.images).unwrap();
+    beside.release(&beside.declaration("1.0.0")).unwrap();
+    let mut watch = beside.watch().unwrap();
+    let namespace = Namespace::new(&ground.session, "both").unwrap();
+    let mut trading = ground.trading(&namespace, "1.0.0");
+    watch.until_phase("Live", "1.0.0", PATIENCE).unwrap();
+    let changed = |exchange: &Exchange<'_>| with_setting(exchange.declaration("1.0.0"), "both");
+    trading.exchange.release(&changed(&trading.exchange)).unwrap();
+    beside.release(&changed(&beside)).unwrap();
+    let again = |object: &Value| {
+        is_current(object) && phase_of(object) == "Live" && text(object, "/status/live/colour") == "green"
+    };
+    trading
+        .watch
+        .until("the one to be live again", PATIENCE, again)
+        .unwrap();
+    watch
+        .until("the other to be live again", PATIENCE, again)
+        .unwrap();
+    trading.end_well();
+}
