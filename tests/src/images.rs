@@ -142,7 +142,14 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
         let image = format!("{PREFIX}/{name}:{tag}");
         let mut step = Step::start(format!("image {image}"));
         let path = out.join(format!("{name}-{tag}.tar"));
-        build(&mut step, file, context, &[&prebuilt, args].concat(), &image, &path)?;
+        build(
+            &mut step,
+            file,
+            context,
+            &[&prebuilt, args].concat(),
+            &image,
+            &path,
+        )?;
         step.done();
         archives.push(Archive { image, path });
         Ok(())
