@@ -340,6 +340,10 @@ impl Service {
 
     /// The same by a binary of another version.
     pub(crate) fn start_by(binary: &mut Command, service: &str, database: &Database, flags: &[&str]) -> Self {
+        let in_a_file = flags.contains(&"--database-url-file")
+            || binary
+                .get_envs()
+                .any(|(name, _)| name == "EXCHANGE_DATABASE_URL_FILE");
         let mut child = binary
             .args([
                 service,
@@ -349,10 +353,7 @@ impl Service {
                 "127.0.0.1:0",
             ])
             .args(flags)
-            .envs(
-                (!flags.contains(&"--database-url-file"))
-                    .then_some(("EXCHANGE_DATABASE_URL", &database.app_url)),
-            )
+            .envs((!in_a_file).then_some(("EXCHANGE_DATABASE_URL", &database.app_url)))
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
