@@ -261,6 +261,8 @@ impl Run {
 /// The result of a run.
 #[derive(Serialize)]
 struct Outcome {
+    /// When the first request was meant to be sent, in milliseconds since 1970: all other times count from there.
+    started_unix_ms: i128,
     rate: u32,
     /// How long requests were sent, also if that was cut short.
     duration_s: f64,
@@ -293,6 +295,7 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
         trade_url,
         notification_url,
     } = &args.endpoints;
+    let started = time::OffsetDateTime::now_utc();
     let run = Arc::new(Run {
         start: Instant::now(),
         authorities: [
@@ -317,6 +320,7 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
     let summary = summarize(&records);
     let closed_without_notice = events.closed_without_notice.load(Ordering::Relaxed);
     let outcome = Outcome {
+        started_unix_ms: started.unix_timestamp_nanos() / 1_000_000,
         rate: args.rate,
         duration_s,
         ok: summary.failed == 0 && closed_without_notice == 0 && audit.findings.is_empty(),

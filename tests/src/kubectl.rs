@@ -102,12 +102,16 @@ impl Session {
     /// # Errors
     /// If the API server refuses it.
     pub fn apply(&self, namespace: &str, object: &Value) -> Result<()> {
-        self.run(
-            "kubectl",
-            &["apply", "--namespace", namespace, "--filename", "-"],
-            Some(&object.to_string()),
-        )
-        .map(drop)
+        self.apply_manifest(namespace, &object.to_string())
+    }
+
+    /// Applies all objects of a manifest in a namespace.
+    ///
+    /// # Errors
+    /// If the API server refuses one.
+    pub fn apply_manifest(&self, namespace: &str, manifest: &str) -> Result<()> {
+        let args = ["apply", "--namespace", namespace, "--filename", "-"];
+        self.run("kubectl", &args, Some(manifest)).map(drop)
     }
 
     /// One value of an object, by JSONPath.

@@ -330,3 +330,194 @@ fn case_8_two_exchanges_are_released_at_once() {
         .unwrap();
     trading.end_well();
 }
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn case_5_pods_and_the_database_end_during_the_swap() {
+    let ground = Ground::new();
+    let namespace = Namespace::new(&ground.session, "disturbed").unwrap();
+    let mut trading = ground.trading(&namespace, "1.0.0");
+    let victims = [
+        "app.kubernetes.io/component=trade",
+        "app.kubernetes.io/name=postgres",
+    ];
+    for (number, victim) in victims.into_iter().enumerate() {
+        trading.trade(500);
+        let before = revision(trading.last());
+        let declaration = with_setting(trading.exchange.declaration("1.0.0"), &number.to_string());
+        trading.exchange.release(&declaration).unwrap();
+        trading
+            .watch
+            .until("the swap", PATIENCE, |object| {
+                is_current(object) && phase_of(object) == "Promoting"
+            })
+            .unwrap();
+        let delete = ["delete", "pods", "--namespace", &namespace.name, "--wait=false"];
+        // Of the trade service, the pods that had the traffic.
+        let selector = match number {
+            0 => format!("--selector={victim},exchange.dev/revision={before}"),
+            _ => format!("--selector={victim}"),
+        };
+        let now = ["--grace-period=0", "--force", &selector];
+        ground.session.kubectl(&[&delete[..], &now[..]].concat()).unwrap();
+        trading
+            .watch
+            .until("an end", PATIENCE, |object| {
+                is_current(object)
+                    && matches!(phase_of(object), "Live" | "Held")
+                    && object["status"]["candidate"].is_null()
+            })
+            .unwrap();
+    }
+    trading.trade(500);
+    let (table, report) = trading.load.end().unwrap();
+    say(&table);
+    namespace.note("requests_answered", report["summary"]["requests"].clone());
+    namespace.note("requests_failed", report["summary"]["failed"].clone());
+    namespace.note("failures", report["summary"]["failures"].clone());
+    // What was in flight may have failed; the audit has asked for each of them again, with the same key.
+    assert_eq!(report["audit"]["findings"], json!([]), "{table}");
+    let failures = report["summary"]["failures"].as_object().unwrap();
+    let broken = |failure: &String| failure == "status 503" || !failure.starts_with("status ");
+    assert!(failures.keys().all(broken), "{table}");
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn case_7_the_candidate_is_as_big_as_what_an_autoscaler_has_made_of_the_live_stack() {
+    let ground = Ground::new();
+    let namespace = Namespace::new(&ground.session, "grown").unwrap();
+    let declare = |exchange: &Exchange<'_>, value: &str| {
+        let mut declaration = with_setting(exchange.declaration("1.0.0"), value);
+        let trade = &mut declaration["spec"]["services"]["trade"];
+        trade["resources"] = json!({"requests": {"cpu": "20m"}});
+        trade["autoscaling"] =
+            json!({"minReplicas": 1, "maxReplicas": 3, "targetCPUUtilizationPercentage": 50});
+        declaration
+    };
+    let mut trading = ground.trading(&namespace, "1.0.0");
+    let trade_of = |revision: &str| {
+        let selector =
+            format!("--selector=app.kubernetes.io/component=trade,exchange.dev/revision={revision}");
+        let path = "--output=jsonpath={.items[0].spec.replicas}";
+        let args = [
+            "get",
+            "deployments",
+            "--namespace",
+            &namespace.name,
+            &selector,
+            path,
+        ];
+        ground
+            .session
+            .kubectl(&args)
+            .unwrap_or_default()
+            .parse::<u32>()
+            .unwrap_or(0)
+    };
+    let first = revision(trading.last());
+    trading
+        .exchange
+        .release(&declare(&trading.exchange, "small"))
+        .unwrap();
+    let live_again = |watch: &mut Watch, before: &str| {
+        watch
+            .until("the release to be live", PATIENCE, |object| {
+                is_current(object) && phase_of(object) == "Live" && revision(object) != before
+            })
+            .unwrap();
+    };
+    live_again(&mut trading.watch, &first);
+    let grown = revision(trading.last());
+    testbed::sandbox::wait_until("the autoscaler", PATIENCE, || trade_of(&grown) > 1).unwrap();
+    let before = trade_of(&grown);
+    trading
+        .exchange
+        .release(&declare(&trading.exchange, "big"))
+        .unwrap();
+    trading
+        .watch
+        .until("the swap", PATIENCE, |object| {
+            is_current(object) && phase_of(object) == "Promoting"
+        })
+        .unwrap();
+    let candidate = text(trading.last(), "/status/candidate/revision").to_owned();
+    let size = trade_of(&candidate);
+    assert!(
+        size >= before && size > 1,
+        "the candidate has {size} pods, the live stack had {before}"
+    );
+    live_again(&mut trading.watch, &grown);
+    trading.end_well();
+}
+
+/// No promise of ours: what the same images lose without the operator, for comparison.
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn case_9_a_rolling_update_for_comparison() {
+    let ground = Ground::new();
+    let namespace = Namespace::new(&ground.session, "rolling").unwrap();
+    let exchange = Exchange::install(&ground.session, &namespace.name, &ground.images).unwrap();
+    let plain = |file: &str, version: &str| {
+        let path = format!("{}/../examples/plain/{file}.yaml", env!("CARGO_MANIFEST_DIR"));
+        let manifest = std::fs::read_to_string(path).unwrap();
+        let image = format!("{}/exchange:{version}", ground.images.prefix);
+        let manifest = manifest.replace("ghcr.io/acme/exchange:1.0.0", &image);
+        ground.session.apply_manifest(&namespace.name, &manifest).unwrap();
+    };
+    let services = ["user", "trade", "notification"];
+    let release = |version: &str| {
+        let migrated = [
+            "delete",
+            "job",
+            "exchange-expand",
+            "--ignore-not-found",
+            "--wait",
+            "--namespace",
+            &namespace.name,
+        ];
+        ground.session.kubectl(&migrated).unwrap();
+        plain("migrate", version);
+        ground
+            .session
+            .wait(
+                &namespace.name,
+                "job/exchange-expand",
+                "condition=Complete",
+                PATIENCE,
+            )
+            .unwrap();
+        for service in services {
+            plain(service, version);
+        }
+        for service in services {
+            let deployment = format!("deployment/exchange-{service}");
+            let status = [
+                "rollout",
+                "status",
+                &deployment,
+                "--timeout=240s",
+                "--namespace",
+                &namespace.name,
+            ];
+            ground.session.kubectl(&status).unwrap();
+        }
+    };
+    plain("settings", "1.0.0");
+    release("1.0.0");
+    exchange.make_treasury().unwrap();
+    let load = exchange.start_load(RATE).unwrap();
+    let trade = |requests: u64| {
+        let goal = load.progress().requests + requests;
+        testbed::sandbox::wait_until("trading", PATIENCE, || load.progress().requests >= goal).unwrap();
+    };
+    trade(500);
+    release("2.0.0");
+    trade(2_000);
+    let (table, report) = load.end().unwrap();
+    say(&table);
+    namespace.note("requests_answered", report["summary"]["requests"].clone());
+    namespace.note("requests_failed", report["summary"]["failed"].clone());
+    namespace.note("failures", report["summary"]["failures"].clone());
+    assert_eq!(report["audit"]["findings"], json!([]), "{table}");
+}

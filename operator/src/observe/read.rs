@@ -26,8 +26,8 @@ use serde_json::{Map, Value, json};
 use tokio::try_join;
 
 use super::{
-    Declared, Fence, Job, JobKind, JobSeen, LiveService, Observed, Part, PartSeen, Requests,
-    ServiceSeen, Target, intact,
+    Declared, Fence, Job, JobKind, JobSeen, LiveService, Observed, Part, PartSeen, Requests, ServiceSeen,
+    Target, intact,
     pods::{self, Address, Baselines, Pods},
 };
 use crate::{
