@@ -384,7 +384,7 @@ fn default_key() -> String {
 /// The PostgreSQL database.
 #[derive(Clone, Debug, PartialEq, Eq, KubeSchema, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("!has(self.migrationSecretRef) || self.migrationSecretRef != self.secretRef")
+#[x_kube(validation = Rule::new("!has(self.migrationSecretRef) || self.migrationSecretRef.name != self.secretRef.name || self.migrationSecretRef.key != self.secretRef.key")
     .message("migrationSecretRef must differ from secretRef: leave it out when the services may change the schema themselves"))]
 pub struct Database {
     /// URL with which the services work. Mounted as a file and read again at each reconnect: a rotated

@@ -76,7 +76,7 @@ impl Writer {
     }
 
     /// Carries out one action, if its guard has nothing against it.
-    pub async fn act(&self, look: &Look, action: &Action) -> Result<(), Error> {
+    pub async fn act(&self, look: &mut Look, action: &Action) -> Result<(), Error> {
         let seen = self.reader.look_again(look, action).await?;
         guard::check(&look.object.spec, action, &seen)?;
         let builder = builder(&look.object);
@@ -125,15 +125,17 @@ impl Writer {
         }
     }
 
-    /// First the rendered stack, so that what follows is known to belong to it and is removed with it; then what is
+    /// A stack and what its pods need. First the rendered stack, so that what follows is known to belong to it and is removed with it; then what is
     /// missing of the rest. An operator that dies in between leaves a stack that is not whole.
-    async fn render(&self, look: &Look, stack: &Stack, attempt: u32) -> Result<(), Error> {
-        let builder = builder(&look.object);
+    async fn render(&self, look: &mut Look, stack: &Stack, attempt: u32) -> Result<(), Error> {
         if !look.material.rendered.contains_key(stack) {
+            let builder = builder(&look.object);
             let rendered = builder.render(&look.object.spec, stack);
             let revision = builder.controller_revision(stack, attempt, &rendered);
             self.create::<ControllerRevision>(look, revision).await?;
+            look.material.rendered.insert(stack.clone(), rendered);
         }
+        let builder = builder(&look.object);
         self.create_missing::<ServiceAccount>(look, builder.service_account(stack))
             .await?;
         self.create_missing::<Secret>(
@@ -169,7 +171,7 @@ impl Writer {
                 .get(stack)
                 .and_then(|rendered| rendered.objects.get(&(service, part)).cloned()),
         };
-        // It was rendered in this very pass, or has just gone: the next pass knows.
+        // What cannot be read cannot be repaired.
         let Some(mut object) = object else { return Ok(()) };
         if part == Part::Workload
             && let Some(Value::Object(spec)) = object.get_mut("spec")

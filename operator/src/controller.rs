@@ -135,7 +135,7 @@ impl Context {
             look.object = object;
             self.note(&old, &look.seen.status);
         }
-        let done = self.act(&look, &plan.actions, remembered).await;
+        let done = self.act(&mut look, &plan.actions, remembered).await;
         self.tell(&look, &plan.events).await;
         done?;
         let status = &look.seen.status;
@@ -150,7 +150,7 @@ impl Context {
 
     async fn act(
         &self,
-        look: &Look,
+        look: &mut Look,
         actions: &[plan::Action],
         remembered: &mut Remembered,
     ) -> Result<(), Error> {

@@ -232,6 +232,9 @@ fn root_file_system(step: &mut Step, recipe: &Recipe, context: &Path) -> Result<
     let include = format!("--include={}", recipe.packages);
     // `extract` only unpacks: no package manager gets in, and no script of a package runs, so the users are ours to make.
     fs::write(context.join("passwd"), USERS)?;
+    let authorities = Path::new("/etc/ssl/certs/ca-certificates.crt");
+    fs::copy(authorities, context.join("ca-certificates.crt"))
+        .with_context(|| format!("cannot copy {}", authorities.display()))?;
     let mut command = Command::new("mmdebstrap");
     command.args(["--variant=extract", &include, "bookworm", &tar]);
     finish(&mut command, |line| step.update(line))
