@@ -59,7 +59,7 @@ check: ## Format, lints, unit tests, generated files: minutes, no root, no clust
 
 .PHONY: unit
 unit: ## Unit tests
-	cargo test --workspace --locked --lib --bins --test argo --test crd --test decide --test docs --test resources $(TEST)
+	cargo test --workspace --locked --lib --bins --test argo --test api_server --test crd --test decide --test docs --test resources $(TEST)
 
 .PHONY: integration
 integration: deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine; the charts as helm renders them
