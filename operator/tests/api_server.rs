@@ -1,0 +1,618 @@
+//! Passes against an API server in memory that keeps versions, labels and preconditions, notes every request, and fails
+//! on demand: what exactly is sent, and what is not.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test that cannot go on panics"
+)]
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
+
+use exchange_operator::{
+    api::Service,
+    controller::Context,
+    error::{Class, Error},
+    metrics::Metrics,
+    observe::pods::Pods,
+};
+use http::{Method, Request, Response, StatusCode};
+use kube::{Client, client::Body};
+use serde_json::{Value, json};
+use tower_test::mock;
+
+const UID: &str = "8d0ae1d4-3d6c-4d1c-8a59-1d2a8e1c9d10";
+const OBJECT: &str = "exchangedeployments/exchange";
+
+/// A write as it was sent.
+#[derive(Clone, Debug)]
+struct Write {
+    method: Method,
+    /// Behind the namespace: `services/exchange-user`.
+    path: String,
+    query: String,
+    body: Value,
+}
+
+#[derive(Default)]
+struct Server {
+    objects: BTreeMap<String, Value>,
+    version: u64,
+    reads: usize,
+    writes: Vec<Write>,
+    /// Writes whose method and path begin like this are answered with this status.
+    broken: Option<(String, StatusCode)>,
+    /// A write to the first takes the second with it.
+    takes: Option<(String, String)>,
+}
+
+impl Server {
+    fn put(&mut self, path: &str, mut object: Value) -> Value {
+        self.version += 1;
+        object["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        if object["metadata"]["uid"].is_null() {
+            object["metadata"]["uid"] = json!(format!("uid-{}", self.version));
+        }
+        self.objects.insert(path.to_owned(), object.clone());
+        object
+    }
+
+    fn answer(&mut self, method: &Method, path: &str, query: &str, body: Value) -> (StatusCode, Value) {
+        if *method == Method::GET {
+            self.reads += 1;
+            return self.read(path, query);
+        }
+        self.writes.push(Write {
+            method: method.clone(),
+            path: path.to_owned(),
+            query: query.to_owned(),
+            body: body.clone(),
+        });
+        let called = format!("{method} {path}");
+        if let Some((broken, status)) = &self.broken
+            && called.starts_with(broken)
+        {
+            return refusal(*status);
+        }
+        if let Some((_, taken)) = self.takes.take_if(|(write, _)| write == path) {
+            self.objects.remove(&taken);
+        }
+        match method.as_str() {
+            "POST" => {
+                let path = format!("{path}/{}", body["metadata"]["name"].as_str().unwrap());
+                if self.objects.contains_key(&path) {
+                    return refusal(StatusCode::CONFLICT);
+                }
+                (StatusCode::CREATED, self.put(&path, body))
+            }
+            "PUT" | "PATCH" => {
+                let (path, status) = match path.strip_suffix("/status") {
+                    Some(path) => (path, true),
+                    None => (path, false),
+                };
+                let Some(there) = self.objects.get(path).cloned() else {
+                    return refusal(StatusCode::NOT_FOUND);
+                };
+                let same = |field: &str| body["metadata"][field] == there["metadata"][field];
+                if !same("resourceVersion") || !same("uid") {
+                    return refusal(StatusCode::CONFLICT);
+                }
+                let mut next = if status { there } else { body.clone() };
+                if status {
+                    next["status"] = body["status"].clone();
+                }
+                (StatusCode::OK, self.put(path, next))
+            }
+            "DELETE" => {
+                let Some(there) = self.objects.get(path).cloned() else {
+                    return refusal(StatusCode::NOT_FOUND);
+                };
+                if body["preconditions"]["resourceVersion"] != there["metadata"]["resourceVersion"] {
+                    return refusal(StatusCode::CONFLICT);
+                }
+                self.objects.remove(path);
+                (StatusCode::OK, there)
+            }
+            _ => panic!("{called} is not expected"),
+        }
+    }
+
+    fn read(&self, path: &str, query: &str) -> (StatusCode, Value) {
+        if path.contains('/') {
+            return match self.objects.get(path) {
+                Some(object) => (StatusCode::OK, object.clone()),
+                None => refusal(StatusCode::NOT_FOUND),
+            };
+        }
+        let query = query
+            .replace("%3D", "=")
+            .replace("%2C", ",")
+            .replace("%2F", "/")
+            .replace('+', " ");
+        let items: Vec<&Value> = self
+            .objects
+            .iter()
+            .filter(|(key, object)| key.starts_with(&format!("{path}/")) && selected(object, &query))
+            .map(|(_, object)| object)
+            .collect();
+        (
+            StatusCode::OK,
+            json!({"metadata": {"resourceVersion": "1"}, "items": items}),
+        )
+    }
+}
+
+/// The operator selects by equality; slices by a set of names, which here are all the slices that there are.
+fn selected(object: &Value, query: &str) -> bool {
+    let Some(selector) = query
+        .split('&')
+        .find_map(|part| part.strip_prefix("labelSelector="))
+    else {
+        return true;
+    };
+    selector.contains(" in ")
+        || selector.contains("%20in%20")
+        || selector.split(',').all(|term| {
+            let (key, value) = term.split_once('=').unwrap();
+            object["metadata"]["labels"][key] == value
+        })
+}
+
+fn refusal(status: StatusCode) -> (StatusCode, Value) {
+    let reason = match status {
+        StatusCode::CONFLICT => "Conflict",
+        StatusCode::NOT_FOUND => "NotFound",
+        _ => "Other",
+    };
+    let body = json!({
+        "kind": "Status", "apiVersion": "v1", "status": "Failure", "message": "as the test wants",
+        "reason": reason, "code": status.as_u16(),
+    });
+    (status, body)
+}
+
+/// A server and an operator that works with it.
+struct World {
+    server: Arc<Mutex<Server>>,
+    context: Context,
+}
+
+impl World {
+    fn new() -> Self {
+        // The first to install it wins; all are the same.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let (service, mut handle) = mock::pair::<Request<Body>, Response<Body>>();
+        let server = Arc::new(Mutex::new(Server::default()));
+        let answering = Arc::clone(&server);
+        tokio::spawn(async move {
+            while let Some((request, send)) = handle.next_request().await {
+                let (parts, body) = request.into_parts();
+                let body = body.collect_bytes().await.unwrap();
+                let body = serde_json::from_slice(&body).unwrap_or_default();
+                let path = parts
+                    .uri
+                    .path()
+                    .split_once("/namespaces/prod/")
+                    .unwrap()
+                    .1
+                    .to_owned();
+                let query = parts.uri.query().unwrap_or_default();
+                let (status, body) = answering
+                    .lock()
+                    .unwrap()
+                    .answer(&parts.method, &path, query, body);
+                let body = Body::from(serde_json::to_vec(&body).unwrap());
+                send.send_response(Response::builder().status(status).body(body).unwrap());
+            }
+        });
+        let client = Client::new(service, "prod");
+        let context = Context::new(&client, Pods::new().unwrap(), "test", Metrics::new());
+        let world = Self { server, context };
+        let mut server = world.server.lock().unwrap();
+        for (name, keys) in [
+            ("db", json!({"url": ""})),
+            ("queue", json!({"url": ""})),
+            ("redis", json!({"url": ""})),
+        ] {
+            server.put(
+                &format!("secrets/{name}"),
+                json!({"metadata": {"name": name}, "data": keys}),
+            );
+        }
+        server.put(
+            OBJECT,
+            json!({
+                "apiVersion": "exchange.dev/v1alpha1",
+                "kind": "ExchangeDeployment",
+                "metadata": {"name": "exchange", "namespace": "prod", "uid": UID, "generation": 1},
+                "spec": {
+                    "version": "1.0.0",
+                    "image": "acme/exchange",
+                    "services": {"user": {"replicas": 1}, "trade": {"replicas": 1}, "notification": {"replicas": 1}},
+                    "database": {"secretRef": {"name": "db"}},
+                    "queue": {"secretRef": {"name": "queue"}},
+                    "marketData": {"secretRef": {"name": "redis"}},
+                },
+            }),
+        );
+        drop(server);
+        world
+    }
+
+    /// One pass, and what it has written, without what is for people only.
+    async fn pass(&self) -> (Result<(), Error>, Vec<Write>) {
+        self.server.lock().unwrap().writes.clear();
+        let result = self.context.pass("prod", "exchange").await.map(drop);
+        let mut writes = self.server.lock().unwrap().writes.clone();
+        writes.retain(|write| !write.path.starts_with("events"));
+        (result, writes)
+    }
+
+    /// Passes until one writes nothing.
+    async fn settle(&self) {
+        for _ in 0..20 {
+            let (result, writes) = self.pass().await;
+            result.unwrap();
+            if writes.is_empty() {
+                return;
+            }
+        }
+        panic!("it does not come to rest");
+    }
+
+    fn get(&self, path: &str) -> Value {
+        self.server
+            .lock()
+            .unwrap()
+            .objects
+            .get(path)
+            .cloned()
+            .unwrap_or_default()
+    }
+
+    fn change(&self, path: &str, change: impl FnOnce(&mut Value)) {
+        let mut server = self.server.lock().unwrap();
+        let mut object = server.objects.get(path).cloned().unwrap();
+        change(&mut object);
+        server.put(path, object);
+    }
+
+    fn names(&self, kind: &str) -> Vec<String> {
+        let server = self.server.lock().unwrap();
+        let prefix = format!("{kind}/");
+        server
+            .objects
+            .keys()
+            .filter(|key| key.starts_with(&prefix))
+            .cloned()
+            .collect()
+    }
+
+    fn finish_jobs(&self) {
+        for job in self.names("jobs") {
+            self.change(&job, |job| {
+                job["status"] = json!({"conditions": [{"type": "Complete", "status": "True"}]});
+            });
+        }
+    }
+
+    /// A pod for each Deployment, and slices that list it.
+    fn start_pods(&self) {
+        for name in self.names("deployments") {
+            let deployment = self.get(&name);
+            let template = &deployment["spec"]["template"]["metadata"]["labels"];
+            let service = template["app.kubernetes.io/component"].as_str().unwrap();
+            let colour = template["exchange.dev/colour"].as_str().unwrap();
+            let mut server = self.server.lock().unwrap();
+            let pod = json!({"metadata": {"name": service, "labels": template}, "spec": {"containers": []}});
+            let pod = server.put(&format!("pods/{service}"), pod);
+            let about = format!("exchange-{colour}-{service}");
+            server.put(
+                &format!("endpointslices/{about}"),
+                json!({
+                    "metadata": {"name": about, "labels": {"kubernetes.io/service-name": about}},
+                    "addressType": "IPv4",
+                    "endpoints": [{
+                        "addresses": ["192.0.2.1"], "conditions": {"ready": true},
+                        "targetRef": {"kind": "Pod", "name": service, "uid": pod["metadata"]["uid"]},
+                    }],
+                }),
+            );
+        }
+    }
+
+    /// Everything up to the decision to move the traffic.
+    async fn tested() -> Self {
+        let world = Self::new();
+        world.settle().await;
+        world.finish_jobs();
+        world.settle().await;
+        world.start_pods();
+        world.settle().await;
+        world.finish_jobs();
+        world
+    }
+
+    /// A version that is live and verified, and nothing else.
+    async fn converged() -> Self {
+        let world = Self::tested().await;
+        world.settle().await;
+        world.change(OBJECT, |object| {
+            let candidate = object["status"]["candidate"].take();
+            let mut live = candidate;
+            live["since"] = json!("2026-01-01T00:00:00Z");
+            live["verified"] = json!(true);
+            live["contracted"] = json!(true);
+            object["status"]["live"] = live;
+            object["status"]["phase"] = json!("Live");
+        });
+        world.settle().await;
+        world
+    }
+}
+
+fn paths(writes: &[Write]) -> Vec<String> {
+    writes
+        .iter()
+        .map(|write| format!("{} {}", write.method, write.path))
+        .collect()
+}
+
+#[tokio::test]
+async fn a_new_object_is_recorded_first_and_its_services_point_at_nothing() {
+    let world = World::new();
+    let version = world.get(OBJECT)["metadata"]["resourceVersion"].clone();
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(
+        paths(&writes),
+        [
+            "PUT exchangedeployments/exchange/status",
+            "POST services",
+            "POST services",
+            "POST services",
+        ]
+    );
+    assert_eq!(writes[0].body["metadata"]["resourceVersion"], version);
+    for (write, service) in writes[1..].iter().zip(Service::ALL) {
+        assert_eq!(write.query, "&fieldManager=exchange-operator");
+        let object = &write.body;
+        assert_eq!(object["metadata"]["name"], format!("exchange-{service}"));
+        assert_eq!(object["metadata"]["ownerReferences"][0]["uid"], UID);
+        assert_eq!(object["spec"]["selector"]["exchange.dev/revision"], "none");
+    }
+}
+
+#[tokio::test]
+async fn a_refused_record_ends_the_pass() {
+    for (status, class) in [
+        (StatusCode::CONFLICT, Class::Conflict),
+        (StatusCode::NOT_FOUND, Class::Conflict),
+        (StatusCode::TOO_MANY_REQUESTS, Class::Transient),
+        (StatusCode::INTERNAL_SERVER_ERROR, Class::Transient),
+        (StatusCode::FORBIDDEN, Class::Forbidden),
+        (StatusCode::UNPROCESSABLE_ENTITY, Class::Invalid),
+    ] {
+        let world = World::new();
+        world.server.lock().unwrap().broken = Some(("PUT exchangedeployments".to_owned(), status));
+        let (result, writes) = world.pass().await;
+        assert_eq!(result.unwrap_err().class(), class, "{status}");
+        assert_eq!(
+            paths(&writes),
+            ["PUT exchangedeployments/exchange/status"],
+            "{status}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_refused_write_ends_the_pass() {
+    let world = World::new();
+    world.server.lock().unwrap().broken =
+        Some(("POST services".to_owned(), StatusCode::INTERNAL_SERVER_ERROR));
+    let (result, writes) = world.pass().await;
+    assert_eq!(result.unwrap_err().class(), Class::Transient);
+    assert_eq!(writes.len(), 2, "{:?}", paths(&writes));
+    world.server.lock().unwrap().broken = None;
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert!(paths(&writes).contains(&"POST services".to_owned()));
+}
+
+#[tokio::test]
+async fn the_swap_is_one_record_and_three_fenced_writes() {
+    let world = World::tested().await;
+    let versions: Vec<Value> = Service::ALL
+        .iter()
+        .map(|service| world.get(&format!("services/exchange-{service}"))["metadata"].clone())
+        .collect();
+    world.change("services/exchange-trade", |service| {
+        service["spec"]["clusterIP"] = json!("10.0.0.1");
+        service["metadata"]["annotations"]["team"] = json!("trading");
+    });
+    let version = world.get("services/exchange-trade")["metadata"].clone();
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(
+        paths(&writes),
+        [
+            "PUT exchangedeployments/exchange/status",
+            "PUT services/exchange-user",
+            "PUT services/exchange-trade",
+            "PUT services/exchange-notification",
+        ]
+    );
+    assert_eq!(writes[0].body["status"]["phase"], "Promoting");
+    let observed = [&versions[0], &version, &versions[2]];
+    for (write, observed) in writes[1..].iter().zip(observed) {
+        assert_eq!(write.query, "&fieldManager=exchange-operator");
+        assert_eq!(write.body["metadata"]["uid"], observed["uid"]);
+        assert_eq!(
+            write.body["metadata"]["resourceVersion"],
+            observed["resourceVersion"]
+        );
+        assert_eq!(write.body["metadata"]["annotations"]["exchange.dev/epoch"], "1");
+        assert_eq!(write.body["spec"]["selector"]["exchange.dev/colour"], "blue");
+    }
+    // What others have set stays.
+    assert_eq!(writes[2].body["spec"]["clusterIP"], "10.0.0.1");
+    assert_eq!(writes[2].body["metadata"]["annotations"]["team"], "trading");
+}
+
+#[tokio::test]
+async fn a_swap_that_loses_its_endpoints_stops_before_the_write() {
+    let world = World::tested().await;
+    // Between the look and the guard: the first write of the swap takes the last endpoint with it.
+    let ready = world.get("endpointslices/exchange-blue-notification");
+    world.server.lock().unwrap().takes = Some((
+        "services/exchange-user".to_owned(),
+        "endpointslices/exchange-blue-notification".to_owned(),
+    ));
+    let (result, writes) = world.pass().await;
+    assert!(matches!(result, Err(Error::Refused(_))), "{result:?}");
+    assert_eq!(
+        paths(&writes),
+        [
+            "PUT exchangedeployments/exchange/status",
+            "PUT services/exchange-user"
+        ]
+    );
+    // They come back: the swap is finished.
+    world
+        .server
+        .lock()
+        .unwrap()
+        .put("endpointslices/exchange-blue-notification", ready);
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(
+        paths(&writes),
+        [
+            "PUT services/exchange-trade",
+            "PUT services/exchange-notification"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn a_converged_object_costs_no_write() {
+    let world = World::converged().await;
+    for _ in 0..3 {
+        let (result, writes) = world.pass().await;
+        result.unwrap();
+        assert_eq!(paths(&writes), Vec::<String>::new());
+    }
+    let before = world.server.lock().unwrap().reads;
+    world.pass().await.0.unwrap();
+    let reads = world.server.lock().unwrap().reads - before;
+    assert!(reads <= 16, "{reads} reads in a pass at rest");
+}
+
+#[tokio::test]
+async fn a_foreign_edit_is_put_right_with_what_was_observed() {
+    let world = World::converged().await;
+    world.change("services/exchange-trade", |service| {
+        service["spec"]["selector"]["tier"] = json!("gold");
+    });
+    let version = world.get("services/exchange-trade")["metadata"]["resourceVersion"].clone();
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(paths(&writes), ["PUT services/exchange-trade"]);
+    assert_eq!(writes[0].body["metadata"]["resourceVersion"], version);
+    assert!(writes[0].body["spec"]["selector"]["tier"].is_null());
+
+    let workload = world.names("deployments").remove(0);
+    world.change(&workload, |deployment| {
+        deployment["spec"]["template"]["spec"]["containers"][0]["image"] = json!("acme/other:1");
+    });
+    let version = world.get(&workload)["metadata"]["resourceVersion"].clone();
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(paths(&writes), [format!("PATCH {workload}")]);
+    assert!(
+        writes[0].query.contains("force=true") && writes[0].query.contains("fieldManager=exchange-operator")
+    );
+    assert_eq!(writes[0].body["metadata"]["resourceVersion"], version);
+    assert_eq!(
+        writes[0].body["spec"]["template"]["spec"]["containers"][0]["image"],
+        "acme/exchange:1.0.0"
+    );
+    world.settle().await;
+}
+
+#[tokio::test]
+async fn a_deletion_carries_uid_and_version() {
+    let world = World::converged().await;
+    world.change(OBJECT, |object| {
+        object["spec"]["services"]["trade"]["autoscaling"] = json!({"minReplicas": 1, "maxReplicas": 3});
+    });
+    world.settle().await;
+    let autoscaler = world.names("horizontalpodautoscalers").remove(0);
+    let there = world.get(&autoscaler)["metadata"].clone();
+    world.change(OBJECT, |object| {
+        object["spec"]["services"]["trade"]["autoscaling"] = Value::Null
+    });
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    let delete = writes
+        .iter()
+        .find(|write| write.method == Method::DELETE)
+        .unwrap();
+    assert_eq!(delete.path, autoscaler);
+    assert_eq!(delete.body["preconditions"]["uid"], there["uid"]);
+    assert_eq!(
+        delete.body["preconditions"]["resourceVersion"],
+        there["resourceVersion"]
+    );
+    assert_eq!(delete.body["propagationPolicy"], "Background");
+}
+
+#[tokio::test]
+async fn nothing_is_written_for_an_object_that_is_being_deleted() {
+    let world = World::converged().await;
+    world.change(OBJECT, |object| {
+        object["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+        object["spec"]["version"] = json!("2.0.0");
+    });
+    world.change("services/exchange-trade", |service| {
+        service["spec"]["selector"] = json!({"a": "b"})
+    });
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(paths(&writes), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_name_that_belongs_to_somebody_else_is_told_and_left_alone() {
+    let world = World::new();
+    world.server.lock().unwrap().put(
+        "services/exchange-trade",
+        json!({"metadata": {"name": "exchange-trade"}, "spec": {"selector": {"app": "other"}}}),
+    );
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(paths(&writes), ["PUT exchangedeployments/exchange/status"]);
+    let conditions = writes[0].body["status"]["conditions"].as_array().unwrap();
+    let stalled = conditions.iter().find(|it| it["type"] == "Stalled").unwrap();
+    assert_eq!(stalled["reason"], "NameTaken");
+    assert!(stalled["message"].as_str().unwrap().contains("exchange-trade"));
+}
+
+#[tokio::test]
+async fn a_missing_reference_is_told_in_words() {
+    let world = World::new();
+    world.server.lock().unwrap().objects.remove("secrets/queue");
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    let conditions = writes[0].body["status"]["conditions"].as_array().unwrap();
+    let stalled = conditions.iter().find(|it| it["type"] == "Stalled").unwrap();
+    assert_eq!(stalled["reason"], "ReferenceMissing");
+    assert_eq!(
+        stalled["message"],
+        "the Secret queue of spec.queue.secretRef does not exist: create it, or change the spec"
+    );
+}
