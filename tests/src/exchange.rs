@@ -444,7 +444,10 @@ impl Watch {
         })?;
         let given_up = self.sightings.last().map(|(_, object)| object);
         match given_up.filter(|object| phase_of(object) != phase) {
-            Some(object) => bail!("waited in vain for {what}: {:#}", object.get("status").unwrap_or(object)),
+            Some(object) => bail!(
+                "waited in vain for {what}: {:#}",
+                object.get("status").unwrap_or(object)
+            ),
             None => Ok(at),
         }
     }
