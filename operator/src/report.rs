@@ -33,12 +33,13 @@ fn verdict(is: bool, reason: impl fmt::Display, message: impl Into<String>) -> V
 pub fn report(spec: &Spec, seen: &Observed, status: &mut Status, now: Timestamp) {
     let story = story(spec, seen, status);
     let stalled = stalled(spec, seen, status);
-    let waiting = !matches!(status.phase, Phase::Live | Phase::Failed | Phase::Held);
-    let ready = status.phase == Phase::Live && stalled.is_none();
+    let arrived = arrived(spec, seen, status);
+    let waiting = !arrived && !matches!(status.phase, Phase::Failed | Phase::Held);
+    let ready = arrived && stalled.is_none();
     let reconciling = waiting && stalled.is_none();
     let reason = stalled
         .as_ref()
-        .map_or_else(|| word(status), |stalled| stalled.reason.clone());
+        .map_or_else(|| word(status, arrived), |stalled| stalled.reason.clone());
     let conditions = [
         (
             "Ready",
@@ -48,7 +49,7 @@ pub fn report(spec: &Spec, seen: &Observed, status: &mut Status, now: Timestamp)
                 stalled.as_ref().map_or(&story, |stalled| &stalled.message),
             ),
         ),
-        ("Reconciling", verdict(reconciling, word(status), &story)),
+        ("Reconciling", verdict(reconciling, word(status, arrived), &story)),
         (
             "Stalled",
             stalled.unwrap_or_else(|| verdict(false, "Progressing", "nothing is in the way")),
@@ -77,8 +78,20 @@ pub fn report(spec: &Spec, seen: &Observed, status: &mut Status, now: Timestamp)
         .collect();
 }
 
-fn word(status: &Status) -> String {
-    if status.stopped_since.is_some() && status.phase != Phase::Live {
+/// Whether what is declared is live and verified. Stopped, a newly declared version leaves the phase as it was.
+fn arrived(spec: &Spec, seen: &Observed, status: &Status) -> bool {
+    let declared = match (&seen.declared, &status.live) {
+        (Ok(declared), Some(live)) => {
+            let colour = spec.rollout.colour.fixed();
+            declared.revision == live.stack.revision && colour.is_none_or(|it| it == live.stack.colour)
+        }
+        _ => false,
+    };
+    status.phase == Phase::Live && declared
+}
+
+fn word(status: &Status, arrived: bool) -> String {
+    if status.stopped_since.is_some() && !arrived {
         return "Stopped".to_owned();
     }
     status.phase.to_string()
@@ -130,6 +143,9 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
         .map_or_else(|| "nothing".to_owned(), |live| live.version.clone());
     let candidate = status.candidate.as_ref();
     let version = candidate.map_or_else(|| spec.version.clone(), |candidate| candidate.version.clone());
+    if status.stopped_since.is_some() && status.phase == Phase::Live && !arrived(spec, seen, status) {
+        return format!("{version} waits, paused or suspended; {live} is live");
+    }
     if status.stopped_since.is_some() && status.phase != Phase::Live {
         return format!(
             "{version} is {} and paused or suspended; {live} is live",

@@ -7,7 +7,9 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::{
-    exchange::{self, Exchange, Images, Load, NAME, PATIENCE, Watch, is_current, phase_of, text, token},
+    exchange::{
+        self, Exchange, Images, Load, NAME, PATIENCE, Watch, is_current, is_given_up, phase_of, text, token,
+    },
     kubectl::Session,
     progress::say,
     results,
@@ -188,8 +190,11 @@ impl Stage<'_> {
                 told = Instant::now();
                 self.tell_traffic();
             }
+            let given_up = self.watch.sightings().last().is_some_and(|(_, object)| {
+                is_current(object) && is_given_up(object) && begun.elapsed() > SHOWN
+            });
             ensure!(
-                begun.elapsed() < PATIENCE,
+                begun.elapsed() < PATIENCE && !given_up,
                 "waited in vain until {what}: {}",
                 self.watch
                     .sightings()

@@ -110,6 +110,9 @@ fn objects() -> Vec<(&'static str, Value)> {
     let mut reverted = at(Verifying);
     reverted.release(0);
     reverted.until(0, Live);
+    let mut suspended_other = live();
+    suspended_other.declare(|spec| spec.suspend = true);
+    suspended_other.release(2);
     let mut new = object(&World::new(false));
     new.as_object_mut().unwrap().remove("status");
 
@@ -134,6 +137,7 @@ fn objects() -> Vec<(&'static str, Value)> {
         ),
         ("suspended", declares(at(Testing), |spec| spec.suspend = true)),
         ("suspended_live", declares(live(), |spec| spec.suspend = true)),
+        ("suspended_other", settled(suspended_other)),
         (
             "suspended_failed",
             declares(settled(releasing(5, Failed)), |spec| spec.suspend = true),

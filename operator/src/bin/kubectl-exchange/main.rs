@@ -1,0 +1,351 @@
+//! `kubectl exchange`: looks at an exchange as its operator sees it, and asks for what people can ask for.
+//!
+//! It only reads, and writes annotations: with the operator gone it still tells what was recorded last.
+
+mod act;
+mod view;
+
+use std::{
+    future::Future,
+    io::{IsTerminal as _, Write as _, stdout},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use exchange_operator::{
+    api::{ExchangeDeployment, GROUP},
+    resources::MANAGER,
+};
+use futures::{StreamExt as _, stream};
+use jiff::Timestamp;
+use k8s_openapi::api::{authentication::v1::SelfSubjectReview, batch::v1::Job, core::v1::Pod};
+use kube::{
+    Api, Client, Config, ResourceExt as _,
+    api::{ListParams, Patch, PatchParams, PostParams},
+    config::{KubeConfigOptions, Kubeconfig},
+    core::{Duration as Span, PartialObjectMeta},
+    runtime::{WatchStreamExt as _, watcher},
+};
+use serde_json::{Value, json};
+use tokio::time;
+
+use crate::{act::Action, view::View};
+
+/// The release was given up, or something else is in the way.
+const GIVEN_UP: u8 = 2;
+/// It was not there in time.
+const TIMED_OUT: u8 = 3;
+/// How often times are shown anew while nothing happens.
+const REFRESH: Duration = Duration::from_secs(5);
+
+/// Looks at an exchange and its release, and asks for what people can ask for.
+#[derive(Parser)]
+#[command(
+    name = "kubectl exchange",
+    bin_name = "kubectl exchange",
+    version,
+    after_help = "Exit codes: 0 done; 1 an error, or an action that makes no sense now; with `status --wait` also 2 given up \
+                  or stalled, 3 not there in time."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    way: Way,
+}
+
+/// The way to the cluster.
+#[derive(Args)]
+struct Way {
+    /// The namespace. Without it: that of the context.
+    #[arg(short, long, global = true)]
+    namespace: Option<String>,
+    /// The context of the kubeconfig. Without it: the current one.
+    #[arg(long, global = true)]
+    context: Option<String>,
+    /// The kubeconfig file. Without it: as kubectl finds it.
+    #[arg(long, global = true)]
+    kubeconfig: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The stacks with their pods and gates.
+    Status(Status),
+    /// Why it waits, each condition, and what can be done now.
+    Explain(Name),
+    /// What was live when, how it ended, who acted.
+    History(Name),
+    /// Approve the candidate that has passed its gates.
+    Promote(Name),
+    /// Give the candidate up before its swap. What is live is not touched.
+    Abort(Name),
+    /// Go back to the stack that was live before.
+    Rollback(Name),
+    /// Try again what was given up.
+    Retry(Name),
+    /// Start nothing new: deadlines and retention stand still.
+    Pause(Name),
+    /// End a pause.
+    Resume(Name),
+}
+
+#[derive(Args)]
+struct Name {
+    /// Name of the ExchangeDeployment. Without it: the only one of the namespace.
+    name: Option<String>,
+}
+
+#[derive(Args)]
+struct Status {
+    #[command(flatten)]
+    name: Name,
+    /// Show it again whenever something happens.
+    #[arg(short, long, conflicts_with = "output")]
+    watch: bool,
+    /// Wait until the declared version is live and verified (exit code 0) or something is in the way (2).
+    #[arg(long)]
+    wait: bool,
+    /// How long to wait, for example 90s or 15m; after it the exit code is 3. Without it: for ever.
+    #[arg(long, requires = "wait")]
+    timeout: Option<Span>,
+    /// For machines.
+    #[arg(short, long)]
+    output: Option<Output>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Output {
+    Json,
+    Yaml,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    match run(Cli::parse()).await {
+        Ok(code) => code,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    if rustls::crypto::ring::default_provider()
+        .install_default()
+        .is_err()
+    {
+        bail!("another TLS provider is installed already");
+    }
+    let cluster = Cluster::reach(&cli.way).await?;
+    match cli.command {
+        Command::Status(args) => return cluster.status(&args).await,
+        Command::Explain(Name { name }) => {
+            let object = cluster.object(name.as_deref()).await?;
+            let view = view::view(&object, &[], &[]);
+            print(&view::explain(&object, &view, Timestamp::now()))?;
+        }
+        Command::History(Name { name }) => print(&view::history(&cluster.object(name.as_deref()).await?))?,
+        Command::Promote(Name { name }) => cluster.ask(Action::Promote, name.as_deref()).await?,
+        Command::Abort(Name { name }) => cluster.ask(Action::Abort, name.as_deref()).await?,
+        Command::Rollback(Name { name }) => cluster.ask(Action::Rollback, name.as_deref()).await?,
+        Command::Retry(Name { name }) => cluster.ask(Action::Retry, name.as_deref()).await?,
+        Command::Pause(Name { name }) => cluster.ask(Action::Pause, name.as_deref()).await?,
+        Command::Resume(Name { name }) => cluster.ask(Action::Resume, name.as_deref()).await?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = stdout().lock();
+    out.write_all(text.as_bytes()).context("failed to print")?;
+    out.flush().context("failed to print")
+}
+
+/// A namespace of a cluster.
+struct Cluster {
+    client: Client,
+    namespace: String,
+    objects: Api<ExchangeDeployment>,
+}
+
+impl Cluster {
+    async fn reach(way: &Way) -> anyhow::Result<Self> {
+        let options = KubeConfigOptions {
+            context: way.context.clone(),
+            ..KubeConfigOptions::default()
+        };
+        let config = match &way.kubeconfig {
+            Some(path) => {
+                let file = Kubeconfig::read_from(path).with_context(|| path.display().to_string())?;
+                Config::from_custom_kubeconfig(file, &options).await?
+            }
+            None if way.context.is_some() => Config::from_kubeconfig(&options).await?,
+            None => Config::infer().await.context("no cluster is configured")?,
+        };
+        let namespace = way
+            .namespace
+            .clone()
+            .unwrap_or_else(|| config.default_namespace.clone());
+        let client = Client::try_from(config)?;
+        Ok(Self {
+            objects: Api::namespaced(client.clone(), &namespace),
+            client,
+            namespace,
+        })
+    }
+
+    /// The object of this name, or the only one there is.
+    async fn object(&self, name: Option<&str>) -> anyhow::Result<ExchangeDeployment> {
+        if let Some(name) = name {
+            let found = self.objects.get_opt(name).await?;
+            return found
+                .with_context(|| format!("there is no ExchangeDeployment {name} in {}", self.namespace));
+        }
+        let mut all = self.objects.list(&ListParams::default()).await?.items;
+        match (all.pop(), all.len()) {
+            (Some(only), 0) => Ok(only),
+            (None, _) => bail!("there is no ExchangeDeployment in {}", self.namespace),
+            (Some(_), more) => bail!(
+                "there are {} ExchangeDeployments in {}: name one",
+                more + 1,
+                self.namespace
+            ),
+        }
+    }
+
+    fn selector(name: &str) -> String {
+        format!("app.kubernetes.io/instance={name},app.kubernetes.io/managed-by={MANAGER}")
+    }
+
+    async fn look(&self, name: &str) -> anyhow::Result<View> {
+        let children = ListParams::default().labels(&Self::selector(name));
+        let (pods, jobs) = (
+            Api::<Pod>::namespaced(self.client.clone(), &self.namespace),
+            Api::<Job>::namespaced(self.client.clone(), &self.namespace),
+        );
+        let (object, pods, jobs) =
+            tokio::try_join!(self.objects.get(name), pods.list(&children), jobs.list(&children))?;
+        Ok(view::view(&object, &pods.items, &jobs.items))
+    }
+
+    // ---- status -----------------------------------------------------------------------------------------------
+
+    async fn status(&self, args: &Status) -> anyhow::Result<ExitCode> {
+        let name = self.object(args.name.name.as_deref()).await?.name_any();
+        if !args.wait && !args.watch {
+            show(&self.look(&name).await?, args.output)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        let following = self.follow(&name, args);
+        match args.timeout {
+            None => following.await,
+            Some(limit) => match time::timeout(limit.into(), following).await {
+                Ok(code) => code,
+                Err(_) => {
+                    show(&self.look(&name).await?, args.output)?;
+                    Ok(ExitCode::from(TIMED_OUT))
+                }
+            },
+        }
+    }
+
+    /// Looks again whenever something happens, until what is waited for has come.
+    async fn follow(&self, name: &str, args: &Status) -> anyhow::Result<ExitCode> {
+        let of_name = watcher::Config::default().fields(&format!("metadata.name={name}"));
+        let of_children = watcher::Config::default().labels(&Self::selector(name));
+        let pods = Api::<PartialObjectMeta<Pod>>::namespaced(self.client.clone(), &self.namespace);
+        let object = watcher(self.objects.clone(), of_name).default_backoff().map(drop);
+        let pods = watcher(pods, of_children).default_backoff().map(drop);
+        let mut happens = stream::select(object.boxed(), pods.boxed());
+        loop {
+            let view = self.look(name).await?;
+            if args.watch {
+                if stdout().is_terminal() {
+                    print("\x1b[2J\x1b[H")?;
+                }
+                print(&format!("{}\n", view::tree(&view, Timestamp::now())))?;
+            }
+            let code = match (view.ready, view.stalled) {
+                _ if !args.wait => None,
+                (true, _) => Some(ExitCode::SUCCESS),
+                (_, true) => Some(ExitCode::from(GIVEN_UP)),
+                _ => None,
+            };
+            if let Some(code) = code {
+                if !args.watch {
+                    show(&view, args.output)?;
+                }
+                return Ok(code);
+            }
+            // Whatever has happened meanwhile is in the next look.
+            quiet(happens.next()).await;
+            while futures::FutureExt::now_or_never(happens.next()).is_some() {}
+        }
+    }
+
+    // ---- actions ----------------------------------------------------------------------------------------------
+
+    async fn ask(&self, action: Action, name: Option<&str>) -> anyhow::Result<()> {
+        let object = self.object(name).await?;
+        let name = object.name_any();
+        let request = match act::request(action, &object) {
+            Ok(request) => request,
+            Err(refusal) => bail!("{} makes no sense now: {refusal}", action.word()),
+        };
+        let by = self.who().await;
+        let patch = json!({"metadata": {"annotations": {
+            &request.annotation: (!request.value.is_empty()).then_some(&request.value),
+            format!("{GROUP}/by"): &by,
+        }}});
+        self.objects
+            .patch(&name, &PatchParams::default(), &Patch::<Value>::Merge(patch))
+            .await
+            .with_context(|| format!("{} was not asked for", action.word()))?;
+        let by = by.map_or_else(|| ", unsigned".to_owned(), |by| format!(" by {by}"));
+        print(&format!(
+            "{} of {name} is asked for{by}: {}\n",
+            action.word(),
+            request.effect
+        ))
+    }
+
+    /// Who the API server takes us for. Without an answer a request is not signed, and history says so.
+    async fn who(&self) -> Option<String> {
+        let reviews = Api::<SelfSubjectReview>::all(self.client.clone());
+        let review = reviews
+            .create(&PostParams::default(), &SelfSubjectReview::default())
+            .await
+            .ok()?;
+        review.status?.user_info?.username
+    }
+}
+
+/// Until something happens, but not longer than times may stand still on the screen.
+async fn quiet(something: impl Future) {
+    let _ = time::timeout(REFRESH, something).await;
+}
+
+fn show(view: &View, output: Option<Output>) -> anyhow::Result<()> {
+    print(&match output {
+        None => view::tree(view, Timestamp::now()),
+        Some(Output::Json) => serde_json::to_string_pretty(view)? + "\n",
+        Some(Output::Yaml) => serde_yaml::to_string(view)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,634 @@
+//! An exchange as people look at it: pure functions of what the cluster says.
+
+use std::fmt::Write as _;
+
+use exchange_operator::{
+    api::{ExchangeDeployment, Service},
+    resources::{ATTEMPT, COLOUR, JOB, REVISION},
+    status::{ExchangeDeploymentStatus as Status, Phase, Stack, token},
+};
+use jiff::{SignedDuration, Timestamp, Unit};
+use k8s_openapi::{
+    api::{batch::v1::Job, core::v1::Pod},
+    apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta},
+};
+use serde::Serialize;
+
+use crate::act::{Action, request};
+
+/// An exchange: what is declared, what serves, what is on its way.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct View {
+    pub(crate) name: String,
+    pub(crate) namespace: String,
+    /// The declared version.
+    pub(crate) target: String,
+    pub(crate) phase: Phase,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) since: Option<Timestamp>,
+    /// Whether this is about the spec as it is now.
+    pub(crate) current: bool,
+    pub(crate) ready: bool,
+    /// Whether nothing goes on without somebody's help.
+    pub(crate) stalled: bool,
+    pub(crate) message: String,
+    pub(crate) stacks: Vec<StackView>,
+}
+
+/// A stack and its pods.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct StackView {
+    pub(crate) role: &'static str,
+    pub(crate) version: String,
+    #[serde(flatten)]
+    pub(crate) stack: Stack,
+    pub(crate) attempt: u32,
+    pub(crate) note: String,
+    pub(crate) services: Vec<ServiceView>,
+    pub(crate) gates: Vec<Gate>,
+}
+
+/// The pods of a service of a stack.
+#[derive(Debug, Serialize)]
+pub(crate) struct ServiceView {
+    pub(crate) service: Service,
+    pub(crate) pods: Vec<PodView>,
+}
+
+/// A pod.
+#[derive(Debug, Serialize)]
+pub(crate) struct PodView {
+    pub(crate) name: String,
+    pub(crate) ready: bool,
+    /// What it does, or what keeps it.
+    pub(crate) state: String,
+    pub(crate) restarts: i32,
+}
+
+/// A condition of the swap, and how it stands.
+#[derive(Debug, Serialize)]
+pub(crate) struct Gate {
+    pub(crate) name: String,
+    pub(crate) state: GateState,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) began: Option<Timestamp>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) ended: Option<Timestamp>,
+}
+
+/// How a gate stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum GateState {
+    Passed,
+    Running,
+    Failed,
+    Waiting,
+}
+
+/// A condition by its type.
+pub(crate) fn condition<'a>(status: &'a Status, kind: &str) -> Option<&'a Condition> {
+    status.conditions.iter().find(|it| it.type_ == kind)
+}
+
+/// Puts together what the cluster says. `pods` and `jobs` are those of this exchange.
+pub(crate) fn view(object: &ExchangeDeployment, pods: &[Pod], jobs: &[Job]) -> View {
+    let status = object.status.clone().unwrap_or_default();
+    let is = |kind| condition(&status, kind).is_some_and(|it| it.status == "True");
+    let current =
+        status.observed_generation.is_some() && status.observed_generation == object.metadata.generation;
+    let mut stacks = Vec::new();
+    let mut add = |role, version: &str, stack: &Stack, attempt, note| {
+        stacks.push(StackView {
+            role,
+            version: version.to_owned(),
+            stack: stack.clone(),
+            attempt,
+            note,
+            services: services(pods, stack),
+            gates: gates(object, &status, jobs, stack, attempt),
+        });
+    };
+    if let Some(it) = &status.live {
+        let note = if it.verified { "verified" } else { "not verified" };
+        add("live", &it.version, &it.stack, it.attempt, note.to_owned());
+    }
+    if let Some(it) = &status.candidate {
+        add("candidate", &it.version, &it.stack, it.attempt, String::new());
+    }
+    if let Some(it) = &status.previous {
+        let note = if it.way_back {
+            format!("{:?}, until {}", it.state, it.until)
+        } else {
+            format!("{:?}, no way back", it.state)
+        };
+        add("previous", &it.version, &it.stack, it.attempt, note);
+    }
+    let known = |stack: &Stack| {
+        [
+            status.live.as_ref().map(|it| &it.stack),
+            status.candidate.as_ref().map(|it| &it.stack),
+            status.previous.as_ref().map(|it| &it.stack),
+        ]
+        .contains(&Some(stack))
+    };
+    if let Some(it) = status.rejected.as_ref().filter(|it| !known(&it.stack)) {
+        add(
+            "given up",
+            &it.version,
+            &it.stack,
+            it.attempt,
+            it.reason.to_string(),
+        );
+    }
+    let message = if current {
+        condition(&status, "Ready").map_or_else(String::new, |it| it.message.clone())
+    } else {
+        "the operator has not looked at this spec yet".to_owned()
+    };
+    View {
+        name: object.metadata.name.clone().unwrap_or_default(),
+        namespace: object.metadata.namespace.clone().unwrap_or_default(),
+        target: object.spec.version.clone(),
+        phase: status.phase,
+        since: status.phase_since,
+        current,
+        ready: current && is("Ready"),
+        stalled: current && is("Stalled"),
+        message,
+        stacks,
+    }
+}
+
+fn label<'a>(metadata: &'a ObjectMeta, key: &str) -> Option<&'a str> {
+    metadata.labels.as_ref()?.get(key).map(String::as_str)
+}
+
+fn of_stack(metadata: &ObjectMeta, stack: &Stack) -> bool {
+    label(metadata, COLOUR) == Some(stack.colour.as_str())
+        && label(metadata, REVISION) == Some(stack.revision.as_str())
+}
+
+fn services(pods: &[Pod], stack: &Stack) -> Vec<ServiceView> {
+    let of = |service: Service| {
+        let pods = pods.iter().filter(|pod| {
+            of_stack(&pod.metadata, stack)
+                && label(&pod.metadata, "app.kubernetes.io/component") == Some(service.as_str())
+        });
+        let mut pods: Vec<_> = pods.map(pod_view).collect();
+        pods.sort_by(|a, b| a.name.cmp(&b.name));
+        ServiceView { service, pods }
+    };
+    Service::ALL.into_iter().map(of).collect()
+}
+
+fn pod_view(pod: &Pod) -> PodView {
+    let status = pod.status.clone().unwrap_or_default();
+    let ready = status
+        .conditions
+        .iter()
+        .flatten()
+        .any(|it| it.type_ == "Ready" && it.status == "True");
+    let containers = status.container_statuses.unwrap_or_default();
+    let troubles = containers.iter().filter_map(|container| {
+        let state = container.state.as_ref()?;
+        let waits = state.waiting.as_ref().and_then(|it| it.reason.clone());
+        waits.or_else(|| state.terminated.as_ref().and_then(|it| it.reason.clone()))
+    });
+    let trouble = troubles.into_iter().next();
+    let state = if pod.metadata.deletion_timestamp.is_some() {
+        "Terminating".to_owned()
+    } else {
+        trouble.or(status.phase).unwrap_or_else(|| "Unknown".to_owned())
+    };
+    PodView {
+        name: pod.metadata.name.clone().unwrap_or_default(),
+        ready,
+        state,
+        restarts: containers.iter().map(|container| container.restart_count).sum(),
+    }
+}
+
+/// The gates of a candidate, in the order in which they are passed; of other stacks, those whose Jobs are still there.
+fn gates(
+    object: &ExchangeDeployment,
+    status: &Status,
+    jobs: &[Job],
+    stack: &Stack,
+    attempt: u32,
+) -> Vec<Gate> {
+    let mut gates = Vec::new();
+    let job = |name: &str| {
+        jobs.iter().find(|job| {
+            of_stack(&job.metadata, stack)
+                && label(&job.metadata, ATTEMPT) == Some(attempt.to_string().as_str())
+                && label(&job.metadata, JOB) == Some(name)
+        })
+    };
+    let candidate = status.candidate.as_ref().filter(|it| it.stack == *stack);
+    let released = candidate.filter(|_| !matches!(status.phase, Phase::RollingBack));
+    let by_job = |name: &str| match job(name) {
+        Some(job) => Some(gate(name, job)),
+        None => released.map(|_| waiting(name, GateState::Waiting)),
+    };
+    gates.extend(by_job("expand"));
+    if released.is_some() {
+        let ready = condition(status, "CandidateReady").is_some_and(|it| it.status == "True");
+        let state = match (ready, status.phase) {
+            (true, _) => GateState::Passed,
+            (false, Phase::Provisioning) => GateState::Running,
+            _ => GateState::Waiting,
+        };
+        gates.push(waiting("pods", state));
+    }
+    gates.extend(by_job("smoke"));
+    gates.extend(
+        object
+            .spec
+            .rollout
+            .smoke_tests
+            .iter()
+            .filter_map(|test| by_job(&test.name)),
+    );
+    for name in ["verify", "contract"] {
+        gates.extend(job(name).map(|job| gate(name, job)));
+    }
+    if released.is_some() && object.spec.rollout.promotion == exchange_operator::api::Promotion::Manual {
+        let state = match status.phase {
+            Phase::Promoting => GateState::Passed,
+            Phase::AwaitingPromotion => GateState::Running,
+            _ => GateState::Waiting,
+        };
+        gates.push(waiting("approval", state));
+    }
+    gates
+}
+
+fn waiting(name: &str, state: GateState) -> Gate {
+    Gate {
+        name: name.to_owned(),
+        state,
+        began: None,
+        ended: None,
+    }
+}
+
+fn gate(name: &str, job: &Job) -> Gate {
+    let status = job.status.clone().unwrap_or_default();
+    let ended = status.conditions.iter().flatten().find_map(|it| {
+        let state = match it.type_.as_str() {
+            "Complete" => GateState::Passed,
+            "Failed" => GateState::Failed,
+            _ => return None,
+        };
+        (it.status == "True").then(|| (state, it.last_transition_time.as_ref().map(|it| it.0)))
+    });
+    let (state, ended) = ended.unwrap_or((GateState::Running, None));
+    Gate {
+        name: name.to_owned(),
+        state,
+        began: status.start_time.map(|it| it.0),
+        ended,
+    }
+}
+
+/// A span of time, in one or two units.
+pub(crate) fn span(duration: SignedDuration) -> String {
+    let seconds = duration.as_secs().max(0);
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds}s"),
+        (0, 0, 1..=9) => format!("{minutes}m{}s", seconds % 60),
+        (0, 0, _) => format!("{minutes}m"),
+        (0, ..) => format!("{hours}h{}m", minutes % 60),
+        _ => format!("{days}d{}h", hours % 24),
+    }
+}
+
+/// The view as a tree.
+pub(crate) fn tree(view: &View, now: Timestamp) -> String {
+    let mut text = String::new();
+    let lasts = view.since.map_or_else(String::new, |since| {
+        format!(" for {}", span(now.duration_since(since)))
+    });
+    let _ = writeln!(
+        text,
+        "{} in {}: {}{lasts}, wants {}\n  {}",
+        view.name, view.namespace, view.phase, view.target, view.message
+    );
+    for (index, stack) in view.stacks.iter().enumerate() {
+        let last = index + 1 == view.stacks.len();
+        let (branch, stem) = if last {
+            ("└─", "  ")
+        } else {
+            ("├─", "│ ")
+        };
+        let note = if stack.note.is_empty() {
+            String::new()
+        } else {
+            format!(", {}", stack.note)
+        };
+        let _ = writeln!(
+            text,
+            "{branch} {}: {} in {}, {}{note}",
+            stack.role,
+            stack.version,
+            stack.stack.colour,
+            token(&stack.stack, stack.attempt)
+        );
+        let mut lines: Vec<String> = Vec::new();
+        for service in &stack.services {
+            let ready = service.pods.iter().filter(|pod| pod.ready).count();
+            lines.push(format!(
+                "{}: {ready} of {} pods ready",
+                service.service,
+                service.pods.len()
+            ));
+            for pod in &service.pods {
+                let mark = if pod.ready { "✓" } else { "·" };
+                let restarts = match pod.restarts {
+                    0 => String::new(),
+                    restarts => format!(", {restarts} restarts"),
+                };
+                lines.push(format!("  {mark} {} {}{restarts}", pod.name, pod.state));
+            }
+        }
+        if !stack.gates.is_empty() {
+            lines.push("gates".to_owned());
+            lines.extend(stack.gates.iter().map(|gate| gate_line(gate, now)));
+        }
+        for line in lines {
+            let _ = writeln!(text, "{stem}  {line}");
+        }
+    }
+    text
+}
+
+fn gate_line(gate: &Gate, now: Timestamp) -> String {
+    let mark = match gate.state {
+        GateState::Passed => "✓",
+        GateState::Running => "…",
+        GateState::Failed => "✗",
+        GateState::Waiting => "·",
+    };
+    let took = gate.began.map_or_else(String::new, |began| {
+        format!(" {}", span(gate.ended.unwrap_or(now).duration_since(began)))
+    });
+    format!("  {mark} {}{took}", gate.name)
+}
+
+/// What the release waits for, and what can be done.
+pub(crate) fn explain(object: &ExchangeDeployment, view: &View, now: Timestamp) -> String {
+    let status = object.status.clone().unwrap_or_default();
+    let mut text = String::new();
+    let lasts = view.since.map_or_else(String::new, |since| {
+        format!(", since {} ({} ago)", at(since), span(now.duration_since(since)))
+    });
+    let _ = writeln!(
+        text,
+        "{}: {}{lasts}.\n{}\n",
+        view.phase,
+        meaning(view.phase),
+        view.message
+    );
+    if let Some(since) = status.stopped_since {
+        let how = if object.spec.suspend {
+            "suspended (spec.suspend)"
+        } else {
+            "paused"
+        };
+        let _ = writeln!(
+            text,
+            "It is {how} since {}: deadlines and retention stand still.\n",
+            at(since)
+        );
+    }
+    let _ = writeln!(text, "Conditions");
+    for it in &status.conditions {
+        let _ = writeln!(
+            text,
+            "  {:<17} {:<5} {}: {}",
+            it.type_, it.status, it.reason, it.message
+        );
+    }
+    let _ = writeln!(text, "\nWhat can be done");
+    for action in Action::ALL {
+        let line = match request(action, object) {
+            Ok(request) => format!(
+                "kubectl exchange {} {}: {}",
+                action.word(),
+                view.name,
+                request.effect
+            ),
+            Err(refusal) => format!("not {}: {refusal}", action.word()),
+        };
+        let _ = writeln!(text, "  {line}");
+    }
+    text
+}
+
+const fn meaning(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Pending => "waits until the other colour is free",
+        Phase::Migrating => "the schema is being expanded",
+        Phase::Provisioning => "the candidate's pods start",
+        Phase::Testing => "the candidate is being tested",
+        Phase::AwaitingPromotion => "all gates are passed, a person has to approve",
+        Phase::Promoting => "the traffic moves to the candidate",
+        Phase::Verifying => "the new version serves and is being watched",
+        Phase::Live => "what is declared serves",
+        Phase::RollingBack => "the traffic moves back",
+        Phase::Failed => "given up before the swap, what was live still is",
+        Phase::Held => "given up after the swap",
+    }
+}
+
+/// What was live when, how it ended, who acted; the latest first.
+pub(crate) fn history(object: &ExchangeDeployment) -> String {
+    let mut rows = vec![["AT", "OUTCOME", "VERSION", "COLOUR", "STACK", "REASON", "BY"].map(str::to_owned)];
+    let status = object.status.clone().unwrap_or_default();
+    rows.extend(status.history.iter().map(|it| {
+        [
+            at(it.at),
+            format!("{:?}", it.outcome),
+            it.version.clone(),
+            it.stack.colour.to_string(),
+            token(&it.stack, it.attempt),
+            it.reason
+                .map_or_else(|| "-".to_owned(), |reason| reason.to_string()),
+            it.by.clone(),
+        ]
+    }));
+    let width = |column: usize| {
+        rows.iter()
+            .filter_map(|row| row.get(column))
+            .map(|cell| cell.chars().count())
+            .max()
+    };
+    let widths: Vec<usize> = (0..7).map(|column| width(column).unwrap_or(0)).collect();
+    let mut text = String::new();
+    for row in &rows {
+        let cells = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:<width$}"));
+        let _ = writeln!(text, "{}", cells.collect::<Vec<_>>().join("  ").trim_end());
+    }
+    text
+}
+
+fn at(time: Timestamp) -> String {
+    time.round(Unit::Second).unwrap_or(time).to_string()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::{fs, path::Path};
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// An object as the operator leaves it, by the name of its file.
+    pub(crate) fn object(name: &str) -> ExchangeDeployment {
+        let folder = "../argocd/resource_customizations/exchange.dev/ExchangeDeployment/testdata";
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join(folder)
+            .join(format!("{name}.yaml"));
+        serde_yaml::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+    }
+
+    fn labels(stack: &Stack, more: &Value) -> Value {
+        let mut labels = json!({COLOUR: stack.colour, REVISION: stack.revision});
+        labels
+            .as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        labels
+    }
+
+    fn pod(stack: &Stack, service: &str, name: &str, waits: Option<&str>) -> Pod {
+        let state = waits.map_or(
+            json!({"running": {}}),
+            |reason| json!({"waiting": {"reason": reason}}),
+        );
+        serde_json::from_value(json!({
+            "metadata": {"name": name, "labels": labels(stack, &json!({"app.kubernetes.io/component": service}))},
+            "status": {
+                "phase": if waits.is_some() { "Pending" } else { "Running" },
+                "conditions": [{"type": "Ready", "status": if waits.is_some() { "False" } else { "True" }}],
+                "containerStatuses": [{
+                    "name": service, "image": "", "imageID": "", "ready": waits.is_none(),
+                    "restartCount": if waits.is_some() { 3 } else { 0 }, "state": state,
+                }],
+            },
+        }))
+        .unwrap()
+    }
+
+    fn job(stack: &Stack, attempt: u32, name: &str, end: Option<&str>) -> Job {
+        let conditions: Vec<Value> = end
+            .map(|end| json!({"type": end, "status": "True", "lastTransitionTime": "2026-01-01T02:15:29Z"}))
+            .into_iter()
+            .collect();
+        let more = json!({JOB: name, ATTEMPT: attempt.to_string()});
+        serde_json::from_value(json!({
+            "metadata": {"name": name, "labels": labels(stack, &more)},
+            "status": {"startTime": "2026-01-01T02:15:22Z", "conditions": conditions},
+        }))
+        .unwrap()
+    }
+
+    fn now() -> Timestamp {
+        "2026-01-01T02:20:00Z".parse().unwrap()
+    }
+
+    /// The live stack with all its pods, and the candidate with one that does not start.
+    fn cluster(object: &ExchangeDeployment) -> (Vec<Pod>, Vec<Job>) {
+        let status = object.status.clone().unwrap();
+        let live = status.live.unwrap().stack;
+        let mut pods: Vec<Pod> = Service::ALL
+            .iter()
+            .map(|service| {
+                pod(
+                    &live,
+                    service.as_str(),
+                    &format!("exchange-blue-{service}-r0-a"),
+                    None,
+                )
+            })
+            .collect();
+        let mut jobs = Vec::new();
+        if let Some(it) = status.candidate {
+            pods.push(pod(&it.stack, "user", "exchange-green-user-r1-b", None));
+            pods.push(pod(&it.stack, "user", "exchange-green-user-r1-a", None));
+            pods.push(pod(
+                &it.stack,
+                "trade",
+                "exchange-green-trade-r1-a",
+                Some("ImagePullBackOff"),
+            ));
+            jobs.push(job(&it.stack, it.attempt, "expand", Some("Complete")));
+            jobs.push(job(&it.stack, it.attempt, "smoke", Some("Failed")));
+            jobs.push(job(&it.stack, it.attempt, "own", None));
+            // Of an earlier attempt: says nothing about this one.
+            jobs.push(job(&it.stack, it.attempt - 1, "verify", Some("Complete")));
+        }
+        (pods, jobs)
+    }
+
+    #[test]
+    fn the_tree_shows_stacks_pods_and_gates() {
+        let object = object("testing");
+        let (pods, jobs) = cluster(&object);
+        insta::assert_snapshot!("tree", tree(&view(&object, &pods, &jobs), now()));
+    }
+
+    #[test]
+    fn the_tree_of_each_phase_says_what_it_is_about() {
+        for name in ["new", "stale", "awaiting_promotion", "live", "held", "failed"] {
+            let text = tree(&view(&object(name), &[], &[]), now());
+            insta::assert_snapshot!(format!("tree-{name}"), text);
+        }
+    }
+
+    #[test]
+    fn machines_read_the_same() {
+        let object = object("testing");
+        let (pods, jobs) = cluster(&object);
+        insta::assert_yaml_snapshot!("view", view(&object, &pods, &jobs));
+    }
+
+    #[test]
+    fn explanations_say_what_can_be_done() {
+        for name in ["awaiting_promotion", "live", "failed", "paused"] {
+            let object = object(name);
+            insta::assert_snapshot!(
+                format!("explain-{name}"),
+                explain(&object, &view(&object, &[], &[]), now())
+            );
+        }
+    }
+
+    #[test]
+    fn the_history_is_a_table() {
+        insta::assert_snapshot!("history", history(&object("held")));
+    }
+
+    #[test]
+    fn spans_are_short() {
+        let rows = [
+            (-5, "0s"),
+            (59, "59s"),
+            (61, "1m1s"),
+            (600, "10m"),
+            (3_661, "1h1m"),
+            (90_000, "1d1h"),
+        ];
+        for (seconds, expected) in rows {
+            assert_eq!(span(SignedDuration::from_secs(seconds)), expected);
+        }
+    }
+}

@@ -1,0 +1,631 @@
+//! Releases on a cluster, told as stories: what is declared, what goes wrong, where the exchange ends. Clients trade all the
+//! while where the story is not about their being cut off. `make e2e` runs them.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use testbed::{
+    exchange::{self, Exchange, Images, Load, NAME, PATIENCE, Watch, is_current, phase_of, text, token},
+    kubectl::{Namespace, Session},
+    sandbox::wait_until,
+};
+
+/// Requests a second: enough to notice whatever is cut off.
+const RATE: u32 = 20;
+const SERVICES: [&str; 3] = ["user", "trade", "notification"];
+
+/// Two exchanges at once would measure the machine.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+struct Ground {
+    session: Session,
+    images: Images,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Ground {
+    fn new() -> Self {
+        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let session = Session::from_environment().unwrap();
+        let images = Images::from_environment().unwrap();
+        exchange::install_operator(&session, &images).unwrap();
+        Self {
+            session,
+            images,
+            _turn: turn,
+        }
+    }
+
+    /// An exchange that is live with this declaration.
+    fn live<'a>(&'a self, namespace: &'a Namespace<'_>, declare: impl Fn(&mut Value)) -> Story<'a> {
+        let exchange = Exchange::install(&self.session, &namespace.name, &self.images).unwrap();
+        let mut declaration = exchange.declaration("1.0.0");
+        declare(&mut declaration);
+        exchange.release(&declaration).unwrap();
+        let watch = exchange.watch().unwrap();
+        let mut story = Story {
+            session: &self.session,
+            namespace: &namespace.name,
+            exchange,
+            watch,
+            declaration,
+        };
+        story.watch.until_phase("Live", "1.0.0", PATIENCE).unwrap();
+        story
+    }
+}
+
+struct Story<'a> {
+    session: &'a Session,
+    namespace: &'a str,
+    exchange: Exchange<'a>,
+    watch: Watch,
+    declaration: Value,
+}
+
+impl<'a> Story<'a> {
+    fn last(&self) -> &Value {
+        &self.watch.sightings().last().unwrap().1
+    }
+
+    fn revision(&self, stack: &str) -> String {
+        text(self.last(), &format!("/status/{stack}/revision")).to_owned()
+    }
+
+    fn declare(&mut self, change: impl Fn(&mut Value)) {
+        change(&mut self.declaration["spec"]);
+        self.exchange.release(&self.declaration).unwrap();
+    }
+
+    /// Waits until the operator has come to this phase with what is declared now.
+    fn reaches(&mut self, phase: &str) {
+        let wanted = self.declaration["spec"]["version"].clone();
+        self.watch
+            .until(phase, PATIENCE, |object| {
+                is_current(object) && phase_of(object) == phase && object["spec"]["version"] == wanted
+            })
+            .unwrap();
+    }
+
+    /// A release that ends where it should, and the traffic with it.
+    fn goes_live(&mut self) {
+        let before = self.revision("live");
+        self.watch
+            .until("the release to be live", PATIENCE, |object| {
+                is_current(object)
+                    && phase_of(object) == "Live"
+                    && text(object, "/status/live/revision") != before
+            })
+            .unwrap();
+        self.all_point_at(&self.revision("live"));
+    }
+
+    fn trade(&self) -> Load<'a> {
+        self.exchange.make_treasury().unwrap();
+        self.exchange.start_load(RATE).unwrap()
+    }
+
+    fn selector(&self, service: &str) -> Value {
+        let name = format!("service/{NAME}-{service}");
+        let selector = self
+            .session
+            .get(self.namespace, &name, "{.spec.selector}")
+            .unwrap();
+        serde_json::from_str(&selector).unwrap()
+    }
+
+    fn all_point_at(&self, revision: &str) {
+        for service in SERVICES {
+            let selector = self.selector(service);
+            assert_eq!(
+                selector["exchange.dev/revision"], revision,
+                "{service}: {selector}"
+            );
+        }
+    }
+
+    fn condition(&self, kind: &str) -> Value {
+        let conditions = self.last()["status"]["conditions"].as_array().unwrap();
+        conditions.iter().find(|it| it["type"] == kind).unwrap().clone()
+    }
+
+    fn kubectl(&self, args: &[&str]) -> String {
+        let args: Vec<&str> = args
+            .iter()
+            .chain(&["--namespace", self.namespace])
+            .copied()
+            .collect();
+        self.session.kubectl(&args).unwrap()
+    }
+
+    /// The phases since a sighting, each once.
+    fn phases_since(&self, sighting: usize) -> Vec<String> {
+        let phases = self.watch.sightings()[sighting..].iter();
+        let mut phases: Vec<_> = phases.map(|(_, object)| phase_of(object).to_owned()).collect();
+        phases.dedup();
+        phases
+    }
+
+    fn last_outcome(&self) -> (String, String, String) {
+        let entry = &self.last()["status"]["history"][0];
+        let field = |name: &str| entry[name].as_str().unwrap_or_default().to_owned();
+        (field("outcome"), field("reason"), field("by"))
+    }
+}
+
+/// Ends the load: nothing may have failed. Returns the stacks that have answered.
+fn end_well(load: Load<'_>) -> Vec<String> {
+    let (table, report) = load.end().unwrap();
+    assert_eq!(report["summary"]["failed"], 0, "{table}");
+    assert_eq!(report["closed_without_notice"], 0, "{table}");
+    assert_eq!(report["audit"]["findings"], json!([]), "{table}");
+    assert!(report["summary"]["requests"].as_u64().unwrap() > 100, "{table}");
+    report["summary"]["stacks"]
+        .as_object()
+        .unwrap()
+        .keys()
+        .cloned()
+        .collect()
+}
+
+fn nothing(_: &mut Value) {}
+
+/// A release without another version: one more variable.
+fn note(spec: &mut Value, value: &str) {
+    spec["services"]["trade"]["env"] = json!([{"name": "RELEASE_NOTE", "value": value}]);
+}
+
+/// With Helm, as a person would: the first deployment goes through every gate, `--wait` and `kubectl wait` believe it only
+/// then, and the next version follows by itself.
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn helm_installs_an_exchange_and_upgrades_it() {
+    let ground = Ground::new();
+    let namespace = Namespace::new(&ground.session, "helm").unwrap();
+    let exchange = Exchange::install(&ground.session, &namespace.name, &ground.images).unwrap();
+    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/exchange");
+    let image = format!("image={}/exchange", ground.images.prefix);
+    let quick = "services.user.replicas=1,services.trade.replicas=1,services.notification.replicas=1,\
+                 rollout.verification.duration=5s,rollout.verification.maxLatencyP99=2s,rollout.retention=10m,\
+                 rollout.drainTimeout=30s";
+    // The stores are a release of their own, of the name that the exchange's Secrets have.
+    let stores = "database.secretRef.name=exchange-db,database.migrationSecretRef.name=exchange-db,\
+                  queue.secretRef.name=exchange-queue,marketData.secretRef.name=exchange-redis";
+    let helm = |version: &str, more: &[&str]| {
+        let version = format!("version={version}");
+        let mut args = vec![
+            "upgrade",
+            "--install",
+            "shop",
+            chart,
+            "--namespace",
+            &namespace.name,
+        ];
+        args.extend([
+            "--set-string",
+            &version,
+            "--set",
+            &image,
+            "--set",
+            quick,
+            "--set",
+            stores,
+        ]);
+        args.extend(["--timeout", "5m"]);
+        args.extend(more);
+        ground.session.helm(&args)
+    };
+    let get = |path: &str| ground.session.get(&namespace.name, "exd/shop", path).unwrap();
+
+    helm("1.0.0", &["--wait"]).unwrap();
+    assert_eq!(get("{.status.phase} {.status.live.version}"), "Live 1.0.0");
+    assert_eq!(get("{.status.history[*].outcome}"), "Verified Promoted");
+    let revision = get("{.status.live.revision}");
+    let jobs = ground
+        .session
+        .kubectl(&[
+            "get",
+            "jobs",
+            "--namespace",
+            &namespace.name,
+            "--output=jsonpath={.items[*].metadata.name}",
+        ])
+        .unwrap();
+    for job in ["expand", "smoke", "verify"] {
+        assert!(
+            jobs.contains(&format!("{revision}-{job}-1")),
+            "{job} has not run: {jobs}"
+        );
+    }
+
+    helm("2.0.0", &[]).unwrap();
+    ground
+        .session
+        .wait(&namespace.name, "exd/shop", "condition=Ready", PATIENCE)
+        .unwrap();
+    assert_eq!(get("{.status.phase} {.status.live.version}"), "Live 2.0.0");
+    assert_eq!(
+        get("{.status.live.colour} {.status.previous.version}"),
+        "green 1.0.0"
+    );
+
+    // A version that is given up fails the upgrade, and says so.
+    let refusal = helm("9.9.9", &["--wait"]).unwrap_err().to_string();
+    assert!(refusal.contains("Failed"), "{refusal}");
+    assert_eq!(get("{.status.phase} {.status.live.version}"), "Failed 2.0.0");
+    drop(exchange);
+}
+
+/// Whatever is wrong with a version: it is found before the swap, the live one serves on, and the message says what.
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn what_fails_before_the_swap_touches_nothing() {
+    let ground = Ground::new();
+    let namespace = Namespace::new(&ground.session, "fails").unwrap();
+    let mut story = ground.live(&namespace, nothing);
+    let load = story.trade();
+    let good = story.revision("live");
+
+    // One service of three has no image. None is switched.
+    let begun = story.watch.sightings().len();
+    story.declare(|spec| {
+        spec["rollout"]["progressDeadline"] = json!("15s");
+        spec["services"]["trade"]["image"] = json!("exchange.local/nowhere");
+    });
+    story
+        .watch
+        .until("the image to be named", PATIENCE, |object| {
+            text(object, "/status/conditions/0/message").contains("exchange.local/nowhere:1.0.0")
+        })
+        .unwrap();
+    story.reaches("Failed");
+    story.all_point_at(&good);
+    assert_eq!(
+        text(story.last(), "/status/rejected/reason"),
+        "ProgressDeadlineExceeded"
+    );
+    assert_eq!(story.condition("Available")["status"], "True");
+    assert_eq!(story.condition("Stalled")["reason"], "ProgressDeadlineExceeded");
+    let phases = story.phases_since(begun);
+    assert!(!phases.iter().any(|phase| phase == "Promoting"), "{phases:?}");
+
+    // A test of the user's says no.
+    story.declare(|spec| {
+        spec["services"]["trade"] = json!({"replicas": 1});
+        spec["rollout"]["progressDeadline"] = json!("3m");
+        spec["rollout"]["smokeTests"] =
+            json!([{"name": "no", "command": ["/usr/bin/exchange", "no-such-command"], "timeout": "60s"}]);
+        note(spec, "tested");
+    });
+    story.reaches("Failed");
+    story.all_point_at(&good);
+    assert_eq!(text(story.last(), "/status/rejected/reason"), "SmokeTestFailed");
+    assert!(text(&story.condition("Stalled"), "/message").contains("the test no failed"));
+
+    // Tried again, it fails again, as another attempt.
+    let attempt = story.last()["status"]["attempt"].as_u64().unwrap();
+    story
+        .exchange
+        .ask("retry", &token(story.last(), "rejected"))
+        .unwrap();
+    story
+        .watch
+        .until("the next attempt to fail", PATIENCE, |object| {
+            phase_of(object) == "Failed" && object["status"]["attempt"].as_u64() > Some(attempt)
+        })
+        .unwrap();
+    story.all_point_at(&good);
+
+    // Declared as it was, all is well.
+    story.declaration = story.exchange.declaration("1.0.0");
+    story.declare(nothing);
+    story.reaches("Live");
+    assert_eq!(story.revision("live"), good);
+    assert_eq!(story.condition("Ready")["status"], "True");
+    assert_eq!(end_well(load).len(), 1, "somebody else has answered");
+}
+
+/// A person has to approve. No deadline passes, a word about another stack counts for nothing, and what was approved goes
+/// live, and nothing else. Aborted, it is gone.
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn an_approval_is_for_one_stack_and_attempt() {
+    let ground = Ground::new();
+    let namespace = Namespace::new(&ground.session, "approval").unwrap();
+    let mut story = ground.live(&namespace, nothing);
+    let load = story.trade();
+    let first = story.revision("live");
+    let stale = token(story.last(), "live");
+
+    story.declare(|spec| {
+        spec["rollout"]["promotion"] = json!("Manual");
+        spec["rollout"]["progressDeadline"] = json!("45s");
+        note(spec, "one");
+    });
+    story.reaches("AwaitingPromotion");
+    let one = token(story.last(), "candidate");
+    for wrong in [stale.as_str(), "no-such-stack.1"] {
+        story.exchange.ask("promote", wrong).unwrap();
+    }
+    // Longer than the deadline: nothing may happen, so that there is nothing to wait for.
+    let quiet = Duration::from_secs(60);
+    let moved = story.watch.until("a change of phase", quiet, |object| {
+        phase_of(object) != "AwaitingPromotion"
+    });
+    assert!(moved.is_err(), "it did not wait");
+    story.all_point_at(&first);
+
+    // Another declaration takes its place: the approval of the first comes too late.
+    story.declare(|spec| note(spec, "two"));
+    story
+        .watch
+        .until("the other candidate", PATIENCE, |object| {
+            phase_of(object) == "AwaitingPromotion" && token(object, "candidate") != one
+        })
+        .unwrap();
+    let two = token(story.last(), "candidate");
+    story.exchange.ask("promote", &one).unwrap();
+    story.exchange.ask("promote", &two).unwrap();
+    story.reaches("Live");
+    assert_eq!(token(story.last(), "live"), two);
+    story.all_point_at(&story.revision("live"));
+
+    // Aborted: what is live serves on.
+    story.declare(|spec| note(spec, "three"));
+    story.reaches("AwaitingPromotion");
+    story
+        .exchange
+        .ask("abort", &token(story.last(), "candidate"))
+        .unwrap();
+    story.reaches("Failed");
+    assert_eq!(story.last_outcome().1, "Aborted");
+    assert_eq!(token(story.last(), "live"), two);
+    assert_eq!(end_well(load).len(), 2);
+}
+
+/// The way back needs nothing of the new stack: its pods are all dead, and cannot come back.
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn the_way_back_needs_no_pod_of_the_new_stack() {
+    let ground = Ground::new();
+    let namespace = Namespace::new(&ground.session, "dead").unwrap();
+    let mut story = ground.live(&namespace, nothing);
+    let first = story.revision("live");
+    story.declare(|spec| note(spec, "dead"));
+    story.goes_live();
+    let second = story.revision("live");
+
+    let quota = json!({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}});
+    story.session.apply(story.namespace, &quota).unwrap();
+    let selector = format!("--selector=exchange.dev/revision={second},app.kubernetes.io/component");
+    story.kubectl(&["delete", "pods", "--force", "--grace-period=0", &selector]);
+    story
+        .watch
+        .until("the outage to be seen", PATIENCE, |object| {
+            let conditions = object["status"]["conditions"]
+                .as_array()
+                .cloned()
+                .unwrap_or_default();
+            conditions.iter().any(|it| it["reason"] == "NoEndpoints")
+        })
+        .unwrap();
+
+    let asked = Instant::now();
+    story
+        .exchange
+        .ask("rollback", &token(story.last(), "live"))
+        .unwrap();
+    let back = story
+        .watch
+        .until("the way back", PATIENCE, |object| {
+            phase_of(object) == "Held" && text(object, "/status/live/revision") == first
+        })
+        .unwrap();
+    story.all_point_at(&first);
+    let took = back.duration_since(asked);
+    namespace.note(
+        "rollback_from_dead_pods_milliseconds",
+        u64::try_from(took.as_millis()).unwrap(),
+    );
+    assert!(took < Duration::from_secs(15), "it took {took:?}");
+    story
+        .watch
+        .until("clients to be served", PATIENCE, |object| {
+            let conditions = object["status"]["conditions"]
+                .as_array()
+                .cloned()
+                .unwrap_or_default();
+            conditions
+                .iter()
+                .any(|it| it["type"] == "Available" && it["status"] == "True")
+        })
+        .unwrap();
+}
+
+/// The content of what a spec refers to is part of the release, and a rollback brings it back.
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn a_rollback_brings_back_the_settings() {
+    let ground = Ground::new();
+    let namespace = Namespace::new(&ground.session, "settings").unwrap();
+    let settings = |value: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"level": value}});
+    ground.session.apply(&namespace.name, &settings("old")).unwrap();
+    let mut story = ground.live(&namespace, |declaration| {
+        declaration["spec"]["services"]["user"]["env"] = json!([
+            {"name": "LEVEL", "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "level"}}}
+        ]);
+    });
+    let load = story.trade();
+    let level = |story: &Story<'_>| {
+        let colour = text(story.last(), "/status/live/colour");
+        let name = format!("deployment/{NAME}-{colour}-user-{}", story.revision("live"));
+        let source =
+            "{.spec.template.spec.containers[0].env[?(@.name==\"LEVEL\")].valueFrom.configMapKeyRef.name}";
+        let copy = story.session.get(story.namespace, &name, source).unwrap();
+        story
+            .session
+            .get(story.namespace, &format!("configmap/{copy}"), "{.data.level}")
+            .unwrap()
+    };
+    assert_eq!(level(&story), "old");
+    let first = story.revision("live");
+
+    story.session.apply(story.namespace, &settings("new")).unwrap();
+    story.goes_live();
+    assert_eq!(level(&story), "new");
+
+    story
+        .exchange
+        .ask("rollback", &token(story.last(), "live"))
+        .unwrap();
+    story.reaches("Held");
+    assert_eq!(story.revision("live"), first);
+    assert_eq!(level(&story), "old");
+    story.all_point_at(&first);
+    assert_eq!(story.last_outcome().0, "RolledBack");
+    assert_eq!(end_well(load).len(), 2);
+}
+
+/// What others do to its children is put right; an object that lost its children finds them again; deleted, nothing is left.
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn what_others_break_is_put_right() {
+    let ground = Ground::new();
+    let namespace = Namespace::new(&ground.session, "repairs").unwrap();
+    let mut story = ground.live(&namespace, nothing);
+    let revision = story.revision("live");
+    let repaired = |what: &str, holds: &mut dyn FnMut() -> bool| {
+        wait_until(what, PATIENCE, holds).unwrap_or_else(|error| {
+            let told = story.session.circumstances(story.namespace);
+            assert!(told.is_empty(), "{error:#}\n{told}");
+        });
+    };
+
+    let elsewhere = r#"{"spec": {"selector": {"exchange.dev/revision": "elsewhere"}}}"#;
+    story.kubectl(&[
+        "patch",
+        "service",
+        "exchange-trade",
+        "--type=merge",
+        "--patch",
+        elsewhere,
+    ]);
+    repaired("the selector", &mut || {
+        story.selector("trade")["exchange.dev/revision"] == revision
+    });
+
+    story.kubectl(&["delete", "service", "exchange-user"]);
+    let path = "{.spec.selector.exchange\\.dev/revision}";
+    repaired("the live Service", &mut || {
+        story
+            .session
+            .get(story.namespace, "service/exchange-user", path)
+            .is_ok_and(|found| found == revision)
+    });
+
+    let workload = format!("deployment/{NAME}-blue-notification-{revision}");
+    story.kubectl(&["set", "image", &workload, "notification=exchange.local/foreign:1"]);
+    let image = "{.spec.template.spec.containers[0].image}";
+    repaired("the image", &mut || {
+        story
+            .session
+            .get(story.namespace, &workload, image)
+            .unwrap()
+            .ends_with("/exchange:1.0.0")
+    });
+    story.kubectl(&["rollout", "status", &workload, "--timeout=120s"]);
+
+    // Without its children, and created again as it was: it finds what is live, and releases from there.
+    let load = story.trade();
+    story.kubectl(&["delete", "exd", NAME, "--cascade=orphan", "--wait"]);
+    let uid = |story: &Story<'_>| {
+        story
+            .session
+            .get(story.namespace, "exd/exchange", "{.metadata.uid}")
+            .unwrap()
+    };
+    story.exchange.release(&story.declaration).unwrap();
+    story.watch = story.exchange.watch().unwrap();
+    story.reaches("Live");
+    assert_eq!(story.revision("live"), revision);
+    let new = uid(&story);
+    let owner = "{.metadata.ownerReferences[0].uid}";
+    let adopted = || {
+        story
+            .session
+            .get(story.namespace, "service/exchange-trade", owner)
+            .is_ok_and(|uid| uid == new)
+    };
+    wait_until("the live Service to be adopted", PATIENCE, adopted).unwrap();
+    story.declare(|spec| note(spec, "adopted"));
+    story.goes_live();
+    assert_eq!(end_well(load).len(), 2);
+
+    story.kubectl(&["delete", "exd", NAME, "--wait"]);
+    let kinds = "services,deployments,jobs,controllerrevisions,poddisruptionbudgets,horizontalpodautoscalers,\
+                 serviceaccounts,secrets,configmaps,pods";
+    let selector = format!(
+        "--selector=app.kubernetes.io/managed-by=exchange-operator,app.kubernetes.io/instance={NAME}"
+    );
+    let left = || story.kubectl(&["get", kinds, &selector, "--output=name"]);
+    let gone = wait_until("everything to go", PATIENCE, || left().is_empty());
+    assert!(gone.is_ok(), "left: {}", left());
+}
+
+/// A release that is under way when its operator ends at once, and one whose suspension begins in the middle.
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn nobody_signs_for_somebody_else() {
+    let ground = Ground::new();
+    let namespace = Namespace::new(&ground.session, "signed").unwrap();
+    let mut story = ground.live(&namespace, nothing);
+    story.declare(|spec| note(spec, "signed"));
+    story.goes_live();
+    let leave = format!("exchange.dev/rollback={}", token(story.last(), "live"));
+    let annotate = |by: &str| {
+        let by = format!("exchange.dev/by={by}");
+        let args = [
+            "annotate",
+            "exd",
+            NAME,
+            "--overwrite",
+            &leave,
+            &by,
+            "--namespace",
+            story.namespace,
+        ];
+        let person = ["--as=alice", "--as-group=system:masters"];
+        story.session.kubectl(&[&args[..], &person[..]].concat())
+    };
+    let refusal = annotate("bob").unwrap_err().to_string();
+    assert!(
+        refusal.contains("exchange.dev/by says bob, but it is alice who asks"),
+        "{refusal}"
+    );
+    annotate("alice").unwrap();
+    story.reaches("Held");
+    let (outcome, reason, by) = story.last_outcome();
+    assert_eq!(
+        (outcome.as_str(), reason.as_str(), by.as_str()),
+        ("RolledBack", "RolledBack", "alice")
+    );
+    // Her signature does not sign what somebody else asks for afterwards.
+    let retry = format!("exchange.dev/retry={}", token(story.last(), "rejected"));
+    let args = ["annotate", "exd", NAME, &retry, "--namespace", story.namespace];
+    let other = ["--as=bob", "--as-group=system:masters"];
+    let refusal = story
+        .session
+        .kubectl(&[&args[..], &other[..]].concat())
+        .unwrap_err()
+        .to_string();
+    assert!(refusal.contains("it is bob who asks"), "{refusal}");
+}
