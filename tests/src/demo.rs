@@ -169,7 +169,7 @@ impl Stage<'_> {
             let sighting = self.watch.next(Duration::from_millis(200))?.cloned();
             if let Some((at, object)) = sighting {
                 let phase = phase_of(&object).to_owned();
-                if phase != shown.0 {
+                if phase != shown.0 && is_current(&object) {
                     if matches!(shown.0.as_str(), "Promoting" | "RollingBack") {
                         let took = at.duration_since(shown.1).as_millis();
                         self.moves
