@@ -11,6 +11,13 @@ NAME ?= dev
 CLUSTER ?= testbed
 # One test only: make e2e TEST=dns_answers_from_a_pod
 TEST ?=
+# One case of the proof: make e2e CASE=2
+CASE ?=
+ifneq ($(CASE),)
+  override TEST := case_$(CASE)_
+endif
+# What the end-to-end tests are about: the ground floor, releases, the proof that nothing is lost.
+E2E ?= ground_floor release proof
 # KEEP=1 keeps the cluster of `make test`.
 KEEP ?=
 TAG ?= dev
@@ -36,7 +43,7 @@ run-tests = $(1) 2>&1 | tee $(TARGET_DIR)/last-tests.log; \
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-15s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  Variables: NAME=dev (which test cluster), CLUSTER=existing (use the one of KUBECONFIG), TEST=… (one test)"
 
@@ -59,7 +66,7 @@ check: ## Format, lints, unit tests, generated files: minutes, no root, no clust
 
 .PHONY: unit
 unit: ## Unit tests
-	cargo test --workspace --locked --lib --bins --test argo --test crd --test decide --test docs --test resources $(TEST)
+	cargo test --workspace --locked --lib --bins --test argo --test api_server --test crd --test decide --test docs --test resources $(TEST)
 
 .PHONY: integration
 integration: deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine; the charts as helm renders them
@@ -67,10 +74,10 @@ integration: deps ## The exchange against real PostgreSQL, NATS and Redis on fre
 	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --workspace --locked --test it --test charts $(TEST)
 
 .PHONY: e2e
-e2e: cluster images $(TESTBED) ## End-to-end tests on the cluster, which stays for the next run
+e2e: cluster images $(TESTBED) ## End-to-end tests on the cluster, which stays for the next run; CASE=2 runs one case of the proof
 	@$(TESTBED) results --begin
 	@trap '$(TESTBED) results' EXIT; \
-	  $(call run-tests,cargo test --workspace --locked --test ground_floor -- --ignored --test-threads 2 $(TEST))
+	  $(call run-tests,cargo test --workspace --locked $(E2E:%=--test %) --no-fail-fast -- --ignored --test-threads 2 $(TEST))
 
 .PHONY: cluster-test
 cluster-test: $(if $(filter existing,$(CLUSTER)),not-existing,) deps $(TESTBED) ## Test the test cluster itself: kills, several at once, leavings, wrong use (about 10 minutes)
@@ -130,6 +137,10 @@ crds-check:
 bench: deps ## Benchmarks: ratios from one run, printed and written to target/results/*.json
 	@$(MAKE) --no-print-directory $(TESTBED)
 	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --workspace --release --locked --test it -- --ignored --nocapture bench::
+
+.PHONY: bench-operator
+bench-operator: cluster images ## Measure releases on the cluster: medians of RELEASES=10
+	cargo test --workspace --locked --test bench -- --ignored --nocapture
 
 .PHONY: deny
 deny: ## Licences, sources and advisories of all dependencies (needs cargo-deny)

@@ -118,6 +118,13 @@ impl Turn<'_> {
                 version,
             });
         }
+        if let Some(fence) = seen
+            .filter(|seen| !seen.owned)
+            .and_then(|seen| seen.rendered.clone())
+        {
+            let stack = stack.clone();
+            actions.push(Action::Adopt { stack, fence });
+        }
         // While traffic moves, counts stand still.
         let moving = matches!(self.next.phase, Phase::Promoting | Phase::RollingBack);
         for service in Service::ALL {

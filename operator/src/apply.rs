@@ -96,6 +96,7 @@ impl Writer {
                 self.replace_service(look, object, fence).await
             }
             Action::Render { stack, attempt, .. } => self.render(look, stack, *attempt).await,
+            Action::Adopt { stack, fence } => self.adopt(look, stack, fence).await,
             Action::Apply {
                 stack,
                 service,
@@ -185,6 +186,17 @@ impl Writer {
         }
     }
 
+    /// An operator that dies in between finds the rendered stack still without an owner.
+    async fn adopt(&self, look: &Look, stack: &Stack, fence: &Fence) -> Result<(), Error> {
+        self.adopt_all::<ConfigMap>(look, stack).await?;
+        self.adopt_all::<Secret>(look, stack).await?;
+        self.adopt_all::<ServiceAccount>(look, stack).await?;
+        self.adopt_all::<BatchJob>(look, stack).await?;
+        let name = builder(&look.object).stack_name(stack);
+        let kind = ApiResource::erase::<ControllerRevision>(&());
+        self.own(&kind, look, &name, fence).await
+    }
+
     async fn unrender(&self, look: &Look, stack: &Stack, fence: &Fence) -> Result<(), Error> {
         self.delete_all::<ConfigMap>(look, stack).await?;
         self.delete_all::<Secret>(look, stack).await?;
@@ -260,7 +272,7 @@ impl Writer {
         };
         add(&mut service.metadata.labels, built.metadata.labels);
         add(&mut service.metadata.annotations, built.metadata.annotations);
-        adopt(
+        take_over(
             &mut service.metadata.owner_references,
             built.metadata.owner_references,
         );
@@ -293,6 +305,38 @@ impl Writer {
             .map(drop)
     }
 
+    async fn own(&self, kind: &ApiResource, look: &Look, name: &str, fence: &Fence) -> Result<(), Error> {
+        let patch = json!({"metadata": {
+            "uid": *fence.uid,
+            "resourceVersion": *fence.resource_version,
+            "ownerReferences": builder(&look.object).owner(),
+        }});
+        let (api, params) = (
+            self.objects(kind, look),
+            PatchParams {
+                field_manager: Some(MANAGER.to_owned()),
+                ..PatchParams::default()
+            },
+        );
+        let patch = Patch::Merge(&patch);
+        let patched = api.patch_metadata(name, &params, &patch);
+        self.limited("patch", &kind.kind, name, patched).await.map(drop)
+    }
+
+    async fn adopt_all<K: Resource<DynamicType = ()>>(
+        &self,
+        look: &Look,
+        stack: &Stack,
+    ) -> Result<(), Error> {
+        let kind = ApiResource::erase::<K>(&());
+        for (name, fence, owned) in self.all(&kind, look, stack).await? {
+            if !owned {
+                self.own(&kind, look, &name, &fence).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Deletes all objects of a kind that belong to a stack, each as it is now.
     async fn delete_all<K: Resource<DynamicType = ()>>(
         &self,
@@ -300,23 +344,40 @@ impl Writer {
         stack: &Stack,
     ) -> Result<(), Error> {
         let kind = ApiResource::erase::<K>(&());
-        let api = self.objects(&kind, look);
+        for (name, fence, _) in self.all(&kind, look, stack).await? {
+            self.delete(&kind, look, &name, &fence).await?;
+        }
+        Ok(())
+    }
+
+    /// All objects of a kind with the labels of a stack, and whether they have an owner.
+    async fn all(
+        &self,
+        kind: &ApiResource,
+        look: &Look,
+        stack: &Stack,
+    ) -> Result<Vec<(String, Fence, bool)>, Error> {
         let labels = format!(
             "{},{COLOUR}={},{REVISION}={}",
             selector(&look.object.name_any()),
             stack.colour,
             stack.revision
         );
+        let api = self.objects(kind, look);
         let list = api.list_metadata(&ListParams::default().labels(&labels)).await;
         let list = list.map_err(Error::api(format!("list {}", kind.plural)))?;
-        for object in list.items {
+        let objects = list.items.iter().map(|object| {
             let fence = Fence {
                 uid: object.uid().unwrap_or_default().into(),
                 resource_version: object.resource_version().unwrap_or_default().into(),
             };
-            self.delete(&kind, look, &object.name_any(), &fence).await?;
-        }
-        Ok(())
+            let owned = object
+                .owner_references()
+                .iter()
+                .any(|owner| owner.controller == Some(true));
+            (object.name_any(), fence, owned)
+        });
+        Ok(objects.collect())
     }
 
     fn objects(&self, kind: &ApiResource, look: &Look) -> Api<DynamicObject> {
@@ -366,7 +427,7 @@ fn carry(object: &mut Value, fence: &Fence) {
 }
 
 /// One controller, and whoever else owns the object.
-fn adopt(owners: &mut Option<Vec<OwnerReference>>, ours: Option<Vec<OwnerReference>>) {
+fn take_over(owners: &mut Option<Vec<OwnerReference>>, ours: Option<Vec<OwnerReference>>) {
     let owners = owners.get_or_insert_default();
     owners.retain(|owner| owner.controller != Some(true));
     owners.extend(ours.unwrap_or_default());

@@ -95,7 +95,8 @@ impl Context {
         // The same object is never worked on twice at once.
         let mut remembered = self.memories().remove(&key).unwrap_or_default();
         let begun = Instant::now();
-        let result = match timeout(PASS_LIMIT, self.work(namespace, name, &mut remembered)).await {
+        let work = Box::pin(self.work(namespace, name, &mut remembered));
+        let result = match timeout(PASS_LIMIT, work).await {
             Ok(result) => result,
             Err(_) => Err(Error::Timeout {
                 doing: format!("look after {namespace}/{name}"),
@@ -123,7 +124,7 @@ impl Context {
         name: &str,
         remembered: &mut Remembered,
     ) -> Result<Option<Duration>, Error> {
-        let look = self.reader.look(namespace, name, &mut remembered.memory).await?;
+        let look = Box::pin(self.reader.look(namespace, name, &mut remembered.memory)).await?;
         let Some(mut look) = look else {
             return Ok(None);
         };

@@ -240,9 +240,10 @@ impl Contender {
         let lease = self.lease(version, None);
         let params = PostParams::default();
         let released = self.leases.replace(&self.name, &params, &lease);
-        match timeout(REQUEST_LIMIT, released).await {
-            Ok(Ok(_)) => info!("the lease is given up"),
-            _ => warn!("the lease could not be given up: it ends by itself"),
+        if matches!(timeout(REQUEST_LIMIT, released).await, Ok(Ok(_))) {
+            info!("the lease is given up");
+        } else {
+            warn!("the lease could not be given up: it ends by itself");
         }
     }
 

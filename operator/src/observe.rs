@@ -8,6 +8,7 @@
 //! never newer than the record by which it is judged: whatever has been recorded since has changed either the object,
 //! so that the next record is refused, or what is to be written, so that the write is.
 
+mod assemble;
 pub mod intact;
 pub mod pods;
 pub mod read;
@@ -130,6 +131,9 @@ pub struct StackSeen {
     /// Whether all that its pods need beside their stores exists: the account, the lane's secret, the copies of
     /// ConfigMaps and Secrets.
     pub whole: bool,
+    /// Whether it belongs to the object. What was left behind by one that was deleted without its children belongs to
+    /// nobody.
+    pub owned: bool,
     /// Attempt for which it was rendered.
     pub attempt: u32,
     /// Version of the rendered stack.
@@ -240,6 +244,8 @@ pub struct JobSeen {
     pub fence: Fence,
     /// How it stands. A Job that is being deleted has failed.
     pub state: JobState,
+    /// What keeps its pod from starting, in words.
+    pub trouble: Option<String>,
 }
 
 /// How a Job stands.

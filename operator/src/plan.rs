@@ -53,6 +53,14 @@ pub enum Action {
         /// Its version.
         version: String,
     },
+    /// Make a stack that belongs to nobody the object's: all that was rendered for it or named by it, its Jobs, and last
+    /// the rendered stack.
+    Adopt {
+        /// Which stack.
+        stack: Stack,
+        /// As it was observed.
+        fence: Fence,
+    },
     /// Create an object of a stack, or make it again what was rendered.
     Apply {
         /// Which stack.

@@ -3,7 +3,7 @@
 use crate::{
     api::{Promotion, Service},
     decide::{QUIET, Turn, signed},
-    observe::{Declared, JobKind, JobState, Target},
+    observe::{Declared, Job, JobKind, JobState, Target},
     resources::job_word,
     status::{
         Candidate, Colour, Contract, Live, Outcome, Phase, Previous, PreviousState, Reason, Stack, token,
@@ -177,18 +177,18 @@ impl Turn<'_> {
             }
             _ => {
                 self.enter(Phase::Migrating);
-                return self.in_time(
-                    Reason::MigrationFailed,
+                let message = self.late(
                     "the expand migration was not done in time",
+                    JobKind::Expand,
+                    candidate,
                 );
+                return self.in_time(Reason::MigrationFailed, &message);
             }
         }
         if matches!(self.next.phase, Phase::Migrating | Phase::Provisioning) && !self.ready(stack) {
             self.enter(Phase::Provisioning);
-            return self.in_time(
-                Reason::ProgressDeadlineExceeded,
-                "the pods were not ready in time",
-            );
+            let message = self.missing(stack);
+            return self.in_time(Reason::ProgressDeadlineExceeded, &message);
         }
         let tests: Vec<JobKind> = self.tests().collect();
         for kind in tests {
@@ -202,7 +202,12 @@ impl Turn<'_> {
         let manual = self.spec.rollout.promotion == Promotion::Manual;
         if !self.tested(stack, attempt) {
             self.enter(Phase::Testing);
-            return self.in_time(Reason::SmokeTestFailed, "the tests were not done in time");
+            let message = self
+                .tests()
+                .find(|kind| self.state(kind.clone(), stack, attempt) != Some(&JobState::Passed))
+                .map(|kind| self.late("the tests were not done in time", kind, candidate))
+                .unwrap_or_default();
+            return self.in_time(Reason::SmokeTestFailed, &message);
         }
         if manual && !approved {
             return self.enter(Phase::AwaitingPromotion);
@@ -212,10 +217,8 @@ impl Turn<'_> {
                 return;
             }
             self.enter(Phase::Testing);
-            return self.in_time(
-                Reason::ProgressDeadlineExceeded,
-                "the pods were not ready in time",
-            );
+            let message = self.missing(stack);
+            return self.in_time(Reason::ProgressDeadlineExceeded, &message);
         }
         if approved {
             self.next.handled.promote.clone_from(&self.seen.requests.promote);
@@ -227,6 +230,27 @@ impl Turn<'_> {
             "Promoting",
             format!("the traffic goes to {}", candidate.version),
         );
+    }
+
+    /// Which pods are late, and what keeps them.
+    fn missing(&self, stack: &Stack) -> String {
+        let missing = crate::report::missing(self.seen, stack);
+        if missing.is_empty() {
+            "the pods were not ready in time".to_owned()
+        } else {
+            format!("the pods were not ready in time: {}", missing.join(", "))
+        }
+    }
+
+    /// What is late, and what keeps it, as far as that is known.
+    fn late(&self, what: &str, kind: JobKind, candidate: &Candidate) -> String {
+        let job = Job {
+            kind,
+            stack: candidate.stack.clone(),
+            attempt: candidate.attempt,
+        };
+        let trouble = self.seen.jobs.get(&job).and_then(|job| job.trouble.as_deref());
+        trouble.map_or_else(|| what.to_owned(), |trouble| format!("{what}: {trouble}"))
     }
 
     pub(crate) fn in_time(&mut self, reason: Reason, message: &str) {

@@ -11,7 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
     observe::{JobKind, JobState, Observed, StackSeen},
-    status::{ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack, token},
+    status::{Candidate, ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack, token},
 };
 
 /// A verdict: true or false, one word, one sentence.
@@ -158,9 +158,9 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
             (None, Some(_)) => format!("{version} waits for the contract migration of {live}"),
             _ => format!("{version} waits until nothing is left of other versions"),
         },
-        Phase::Migrating => format!("the expand migration of {version} runs"),
+        Phase::Migrating => format!("the expand migration of {version} runs{}", kept(seen, candidate)),
         Phase::Provisioning => candidate.map_or_else(String::new, |it| pods(seen, &it.stack, "starts")),
-        Phase::Testing => format!("the tests of {version} run"),
+        Phase::Testing => format!("the tests of {version} run{}", kept(seen, candidate)),
         Phase::AwaitingPromotion => {
             let approve = candidate.map_or_else(String::new, |it| token(&it.stack, it.attempt));
             format!("{version} has passed its gates; approve it with exchange.dev/promote={approve}")
@@ -175,6 +175,16 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
 
 /// Which pods are awaited, and what keeps them.
 fn pods(seen: &Observed, stack: &Stack, what: &str) -> String {
+    let missing = missing(seen, stack);
+    if missing.is_empty() {
+        format!("the candidate {what}")
+    } else {
+        format!("waiting for {}", missing.join(", "))
+    }
+}
+
+/// The pods that a stack lacks, and what keeps them, per service.
+pub(crate) fn missing(seen: &Observed, stack: &Stack) -> Vec<String> {
     let stack = seen.stacks.get(stack);
     let mut missing = Vec::new();
     for service in Service::ALL {
@@ -187,11 +197,17 @@ fn pods(seen: &Observed, stack: &Stack, what: &str) -> String {
             missing.push(format!("{} of {wanted} {service} pods{trouble}", wanted - ready));
         }
     }
-    if missing.is_empty() {
-        format!("the candidate {what}")
-    } else {
-        format!("waiting for {}", missing.join(", "))
-    }
+    missing
+}
+
+/// What keeps Jobs of the candidate from starting.
+fn kept(seen: &Observed, candidate: Option<&Candidate>) -> String {
+    let job = seen.jobs.iter().find(|(job, seen)| {
+        let own = candidate.is_some_and(|it| it.stack == job.stack && it.attempt == job.attempt);
+        own && seen.state == JobState::Running && seen.trouble.is_some()
+    });
+    job.and_then(|(_, seen)| seen.trouble.clone())
+        .map_or_else(String::new, |trouble| format!(": {trouble}"))
 }
 
 fn available(seen: &Observed, status: &Status) -> Verdict {

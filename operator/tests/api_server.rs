@@ -554,7 +554,7 @@ async fn a_deletion_carries_uid_and_version() {
     let autoscaler = world.names("horizontalpodautoscalers").remove(0);
     let there = world.get(&autoscaler)["metadata"].clone();
     world.change(OBJECT, |object| {
-        object["spec"]["services"]["trade"]["autoscaling"] = Value::Null
+        object["spec"]["services"]["trade"]["autoscaling"] = Value::Null;
     });
     let (result, writes) = world.pass().await;
     result.unwrap();
@@ -579,7 +579,7 @@ async fn nothing_is_written_for_an_object_that_is_being_deleted() {
         object["spec"]["version"] = json!("2.0.0");
     });
     world.change("services/exchange-trade", |service| {
-        service["spec"]["selector"] = json!({"a": "b"})
+        service["spec"]["selector"] = json!({"a": "b"});
     });
     let (result, writes) = world.pass().await;
     result.unwrap();

@@ -288,7 +288,7 @@ fn the_contract_runs_the_live_image_when_another_version_is_declared() {
         attempt: 7,
     };
     let image = |rendered| {
-        let job = BUILDER.job(&newer, rendered, &contract)?;
+        let job = BUILDER.job(&newer, rendered, &contract, None)?;
         Some(
             job.pointer("/spec/template/spec/containers/0/image")?
                 .as_str()?

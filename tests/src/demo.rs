@@ -7,7 +7,9 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::{
-    exchange::{self, Exchange, Images, Load, NAME, PATIENCE, Watch, is_current, phase_of, text, token},
+    exchange::{
+        self, Exchange, Images, Load, NAME, PATIENCE, Watch, is_current, is_given_up, phase_of, text, token,
+    },
     kubectl::Session,
     progress::say,
     results,
@@ -167,7 +169,7 @@ impl Stage<'_> {
             let sighting = self.watch.next(Duration::from_millis(200))?.cloned();
             if let Some((at, object)) = sighting {
                 let phase = phase_of(&object).to_owned();
-                if phase != shown.0 {
+                if phase != shown.0 && is_current(&object) {
                     if matches!(shown.0.as_str(), "Promoting" | "RollingBack") {
                         let took = at.duration_since(shown.1).as_millis();
                         self.moves
@@ -188,8 +190,11 @@ impl Stage<'_> {
                 told = Instant::now();
                 self.tell_traffic();
             }
+            let given_up = self.watch.sightings().last().is_some_and(|(_, object)| {
+                is_current(object) && is_given_up(object) && begun.elapsed() > SHOWN
+            });
             ensure!(
-                begun.elapsed() < PATIENCE,
+                begun.elapsed() < PATIENCE && !given_up,
                 "waited in vain until {what}: {}",
                 self.watch
                     .sightings()

@@ -116,7 +116,8 @@ impl<'a> Exchange<'a> {
         })
     }
 
-    /// What is declared for a version: one pod per service, and gates as short as a test can bear.
+    /// What is declared for a version: one pod per service, gates as short as a test can bear, and no opinion on how fast a
+    /// machine is that compiles beside it.
     pub fn declaration(&self, version: &str) -> Value {
         let secret = |store: &str, key: &str| json!({"name": format!("{NAME}-{store}"), "key": key});
         json!({
@@ -132,7 +133,7 @@ impl<'a> Exchange<'a> {
                 "marketData": {"secretRef": secret("redis", "url")},
                 "rollout": {
                     "progressDeadline": "3m",
-                    "verification": {"duration": "5s", "maxLatencyP99": "2s", "minRequests": 100},
+                    "verification": {"duration": "5s", "maxLatencyP99": "20s", "minRequests": 100},
                     "retention": "10m",
                     "drainTimeout": "30s",
                 },
@@ -434,12 +435,21 @@ impl Watch {
     /// Waits for a phase of a version's release.
     ///
     /// # Errors
-    /// If it does not come in time.
+    /// If it does not come in time, or the release is given up.
     pub fn until_phase(&mut self, phase: &str, version: &str, patience: Duration) -> Result<Instant> {
         let what = format!("{phase} with {version}");
-        self.until(&what, patience, |object| {
-            is_current(object) && phase_of(object) == phase && text(object, "/spec/version") == version
-        })
+        let about = |object: &Value| is_current(object) && text(object, "/spec/version") == version;
+        let at = self.until(&what, patience, |object| {
+            about(object) && (phase_of(object) == phase || is_given_up(object))
+        })?;
+        let given_up = self.sightings.last().map(|(_, object)| object);
+        match given_up.filter(|object| phase_of(object) != phase) {
+            Some(object) => bail!(
+                "waited in vain for {what}: {:#}",
+                object.get("status").unwrap_or(object)
+            ),
+            None => Ok(at),
+        }
     }
 
     /// Everything seen so far, with when.
@@ -458,6 +468,11 @@ impl Drop for Watch {
 /// Whether the status is about the spec that it stands beside.
 pub fn is_current(object: &Value) -> bool {
     object.pointer("/status/observedGeneration") == object.pointer("/metadata/generation")
+}
+
+/// Whether the release has come to an end that was not wanted.
+pub fn is_given_up(object: &Value) -> bool {
+    matches!(phase_of(object), "Failed" | "Held")
 }
 
 /// The phase, or nothing.

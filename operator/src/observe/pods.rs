@@ -359,8 +359,7 @@ pub fn job_state(job: &BatchJob, pods: &[Pod]) -> JobState {
             "Complete" => return JobState::Passed,
             "Failed" => {
                 let message = condition.message.clone().unwrap_or_default();
-                let said = last_words(job, pods).unwrap_or(message);
-                return JobState::Failed(short(&said));
+                return JobState::Failed(last_words(job, pods).unwrap_or(message));
             }
             _ => {}
         }
@@ -368,12 +367,15 @@ pub fn job_state(job: &BatchJob, pods: &[Pod]) -> JobState {
     JobState::Running
 }
 
+/// The pods of a Job.
+pub fn of<'a>(job: &BatchJob, pods: &'a [Pod]) -> impl DoubleEndedIterator<Item = &'a Pod> {
+    let uid = job.uid().unwrap_or_default();
+    pods.iter()
+        .filter(move |pod| pod.owner_references().iter().any(|owner| owner.uid == uid))
+}
+
 fn last_words(job: &BatchJob, pods: &[Pod]) -> Option<String> {
-    let uid = job.uid()?;
-    let own = pods
-        .iter()
-        .filter(|pod| pod.owner_references().iter().any(|owner| owner.uid == uid));
-    let ends = own.flat_map(|pod| {
+    let ends = of(job, pods).flat_map(|pod| {
         let status = pod
             .status
             .iter()
@@ -383,21 +385,38 @@ fn last_words(job: &BatchJob, pods: &[Pod]) -> Option<String> {
     let said = ends
         .filter(|end| end.exit_code != 0)
         .filter_map(|end| end.message.as_deref());
-    let said = said.map(str::trim).filter(|said| !said.is_empty()).last()?;
-    // The smoke test reports every step, and then erases its lane.
-    let from = said.find("FAIL").unwrap_or(0);
-    said.get(from..).map(str::to_owned)
+    let said = said.map(str::trim).rfind(|said| !said.is_empty())?;
+    Some(the_point(said))
 }
 
-/// The end of what was said, on one line: what went wrong is said last.
+/// What went wrong, on one line: the step that failed, in a report of steps; else what was said last.
+fn the_point(said: &str) -> String {
+    let lines: Vec<&str> = said.lines().map(str::trim).collect();
+    let failed = lines.iter().position(|line| line.starts_with("FAIL"));
+    let Some(from) = failed else {
+        let line = lines.join(" ");
+        let cut = line.chars().count().saturating_sub(TOLD);
+        return line.chars().skip(cut).collect();
+    };
+    short(
+        &lines
+            .get(from..)
+            .unwrap_or_default()
+            .iter()
+            .take(2)
+            .copied()
+            .collect::<Vec<_>>()
+            .join(" "),
+    )
+}
+
+/// The beginning of a text, on one line.
 fn short(text: &str) -> String {
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    let cut = line.chars().count().saturating_sub(TOLD);
-    if cut == 0 {
+    if line.chars().count() <= TOLD {
         return line;
     }
-    let end: String = line.chars().skip(cut).collect();
-    format!("…{end}")
+    line.chars().take(TOLD).chain(['…']).collect()
 }
 
 #[cfg(test)]
@@ -445,9 +464,11 @@ http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/logi
     }
 
     #[test]
-    fn what_was_said_last_is_told() {
-        let long = format!("{}\nthe trade is missing", "x".repeat(1000));
-        assert!(short(&long).ends_with("the trade is missing"));
-        assert_eq!(short(&long).chars().count(), TOLD + 1);
+    fn what_went_wrong_is_told() {
+        let long = format!("{}\nthe schema is locked", "x".repeat(1000));
+        assert!(the_point(&long).ends_with("the schema is locked"));
+        assert_eq!(the_point(&long).chars().count(), TOLD);
+        let report = "ok      3 ms  register\nFAIL    9 ms  place an order\n     got 500\nok      2 ms  erase the lane";
+        assert_eq!(the_point(report), "FAIL 9 ms place an order got 500");
     }
 }

@@ -242,16 +242,14 @@ impl Cluster {
             return Ok(ExitCode::SUCCESS);
         }
         let following = self.follow(&name, args);
-        match args.timeout {
-            None => following.await,
-            Some(limit) => match time::timeout(limit.into(), following).await {
-                Ok(code) => code,
-                Err(_) => {
-                    show(&self.look(&name).await?, args.output)?;
-                    Ok(ExitCode::from(TIMED_OUT))
-                }
-            },
+        let Some(limit) = args.timeout else {
+            return following.await;
+        };
+        if let Ok(code) = time::timeout(limit.into(), following).await {
+            return code;
         }
+        show(&self.look(&name).await?, args.output)?;
+        Ok(ExitCode::from(TIMED_OUT))
     }
 
     /// Looks again whenever something happens, until what is waited for has come.

@@ -510,8 +510,8 @@ pub(crate) mod tests {
     }
 
     fn pod(stack: &Stack, service: &str, name: &str, waits: Option<&str>) -> Pod {
-        let state = waits.map_or(
-            json!({"running": {}}),
+        let state = waits.map_or_else(
+            || json!({"running": {}}),
             |reason| json!({"waiting": {"reason": reason}}),
         );
         serde_json::from_value(json!({

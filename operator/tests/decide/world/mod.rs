@@ -267,6 +267,7 @@ impl World {
                 StackSeen {
                     rendered,
                     whole: true,
+                    owned: true,
                     attempt,
                     version,
                     services,
@@ -592,6 +593,7 @@ impl World {
                 there.version.clone_from(version);
                 Ok(true)
             }
+            Action::Adopt { .. } => Err("everything has its owner in this world".to_owned()),
             Action::Apply {
                 stack,
                 service,
@@ -643,6 +645,7 @@ impl World {
                 let seen = JobSeen {
                     fence: self.fence(),
                     state: JobState::Running,
+                    trouble: None,
                 };
                 let of = self.stacks.get(&job.stack).and_then(|it| it.rendered.clone());
                 self.jobs.insert(job.clone(), JobThere { seen, of });

@@ -1,0 +1,432 @@
+//! Puts together what was read: plain data out of objects, without asking anybody.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use k8s_openapi::{
+    Metadata,
+    api::{
+        apps::v1::{ControllerRevision, Deployment},
+        autoscaling::v2::HorizontalPodAutoscaler,
+        batch::v1::Job as BatchJob,
+        core::v1::{Pod, Service as CoreService},
+        discovery::v1::EndpointSlice,
+        policy::v1::PodDisruptionBudget,
+    },
+};
+use kube::{Resource, ResourceExt, api::ObjectMeta};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use super::{
+    Declared, Fence, Job, JobKind, JobSeen, LiveService, Observed, Part, PartSeen, Requests, ServiceSeen,
+    Target, intact,
+    pods::{self, Address},
+    read::{Look, Material, builder},
+};
+use crate::{
+    api::{ExchangeDeployment, ExchangeDeploymentSpec as Spec, Service},
+    resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, job_word},
+    revision::Source,
+    status::{Colour, Stack},
+};
+
+/// Everything that belongs to an object, as it was read.
+pub(super) struct Children {
+    pub(super) services: Vec<CoreService>,
+    pub(super) slices: Vec<EndpointSlice>,
+    pub(super) deployments: Vec<Deployment>,
+    pub(super) budgets: Vec<PodDisruptionBudget>,
+    pub(super) autoscalers: Vec<HorizontalPodAutoscaler>,
+    pub(super) revisions: Vec<ControllerRevision>,
+    pub(super) jobs: Vec<BatchJob>,
+    pub(super) pods: Vec<Pod>,
+    /// `<kind>/<name>` of what stacks need beside their workloads.
+    pub(super) pieces: Vec<String>,
+}
+
+/// What is declared, and the content of what it refers to.
+pub(super) struct References {
+    pub(super) declared: Result<Declared, String>,
+    pub(super) content: BTreeMap<Source, Map<String, Value>>,
+}
+
+/// Whose an object is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owner {
+    Us,
+    Nobody,
+    Another,
+}
+
+fn owner(meta: &ObjectMeta, uid: &str) -> Owner {
+    let owners = meta.owner_references.iter().flatten();
+    match owners.into_iter().find(|owner| owner.controller == Some(true)) {
+        Some(owner) if owner.uid == uid => Owner::Us,
+        Some(_) => Owner::Another,
+        None => Owner::Nobody,
+    }
+}
+
+fn fence(meta: &ObjectMeta) -> Fence {
+    Fence {
+        uid: Arc::from(meta.uid.as_deref().unwrap_or_default()),
+        resource_version: Arc::from(meta.resource_version.as_deref().unwrap_or_default()),
+    }
+}
+
+fn label<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {
+    meta.labels.as_ref()?.get(key).map(String::as_str)
+}
+
+pub(super) fn stack_of(meta: &ObjectMeta) -> Option<Stack> {
+    let colour = match label(meta, COLOUR)? {
+        "blue" => Colour::Blue,
+        "green" => Colour::Green,
+        _ => return None,
+    };
+    Some(Stack {
+        colour,
+        revision: label(meta, REVISION)?.to_owned(),
+    })
+}
+
+fn service_of(meta: &ObjectMeta) -> Option<Service> {
+    let component = label(meta, "app.kubernetes.io/component")?;
+    Service::ALL
+        .into_iter()
+        .find(|service| service.as_str() == component)
+}
+
+/// Puts together what was read.
+pub(super) fn assemble(object: ExchangeDeployment, children: &Children, references: References) -> Look {
+    let builder = builder(&object);
+    let uid = builder.uid;
+    let mut seen = Observed {
+        generation: object.metadata.generation.unwrap_or(0),
+        deleting: false,
+        requests: Requests::default(),
+        status: object.status.clone().unwrap_or_default(),
+        declared: references.declared,
+        live: BTreeMap::new(),
+        stacks: BTreeMap::new(),
+        jobs: BTreeMap::new(),
+        taken: Vec::new(),
+        answers: None,
+        figures: BTreeMap::new(),
+        seen_before: false,
+    };
+    let mut material = Material {
+        content: references.content,
+        ..Material::default()
+    };
+    for revision in &children.revisions {
+        let Some(stack) = stack_of(&revision.metadata).filter(|_| mine(revision, uid, &mut seen.taken))
+        else {
+            continue;
+        };
+        let data = revision.data.as_ref().map(|data| &data.0);
+        let rendered = data.and_then(|data| builder.read(data));
+        let there = seen.stacks.entry(stack.clone()).or_default();
+        there.rendered = Some(fence(&revision.metadata));
+        there.owned = owner(&revision.metadata, uid) == Owner::Us;
+        there.attempt = label(&revision.metadata, ATTEMPT)
+            .and_then(|it| it.parse().ok())
+            .unwrap_or(0);
+        if let Some(rendered) = rendered {
+            there.version.clone_from(&rendered.version);
+            there.whole = is_whole(&builder, &stack, &rendered, &children.pieces);
+            material.rendered.insert(stack, rendered);
+        }
+    }
+    let services = children
+        .services
+        .iter()
+        .filter(|it| mine(*it, uid, &mut seen.taken));
+    for service in services.cloned().collect::<Vec<_>>() {
+        material.services.insert(service.name_any(), service);
+    }
+    let mut parts = Parts {
+        builder,
+        spec: &object.spec,
+        rendered: &material.rendered,
+        seen: &mut seen,
+    };
+    for service in material
+        .services
+        .values()
+        .filter(|it| stack_of(&it.metadata).is_some())
+    {
+        parts.see(service, Part::ColourService);
+    }
+    for budget in &children.budgets {
+        parts.see(budget, Part::Budget);
+    }
+    for autoscaler in &children.autoscalers {
+        parts.see(autoscaler, Part::Autoscaler);
+    }
+    for deployment in &children.deployments {
+        if let Some(service) = parts.see(deployment, Part::Workload) {
+            let replicas = deployment.spec.as_ref().and_then(|spec| spec.replicas);
+            service.replicas = replicas.and_then(|it| u32::try_from(it).ok()).unwrap_or(1);
+        }
+    }
+    for pod in &children.pods {
+        if let (Some(stack), Some(service), Some(uid)) =
+            (stack_of(&pod.metadata), service_of(&pod.metadata), pod.uid())
+        {
+            material.pods.insert(uid, (stack, service));
+        }
+    }
+    for slice in &children.slices {
+        let names = material
+            .slices
+            .entry(slice_service(slice).to_owned())
+            .or_default();
+        names.push(slice.name_any());
+    }
+    see_pods(&children.pods, &mut seen);
+    let live: Vec<&CoreService> = material.services.values().collect();
+    see_live(&builder, live.into_iter(), &mut seen);
+    see_slices(&builder, &children.slices, &material.pods, &mut seen);
+    see_jobs(children, uid, &mut seen);
+    Look {
+        object,
+        seen,
+        material,
+    }
+}
+
+/// Whether an object is ours, or can become so. What belongs to another is reported.
+fn mine<K>(object: &K, uid: &str, taken: &mut Vec<String>) -> bool
+where
+    K: Resource<DynamicType = ()>,
+{
+    let another = owner(object.meta(), uid) == Owner::Another;
+    if another {
+        taken.push(format!("{}/{}", K::kind(&()), object.name_any()));
+    }
+    !another
+}
+
+fn is_whole(builder: &Builder<'_>, stack: &Stack, rendered: &Rendered, pieces: &[String]) -> bool {
+    let name = builder.stack_name(stack);
+    let own = [format!("ServiceAccount/{name}"), format!("Secret/{name}")];
+    own.iter()
+        .chain(&rendered.copies)
+        .all(|piece| pieces.contains(piece))
+}
+
+/// Sees the objects of stacks, and compares them with what was rendered.
+struct Parts<'a> {
+    builder: Builder<'a>,
+    spec: &'a Spec,
+    rendered: &'a BTreeMap<Stack, Rendered>,
+    seen: &'a mut Observed,
+}
+
+impl Parts<'_> {
+    fn see<K>(&mut self, object: &K, part: Part) -> Option<&mut ServiceSeen>
+    where
+        K: Resource<DynamicType = ()> + Serialize,
+    {
+        let (stack, service) = (stack_of(object.meta())?, service_of(object.meta())?);
+        if !mine(object, self.builder.uid, &mut self.seen.taken) {
+            return None;
+        }
+        let rendered = match part {
+            Part::Autoscaler => self.builder.autoscaler(self.spec, &stack, service),
+            _ => self
+                .rendered
+                .get(&stack)
+                .and_then(|it| it.objects.get(&(service, part)).cloned()),
+        };
+        let intact = object.meta().deletion_timestamp.is_some()
+            || rendered.is_none_or(|rendered| is_intact(object, &rendered));
+        let there = self.seen.stacks.entry(stack).or_default();
+        let there = there.services.entry(service).or_default();
+        let fence = fence(object.meta());
+        there.parts.insert(part, PartSeen { fence, intact });
+        Some(there)
+    }
+}
+
+/// Without a namespace, which everything shares.
+fn is_intact<K: Serialize>(object: &K, rendered: &Value) -> bool {
+    serde_json::to_value(object).is_ok_and(|object| {
+        ["/metadata/labels", "/metadata/ownerReferences", "/spec"]
+            .iter()
+            .all(|path| {
+                let wanted = rendered.pointer(path).unwrap_or(&Value::Null);
+                intact::contains(object.pointer(path).unwrap_or(&Value::Null), wanted)
+            })
+    })
+}
+
+/// Sees the live Services among these.
+pub(super) fn see_live<'a>(
+    builder: &Builder<'_>,
+    services: impl Iterator<Item = &'a CoreService>,
+    seen: &mut Observed,
+) {
+    let mut old = std::mem::take(&mut seen.live);
+    for there in services {
+        let name = there.name_any();
+        let Some(service) = Service::ALL.into_iter().find(|it| builder.live_name(*it) == name) else {
+            continue;
+        };
+        let selector = there.spec.as_ref().and_then(|spec| spec.selector.clone());
+        let selector = json!(selector.unwrap_or_default());
+        let points_at = |stack: Option<&Stack>| {
+            let written = builder.live_service(service, stack, 0);
+            written.pointer("/spec/selector") == Some(&selector)
+        };
+        let pointed = ObjectMeta {
+            labels: serde_json::from_value(selector.clone()).ok(),
+            ..ObjectMeta::default()
+        };
+        let stack = stack_of(&pointed);
+        let target = match stack {
+            Some(stack) if points_at(Some(&stack)) => Target::Stack(stack),
+            None if points_at(None) => Target::Nothing,
+            _ => Target::Foreign,
+        };
+        let mut written = builder.live_service(service, None, 0);
+        if let Some(Value::Object(spec)) = written.get_mut("spec") {
+            spec.insert("selector".to_owned(), selector);
+        }
+        let epoch = there.annotations().get(EPOCH).and_then(|it| it.parse().ok());
+        let live = LiveService {
+            fence: fence(&there.metadata),
+            target,
+            epoch: epoch.unwrap_or(0),
+            intact: is_intact(there, &written),
+            endpoints: old.remove(&service).map_or_else(Vec::new, |old| old.endpoints),
+        };
+        seen.live.insert(service, live);
+    }
+}
+
+fn slice_service(slice: &EndpointSlice) -> &str {
+    label(&slice.metadata, "kubernetes.io/service-name").unwrap_or_default()
+}
+
+/// Counts ready endpoints: of colour Services those whose pod is of the stack, of live Services the stacks.
+pub(super) fn see_slices(
+    builder: &Builder<'_>,
+    slices: &[EndpointSlice],
+    pods: &BTreeMap<String, (Stack, Service)>,
+    seen: &mut Observed,
+) {
+    for slice in slices {
+        let about = slice_service(slice);
+        let ready = slice.endpoints.iter().flatten().filter(|endpoint| {
+            let ready = endpoint
+                .conditions
+                .as_ref()
+                .and_then(|conditions| conditions.ready);
+            ready.unwrap_or(true)
+        });
+        let pods = ready.filter_map(|endpoint| pods.get(endpoint.target_ref.as_ref()?.uid.as_ref()?));
+        for (stack, service) in pods {
+            if about == builder.colour_name(stack, *service) {
+                let there = seen.stacks.entry(stack.clone()).or_default();
+                there.services.entry(*service).or_default().ready += 1;
+            } else if about == builder.live_name(*service)
+                && let Some(live) = seen.live.get_mut(service)
+                && !live.endpoints.contains(stack)
+            {
+                live.endpoints.push(stack.clone());
+            }
+        }
+    }
+}
+
+/// Counts pods, and says what keeps them from starting.
+pub(super) fn see_pods(pods: &[Pod], seen: &mut Observed) {
+    for pod in pods {
+        let ended = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+        let (Some(stack), Some(service)) = (stack_of(&pod.metadata), service_of(&pod.metadata)) else {
+            continue;
+        };
+        if matches!(ended, Some("Succeeded" | "Failed")) {
+            continue;
+        }
+        let there = seen.stacks.entry(stack).or_default();
+        let there = there.services.entry(service).or_default();
+        there.pods += 1;
+        if there.trouble.is_none() {
+            there.trouble = pods::trouble(pod);
+        }
+    }
+}
+
+fn see_jobs(children: &Children, uid: &str, seen: &mut Observed) {
+    for object in &children.jobs {
+        let meta = object.metadata();
+        let (Some(stack), Some(word), Some(attempt)) = (
+            stack_of(meta),
+            label(meta, JOB),
+            label(meta, ATTEMPT).and_then(|it| it.parse().ok()),
+        ) else {
+            continue;
+        };
+        if !mine(object, uid, &mut seen.taken) {
+            continue;
+        }
+        let own = [
+            JobKind::Expand,
+            JobKind::Smoke,
+            JobKind::Verify,
+            JobKind::Contract,
+        ];
+        let kind = own.into_iter().find(|kind| job_word(kind) == word);
+        let job = Job {
+            kind: kind.unwrap_or_else(|| JobKind::Test(word.to_owned())),
+            stack,
+            attempt,
+        };
+        let seen_job = JobSeen {
+            fence: fence(meta),
+            state: pods::job_state(object, &children.pods),
+            trouble: pods::of(object, &children.pods).find_map(pods::trouble),
+        };
+        seen.jobs.insert(job, seen_job);
+    }
+}
+
+/// The record as it is now, for the guards.
+pub(super) fn retake(seen: &mut Observed, object: Option<ExchangeDeployment>) {
+    seen.deleting = object
+        .as_ref()
+        .is_none_or(|object| object.metadata.deletion_timestamp.is_some());
+    if let Some(status) = object.and_then(|object| object.status) {
+        seen.status = status;
+    }
+}
+
+pub(super) fn all_moved(seen: &Observed) -> bool {
+    let to = seen.status.candidate.as_ref().map(|it| &it.stack);
+    seen.live.len() == Service::ALL.len()
+        && seen
+            .live
+            .values()
+            .all(|live| live.epoch == seen.status.epoch && live.target.is(to))
+}
+
+pub(super) fn addresses(stack: &Stack, children: &Children) -> Vec<Address> {
+    let running = children
+        .pods
+        .iter()
+        .filter(|pod| stack_of(&pod.metadata).as_ref() == Some(stack));
+    running
+        .filter_map(|pod| {
+            let status = pod.status.as_ref()?;
+            let ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+            Some(Address {
+                service: service_of(&pod.metadata)?,
+                pod: pod.uid()?,
+                ip: status.pod_ip.clone().filter(|_| !ended)?,
+            })
+        })
+        .collect()
+}
