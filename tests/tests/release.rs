@@ -279,8 +279,8 @@ fn what_fails_before_the_swap_touches_nothing() {
     // One service of three has no image. None is switched.
     let begun = story.watch.sightings().len();
     story.declare(|spec| {
-        spec["rollout"]["progressDeadline"] = json!("15s");
-        spec["services"]["trade"]["image"] = json!("exchange.local/nowhere");
+        spec["rollout"]["progressDeadline"] = json!("45s");
+        spec["services"]["notification"]["image"] = json!("exchange.local/nowhere");
     });
     story
         .watch
@@ -301,7 +301,7 @@ fn what_fails_before_the_swap_touches_nothing() {
 
     // A test of the user's says no.
     story.declare(|spec| {
-        spec["services"]["trade"] = json!({"replicas": 1});
+        spec["services"]["notification"] = json!({"replicas": 1});
         spec["rollout"]["progressDeadline"] = json!("3m");
         spec["rollout"]["smokeTests"] =
             json!([{"name": "no", "command": ["/usr/bin/exchange", "no-such-command"], "timeout": "60s"}]);
