@@ -41,6 +41,22 @@ pub struct Address {
     pub ip: String,
 }
 
+impl Address {
+    /// A page of its admin port.
+    fn url(&self, path: &str) -> String {
+        format!("http://{}:{ADMIN}/{path}", host(&self.ip))
+    }
+}
+
+/// An address as a URL has it.
+fn host(ip: &str) -> String {
+    if ip.contains(':') {
+        format!("[{ip}]")
+    } else {
+        ip.to_owned()
+    }
+}
+
 /// Counters of one pod.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Counters {
@@ -227,11 +243,7 @@ impl Pods {
     }
 
     async fn row(&self, ip: &str) -> Option<String> {
-        let host = if ip.contains(':') {
-            format!("[{ip}]")
-        } else {
-            ip.to_owned()
-        };
+        let host = host(ip);
         let mut first: Option<String> = None;
         for _ in 0..ANSWERS {
             let response = self
@@ -263,6 +275,17 @@ impl Pods {
         reports.into_iter().flatten().find_map(|report| report.database)
     }
 
+    /// What a pod that runs and is not ready says about it, per service.
+    pub async fn excuses(&self, pods: &[Address]) -> BTreeMap<Service, String> {
+        let told = join_all(pods.iter().map(async |pod| {
+            let response = self.client.get(pod.url("readyz")).send().await.ok()?;
+            let not_ready = !response.status().is_success();
+            let text = response.text().await.ok()?;
+            not_ready.then(|| (pod.service, short(&text)))
+        }));
+        told.await.into_iter().flatten().collect()
+    }
+
     /// How requests of the live lane went since the verification began, per service.
     pub async fn figures(&self, pods: &[Address], baselines: &mut Baselines) -> BTreeMap<Service, Figures> {
         let pages = join_all(pods.iter().map(|pod| self.page(pod, "metrics"))).await;
@@ -283,18 +306,7 @@ impl Pods {
     }
 
     async fn page(&self, pod: &Address, path: &str) -> Option<String> {
-        let ip = &pod.ip;
-        let host = if ip.contains(':') {
-            format!("[{ip}]")
-        } else {
-            ip.clone()
-        };
-        let response = self
-            .client
-            .get(format!("http://{host}:{ADMIN}/{path}"))
-            .send()
-            .await
-            .ok()?;
+        let response = self.client.get(pod.url(path)).send().await.ok()?;
         response.error_for_status().ok()?.text().await.ok()
     }
 }

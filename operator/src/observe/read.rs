@@ -386,6 +386,16 @@ impl Reader {
                     look.seen.figures = self.pods.figures(&pods, &mut memory.baselines).await;
                 }
             }
+            Phase::Provisioning | Phase::Testing => {
+                if let Some(candidate) = &status.candidate {
+                    let excuses = self.pods.excuses(&addresses(&candidate.stack)).await;
+                    let services = look.seen.stacks.get_mut(&candidate.stack);
+                    for (service, seen) in services.into_iter().flat_map(|it| &mut it.services) {
+                        let excuse = excuses.get(service).map(|excuse| format!("not ready: {excuse}"));
+                        seen.trouble = seen.trouble.take().or(excuse);
+                    }
+                }
+            }
             Phase::Migrating => {
                 if let Some(live) = &status.live {
                     look.material.database = self.pods.database(&addresses(&live.stack)).await;

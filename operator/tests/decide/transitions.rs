@@ -3,6 +3,7 @@
 use crate::world::{View, World};
 use exchange_operator::{
     api::{ColourChoice, Promotion, Service},
+    decide::decide,
     guard::{self, Refusal},
     observe::{Observed, Part},
     plan::{Action, Intent},
@@ -657,6 +658,26 @@ fn the_guards_refuse_what_a_plan_must_not_do() {
         ..seen.clone()
     };
     assert_eq!(check(&scale(2), &deleting), Err(Refusal::Deleting));
+}
+
+#[test]
+fn no_selector_is_planned_to_move_before_all_can() {
+    let mut world = at(Promoting);
+    world.operators[0].crash();
+    let points = |seen: &Observed| {
+        let plan = decide(&world.spec, seen, world.now);
+        let points = plan
+            .actions
+            .iter()
+            .filter(|action| matches!(action, Action::Point { .. }));
+        points.count()
+    };
+    let mut seen = world.observe();
+    assert_eq!(points(&seen), 3);
+    let candidate = world.status.candidate.clone().unwrap().stack;
+    let stack = seen.stacks.get_mut(&candidate).unwrap();
+    stack.services.get_mut(&Service::Notification).unwrap().ready = 1;
+    assert_eq!(points(&seen), 0);
 }
 
 #[test]
