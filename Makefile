@@ -29,6 +29,7 @@ endif
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 TESTBED := $(TARGET_DIR)/debug/testbed
+OPERATOR := $(TARGET_DIR)/debug/exchange-operator
 export CLUSTER
 export TESTBED_NAME := $(NAME)
 ifdef STORES_VALUES
@@ -124,12 +125,14 @@ endif
 .PHONY: crds
 crds: ## Generate crds/, and the chart's copy, from the code
 	@mkdir -p crds
-	cargo run --quiet --locked --bin exchange-operator -- crd >crds/.next && mv crds/.next crds/exchangedeployments.exchange.dev.yaml
+	cargo build --quiet --workspace --locked --bin exchange-operator
+	$(OPERATOR) crd >crds/.next && mv crds/.next crds/exchangedeployments.exchange.dev.yaml
 	cp crds/exchangedeployments.exchange.dev.yaml charts/exchange-operator/files/
 
 .PHONY: crds-check
 crds-check:
-	@cargo run --quiet --locked --bin exchange-operator -- crd | diff crds/exchangedeployments.exchange.dev.yaml - \
+	@cargo build --quiet --workspace --locked --bin exchange-operator
+	@$(OPERATOR) crd | diff crds/exchangedeployments.exchange.dev.yaml - \
 	  && diff crds/exchangedeployments.exchange.dev.yaml charts/exchange-operator/files/exchangedeployments.exchange.dev.yaml \
 	  || { echo "error: crds/ or the chart's copy is out of date: run \`make crds\` and commit" >&2; exit 1; }
 
