@@ -101,9 +101,14 @@ impl Server {
                 if !same("resourceVersion") || !same("uid") {
                     return refusal(StatusCode::CONFLICT);
                 }
-                let mut next = if status { there } else { body.clone() };
+                let mut next = there;
                 if status {
                     next["status"] = body["status"].clone();
+                } else if body["kind"].is_null() {
+                    // A merge patch, of which only those of owners are sent.
+                    next["metadata"]["ownerReferences"] = body["metadata"]["ownerReferences"].clone();
+                } else {
+                    next = body.clone();
                 }
                 (StatusCode::OK, self.put(path, next))
             }
@@ -542,6 +547,40 @@ async fn a_foreign_edit_is_put_right_with_what_was_observed() {
         "acme/exchange:1.0.0"
     );
     world.settle().await;
+}
+
+#[tokio::test]
+async fn what_a_deleted_object_left_behind_is_adopted() {
+    let world = World::converged().await;
+    let kinds = [
+        "services",
+        "deployments",
+        "poddisruptionbudgets",
+        "controllerrevisions",
+        "serviceaccounts",
+        "secrets",
+        "jobs",
+    ];
+    let children = || {
+        let names = kinds.iter().flat_map(|kind| world.names(kind));
+        names.filter(|name| world.get(name)["metadata"]["labels"].is_object())
+    };
+    for name in children() {
+        world.change(&name, |object| {
+            object["metadata"]["ownerReferences"] = Value::Null
+        });
+    }
+    let another = "1a6cba1e-0000-4d1c-8a59-1d2a8e1c9d10";
+    world.change(OBJECT, |object| {
+        object["metadata"]["uid"] = json!(another);
+        object["status"] = Value::Null;
+    });
+    world.settle().await;
+    assert_eq!(world.get(OBJECT)["status"]["phase"], "Live");
+    for name in children() {
+        let owner = &world.get(&name)["metadata"]["ownerReferences"][0]["uid"];
+        assert_eq!(owner, another, "{name}");
+    }
 }
 
 #[tokio::test]
