@@ -83,14 +83,23 @@ impl Server {
 
     /// Kills the server and its children at once, and starts it again on the same files.
     pub(crate) fn kill_and_restart(&mut self) {
+        // Stopped, it has no more children: one that is born meanwhile would hold PostgreSQL's shared memory, and the new
+        // server would refuse to start beside it.
+        self.signal("STOP");
         let children = format!("/proc/{0}/task/{0}/children", self.pid);
         let children = std::fs::read_to_string(children).unwrap();
-        let pids = children
+        let pids: Vec<String> = children
             .split_whitespace()
             .map(str::to_owned)
-            .chain([self.pid.to_string()]);
+            .chain([self.pid.to_string()])
+            .collect();
         // Without looking at the outcome: a child may have ended by itself.
-        let _ = Command::new("kill").arg("-KILL").args(pids).output().unwrap();
+        let _ = Command::new("kill").arg("-KILL").args(&pids).output().unwrap();
+        let deadline = Instant::now() + START;
+        while pids.iter().any(|pid| runs(pid)) {
+            assert!(Instant::now() < deadline, "killed and still there: {pids:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
         self.keeper.stdin.as_mut().unwrap().write_all(b"again\n").unwrap();
         self.pid = read_pid(&mut self.pids);
     }
@@ -117,6 +126,14 @@ impl Server {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
+}
+
+/// Whether a process has not ended; a zombie has.
+fn runs(pid: &str) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')')
+        .next()
+        .is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with(['Z', 'X']))
 }
 
 fn read_pid(pids: &mut impl BufRead) -> i32 {
