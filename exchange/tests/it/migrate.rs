@@ -248,8 +248,9 @@ async fn a_killed_migration_goes_on_where_it_stopped_and_waits_for_no_lock_for_l
         slowest = slowest.max(start.elapsed());
         tokio::time::sleep(Duration::from_millis(25)).await;
     }
+    // Behind a lock that waits, it would be as long as the reader takes: for ever.
     assert!(
-        slowest < Duration::from_millis(500),
+        slowest < Duration::from_secs(5),
         "a query waited {slowest:?} behind the migration"
     );
     killed.abort();
