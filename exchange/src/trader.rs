@@ -16,6 +16,9 @@ use crate::{
 
 /// Longer than any healthy answer takes.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a connection is kept without use. One that idles for long keeps a stack from being drained: the server may not
+/// close it, and this client would not notice that it should.
+const IDLE: Duration = Duration::from_secs(2);
 
 /// Where the services are.
 #[derive(Clone, Debug, clap::Args)]
@@ -186,7 +189,11 @@ pub struct Client {
 impl Client {
     /// A client that has no connections yet.
     pub fn new(endpoints: Endpoints, lane: Option<LaneKey>, stack: Option<String>) -> anyhow::Result<Self> {
-        let http = reqwest::Client::builder().no_proxy().timeout(TIMEOUT).build()?;
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .timeout(TIMEOUT)
+            .pool_idle_timeout(IDLE)
+            .build()?;
         Ok(Self {
             http,
             endpoints,

@@ -567,7 +567,7 @@ async fn what_a_deleted_object_left_behind_is_adopted() {
     };
     for name in children() {
         world.change(&name, |object| {
-            object["metadata"]["ownerReferences"] = Value::Null
+            object["metadata"]["ownerReferences"] = Value::Null;
         });
     }
     let another = "1a6cba1e-0000-4d1c-8a59-1d2a8e1c9d10";
