@@ -18,6 +18,8 @@ ifneq ($(CASE),)
 endif
 # What the end-to-end tests are about: the ground floor, releases, the proof that nothing is lost.
 E2E ?= ground_floor release proof
+# Those of them that `make test` runs.
+SHORT := ground_floor
 # KEEP=1 keeps the cluster of `make test`.
 KEEP ?=
 TAG ?= dev
@@ -57,7 +59,7 @@ demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C en
 .PHONY: test
 test: ## Run everything: check, integration, a cluster of its own with the end-to-end tests, and its end
 	@$(MAKE) --no-print-directory check $(if $(filter existing,$(CLUSTER)),,integration)
-	@$(MAKE) --no-print-directory e2e down-test NAME=$(if $(filter dev,$(NAME)),test,$(NAME))
+	@$(MAKE) --no-print-directory e2e down-test E2E="$(SHORT)" NAME=$(if $(filter dev,$(NAME)),test,$(NAME))
 
 .PHONY: check
 check: ## Format, lints, unit tests, generated files: minutes, no root, no cluster
