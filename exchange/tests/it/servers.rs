@@ -81,8 +81,8 @@ impl Server {
         }
     }
 
-    /// Kills the server and its children at once, and starts it again on the same files.
-    pub(crate) fn kill_and_restart(&mut self) {
+    /// Kills the server and its children at once.
+    pub(crate) fn kill(&self) {
         let children = format!("/proc/{0}/task/{0}/children", self.pid);
         let children = std::fs::read_to_string(children).unwrap();
         let pids = children
@@ -91,8 +91,18 @@ impl Server {
             .chain([self.pid.to_string()]);
         // Without looking at the outcome: a child may have ended by itself.
         let _ = Command::new("kill").arg("-KILL").args(pids).output().unwrap();
+    }
+
+    /// Starts a killed server again on the same files.
+    pub(crate) fn start_again(&mut self) {
         self.keeper.stdin.as_mut().unwrap().write_all(b"again\n").unwrap();
         self.pid = read_pid(&mut self.pids);
+    }
+
+    /// Kills the server and starts it again on the same files.
+    pub(crate) fn kill_and_restart(&mut self) {
+        self.kill();
+        self.start_again();
     }
 
     /// What the server has logged.

@@ -448,6 +448,14 @@ async fn a_user_can_take_the_data_and_leave() {
             .await
             .unwrap();
     assert_eq!(left, [(None, None, None)]);
+    // Other services take the token until it expires, but nothing new begins with it.
+    let trade = Service::live("trade", &exchange.database, &[]).ready().await;
+    let account = trade
+        .client
+        .post(trade.url("/account/add"))
+        .bearer_auth(&ada.access_token)
+        .json(&json!({"currency": "USD", "name": "main"}));
+    problem(account.send().await.unwrap(), 401, "unauthenticated").await;
     // The address is free again.
     exchange.user("ada@example.org").await;
 }
