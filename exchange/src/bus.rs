@@ -187,8 +187,7 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// Starts to connect. Returns before the broker has answered: a service starts without it and is ready when
-    /// [`Bus::connected`] has been true once.
+    /// Starts to connect. Returns before the broker has answered; [`Bus::reach`] waits for that.
     pub async fn connect(config: &QueueConfig, name: &str) -> Result<Self, BusError> {
         let address = read_url(&config.url)?;
         let url = config.url.clone();
@@ -225,6 +224,14 @@ impl Bus {
     /// Whether the broker can be reached at the moment, as far as the client knows.
     pub fn connected(&self) -> bool {
         self.client.connection_state() == State::Connected
+    }
+
+    /// Whether the broker answers, and has what streams need.
+    pub async fn reach(&self) -> Result<(), BusError> {
+        let account = self.jetstream.query_account().await;
+        account
+            .map(|_| ())
+            .map_err(|error| BusError::api("reach the queue")(&error))
     }
 
     /// Makes sure that the scope's stream exists and says whether it had to be created, in which case the broker

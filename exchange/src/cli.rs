@@ -4,6 +4,7 @@ use std::{io::Write, process::ExitCode, sync::Arc};
 
 use anyhow::Context;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use futures::FutureExt;
 use tracing::info;
 use utoipa_axum::router::OpenApiRouter;
 
@@ -11,13 +12,14 @@ use crate::{
     app::App,
     config::ConfigArgs,
     db,
+    grant::{self, GrantArgs},
     load::{self, LoadArgs},
     market::{self, Store, StoreConfig},
-    messages::{self, MessagesConfig},
+    messages::{self, Messages},
     migrate::{self, MigrateArgs},
     notification, openapi,
     release::Release,
-    service,
+    service::{self, Reach},
     smoke::{self, SmokeArgs},
     stream::Hub,
     telemetry, trade, user,
@@ -56,6 +58,8 @@ enum Command {
     Load(Box<LoadArgs>),
     /// Bring the database schema forward.
     Migrate(MigrateArgs),
+    /// Give a user a scope, or take it back.
+    Grant(GrantArgs),
     /// Print the OpenAPI document of all services.
     Openapi,
 }
@@ -96,7 +100,8 @@ async fn run(command: Command, release: Release, around: Around) -> anyhow::Resu
     match command {
         Command::User(args) => {
             let routes = |app: App| around(app.clone(), user::router(app));
-            service::serve("user", release, args.validate()?, routes, user::run).await?;
+            let reach = Box::new(|| async { Ok(()) }.boxed());
+            service::serve("user", release, args.validate()?, routes, user::run, reach).await?;
         }
         Command::Trade(args) => {
             let config = args.validate()?;
@@ -104,19 +109,36 @@ async fn run(command: Command, release: Release, around: Around) -> anyhow::Resu
                 .market_data
                 .is_some()
                 .then(|| StoreConfig::from(&config))
-                .transpose()?;
+                .transpose()?
+                .map(|config| Arc::new(Store::new(config)));
+            let store = market.clone();
             let routes = |app: App| {
                 let mut routes = trade::router(app.clone());
-                if let Some(store) = market {
-                    routes = routes.merge(market::router(app.clone(), Arc::new(Store::new(store))));
+                if let Some(store) = store {
+                    routes = routes.merge(market::router(app.clone(), store));
                 }
                 around(app, routes)
             };
-            service::serve("trade", release, config, routes, trade::run).await?;
+            let reach: Reach = Box::new(move || {
+                let market = market.clone();
+                async move {
+                    if let Some(market) = market {
+                        market.reach().await?;
+                    }
+                    Ok(())
+                }
+                .boxed()
+            });
+            service::serve("trade", release, config, routes, trade::run, reach).await?;
         }
         Command::Notification(args) => {
             let config = args.validate()?;
-            let messages = MessagesConfig::from(&config)?;
+            let messages = Messages::from(&config).await?;
+            let stores = messages.clone();
+            let reach: Reach = Box::new(move || {
+                let stores = stores.clone();
+                async move { stores.reach().await }.boxed()
+            });
             let hub = Hub::new();
             let streams = Arc::clone(&hub);
             service::serve(
@@ -125,6 +147,7 @@ async fn run(command: Command, release: Release, around: Around) -> anyhow::Resu
                 config,
                 |app| around(app.clone(), notification::router(app, streams)),
                 |app, shutdown| messages::run(app, messages, hub, shutdown),
+                reach,
             )
             .await?;
         }
@@ -143,6 +166,10 @@ async fn run(command: Command, release: Release, around: Around) -> anyhow::Resu
         Command::Migrate(args) => {
             telemetry::init("migrate", release.version, "none".to_owned());
             migrate::run(args, release).await?;
+        }
+        Command::Grant(args) => {
+            telemetry::init("grant", release.version, "none".to_owned());
+            grant::run(args).await?;
         }
         Command::Openapi => {
             let document = openapi::document(release).to_pretty_json()?;

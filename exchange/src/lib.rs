@@ -12,6 +12,7 @@ pub mod config;
 pub mod db;
 pub mod error;
 pub mod extract;
+pub mod grant;
 pub mod idempotency;
 pub mod inbox;
 pub mod lane;

@@ -22,7 +22,7 @@ pub use self::store::{Rebuilt, Store, StoreConfig, StoreError};
 use crate::{
     app::App,
     auth::Caller,
-    error::{self, ApiError, ProblemDocument},
+    error::{self, ApiError},
     extract::Query,
     lane::Lane,
 };
@@ -214,7 +214,7 @@ struct Ticker {
     path = "/market/ticker",
     tag = "market",
     params(TickerQuery),
-    responses((status = 200, body = Ticker), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
+    responses((status = 200, body = Ticker)),
 )]
 async fn ticker(
     State(reader): State<Reader>,
@@ -268,7 +268,7 @@ struct Candles {
     path = "/market/candles",
     tag = "market",
     params(CandlesQuery),
-    responses((status = 200, body = Candles), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
+    responses((status = 200, body = Candles)),
 )]
 async fn candles(
     State(reader): State<Reader>,
@@ -323,7 +323,7 @@ struct Trades {
     path = "/market/trades",
     tag = "market",
     params(TradesQuery),
-    responses((status = 200, body = Trades), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
+    responses((status = 200, body = Trades)),
 )]
 async fn trades(
     State(reader): State<Reader>,

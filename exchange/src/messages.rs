@@ -13,7 +13,7 @@ use std::{
 use anyhow::Context;
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use crate::{
     app::App,
@@ -117,56 +117,50 @@ impl MessageMetrics {
     }
 }
 
-/// What the background work needs beside the [`App`].
+/// What the background work needs beside the [`App`]. Clones share the connections.
 #[derive(Clone, Debug)]
-pub struct MessagesConfig {
-    /// The queue.
-    pub queue: QueueConfig,
-    /// The market-data store.
-    pub market_data: StoreConfig,
-    /// E-mail, if wanted.
-    pub mail: Option<MailConfig>,
-    /// How long a stack is live before users are told.
-    pub notice_delay: Duration,
+pub struct Messages {
+    bus: Bus,
+    store: Arc<Store>,
+    mail: Option<MailConfig>,
+    notice_delay: Duration,
 }
 
-impl MessagesConfig {
-    /// The part of a service's configuration that is about messages.
-    pub fn from(config: &Config) -> anyhow::Result<Self> {
+impl Messages {
+    /// The part of a service's configuration that is about messages. Starts to connect to the queue.
+    pub async fn from(config: &Config) -> anyhow::Result<Self> {
         let url = config
             .queue
             .clone()
             .context("--queue-url or --queue-url-file is required")?;
+        let queue = QueueConfig {
+            url,
+            ca_file: config.queue_ca_file.clone(),
+        };
+        let name = format!("exchange-notification {}-{}", config.colour, config.revision);
         Ok(Self {
-            queue: QueueConfig {
-                url,
-                ca_file: config.queue_ca_file.clone(),
-            },
-            market_data: StoreConfig::from(config)?,
+            store: Arc::new(Store::new(StoreConfig::from(config)?)),
+            bus: Bus::connect(&queue, &name).await?,
             mail: config.mail.clone(),
             notice_delay: config.notice_delay,
         })
     }
+
+    /// Whether the queue and the market-data store answer.
+    pub async fn reach(&self) -> anyhow::Result<()> {
+        self.store.reach().await?;
+        self.bus.reach().await?;
+        Ok(())
+    }
 }
 
 /// All of it, until told to stop.
-pub async fn run(app: App, config: MessagesConfig, hub: Arc<Hub>, shutdown: CancellationToken) {
+pub async fn run(app: App, messages: Messages, hub: Arc<Hub>, shutdown: CancellationToken) {
     let metrics = MessageMetrics::registered(&app.metrics);
-    let store = Arc::new(Store::new(config.market_data.clone()));
-    let bus = match Bus::connect(&config.queue, &format!("exchange-notification {}", app.stack)).await {
-        Ok(bus) => bus,
-        Err(error) => {
-            // The configuration was checked at the start, so this is a file that has gone since.
-            error!(error.message = %error, "failed to set up the queue; nothing will be consumed");
-            return hub.run(&app.db, &shutdown).await;
-        }
-    };
     let workers = Workers {
         app,
-        bus,
-        store,
+        messages,
         metrics,
-        config,
     };
     let own = Scope::of(&workers.app.stack);
     tokio::join!(
@@ -179,10 +173,8 @@ pub async fn run(app: App, config: MessagesConfig, hub: Arc<Hub>, shutdown: Canc
 
 struct Workers {
     app: App,
-    bus: Bus,
-    store: Arc<Store>,
+    messages: Messages,
     metrics: MessageMetrics,
-    config: MessagesConfig,
 }
 
 impl Workers {
@@ -190,16 +182,16 @@ impl Workers {
     async fn work(&self, scope: &Scope, stop: &CancellationToken) {
         let worker = |consumer| Worker {
             db: self.app.db.clone(),
-            bus: self.bus.clone(),
+            bus: self.messages.bus.clone(),
             metrics: self.metrics.clone(),
             consumer,
         };
         let notification = worker(Consumer::Notification(Writer {
-            emails: self.config.mail.is_some(),
+            emails: self.messages.mail.is_some(),
         }));
-        let market = worker(Consumer::Market(Arc::clone(&self.store)));
+        let market = worker(Consumer::Market(Arc::clone(&self.messages.store)));
         tokio::join!(
-            outbox::relay(&self.app.db, &self.bus, scope, &self.metrics, stop),
+            outbox::relay(&self.app.db, &self.messages.bus, scope, &self.metrics, stop),
             outbox::sweep(&self.app.db, scope, &self.metrics, stop),
             notification.run(scope, stop),
             market.run(scope, stop),
@@ -228,14 +220,14 @@ impl Workers {
                 stop.cancel();
             };
             let mail = async {
-                if let Some(mail) = &self.config.mail {
+                if let Some(mail) = &self.messages.mail {
                     mail::run(&self.app.db, mail, &self.metrics, &stop).await;
                 }
             };
             tokio::join!(
                 until_not_live,
                 self.work(&Scope::Live, &stop),
-                notice::run(&self.app.db, &self.app.stack, self.config.notice_delay, &stop),
+                notice::run(&self.app.db, &self.app.stack, self.messages.notice_delay, &stop),
                 self.restore(&stop),
                 mail,
             );
@@ -247,9 +239,10 @@ impl Workers {
     /// Rebuilds the live market data when the store has been lost.
     async fn restore(&self, stop: &CancellationToken) {
         while !stop.is_cancelled() {
-            match self.store.is_complete().await {
+            match self.messages.store.is_complete().await {
                 Ok(true) => {}
                 Ok(false) => match self
+                    .messages
                     .store
                     .rebuild(&self.app.db, time::OffsetDateTime::now_utc())
                     .await
@@ -277,7 +270,7 @@ impl Workers {
             if let Err(error) = self.forget_erased(&own, &prefix).await {
                 warn!(error.message = %error, "failed to remove what erased lanes have left");
             }
-            if live && let Err(error) = self.bus.remove_abandoned(&own).await {
+            if live && let Err(error) = self.messages.bus.remove_abandoned(&own).await {
                 warn!(error.message = %error, "failed to remove the streams of stacks that no longer exist");
             }
             outbox::rest(stop, TIDY).await;
@@ -285,9 +278,9 @@ impl Workers {
     }
 
     async fn forget_erased(&self, own: &Scope, prefix: &str) -> anyhow::Result<()> {
-        let stored = self.store.test_lanes(prefix).await?;
-        let streamed = if self.bus.connected() {
-            self.bus.lanes(own).await?
+        let stored = self.messages.store.test_lanes(prefix).await?;
+        let streamed = if self.messages.bus.connected() {
+            self.messages.bus.lanes(own).await?
         } else {
             Vec::new()
         };
@@ -309,10 +302,10 @@ impl Workers {
         .await?;
         for (lane,) in erased {
             if let Some(keys) = stored.get(lane.as_str()) {
-                self.store.remove(keys).await?;
+                self.messages.store.remove(keys).await?;
             }
             if streamed.contains(&lane) {
-                self.bus.erase_lane(own, &lane).await?;
+                self.messages.bus.erase_lane(own, &lane).await?;
             }
         }
         Ok(())

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::{
     app::App,
     auth::Caller,
-    error::{self, ApiError, ProblemDocument},
+    error::{self, ApiError},
     extract::{Body, Path, Query},
     inbox::{ApplyError, Delivered},
     outbox::Topic,
@@ -314,7 +314,7 @@ struct Page {
     tag = "notification",
     security(("access_token" = [])),
     params(ListQuery),
-    responses((status = 200, body = Page), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
+    responses((status = 200, body = Page)),
 )]
 async fn list(
     State(app): State<App>,
@@ -355,7 +355,7 @@ async fn list(
     tag = "notification",
     security(("access_token" = [])),
     params(("id" = i64, Path, description = "The notification's number")),
-    responses((status = 204), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
+    responses((status = 204)),
 )]
 async fn mark_read(
     State(app): State<App>,
@@ -390,7 +390,7 @@ struct ReadUpTo {
     tag = "notification",
     security(("access_token" = [])),
     request_body = ReadUpTo,
-    responses((status = 204), (status = "4XX", body = ProblemDocument), (status = 503, body = ProblemDocument)),
+    responses((status = 204)),
 )]
 async fn mark_all_read(
     State(app): State<App>,

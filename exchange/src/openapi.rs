@@ -1,11 +1,114 @@
-//! The description of the API, made from the code.
+//! The description of the API, made from the code: every operation with each code that it can fail with.
 
-use utoipa::openapi::{
-    Components, Info, OpenApi, RefOr, Schema,
-    security::{Http, HttpAuthScheme, SecurityScheme},
+use std::collections::BTreeMap;
+
+use utoipa::{
+    PartialSchema,
+    openapi::{
+        Components, ContentBuilder, Info, OpenApi, PathItem, Ref, RefOr, Response, ResponseBuilder, Schema,
+        path::Operation,
+        security::{Http, HttpAuthScheme, SecurityScheme},
+    },
 };
 
-use crate::{error, market, notification, release::Release, stream, trade, user};
+use crate::{
+    error::{self, Problem, ProblemDocument},
+    market, notification,
+    release::Release,
+    stream, trade, user,
+};
+
+/// What operations refuse for reasons of their own. What follows from their shape is in [`of_shape`].
+const REFUSALS: &[(&str, &str, &[&str])] = &[
+    (
+        "post",
+        "/register",
+        &["lane_refused", "invalid_field", "too_many_requests"],
+    ),
+    ("post", "/login", &["wrong_credentials", "too_many_requests"]),
+    ("post", "/token/refresh", &["invalid_refresh_token"]),
+    ("post", "/logout", &[]),
+    ("get", "/profile", &[]),
+    ("patch", "/profile", &["invalid_field"]),
+    (
+        "post",
+        "/password",
+        &["wrong_credentials", "invalid_field", "too_many_requests"],
+    ),
+    ("get", "/user/export", &[]),
+    ("delete", "/user", &["accounts_not_empty"]),
+    ("delete", "/lane", &["lane_refused"]),
+    ("get", "/.well-known/jwks.json", &[]),
+    (
+        "post",
+        "/account/add",
+        &["unknown_currency", "account_exists", "invalid_field"],
+    ),
+    (
+        "post",
+        "/account/update",
+        &["account_not_found", "account_exists", "invalid_field"],
+    ),
+    (
+        "post",
+        "/account/delete",
+        &["account_not_found", "account_not_empty"],
+    ),
+    ("get", "/account/list", &[]),
+    (
+        "post",
+        "/account/deposit",
+        &[
+            "forbidden",
+            "account_not_found",
+            "amount_increment",
+            "balance_limit",
+            "idempotency_key_reused",
+            "invalid_field",
+        ],
+    ),
+    (
+        "post",
+        "/account/withdraw",
+        &[
+            "account_not_found",
+            "account_frozen",
+            "amount_increment",
+            "insufficient_funds",
+            "idempotency_key_reused",
+            "invalid_field",
+        ],
+    ),
+    ("get", "/products", &[]),
+    (
+        "post",
+        "/trade/add",
+        &[
+            "unknown_product",
+            "product_halted",
+            "size_too_small",
+            "size_increment",
+            "price_increment",
+            "value_too_large",
+            "account_not_found",
+            "account_frozen",
+            "currency_mismatch",
+            "insufficient_funds",
+            "idempotency_key_reused",
+            "invalid_field",
+        ],
+    ),
+    ("post", "/trade/cancel", &["order_not_found", "order_filled"]),
+    ("get", "/trade/getTradeByAccount", &["account_not_found"]),
+    ("get", "/book", &["unknown_product"]),
+    ("get", "/market/ticker", &["unauthenticated", "not_found"]),
+    ("get", "/market/candles", &["unauthenticated"]),
+    ("get", "/market/trades", &["unauthenticated"]),
+    ("get", "/notifications", &[]),
+    ("get", "/notifications/stream", &["too_many_requests"]),
+    ("post", "/notifications/read", &[]),
+    ("post", "/notifications/{id}/read", &["not_found"]),
+];
 
 /// The OpenAPI document of all services of a release.
 pub fn document(release: Release) -> OpenApi {
@@ -16,7 +119,7 @@ pub fn document(release: Release) -> OpenApi {
         notification::routes().into_openapi(),
         stream::routes().into_openapi(),
     ];
-    let problems = [error::PROBLEMS, user::PROBLEMS, trade::PROBLEMS];
+    let problems = [error::PROBLEMS, user::PROBLEMS, trade::PROBLEMS].concat();
 
     let mut document = OpenApi::default();
     for service in services {
@@ -24,21 +127,30 @@ pub fn document(release: Release) -> OpenApi {
     }
     document.info = Info::new("exchange", release.version);
     document.info.description = Some(description(&problems));
+    for (path, item) in &mut document.paths.paths {
+        for (method, operation) in operations(item) {
+            let own = REFUSALS
+                .iter()
+                .find(|refusal| (refusal.0, refusal.1) == (method, path));
+            let own = own.map_or(&[][..], |(_, _, codes)| codes);
+            let own = problems.iter().filter(|problem| own.contains(&problem.code));
+            let failures = failures(of_shape(operation).iter().chain(own));
+            operation.responses.responses.extend(failures);
+        }
+    }
+
     let components = document.components.get_or_insert_with(Components::default);
     components.add_security_scheme(
         "access_token",
         SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)),
     );
-    let codes = problems
-        .iter()
-        .copied()
-        .flatten()
-        .map(|problem| problem.code.into());
-    if let Some(RefOr::T(Schema::Object(problem))) = components.schemas.get_mut("ProblemDocument")
+    let mut schema = ProblemDocument::schema();
+    if let RefOr::T(Schema::Object(problem)) = &mut schema
         && let Some(RefOr::T(Schema::Object(code))) = problem.properties.get_mut("code")
     {
-        code.enum_values = Some(codes.collect());
+        code.enum_values = Some(problems.iter().map(|problem| problem.code.into()).collect());
     }
+    components.schemas.insert("ProblemDocument".to_owned(), schema);
     if !release.has_freezes
         && let Some(RefOr::T(Schema::Object(account))) = components.schemas.get_mut("Account")
     {
@@ -47,8 +159,63 @@ pub fn document(release: Release) -> OpenApi {
     document
 }
 
-fn description(problems: &[&[error::Problem]]) -> String {
-    let rows = problems.iter().copied().flatten().map(|problem| {
+fn operations(item: &mut PathItem) -> impl Iterator<Item = (&'static str, &mut Operation)> {
+    let operations = [
+        ("get", &mut item.get),
+        ("post", &mut item.post),
+        ("patch", &mut item.patch),
+        ("delete", &mut item.delete),
+    ];
+    operations
+        .into_iter()
+        .filter_map(|(method, operation)| Some((method, operation.as_mut()?)))
+}
+
+/// What every operation of this shape can fail with.
+fn of_shape(operation: &Operation) -> Vec<Problem> {
+    let mut problems = vec![error::INTERNAL, error::UNAVAILABLE];
+    if operation.security.is_some() {
+        problems.push(error::UNAUTHENTICATED);
+    }
+    if operation.parameters.is_some() {
+        problems.push(error::INVALID_PARAMETER);
+    }
+    if operation.request_body.is_some() {
+        problems.extend([
+            error::INVALID_BODY,
+            error::REQUEST_TIMEOUT,
+            error::BODY_TOO_LARGE,
+            error::UNSUPPORTED_MEDIA_TYPE,
+        ]);
+    }
+    problems
+}
+
+/// A response for each status, which says the codes that come with it.
+fn failures<'a>(problems: impl Iterator<Item = &'a Problem>) -> BTreeMap<String, RefOr<Response>> {
+    let mut codes: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for problem in problems {
+        let said = format!("`{}`: {}", problem.code, problem.title);
+        codes
+            .entry(problem.status.as_str().to_owned())
+            .or_default()
+            .push(said);
+    }
+    let response = |said: &[String]| {
+        let content = ContentBuilder::new().schema(Some(Ref::from_schema_name("ProblemDocument")));
+        ResponseBuilder::new()
+            .description(said.join("\n\n"))
+            .content("application/problem+json", content.build())
+            .build()
+    };
+    codes
+        .into_iter()
+        .map(|(status, said)| (status, RefOr::T(response(&said))))
+        .collect()
+}
+
+fn description(problems: &[Problem]) -> String {
+    let rows = problems.iter().map(|problem| {
         format!(
             "| `{}` | {} | {} |\n",
             problem.code,
@@ -59,6 +226,33 @@ fn description(problems: &[&[error::Problem]]) -> String {
     let rows: String = rows.collect();
     format!(
         "Every response names the stack that answered in `x-exchange-stack`. Failures are problem documents (RFC 9457) \
-         with a stable `code`:\n\n| code | status | meaning |\n|---|---|---|\n{rows}"
+         with a stable `code`; 429 and 503 come with `Retry-After`:\n\n| code | status | meaning |\n|---|---|---|\n{rows}"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::release::V2;
+
+    #[test]
+    fn refusals_are_of_operations_and_codes_that_exist() {
+        let mut document = document(V2);
+        let routes: BTreeSet<(&str, String)> = document
+            .paths
+            .paths
+            .iter_mut()
+            .flat_map(|(path, item)| operations(item).map(|(method, _)| (method, path.clone())))
+            .collect();
+        let ruled = REFUSALS
+            .iter()
+            .map(|(method, path, _)| (*method, (*path).to_owned()));
+        assert_eq!(ruled.collect::<BTreeSet<_>>(), routes);
+        let problems = [error::PROBLEMS, user::PROBLEMS, trade::PROBLEMS].concat();
+        for code in REFUSALS.iter().flat_map(|(_, _, codes)| *codes) {
+            assert!(problems.iter().any(|problem| problem.code == *code), "{code}");
+        }
+    }
 }

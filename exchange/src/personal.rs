@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::{
     app::App,
-    error::{self, ApiError, Problem, ProblemDocument},
+    error::{self, ApiError, Problem},
     extract::Body,
     user::Session,
 };
@@ -36,7 +36,7 @@ pub(crate) struct Profile {
 /// The caller's profile.
 #[utoipa::path(
     get, path = "/profile", tag = "user", security(("access_token" = [])),
-    responses((status = 200, body = Profile), (status = 401, body = ProblemDocument, description = "`unauthenticated`", content_type = "application/problem+json")),
+    responses((status = 200, body = Profile)),
 )]
 pub(crate) async fn profile(
     State(app): State<App>,
@@ -65,11 +65,7 @@ pub(crate) struct ProfileUpdate {
 /// Changes what is given, leaves the rest.
 #[utoipa::path(
     patch, path = "/profile", tag = "user", security(("access_token" = [])), request_body = ProfileUpdate,
-    responses(
-        (status = 200, body = Profile),
-        (status = 401, body = ProblemDocument, description = "`unauthenticated`", content_type = "application/problem+json"),
-        (status = 422, body = ProblemDocument, description = "`invalid_field`", content_type = "application/problem+json"),
-    ),
+    responses((status = 200, body = Profile)),
 )]
 pub(crate) async fn update_profile(
     State(app): State<App>,
@@ -114,10 +110,7 @@ async fn topics(connection: &mut PgConnection) -> Result<Vec<Topic>, sqlx::Error
 /// Everything that is stored about the caller, by topic, and nothing about others.
 #[utoipa::path(
     get, path = "/user/export", tag = "user", security(("access_token" = [])),
-    responses(
-        (status = 200, body = Value, description = "An array of objects per topic"),
-        (status = 401, body = ProblemDocument, description = "`unauthenticated`", content_type = "application/problem+json"),
-    ),
+    responses((status = 200, body = Value, description = "An array of objects per topic")),
 )]
 pub(crate) async fn export(
     State(app): State<App>,
@@ -142,11 +135,7 @@ pub(crate) async fn export(
 /// Deletes the caller: personal data goes, the ledger's sums stay. Refused while anything of value is left.
 #[utoipa::path(
     delete, path = "/user", tag = "user", security(("access_token" = [])),
-    responses(
-        (status = 204),
-        (status = 401, body = ProblemDocument, description = "`unauthenticated`", content_type = "application/problem+json"),
-        (status = 409, body = ProblemDocument, description = "`accounts_not_empty`", content_type = "application/problem+json"),
-    ),
+    responses((status = 204)),
 )]
 pub(crate) async fn delete_user(
     State(app): State<App>,

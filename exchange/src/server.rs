@@ -7,16 +7,17 @@
 //! `Connection: close` on its next HTTP/1.1 response, by GOAWAY on HTTP/2. Only at the deadline of [`Closing`] is it
 //! cut. Graceful shutdown of hyper and of `axum::serve` closes idle connections at once, hence this loop.
 
+mod io;
+
 use std::{
     convert::Infallible,
-    io,
     net::SocketAddr,
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -33,7 +34,7 @@ use hyper::{
 };
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::watch,
     task::JoinSet,
@@ -45,8 +46,7 @@ use tracing::{debug, warn};
 
 use crate::role::STACK_HEADER;
 
-/// The start of every HTTP/2 connection with prior knowledge.
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+use io::Io;
 
 /// After the last response the rest of what the client sends is read and dropped for so long: closing a socket with
 /// unread data resets it, and the client may lose the response.
@@ -184,7 +184,7 @@ async fn connection(
 }
 
 /// Finds dead peers without ever sending anything that a live one could see.
-fn keep_alive(stream: &TcpStream) -> io::Result<()> {
+fn keep_alive(stream: &TcpStream) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     let probes = socket2::TcpKeepalive::new()
         .with_time(Duration::from_secs(30))
@@ -231,11 +231,7 @@ async fn converse(
         closing: closing.clone(),
         old,
     });
-    let mut io = Io {
-        stream,
-        replay: Bytes::new(),
-        state: Arc::clone(&state),
-    };
+    let mut io = Io::new(stream, Arc::clone(&state), shared.stack.clone());
     // An idle connection may wait as long as it likes, a header that has begun may not.
     let stalled = passed(&mut waiting, |head| match head {
         Head::Idle | Head::Answering => None,
@@ -280,7 +276,7 @@ async fn converse(
         result = std::future::poll_fn(|context| connection.poll_without_shutdown(context)) => result?,
         () = &mut stalled => return Err("the header stalled".into()),
     }
-    linger(connection.into_parts().io.into_inner().stream).await;
+    linger(connection.into_parts().io.into_inner().into_stream()).await;
     Ok(())
 }
 
@@ -289,7 +285,7 @@ async fn linger(mut stream: TcpStream) {
         stream.shutdown().await?;
         let mut dropped = [0; 4096];
         while stream.read(&mut dropped).await? > 0 {}
-        io::Result::Ok(())
+        std::io::Result::Ok(())
     };
     // Whatever happens here, the response is out and the connection is over.
     let _ = timeout(LINGER, rest).await;
@@ -460,93 +456,5 @@ impl hyper::body::Body for Answered {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
-    }
-}
-
-/// A socket that tells when a request's header begins, and that can be looked into before HTTP starts.
-struct Io {
-    stream: TcpStream,
-    replay: Bytes,
-    state: Arc<ConnectionState>,
-}
-
-impl Io {
-    /// Reads as much as it takes to know whether the client speaks HTTP/2.
-    async fn sniff(&mut self) -> io::Result<bool> {
-        let mut seen = Vec::with_capacity(PREFACE.len());
-        while seen.len() < PREFACE.len() && PREFACE.starts_with(&seen) {
-            if (&mut self.stream)
-                .take((PREFACE.len() - seen.len()) as u64)
-                .read_buf(&mut seen)
-                .await?
-                == 0
-            {
-                break;
-            }
-            self.began();
-        }
-        let is_http2 = seen == PREFACE;
-        self.replay = seen.into();
-        Ok(is_http2)
-    }
-
-    fn began(&self) {
-        self.state.head.send_if_modified(|head| {
-            let idle = *head == Head::Idle;
-            if idle {
-                *head = Head::Began(Instant::now());
-            }
-            idle
-        });
-    }
-}
-
-impl AsyncRead for Io {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        if self.replay.is_empty() {
-            let before = buffer.filled().len();
-            ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
-            if buffer.filled().len() > before {
-                self.began();
-            }
-        } else {
-            let length = self.replay.len().min(buffer.remaining());
-            buffer.put_slice(&self.replay.split_to(length));
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for Io {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
     }
 }

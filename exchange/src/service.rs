@@ -9,6 +9,7 @@ use axum::{
     http::HeaderValue,
     middleware,
 };
+use futures::future::BoxFuture;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -45,15 +46,20 @@ const CHECK_EVERY: Duration = Duration::from_secs(10);
 /// The same while it is not as this process needs it.
 const RETRY_EVERY: Duration = Duration::from_millis(500);
 
+/// Whether the stores beside the database can be reached; the message says which cannot.
+pub type Reach = Box<dyn Fn() -> BoxFuture<'static, anyhow::Result<()>> + Send + Sync>;
+
 /// Runs a service until SIGTERM or SIGINT, and then until its clients are gone or the termination deadline.
 ///
 /// `routes` builds its public routes; `background` is its work beside them, which ends when its token is cancelled.
+/// `reach` tries the stores beside the database, without which a process does not start to be ready.
 pub async fn serve<B: Future<Output = ()> + Send + 'static>(
     service: &'static str,
     release: Release,
     config: Config,
     routes: impl FnOnce(App) -> OpenApiRouter,
     background: impl FnOnce(App, CancellationToken) -> B,
+    reach: Reach,
 ) -> anyhow::Result<()> {
     let version = release.version;
     let (role_sender, role) = watch::channel(match config.role {
@@ -86,8 +92,9 @@ pub async fn serve<B: Future<Output = ()> + Send + 'static>(
         app.config.database.clone(),
         over.clone(),
     ));
-    tasks.spawn(watch_schema(
+    tasks.spawn(watch_stores(
         app.clone(),
+        reach,
         readiness_sender,
         terminating.clone(),
         over.clone(),
@@ -181,10 +188,11 @@ async fn until_quiet(counts: &Counts) {
     }
 }
 
-/// Checks that this build can work with the database's schema: until it has been seen once, and then every now and
-/// then, because a contract may leave this build behind. A lost database changes nothing.
-async fn watch_schema(
+/// Checks that every store has been reached once, and that this build can work with the database's schema: the latter
+/// every now and then, because a contract may leave this build behind. A store that is lost later changes nothing.
+async fn watch_stores(
     app: App,
+    reach: Reach,
     readiness: watch::Sender<Result<(), String>>,
     terminating: CancellationToken,
     over: CancellationToken,
@@ -198,6 +206,7 @@ async fn watch_schema(
         readiness.send_modify(|known| *known = verdict);
     };
     let check = async {
+        let mut reached = false;
         loop {
             let seen = async {
                 let state = migrate::read_state(&app.db).await?;
@@ -208,7 +217,18 @@ async fn watch_schema(
                 }
                 Ok::<_, sqlx::Error>(verdict)
             };
+            let others = async {
+                if reached {
+                    return Ok(());
+                }
+                reach().await.map_err(|error| format!("{error:#}"))
+            };
             match seen.await {
+                Ok(Ok(())) => {
+                    let verdict = others.await;
+                    reached = verdict.is_ok();
+                    set(verdict);
+                }
                 Ok(verdict) => set(verdict),
                 Err(error) if readiness.borrow().is_err() => {
                     set(Err(format!("the database cannot be used: {error}")));

@@ -29,7 +29,7 @@ use uuid::Uuid;
 
 use crate::{
     auth::Caller,
-    error::{self, ApiError, ProblemDocument},
+    error::{self, ApiError},
     notification::{CHANNEL, Notification, Shared, columns},
     role::Role,
 };
@@ -175,11 +175,7 @@ impl<S: Sync> FromRequestParts<S> for LastEventId {
     tag = "notification",
     security(("access_token" = [])),
     params(("Last-Event-ID" = Option<i64>, Header, description = "The last notification that the client has")),
-    responses(
-        (status = 200, body = Notification, content_type = "text/event-stream"),
-        (status = "4XX", body = ProblemDocument),
-        (status = 503, body = ProblemDocument),
-    ),
+    responses((status = 200, body = Notification, content_type = "text/event-stream")),
 )]
 async fn follow(
     State(shared): State<Shared>,

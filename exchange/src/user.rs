@@ -25,7 +25,7 @@ use uuid::Uuid;
 use crate::{
     app::App,
     auth::{self, Caller, Jwk},
-    error::{self, ApiError, Problem, ProblemDocument},
+    error::{self, ApiError, Problem},
     extract::{Body, ClientAddress},
     lane::Lane,
     limit::Limit,
@@ -143,12 +143,7 @@ struct Accepted {
         ("x-exchange-lane" = Option<String>, Header, description = "The test lane to register in"),
         ("x-exchange-lane-secret" = Option<String>, Header, description = "The secret of the stack's test lanes"),
     ),
-    responses(
-        (status = 202, body = Accepted),
-        (status = 403, body = ProblemDocument, description = "`lane_refused`", content_type = "application/problem+json"),
-        (status = 422, body = ProblemDocument, description = "`invalid_field`", content_type = "application/problem+json"),
-        (status = 429, body = ProblemDocument, description = "`too_many_requests`", content_type = "application/problem+json"),
-    ),
+    responses((status = 202, body = Accepted)),
 )]
 async fn register(
     State(app): State<App>,
@@ -236,11 +231,7 @@ struct LoginRow {
 #[utoipa::path(
     post, path = "/login", tag = "user", request_body = Credentials,
     params(("x-exchange-lane" = Option<String>, Header, description = "The test lane of the user")),
-    responses(
-        (status = 200, body = Tokens),
-        (status = 401, body = ProblemDocument, description = "`wrong_credentials`", content_type = "application/problem+json"),
-        (status = 429, body = ProblemDocument, description = "`too_many_requests`", content_type = "application/problem+json"),
-    ),
+    responses((status = 200, body = Tokens)),
 )]
 async fn login(
     State(app): State<App>,
@@ -314,10 +305,7 @@ struct RefreshRow {
 /// other: its session ends, with all of its tokens.
 #[utoipa::path(
     post, path = "/token/refresh", tag = "user", request_body = Refresh,
-    responses(
-        (status = 200, body = Tokens),
-        (status = 401, body = ProblemDocument, description = "`invalid_refresh_token`", content_type = "application/problem+json"),
-    ),
+    responses((status = 200, body = Tokens)),
 )]
 async fn refresh(State(app): State<App>, Body(body): Body<Refresh>) -> Result<Json<Tokens>, ApiError> {
     let hash = token_hash(body.refresh_token.expose_secret());
@@ -369,7 +357,7 @@ async fn refresh(State(app): State<App>, Body(body): Body<Refresh>) -> Result<Js
 /// Ends the caller's session, with its refresh tokens.
 #[utoipa::path(
     post, path = "/logout", tag = "user", security(("access_token" = [])),
-    responses((status = 204), (status = 401, body = ProblemDocument, description = "`unauthenticated`", content_type = "application/problem+json")),
+    responses((status = 204)),
 )]
 async fn logout(State(app): State<App>, Session(caller): Session) -> Result<StatusCode, ApiError> {
     sqlx::query("update sessions set revoked_at = now() where id = $1 and revoked_at is null")
@@ -392,12 +380,7 @@ struct PasswordChange {
 /// Changes the password, and ends all other sessions of the user.
 #[utoipa::path(
     post, path = "/password", tag = "user", security(("access_token" = [])), request_body = PasswordChange,
-    responses(
-        (status = 204),
-        (status = 401, body = ProblemDocument, description = "`unauthenticated`, `wrong_credentials`", content_type = "application/problem+json"),
-        (status = 422, body = ProblemDocument, description = "`invalid_field`", content_type = "application/problem+json"),
-        (status = 429, body = ProblemDocument, description = "`too_many_requests`", content_type = "application/problem+json"),
-    ),
+    responses((status = 204)),
 )]
 async fn change_password(
     State(app): State<App>,
@@ -457,10 +440,7 @@ async fn change_password(
         ("x-exchange-lane" = String, Header, description = "The test lane"),
         ("x-exchange-lane-secret" = String, Header, description = "The secret of the stack's test lanes"),
     ),
-    responses(
-        (status = 204),
-        (status = 403, body = ProblemDocument, description = "`lane_refused`", content_type = "application/problem+json"),
-    ),
+    responses((status = 204)),
 )]
 async fn erase_lane(
     State(app): State<App>,

@@ -154,6 +154,8 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
         archives.push(Archive { image, path });
         Ok(())
     };
+    // Alone: the cleaning at the end would take the unnamed stages of another build that still goes on.
+    let _lock = lock_images(&cache_dir()?.join("images"))?;
     make("testbed-agent", tag, &agent, &dist, &[])?;
     for target in [
         "exchange-operator",
@@ -176,7 +178,17 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
         }
         make("exchange", version, &root, repository, &args)?;
     }
+    // What the names pointed to before, and the stages: unnamed now, a gigabyte each time.
+    buildah(&["rmi", "--prune", "--force"], |_| {})?;
     Ok(archives)
+}
+
+/// Waits until no other process builds images.
+fn lock_images(cache: &Path) -> Result<fs::File> {
+    fs::create_dir_all(cache).with_context(|| format!("cannot create {}", cache.display()))?;
+    let lock = fs::File::create(cache.join("lock"))?;
+    lock.lock().context("cannot lock the image cache")?;
+    Ok(lock)
 }
 
 fn from_packages(tools: &Tools, recipe: &Recipe) -> Result<Archive> {
@@ -209,9 +221,7 @@ fn cached(
     if archive.path.exists() {
         return Ok(archive);
     }
-    fs::create_dir_all(&cache).with_context(|| format!("cannot create {}", cache.display()))?;
-    let lock = fs::File::create(cache.join("lock"))?;
-    lock.lock().context("cannot lock the image cache")?;
+    let _lock = lock_images(&cache)?;
     if archive.path.exists() {
         return Ok(archive); // somebody else built it while we waited
     }

@@ -386,6 +386,11 @@ impl Store {
         Ok(rebuilt)
     }
 
+    /// Whether the store answers.
+    pub async fn reach(&self) -> Result<(), StoreError> {
+        self.is_complete().await.map(|_| ())
+    }
+
     /// Whether the live lane is complete: false after the store has been lost.
     pub async fn is_complete(&self) -> Result<bool, StoreError> {
         let mut connection = self.connect().await?;

@@ -14,7 +14,7 @@ use uuid::Uuid;
 use crate::{
     app::App,
     auth::Caller,
-    error::{ApiError, INVALID_PARAMETER, ProblemDocument},
+    error::{ApiError, INVALID_PARAMETER},
     extract::{Body, Query},
     idempotency::{Answer, KEY_HEADER, KEY_REUSED, Key},
     money::{Amount, Price, Size},
@@ -245,10 +245,7 @@ pub(super) struct BookView {
 /// All products, by symbol.
 #[utoipa::path(
     get, path = "/products", tag = "trade",
-    responses(
-        (status = 200, body = ProductList),
-        (status = 503, body = ProblemDocument, content_type = "application/problem+json"),
-    ),
+    responses((status = 200, body = ProductList)),
 )]
 pub(super) async fn list_products(State(app): State<App>) -> Result<Json<ProductList>, ApiError> {
     let products = sqlx::query_as(
@@ -265,11 +262,7 @@ pub(super) async fn list_products(State(app): State<App>) -> Result<Json<Product
 #[utoipa::path(
     post, path = "/trade/add", tag = "trade", security(("access_token" = [])), request_body = NewOrder,
     params(("Idempotency-Key" = Option<String>, Header, description = "Instead of `client_order_id`")),
-    responses(
-        (status = 201, body = Order),
-        (status = "4XX", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, body = ProblemDocument, content_type = "application/problem+json"),
-    ),
+    responses((status = 201, body = Order)),
 )]
 pub(super) async fn add_order(
     caller: Caller,
@@ -317,11 +310,7 @@ pub(super) async fn add_order(
 /// Takes the rest of an order out of the book. May be repeated.
 #[utoipa::path(
     post, path = "/trade/cancel", tag = "trade", security(("access_token" = [])), request_body = OrderChoice,
-    responses(
-        (status = 200, body = CancelledOrder),
-        (status = "4XX", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, body = ProblemDocument, content_type = "application/problem+json"),
-    ),
+    responses((status = 200, body = CancelledOrder)),
 )]
 pub(super) async fn cancel_order(
     State(app): State<App>,
@@ -361,11 +350,7 @@ pub(super) async fn cancel_order(
 /// The trades of an account, newest first.
 #[utoipa::path(
     get, path = "/trade/getTradeByAccount", tag = "trade", security(("access_token" = [])), params(TradesOfAccount),
-    responses(
-        (status = 200, body = TradePage),
-        (status = "4XX", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, body = ProblemDocument, content_type = "application/problem+json"),
-    ),
+    responses((status = 200, body = TradePage)),
 )]
 pub(super) async fn trades_of_account(
     State(app): State<App>,
@@ -418,11 +403,7 @@ pub(super) async fn trades_of_account(
 /// The order book of a product, in the caller's lane.
 #[utoipa::path(
     get, path = "/book", tag = "trade", security(("access_token" = [])), params(BookChoice),
-    responses(
-        (status = 200, body = BookView),
-        (status = "4XX", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, body = ProblemDocument, content_type = "application/problem+json"),
-    ),
+    responses((status = 200, body = BookView)),
 )]
 pub(super) async fn read_book(
     State(app): State<App>,

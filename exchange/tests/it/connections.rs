@@ -205,6 +205,16 @@ async fn every_response_names_the_stack() {
             answer.head
         );
     }
+    // Also what no handler has seen.
+    client.send("this is not HTTP\r\n\r\n").await;
+    let answer = client.receive().await.unwrap().unwrap();
+    assert_eq!(answer.status, 400);
+    assert!(
+        answer.head.contains("\r\nx-exchange-stack: blue-test\r\n"),
+        "{}",
+        answer.head
+    );
+    client.assert_closed().await;
 }
 
 #[tokio::test]

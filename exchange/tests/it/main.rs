@@ -10,6 +10,8 @@ mod connections;
 #[cfg(test)]
 mod database;
 #[cfg(test)]
+mod disasters;
+#[cfg(test)]
 mod examples;
 #[cfg(test)]
 mod migrate;

@@ -81,8 +81,8 @@ impl Server {
         }
     }
 
-    /// Kills the server and its children at once, and starts it again on the same files.
-    pub(crate) fn kill_and_restart(&mut self) {
+    /// Kills the server and its children at once, and waits until they are gone.
+    pub(crate) fn kill(&self) {
         // Stopped, it has no more children: one that is born meanwhile would hold PostgreSQL's shared memory, and the new
         // server would refuse to start beside it.
         self.signal("STOP");
@@ -100,8 +100,18 @@ impl Server {
             assert!(Instant::now() < deadline, "killed and still there: {pids:?}");
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// Starts a killed server again on the same files.
+    pub(crate) fn start_again(&mut self) {
         self.keeper.stdin.as_mut().unwrap().write_all(b"again\n").unwrap();
         self.pid = read_pid(&mut self.pids);
+    }
+
+    /// Kills the server and starts it again on the same files.
+    pub(crate) fn kill_and_restart(&mut self) {
+        self.kill();
+        self.start_again();
     }
 
     /// What the server has logged.

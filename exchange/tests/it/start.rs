@@ -5,7 +5,10 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::servers::{Database, Postgres, Service, client, eventually};
+use crate::{
+    servers::{Database, Postgres, Service, client, eventually, free_port},
+    stores::{Nats, Redis},
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_becomes_ready_and_says_which_stack_it_is() {
@@ -56,6 +59,41 @@ async fn a_lost_database_is_an_answer_and_not_an_empty_service() {
     })
     .await;
     assert_eq!(service.admin("/readyz").await.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_store_is_needed_once_and_none_later() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let (queue_port, market_port) = (free_port(), free_port());
+    let market_url = format!("redis://:secret@localhost:{market_port}");
+    let queue_url = format!("nats://exchange:secret@localhost:{queue_port}");
+    let market = ["--market-data-url", &market_url];
+    let both = [&market[..], &["--queue-url", &queue_url]].concat();
+    let trade = Service::live("trade", &database, &market);
+    let notification = Service::live("notification", &database, &both);
+    let says = async |service: &Service, what: &str| {
+        eventually(&format!("it says {what}"), || async {
+            let answer = service.admin("/readyz").await;
+            let waits = answer.status() == 503;
+            (waits && answer.text().await.unwrap().contains(what)).then_some(())
+        })
+        .await;
+    };
+    says(&trade, "the market-data store").await;
+    says(&notification, "the market-data store").await;
+    let redis = Redis::start_on(market_port, None);
+    says(&notification, "the queue").await;
+    let trade = trade.ready().await;
+    let nats = Nats::start_on(queue_port, None);
+    let notification = notification.ready().await;
+    drop((redis, nats));
+    eventually("the market data is missed", || async {
+        (trade.get("/market/ticker?product=BTC-USD").await.status() == 503).then_some(())
+    })
+    .await;
+    for service in [&trade, &notification] {
+        assert_eq!(service.admin("/readyz").await.status(), 200);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -124,8 +124,11 @@ pub(crate) struct Redis {
 
 impl Redis {
     pub(crate) fn start(tls: Option<&Certificates>) -> Self {
+        Self::start_on(free_port(), tls)
+    }
+
+    pub(crate) fn start_on(port: u16, tls: Option<&Certificates>) -> Self {
         let directory = temporary_directory("redis");
-        let port = free_port();
         let port_text = port.to_string();
         let mut command = vec!["redis-server", "--save", "", "--requirepass", "secret"];
         if let Some(tls) = tls {

@@ -5,7 +5,7 @@ use std::time::Instant;
 use reqwest::{Method, Response, StatusCode};
 use serde_json::{Value, json};
 
-use crate::servers::{Database, Postgres, Service};
+use crate::servers::{Database, Postgres, Service, eventually};
 
 const PASSWORD: &str = "correct horse battery";
 const LANE_SECRET: &str = "0123456789abcdef0123";
@@ -448,6 +448,14 @@ async fn a_user_can_take_the_data_and_leave() {
             .await
             .unwrap();
     assert_eq!(left, [(None, None, None)]);
+    // Other services take the token until it expires, but nothing new begins with it.
+    let trade = Service::live("trade", &exchange.database, &[]).ready().await;
+    let account = trade
+        .client
+        .post(trade.url("/account/add"))
+        .bearer_auth(&ada.access_token)
+        .json(&json!({"currency": "USD", "name": "main"}));
+    problem(account.send().await.unwrap(), 401, "unauthenticated").await;
     // The address is free again.
     exchange.user("ada@example.org").await;
 }
@@ -623,11 +631,14 @@ async fn no_secret_and_no_address_is_logged() {
         .get(exchange.service.url("/profile"))
         .header("traceparent", header);
     request.send().await.unwrap();
-    let log = exchange.service.log();
-    assert!(
-        log.contains("came twice") && log.contains(&format!(r#""trace.id":"{trace}""#)),
-        "{log}"
-    );
+    let marked = format!(r#""trace.id":"{trace}""#);
+    // The line about a request follows its answer.
+    let log = eventually("the last request is in the log", || {
+        let log = exchange.service.log();
+        std::future::ready(log.contains(&marked).then_some(log))
+    })
+    .await;
+    assert!(log.contains("came twice"), "{log}");
     for secret in [
         "ada@",
         "example.org",

@@ -9,7 +9,7 @@ use crate::{
     stores::Stores,
 };
 
-const SECRET: &str = "a secret of this stack";
+pub(crate) const SECRET: &str = "a secret of this stack";
 
 /// The three services of one stack.
 pub(crate) struct Stack {
@@ -19,7 +19,7 @@ pub(crate) struct Stack {
 }
 
 impl Stack {
-    async fn start(stores: &Stores, flags: &[&str]) -> Self {
+    pub(crate) async fn start(stores: &Stores, flags: &[&str]) -> Self {
         Self::start_by(&mut Command::new(crate::servers::binary()), stores, flags).await
     }
 
@@ -37,6 +37,31 @@ impl Stack {
             trade: trade.ready().await,
             notification: notification.ready().await,
         }
+    }
+
+    /// A stack whose services ask these live Services, of user, trade and notification, for their role.
+    pub(crate) async fn start_following(stores: &Stores, flags: &[&str], live: [String; 3]) -> Self {
+        let market = stores.redis.url();
+        let [user, trade, notification] = live
+            .each_ref()
+            .map(|live| [flags, &["--live-url", live]].concat());
+        let trade = [&trade[..], &["--market-data-url", &market]].concat();
+        let user = Service::start("user", &stores.database, &user);
+        let trade = Service::start("trade", &stores.database, &trade);
+        let notification = stores.notification(&notification);
+        Self {
+            user: user.ready().await,
+            trade: trade.ready().await,
+            notification: notification.ready().await,
+        }
+    }
+
+    pub(crate) fn services(&self) -> [&Service; 3] {
+        [&self.user, &self.trade, &self.notification]
+    }
+
+    pub(crate) fn services_mut(&mut self) -> [&mut Service; 3] {
+        [&mut self.user, &mut self.trade, &mut self.notification]
     }
 
     /// Runs the binary with the addresses of this stack.

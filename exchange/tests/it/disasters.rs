@@ -1,0 +1,312 @@
+//! Whole stacks under load while parts of them die or are replaced: afterwards the audit finds nothing.
+
+use std::{
+    net::SocketAddr,
+    process::Command,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+use tokio::{
+    io::copy_bidirectional,
+    net::{TcpListener, TcpStream},
+};
+
+use crate::{
+    servers::{Database, Postgres, Service, V1, eventually, temporary_directory},
+    stores::Stores,
+    traders::accept,
+    whole::{SECRET, Stack, text},
+};
+
+/// What a Service of Kubernetes does: new connections go to whatever it points at now, open ones stay where they are.
+struct Front {
+    address: SocketAddr,
+    target: Arc<Mutex<SocketAddr>>,
+}
+
+impl Front {
+    async fn of(service: &Service) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let target = Arc::new(Mutex::new(service.public));
+        let current = Arc::clone(&target);
+        tokio::spawn(async move {
+            while let Ok((mut client, _)) = listener.accept().await {
+                let target = *current.lock().unwrap();
+                tokio::spawn(async move {
+                    if let Ok(mut server) = TcpStream::connect(target).await {
+                        // Whichever side ends, both do.
+                        let _ = copy_bidirectional(&mut client, &mut server).await;
+                    }
+                });
+            }
+        });
+        Self { address, target }
+    }
+
+    fn point_at(&self, service: &Service) {
+        *self.target.lock().unwrap() = service.public;
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+}
+
+/// The live Services of user, trade and notification.
+struct Fronts([Front; 3]);
+
+impl Fronts {
+    async fn of(stack: &Stack) -> Self {
+        Self([
+            Front::of(&stack.user).await,
+            Front::of(&stack.trade).await,
+            Front::of(&stack.notification).await,
+        ])
+    }
+
+    fn point_at(&self, stack: &Stack) {
+        for (front, service) in self.0.iter().zip(stack.services()) {
+            front.point_at(service);
+        }
+    }
+
+    /// Runs `exchange load`, and returns what it wrote and what it said.
+    async fn load(&self, flags: &[&str]) -> (Value, String) {
+        let json = temporary_directory("load").join("load.json");
+        let [user, trade, notification] = self.0.each_ref().map(Front::url);
+        let mut load = Command::new(V1);
+        load.args(["load", "--user-url", &user, "--trade-url", &trade])
+            .args(["--notification-url", &notification, "--json"])
+            .arg(&json)
+            .args(flags)
+            .env("EXCHANGE_LANE_SECRET", SECRET);
+        let output = tokio::task::spawn_blocking(move || load.output().unwrap())
+            .await
+            .unwrap();
+        let written = std::fs::read(&json).unwrap_or_else(|_| panic!("{}", text(&output)));
+        (serde_json::from_slice(&written).unwrap(), text(&output))
+    }
+}
+
+const GREEN: [&str; 6] = ["--colour", "green", "--revision", "abc", "--role", "live"];
+
+/// Waits until the load is well under way.
+async fn orders(stores: &Stores, more_than: i64) {
+    eventually("orders come in", || async {
+        (stores.count("select count(*) from orders").await > more_than).then_some(())
+    })
+    .await;
+}
+
+fn assert_audited(result: &Value) {
+    assert_eq!(result["audit"]["findings"], json!([]), "{result:#}");
+    assert_eq!(result["audit"]["ledger_checked"], true, "{result:#}");
+    assert!(result["audit"]["trades"].as_u64().unwrap() > 100, "{result:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_service_is_killed_in_mid_load_and_the_audit_is_clean() {
+    let stores = Stores::start().await;
+    let mut stack = Stack::start(&stores, &GREEN).await;
+    let fronts = Fronts::of(&stack).await;
+    let flags = [
+        "--lane",
+        "test-green-abc.load",
+        "--rate",
+        "60",
+        "--duration",
+        "14s",
+        "--connections",
+        "4",
+        "--traders",
+        "4",
+        "--idle-connections",
+        "0",
+        "--database-url",
+        &stores.database.owner_url,
+    ];
+    let killing = async {
+        for (number, killed) in (1..).zip([0, 1, 2]) {
+            orders(&stores, 150 * number).await;
+            stack.services()[killed].signal("KILL");
+            // Only what has been killed is replaced.
+            let mut next = Stack::start(&stores, &GREEN).await;
+            let (old, new) = (stack.services_mut(), next.services_mut());
+            for (at, (old, new)) in old.into_iter().zip(new).enumerate() {
+                if at == killed {
+                    std::mem::swap(old, new);
+                }
+            }
+            fronts.point_at(&stack);
+        }
+    };
+    let ((result, _), ()) = tokio::join!(fronts.load(&flags), killing);
+    assert_audited(&result);
+    // What was lost was lost with its connection; nobody was told that something had failed.
+    let statuses = result["summary"]["statuses"].as_object().unwrap();
+    assert!(
+        statuses.keys().all(|status| !status.starts_with('5')),
+        "{result:#}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgresql_is_away_for_twenty_seconds_in_mid_load_and_the_audit_is_clean() {
+    let mut postgres = Postgres::start(&[]);
+    let stores = Stores::beside(Database::migrated(&postgres).await).await;
+    let stack = Stack::start(&stores, &GREEN).await;
+    let fronts = Fronts::of(&stack).await;
+    let flags = [
+        "--lane",
+        "test-green-abc.load",
+        "--rate",
+        "30",
+        "--duration",
+        "30s",
+        "--connections",
+        "4",
+        "--traders",
+        "4",
+        "--idle-connections",
+        "0",
+        "--database-url",
+        &stores.database.owner_url,
+    ];
+    let outage = async {
+        orders(&stores, 100).await;
+        postgres.server.kill();
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        let refused = stack.user.refresh_with_noise().await;
+        assert_eq!(refused.headers()["retry-after"], "1");
+        assert_eq!(
+            accept(refused, StatusCode::SERVICE_UNAVAILABLE).await["code"],
+            "unavailable"
+        );
+        for service in stack.services() {
+            assert_eq!(service.admin("/readyz").await.status(), 200);
+        }
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        postgres.server.start_again();
+    };
+    let ((result, _), ()) = tokio::join!(fronts.load(&flags), outage);
+    assert_audited(&result);
+    // Every request was answered.
+    let failures = result["summary"]["failures"].as_object().unwrap();
+    assert_eq!(failures.keys().collect::<Vec<_>>(), ["status 503"], "{result:#}");
+}
+
+async fn has_role(stack: &Stack, role: &str) {
+    for service in stack.services() {
+        eventually(&format!("it is {role}"), || async {
+            let stack: Value = service.admin("/stack").await.json().await.unwrap();
+            (stack["role"] == role).then_some(())
+        })
+        .await;
+    }
+}
+
+/// Live users trade while the live Services move from one stack to another, and the old one drains and ends.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stack_is_replaced_under_load_and_nobody_notices() {
+    let stores = Stores::start().await;
+    let nowhere = [
+        "--role",
+        "follow",
+        "--live-url",
+        "http://127.0.0.1:1",
+        "--colour",
+        "blue",
+        "--revision",
+        "one",
+    ];
+    // Somebody to ask before there are fronts; then the stack follows them.
+    let first = Stack::start(&stores, &nowhere).await;
+    let fronts = Fronts::of(&first).await;
+    let follow = |colour: &'static str, revision: &'static str| {
+        let (stores, fronts) = (&stores, &fronts);
+        async move {
+            let flags = ["--colour", colour, "--revision", revision, "--role", "follow"];
+            Stack::start_following(stores, &flags, fronts.0.each_ref().map(Front::url)).await
+        }
+    };
+    let blue = follow("blue", "one").await;
+    fronts.point_at(&blue);
+    drop(first);
+    has_role(&blue, "Live").await;
+    let mut green = follow("green", "two").await;
+    has_role(&green, "Standby").await;
+
+    let treasurer = json!({"email": "bank@example.org", "password": "correct horse battery"});
+    {
+        // A client of its own, which goes: blue would wait for the end of its idle connection.
+        let registration = crate::servers::client().post(blue.user.url("/register"));
+        let registered = registration.json(&treasurer).send().await.unwrap();
+        accept(registered, StatusCode::ACCEPTED).await;
+    }
+    let mut grant = Command::new(V1);
+    grant
+        .args(["grant", "treasury", "--email", "Bank@example.org"])
+        .args(["--database-url", &stores.database.owner_url]);
+    let granted = grant.output().unwrap();
+    assert!(granted.status.success(), "{}", text(&granted));
+    let password = temporary_directory("treasury").join("password");
+    std::fs::write(&password, "correct horse battery").unwrap();
+    let flags = [
+        "--treasury-email",
+        "bank@example.org",
+        "--treasury-password-file",
+        password.to_str().unwrap(),
+        "--rate",
+        "50",
+        "--duration",
+        "20s",
+        "--connections",
+        "4",
+        "--traders",
+        "4",
+        "--idle-connections",
+        "2",
+        "--slow-percent",
+        "3",
+        "--database-url",
+        &stores.database.owner_url,
+    ];
+    let replacing = async {
+        orders(&stores, 200).await;
+        fronts.point_at(&green);
+        has_role(&blue, "Draining").await;
+        has_role(&green, "Live").await;
+        for service in blue.services() {
+            eventually("nobody is left", || async {
+                let stack: Value = service.admin("/stack").await.json().await.unwrap();
+                (stack["connections"] == 0 && stack["inFlight"] == 0 && stack["consuming"] == false)
+                    .then_some(())
+            })
+            .await;
+            service.signal("TERM");
+        }
+        let mut blue = blue;
+        for service in blue.services_mut() {
+            let ended = eventually("it ends", || std::future::ready(service.ended())).await;
+            assert!(ended.success());
+        }
+    };
+    let ((result, said), ()) = tokio::join!(fronts.load(&flags), replacing);
+    assert_audited(&result);
+    assert_eq!(result["summary"]["failed"], 0, "{said}");
+    assert_eq!(result["closed_without_notice"], 0, "{said}");
+    for stack in ["blue-one", "green-two"] {
+        let answers = &result["summary"]["stacks"][stack]["answers"];
+        assert!(answers.as_u64().unwrap() > 100, "{result:#}");
+    }
+    assert!(
+        green
+            .services_mut()
+            .iter_mut()
+            .all(|service| service.ended().is_none())
+    );
+}
