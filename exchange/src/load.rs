@@ -4,6 +4,7 @@
 mod audit;
 mod link;
 mod record;
+mod streams;
 
 use std::{
     collections::BTreeMap,
@@ -31,6 +32,7 @@ use self::{
     audit::{Audit, Evidence, TraderEvidence, judge},
     link::{Answered, Body, Events, Link, Protocol, body},
     record::{Record, Summary, summarize},
+    streams::{End, Opening, Received, Streams},
 };
 use crate::{
     lane::Lane,
@@ -66,6 +68,9 @@ pub struct LoadArgs {
     /// Orders of which the body is sent over two seconds, of 100.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=100))]
     slow_percent: u8,
+    /// Traders that read their notifications as an event stream all the while.
+    #[arg(long, default_value_t = 2)]
+    streams: u16,
     /// Synthetic users.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(2..=1_000))]
     traders: u16,
@@ -178,6 +183,11 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Run {
+    fn token(&self, trader: usize) -> String {
+        let tokens = self.tokens.read().unwrap_or_else(PoisonError::into_inner);
+        tokens.get(trader).cloned().unwrap_or_default()
+    }
+
     fn request(&self, job: &Job) -> Result<Request<Body>, http::Error> {
         let authority = self
             .authorities
@@ -207,8 +217,7 @@ impl Run {
             .uri(uri)
             .header(header::HOST, authority);
         if let Some(trader) = trader {
-            let tokens = self.tokens.read().unwrap_or_else(PoisonError::into_inner);
-            let token = tokens.get(trader).cloned().unwrap_or_default();
+            let token = self.token(trader);
             request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
         }
         if !content.is_empty() {
@@ -270,6 +279,10 @@ struct Outcome {
     connects: u64,
     closed_without_notice: u64,
     never_sent: u64,
+    /// The event streams, in the order of their ends.
+    streams: Vec<Opening>,
+    /// Those of them that broke, or could not be opened.
+    streams_cut_off: usize,
     /// Orders without a good answer, whose fate was asked for afterwards.
     unknown_orders: usize,
     audit: Audit,
@@ -309,12 +322,21 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
         unknown: Mutex::default(),
     });
     let events = Arc::new(Events::default());
+    let streams = Streams::of(traders.len().min(args.streams.into()));
+    let followers: JoinSet<()> = (0..traders.len().min(args.streams.into()))
+        .map(|trader| Arc::clone(&streams).follow(trader, notification_url.clone(), Arc::clone(&run)))
+        .collect();
     offer(&args, &client, &traders, &run, &events).await?;
     let duration_s = run.start.elapsed().as_secs_f64();
 
     let unknown = std::mem::take(&mut *locked(&run.unknown));
     let unknown_orders = unknown.len();
-    let evidence = gather(&args, &client, traders, &run, unknown).await?;
+    let evidence = gather(&args, &client, traders, &run, unknown, &streams).await?;
+    streams.stop();
+    followers.join_all().await;
+    let openings = streams.openings();
+    let cut_off = |opening: &&Opening| matches!(opening.end, End::CutOff | End::NotOpened);
+    let streams_cut_off = openings.iter().filter(cut_off).count();
     let audit = judge(&evidence);
     let records = std::mem::take(&mut *locked(&run.records));
     let summary = summarize(&records);
@@ -323,11 +345,16 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
         started_unix_ms: started.unix_timestamp_nanos() / 1_000_000,
         rate: args.rate,
         duration_s,
-        ok: summary.failed == 0 && closed_without_notice == 0 && audit.findings.is_empty(),
+        ok: summary.failed == 0
+            && closed_without_notice == 0
+            && streams_cut_off == 0
+            && audit.findings.is_empty(),
         summary,
         connects: events.connects.load(Ordering::Relaxed),
         closed_without_notice,
         never_sent: events.never_sent.load(Ordering::Relaxed),
+        streams: openings,
+        streams_cut_off,
         unknown_orders,
         audit,
     };
@@ -536,6 +563,7 @@ async fn gather(
     mut traders: Vec<Trader>,
     run: &Run,
     unknown: Vec<(usize, Value)>,
+    streams: &Streams,
 ) -> anyhow::Result<Evidence> {
     for trader in &mut traders {
         patiently(async |client: &Client| client.log_in(trader).await, client).await?;
@@ -560,7 +588,7 @@ async fn gather(
         }
     }
     let acknowledged = locked(&run.acknowledged).clone();
-    for (trader, acknowledged) in traders.iter().zip(acknowledged) {
+    for (number, (trader, acknowledged)) in traders.iter().zip(acknowledged).enumerate() {
         let account = trader.account(BASE).context("no account")?;
         let listed = client.trades(trader, account).await?;
         let mut notified = client.notified_trades(trader).await?;
@@ -568,6 +596,17 @@ async fn gather(
         while notified.len() < listed.len() && Instant::now() < deadline {
             sleep(Duration::from_millis(500)).await;
             notified = client.notified_trades(trader).await?;
+        }
+        let streamed_trades =
+            |received: &Vec<Received>| received.iter().filter(|it| it.trade.is_some()).count();
+        let mut streamed = streams.received(number);
+        while streamed
+            .as_ref()
+            .is_some_and(|it| streamed_trades(it) < listed.len())
+            && Instant::now() < deadline
+        {
+            sleep(Duration::from_millis(100)).await;
+            streamed = streams.received(number);
         }
         let zero = rust_decimal::Decimal::ZERO;
         let impossible_balances = client
@@ -581,6 +620,7 @@ async fn gather(
             acknowledged,
             listed,
             notified,
+            streamed,
             impossible_balances,
         });
     }
@@ -640,6 +680,17 @@ fn table(outcome: &Outcome) -> String {
     for (failure, count) in &summary.failures {
         let _ = writeln!(text, "  {count:>8}  {failure}");
     }
+    let _ = writeln!(
+        text,
+        "{} event streams with {} notifications, {} cut off",
+        outcome.streams.len(),
+        outcome
+            .streams
+            .iter()
+            .map(|stream| stream.notifications)
+            .sum::<usize>(),
+        outcome.streams_cut_off,
+    );
     let _ = writeln!(
         text,
         "\n{:<16}{:>9}{:>10}{:>10}{:>10}{:>10}{:>10}",

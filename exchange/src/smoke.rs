@@ -19,6 +19,8 @@ const PRICE: &str = "20000";
 const SIZE: &str = "0.01";
 /// How long the notification of a trade may take.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a connection may be refused at first: each node learns of a new Service's pods some time after they are ready.
+const UNKNOWN_ADDRESS: Duration = Duration::from_secs(10);
 
 /// The flags of `exchange smoke`.
 #[derive(Clone, Debug, clap::Args)]
@@ -175,10 +177,17 @@ async fn exercise(client: &Client, report: &mut Report) -> Option<()> {
     ];
     report
         .step("the stack under test answers", async {
+            let start = Instant::now();
             for service in services {
-                client
-                    .call(Call::get(format!("{service}/version")), StatusCode::OK)
-                    .await?;
+                let version = || client.call(Call::get(format!("{service}/version")), StatusCode::OK);
+                let mut answer = version().await;
+                while answer.as_ref().is_err_and(CallError::never_connected)
+                    && start.elapsed() < UNKNOWN_ADDRESS
+                {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                    answer = version().await;
+                }
+                answer?;
             }
             Ok(())
         })

@@ -87,6 +87,13 @@ pub enum CallError {
     Wrong(String),
 }
 
+impl CallError {
+    /// Whether nothing was there to take the request.
+    pub fn never_connected(&self) -> bool {
+        matches!(self, Self::Transport { source, .. } if source.is_connect())
+    }
+}
+
 fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

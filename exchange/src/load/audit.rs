@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
+use super::streams::Received;
+
 /// What one trader knows when all is over.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct TraderEvidence {
@@ -13,6 +15,8 @@ pub(crate) struct TraderEvidence {
     pub(crate) listed: Vec<String>,
     /// The trades that the trader was notified of.
     pub(crate) notified: Vec<String>,
+    /// What came over the trader's event streams, in the order in which it came, if there were any.
+    pub(crate) streamed: Option<Vec<Received>>,
     /// Currencies in which a balance or a hold is below zero, or a hold above its balance.
     pub(crate) impossible_balances: Vec<String>,
 }
@@ -83,6 +87,13 @@ pub(crate) fn judge(evidence: &Evidence) -> Audit {
                 "trader {number} was notified of trade {trade}, which does not exist"
             ));
         }
+        for finding in trader
+            .streamed
+            .iter()
+            .flat_map(|streamed| gaps(streamed, &listed))
+        {
+            findings.push(format!("event stream of trader {number}: {finding}"));
+        }
         for currency in &trader.impossible_balances {
             findings.push(format!("trader {number} has an impossible balance in {currency}"));
         }
@@ -113,6 +124,18 @@ pub(crate) fn judge(evidence: &Evidence) -> Audit {
     }
 }
 
+/// Numbers count from 1 without a gap, and every trade is among what came.
+fn gaps(streamed: &[Received], listed: &BTreeMap<&str, usize>) -> Vec<String> {
+    let order = (1..)
+        .zip(streamed)
+        .find(|(expected, received)| received.id != *expected);
+    let order = order.map(|(expected, received)| format!("{} came instead of {expected}", received.id));
+    let came: BTreeSet<&str> = streamed.iter().filter_map(|it| it.trade.as_deref()).collect();
+    let missing = listed.keys().filter(|trade| !came.contains(**trade));
+    let missing = missing.map(|trade| format!("trade {trade} is missing"));
+    order.into_iter().chain(missing).collect()
+}
+
 fn counts(trades: &[String]) -> BTreeMap<&str, usize> {
     let mut counts = BTreeMap::new();
     for trade in trades {
@@ -125,11 +148,23 @@ fn counts(trades: &[String]) -> BTreeMap<&str, usize> {
 mod tests {
     use super::*;
 
+    fn received(id: i64, trade: Option<&str>) -> Received {
+        Received {
+            id,
+            trade: trade.map(str::to_owned),
+        }
+    }
+
     fn clean() -> Evidence {
         let trader = TraderEvidence {
             acknowledged: vec!["1".into()],
             listed: vec!["2".into(), "1".into()],
             notified: vec!["1".into(), "2".into()],
+            streamed: Some(vec![
+                received(1, None),
+                received(2, Some("2")),
+                received(3, Some("1")),
+            ]),
             impossible_balances: Vec::new(),
         };
         let other = TraderEvidence {
@@ -160,7 +195,7 @@ mod tests {
     #[test]
     fn each_kind_of_damage_is_found() {
         type Damage = (&'static str, fn(&mut Evidence));
-        let damages: [Damage; 9] = [
+        let damages: [Damage; 12] = [
             ("does not exist", |evidence| {
                 evidence.traders[0].acknowledged.push("3".into());
             }),
@@ -184,6 +219,16 @@ mod tests {
             }),
             ("impossible balance in USD", |evidence| {
                 evidence.traders[0].impossible_balances.push("USD".into());
+            }),
+            ("trade 1 is missing", |evidence| {
+                evidence.traders[0].streamed.as_mut().unwrap().truncate(2);
+            }),
+            ("3 came instead of 2", |evidence| {
+                evidence.traders[0].streamed.as_mut().unwrap().remove(1);
+            }),
+            ("3 came instead of 4", |evidence| {
+                let streamed = evidence.traders[0].streamed.as_mut().unwrap();
+                streamed.push(received(3, Some("1")));
             }),
             ("fate of order a", |evidence| evidence.unresolved.push("a".into())),
         ];
