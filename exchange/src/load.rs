@@ -230,10 +230,8 @@ impl Run {
 
     /// Sends one request, and keeps everything that can be known of it.
     async fn carry_out(&self, link: &Link, job: Job) {
-        let result = match self.request(&job) {
-            Ok(request) => link.send(request).await,
-            Err(error) => Err(error.to_string()),
-        };
+        let request = || self.request(&job).map_err(|error| error.to_string());
+        let result = link.send(&request).await;
         let template = Record {
             intended: job.intended,
             latency: self.start.elapsed().saturating_sub(job.intended),

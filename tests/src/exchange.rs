@@ -281,6 +281,8 @@ impl<'a> Exchange<'a> {
             "4",
             "--idle-connections",
             "1",
+            "--streams",
+            "4",
             "--user-url",
             url("user"),
             "--trade-url",

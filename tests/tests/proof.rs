@@ -15,6 +15,7 @@ use std::{
 
 use serde_json::{Value, json};
 use testbed::{
+    broker::Broker,
     exchange::{self, Exchange, Images, Load, PATIENCE, Watch, is_current, phase_of, text, token},
     kubectl::{Namespace, Session},
     progress::say,
@@ -93,6 +94,7 @@ impl Trading<'_> {
         self.namespace.note("audit", report["audit"].clone());
         assert_eq!(report["summary"]["failed"], 0, "{table}");
         assert_eq!(report["closed_without_notice"], 0, "{table}");
+        assert_eq!(report["streams_cut_off"], 0, "{table}");
         assert_eq!(report["audit"]["findings"], json!([]), "{table}");
         assert_eq!(report["audit"]["ledger_checked"], true, "{table}");
         assert!(report["audit"]["trades"].as_u64().unwrap() > 100, "{table}");
@@ -245,6 +247,171 @@ fn case_2_a_migration_and_the_way_back() {
     assert_eq!(text(trading.last(), "/status/live/version"), "2.0.0");
     trading.end_well();
     namespace.note("rollback_milliseconds", u64::try_from(back.as_millis()).unwrap());
+}
+
+/// Trades of the live lane in which not both orders are of the live lane.
+const MIXED_TRADES: &str = "select count(*) from trades where lane = 'live' and (select count(*) from orders \
+                            where id in (taker_order_id, maker_order_id) and orders.lane = 'live') <> 2";
+
+/// The most workers that were seen to wait for messages of a consumer of the live lane, over some pulls.
+fn most_waiting(broker: &Broker) -> usize {
+    let sample = || broker.waiting().unwrap().into_iter().max().unwrap();
+    let samples = (0..60).map(|_| {
+        std::thread::sleep(Duration::from_millis(50));
+        sample()
+    });
+    samples.max().unwrap()
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn case_3_the_queue_has_one_colour_of_readers() {
+    let ground = Ground::new();
+    let namespace = Namespace::new(&ground.session, "queue").unwrap();
+    let mut trading = ground.trading(&namespace, "1.0.0");
+    let broker = Broker::of(&ground.session, &namespace.name).unwrap();
+    // What the broker has sent to the pods of a stack while the clients traded.
+    let sent = |trading: &Trading<'_>, revisions: [&str; 2]| {
+        let count = |revision: &str| -> Option<u64> {
+            let connections = broker.connections().unwrap().into_iter();
+            let own = connections.filter(|connection| connection.name.ends_with(revision));
+            own.map(|connection| connection.out_msgs)
+                .reduce(|sum, more| sum + more)
+        };
+        let before = revisions.map(|revision| count(revision).unwrap());
+        trading.trade(2_000);
+        let after = revisions.map(|revision| count(revision).unwrap());
+        [after[0] - before[0], after[1] - before[1]]
+    };
+    trading.trade(500);
+    let alone = most_waiting(&broker);
+    assert!(alone > 0, "nobody reads the queue");
+    let first = revision(trading.last());
+
+    // Tested, and waiting for approval, the candidate reads nothing of the live lane.
+    let mut declaration = with_setting(trading.exchange.declaration("1.0.0"), "manual");
+    declaration["spec"]["rollout"]["promotion"] = json!("Manual");
+    trading.exchange.release(&declaration).unwrap();
+    trading
+        .watch
+        .until_phase("AwaitingPromotion", "1.0.0", PATIENCE)
+        .unwrap();
+    let candidate = text(trading.last(), "/status/candidate/revision").to_owned();
+    assert_eq!(most_waiting(&broker), alone, "somebody else reads the live lane");
+    let [live, other] = sent(&trading, [&first, &candidate]);
+    namespace.note("sent_to_live", live);
+    namespace.note("sent_to_candidate", other);
+    assert!(
+        live > 200 && other * 20 < live,
+        "the broker has sent {live} to the live stack, {other} to the candidate"
+    );
+
+    // After the swap the new stack reads, alone; after a rollback the old one.
+    let approved = token(trading.last(), "candidate");
+    trading.exchange.ask("promote", &approved).unwrap();
+    let retained = |object: &Value| text(object, "/status/previous/state") == "Retained";
+    trading
+        .watch
+        .until("the old stack to be drained", PATIENCE, retained)
+        .unwrap();
+    assert_eq!(revision(trading.last()), candidate);
+    assert_eq!(most_waiting(&broker), alone, "both stacks read the live lane");
+    let [live, other] = sent(&trading, [&candidate, &first]);
+    assert!(
+        live > 200 && other * 20 < live,
+        "the broker has sent {live} to the live stack, {other} to the old one"
+    );
+    trading.exchange.ask("rollback", &approved).unwrap();
+    trading
+        .watch
+        .until("the way back", PATIENCE, |object| {
+            phase_of(object) == "Held" && revision(object) == first
+        })
+        .unwrap();
+    trading.trade(1_000);
+    let [live, other] = sent(&trading, [&first, &candidate]);
+    assert!(
+        live > 200 && other * 20 < live,
+        "the broker has sent {live} to the stack gone back to, {other} to the one left"
+    );
+    drop(broker);
+
+    // The broker is restarted in the middle of a swap.
+    let declaration = with_setting(trading.exchange.declaration("1.0.0"), "restart");
+    trading.exchange.release(&declaration).unwrap();
+    trading
+        .watch
+        .until("the swap", PATIENCE, |object| {
+            is_current(object) && phase_of(object) == "Promoting"
+        })
+        .unwrap();
+    let delete = [
+        "delete",
+        "pods",
+        "--namespace",
+        &namespace.name,
+        "--grace-period=0",
+        "--force",
+    ];
+    let broker = ["--wait=false", "--selector=app.kubernetes.io/name=nats"];
+    ground.session.kubectl(&[&delete[..], &broker].concat()).unwrap();
+    trading
+        .watch
+        .until("the release to be live", PATIENCE, |object| {
+            is_current(object) && phase_of(object) == "Live" && revision(object) != first
+        })
+        .unwrap();
+    trading.trade(1_000);
+    assert_eq!(trading.exchange.sql(MIXED_TRADES).unwrap().trim(), "0");
+    trading.end_well();
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn case_6_event_streams_move_between_two_events() {
+    let ground = Ground::new();
+    let namespace = Namespace::new(&ground.session, "streams").unwrap();
+    let mut trading = ground.trading(&namespace, "1.0.0");
+    let first = revision(trading.last());
+    trading.trade(500);
+    let declaration = with_setting(trading.exchange.declaration("1.0.0"), "streams");
+    trading.exchange.release(&declaration).unwrap();
+    let retained = |object: &Value| text(object, "/status/previous/state") == "Retained";
+    trading
+        .watch
+        .until("the old stack to be drained", PATIENCE, retained)
+        .unwrap();
+    let second = revision(trading.last());
+    assert_ne!(first, second);
+    trading.trade(500);
+    // The audit has found every notification once in each stream, in its order, without a gap.
+    let report = trading.end_well();
+    let of = |revision: &str| -> Vec<&Value> {
+        let openings = report["streams"].as_array().unwrap().iter();
+        openings
+            .filter(|opening| text(opening, "/stack").ends_with(revision))
+            .collect()
+    };
+    let moved = of(&first);
+    assert!(
+        moved.len() >= 4 && of(&second).len() >= 4,
+        "{:#}",
+        report["streams"]
+    );
+    assert!(
+        moved.iter().all(|opening| opening["end"] == "between_events"),
+        "{moved:#?}"
+    );
+    let stacks = report["summary"]["stacks"].as_object().unwrap();
+    let (_, new) = stacks.iter().find(|(name, _)| name.ends_with(&second)).unwrap();
+    let swapped = new["first_ms"].as_f64().unwrap();
+    let longest = moved
+        .iter()
+        .map(|opening| opening["to_ms"].as_f64().unwrap() - swapped);
+    let longest = longest.fold(0.0, f64::max) / 1_000.0;
+    namespace.note("streams_ended_seconds_after_the_swap", longest);
+    // A pod knows that it drains after two answers of the other stack, a second apart; then it has five seconds.
+    assert!(longest < 8.0, "a stream stayed on the old stack for {longest} s");
 }
 
 #[test]

@@ -71,6 +71,9 @@ pub(crate) struct Link {
     sender: Mutex<Option<Sender>>,
 }
 
+/// Makes a request, as often as it takes until a connection takes one.
+pub(crate) type MakeRequest<'a> = &'a (dyn Fn() -> Result<Request<Body>, String> + Sync);
+
 /// What came back.
 pub(crate) struct Answered {
     pub(crate) status: u16,
@@ -124,22 +127,23 @@ impl Link {
         })
     }
 
-    /// Sends a request and reads the whole answer. The error says in few words what broke.
-    pub(crate) async fn send(&self, request: Request<Body>) -> Result<Answered, String> {
+    /// Sends a request and reads the whole answer. The error says in few words what broke. The request is made once more
+    /// only if the first one is known not to have been taken.
+    pub(crate) async fn send(&self, request: MakeRequest<'_>) -> Result<Answered, String> {
         if let Ok(result) = tokio::time::timeout(TIMEOUT, self.exchange(request)).await {
             return result;
         }
         Err("timeout".to_owned())
     }
 
-    async fn exchange(&self, request: Request<Body>) -> Result<Answered, String> {
+    async fn exchange(&self, request: MakeRequest<'_>) -> Result<Answered, String> {
         match self.protocol {
             Protocol::Http1 => self.exchange_http1(request).await,
             Protocol::Http2 => self.exchange_http2(request).await,
         }
     }
 
-    async fn exchange_http1(&self, mut request: Request<Body>) -> Result<Answered, String> {
+    async fn exchange_http1(&self, request: MakeRequest<'_>) -> Result<Answered, String> {
         let mut slot = self.sender.lock().await;
         for first in [true, false] {
             let kept = match slot.take() {
@@ -160,16 +164,13 @@ impl Link {
                     Sender::Http2(_) => return Err("wrong protocol".to_owned()),
                 },
             };
-            let response = match sender.try_send_request(request).await {
+            let response = match sender.try_send_request(request()?).await {
                 Ok(response) => response,
-                Err(mut error) => match error.take_message() {
-                    Some(unsent) if first => {
-                        self.events.never_sent.fetch_add(1, Ordering::Relaxed);
-                        request = unsent;
-                        continue;
-                    }
-                    _ => return Err(words(error.error())),
-                },
+                Err(error) if first && error.message().is_some() => {
+                    self.events.never_sent.fetch_add(1, Ordering::Relaxed);
+                    continue;
+                }
+                Err(error) => return Err(words(error.error())),
             };
             let closing = says_close(&response);
             let answered = read(response).await?;
@@ -181,7 +182,7 @@ impl Link {
         Err("never sent".to_owned())
     }
 
-    async fn exchange_http2(&self, mut request: Request<Body>) -> Result<Answered, String> {
+    async fn exchange_http2(&self, request: MakeRequest<'_>) -> Result<Answered, String> {
         for first in [true, false] {
             let mut sender = {
                 let mut slot = self.sender.lock().await;
@@ -196,20 +197,27 @@ impl Link {
                     },
                 }
             };
-            match sender.try_send_request(request).await {
+            match sender.try_send_request(request()?).await {
                 Ok(response) => return read(response).await,
-                Err(mut error) => match error.take_message() {
-                    Some(unsent) if first => {
-                        self.events.never_sent.fetch_add(1, Ordering::Relaxed);
-                        self.sender.lock().await.take();
-                        request = unsent;
-                    }
-                    _ => return Err(words(error.error())),
-                },
+                Err(error) if first && (error.message().is_some() || said_goodbye(error.error())) => {
+                    self.events.never_sent.fetch_add(1, Ordering::Relaxed);
+                    self.sender.lock().await.take();
+                }
+                Err(error) => return Err(words(error.error())),
             }
         }
         Err("never sent".to_owned())
     }
+}
+
+/// Whether the server has announced the end of the connection before it took this request (RFC 9113, section 6.8: the
+/// streams that it still answers are those that it names, and these do not end with this error).
+fn said_goodbye(error: &hyper::Error) -> bool {
+    let source = std::error::Error::source(error);
+    let error = source.and_then(|source| source.downcast_ref::<h2::Error>());
+    error.is_some_and(|error| {
+        error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR)
+    })
 }
 
 fn says_close(response: &Response<Incoming>) -> bool {
