@@ -246,6 +246,7 @@ struct CandlesQuery {
     /// The product's symbol.
     product: String,
     /// The length of the candles.
+    #[param(inline)]
     interval: Interval,
     /// Candles that begin at or after this time, in Unix seconds; 100 candles before `to` unless told.
     #[param(minimum = 0)]

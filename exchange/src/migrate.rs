@@ -416,13 +416,12 @@ async fn run_batch(
     .await?;
     if last {
         let raise = match phase {
-            Phase::Expand => "update schema_state set expanded = greatest(expanded, $1)",
-            Phase::Contract => "update schema_state set oldest_reader = greatest(oldest_reader, $1)",
+            Phase::Expand => sqlx::query("update schema_state set expanded = greatest(expanded, $1)"),
+            Phase::Contract => {
+                sqlx::query("update schema_state set oldest_reader = greatest(oldest_reader, $1)")
+            }
         };
-        sqlx::query(raise)
-            .bind(migration.version)
-            .execute(&mut *transaction)
-            .await?;
+        raise.bind(migration.version).execute(&mut *transaction).await?;
     }
     transaction.commit().await?;
     Ok(rows)
