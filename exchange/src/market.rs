@@ -6,6 +6,7 @@
 //! store, rebuilt after it was lost, is equal to what it was.
 
 mod store;
+mod trades;
 
 use std::sync::Arc;
 
@@ -231,7 +232,7 @@ async fn ticker(
         .store
         .read_candles(&market, Interval::Hour, start, end)
         .await?;
-    let day = store::join(start, &hours)?;
+    let day = trades::join(start, &hours)?;
     Ok(Json(Ticker {
         product: market.product,
         last,
