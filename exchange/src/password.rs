@@ -138,7 +138,7 @@ mod tests {
     async fn a_line_that_is_full_says_so_and_moves_on() {
         let passwords = Passwords::new(1).unwrap();
         let (open, gate) = std::sync::mpsc::channel::<()>();
-        let (begin, begun) = oneshot::channel();
+        let (begin, started) = oneshot::channel();
         let first = passwords.clone();
         let first = tokio::spawn(async move {
             let wait = move || {
@@ -147,7 +147,7 @@ mod tests {
             };
             first.in_line(wait).await
         });
-        begun.await.unwrap();
+        started.await.unwrap();
         let mut waiting = tokio::task::JoinSet::new();
         for _ in 0..LINE {
             let passwords = passwords.clone();

@@ -131,7 +131,7 @@ impl World {
     }
 
     /// Waits until a user has been told of so many things.
-    async fn told(&self, owner: &mut Owner, things: u64) {
+    pub(crate) async fn told(&self, owner: &mut Owner, things: u64) {
         let notifications = &self.by_tag["notification"];
         let reader = Trader::new(notifications, owner.token.clone());
         owner.notification = eventually("the user has been told", || async {
