@@ -75,7 +75,7 @@ impl App {
             service,
             release,
             instance: Uuid::now_v7(),
-            passwords: Passwords::new(config.password_hashers),
+            passwords: Passwords::new(config.password_hashers)?,
             keys: Keys::new(db.clone(), &config),
             config,
             db,

@@ -34,6 +34,7 @@ pub mod release;
 pub mod role;
 pub mod server;
 pub mod service;
+pub mod session;
 pub mod smoke;
 pub mod stream;
 pub mod telemetry;

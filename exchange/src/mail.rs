@@ -8,7 +8,10 @@ use std::{path::PathBuf, time::Duration};
 use lettre::{
     AsyncSmtpTransport, AsyncTransport, Message, Tokio1Executor,
     message::Mailbox,
-    transport::smtp::client::{Certificate, Tls, TlsParameters},
+    transport::smtp::{
+        self,
+        client::{Certificate, Tls, TlsParameters},
+    },
 };
 use secrecy::ExposeSecret;
 use sqlx::PgPool;
@@ -108,14 +111,24 @@ async fn send_due(db: &PgPool, config: &MailConfig, metrics: &MessageMetrics) ->
                 metrics.emails_sent.inc();
             }
             Err(cause) if cause.is_permanent() || email.attempts >= MAX_ATTEMPTS => {
-                error!(user.id = %email.user_id, error.message = %cause, "an e-mail was given up");
+                error!(user.id = %email.user_id, error.message = reason(&cause), "an e-mail was given up");
                 forget(db, email).await?;
                 metrics.emails_given_up.inc();
             }
-            Err(cause) => warn!(user.id = %email.user_id, error.message = %cause, "failed to send an e-mail"),
+            Err(cause) => {
+                warn!(user.id = %email.user_id, error.message = reason(&cause), "failed to send an e-mail");
+            }
         }
     }
     Ok(due.len())
+}
+
+/// What may be logged of a failure: the words of a mail server often repeat the address.
+fn reason(failure: &smtp::Error) -> String {
+    match failure.status() {
+        Some(code) => format!("the mail server answered {code}"),
+        None => failure.to_string(),
+    }
 }
 
 async fn forget(db: &PgPool, email: &Due) -> Result<(), sqlx::Error> {
@@ -128,7 +141,7 @@ async fn forget(db: &PgPool, email: &Due) -> Result<(), sqlx::Error> {
 }
 
 async fn transport(config: &MailConfig) -> Result<AsyncSmtpTransport<Tokio1Executor>, MailError> {
-    let unusable = |error: lettre::transport::smtp::Error| MailError::Server(error.to_string());
+    let unusable = |error: smtp::Error| MailError::Server(error.to_string());
     let url = config.url.read()?;
     let url = url.expose_secret();
     let mut builder = AsyncSmtpTransport::<Tokio1Executor>::from_url(url)

@@ -6,6 +6,7 @@
 //! store, rebuilt after it was lost, is equal to what it was.
 
 mod store;
+mod trades;
 
 use std::sync::Arc;
 
@@ -231,7 +232,7 @@ async fn ticker(
         .store
         .read_candles(&market, Interval::Hour, start, end)
         .await?;
-    let day = store::join(start, &hours)?;
+    let day = trades::join(start, &hours)?;
     Ok(Json(Ticker {
         product: market.product,
         last,
@@ -246,6 +247,7 @@ struct CandlesQuery {
     /// The product's symbol.
     product: String,
     /// The length of the candles.
+    #[param(inline)]
     interval: Interval,
     /// Candles that begin at or after this time, in Unix seconds; 100 candles before `to` unless told.
     #[param(minimum = 0)]

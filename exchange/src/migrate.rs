@@ -3,6 +3,8 @@
 //! *Expand* only adds what older versions do not notice, and runs while they serve. *Contract* takes away what only
 //! older versions need, and runs when none is left. See `migrations/README.md` for how a file is written.
 
+mod batch;
+
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
@@ -17,6 +19,7 @@ use tokio::time::Instant;
 use tracing::info;
 use uuid::Uuid;
 
+use self::batch::{Batch, Mode, split};
 use crate::{app::App, config::StoreUrl, db, release::Release};
 
 static EXPAND: Migrator = sqlx::migrate!("./migrations/expand");
@@ -416,13 +419,12 @@ async fn run_batch(
     .await?;
     if last {
         let raise = match phase {
-            Phase::Expand => "update schema_state set expanded = greatest(expanded, $1)",
-            Phase::Contract => "update schema_state set oldest_reader = greatest(oldest_reader, $1)",
+            Phase::Expand => sqlx::query("update schema_state set expanded = greatest(expanded, $1)"),
+            Phase::Contract => {
+                sqlx::query("update schema_state set oldest_reader = greatest(oldest_reader, $1)")
+            }
         };
-        sqlx::query(raise)
-            .bind(migration.version)
-            .execute(&mut *transaction)
-            .await?;
+        raise.bind(migration.version).execute(&mut *transaction).await?;
     }
     transaction.commit().await?;
     Ok(rows)
@@ -446,74 +448,10 @@ async fn drop_invalid_indexes(connection: &mut PgConnection) -> Result<(), sqlx:
     Ok(())
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mode {
-    Transaction,
-    OutsideTransaction,
-    Repeat,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-struct Batch<'a> {
-    mode: Mode,
-    sql: &'a str,
-}
-
-/// Splits a file at its `-- batch` lines. What stands before the first one is a batch in a transaction.
-fn split(file: &str) -> Vec<Batch<'_>> {
-    let directive = |line: &str| match line.trim() {
-        "-- batch" => Some(Mode::Transaction),
-        "-- batch outside transaction" => Some(Mode::OutsideTransaction),
-        "-- batch repeat" => Some(Mode::Repeat),
-        _ => None,
-    };
-    let mut batches = Vec::new();
-    let mut rest = file;
-    let mut mode = Mode::Transaction;
-    loop {
-        let mut length = 0;
-        let next = rest.split_inclusive('\n').find_map(|line| {
-            let found = directive(line).map(|mode| (mode, length + line.len()));
-            if found.is_none() {
-                length += line.len();
-            }
-            found
-        });
-        let (sql, _) = rest.split_at(length);
-        if sql
-            .lines()
-            .map(str::trim)
-            .any(|line| !line.is_empty() && !line.starts_with("--"))
-        {
-            batches.push(Batch { mode, sql });
-        }
-        let Some((next_mode, end)) = next else {
-            return batches;
-        };
-        (mode, rest) = (next_mode, rest.split_at(end).1);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::release;
-
-    #[test]
-    fn a_file_is_split_into_batches() {
-        let file = "-- why\ncreate table a ();\n-- batch outside transaction\ncreate index concurrently b on a (c);\n\
-                    -- batch repeat\n-- batch\nselect 1;\nselect 2;";
-        let batches = split(file);
-        let expected = [
-            (Mode::Transaction, "-- why\ncreate table a ();\n"),
-            (
-                Mode::OutsideTransaction,
-                "create index concurrently b on a (c);\n",
-            ),
-            (Mode::Transaction, "select 1;\nselect 2;"),
-        ];
-        assert_eq!(batches, expected.map(|(mode, sql)| Batch { mode, sql }));
-    }
 
     #[test]
     fn a_release_brings_the_schema_to_its_level_and_every_file_is_of_one() {

@@ -1,35 +1,55 @@
-//! Password hashing, which is slow on purpose and therefore bounded: a storm of log-ins waits in its own line.
+//! Password hashing, which is slow on purpose: a storm of log-ins waits in a line of its own, and is worked off with the
+//! processor time that nobody else wants.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
+    thread,
+};
 
 use argon2::{
     Argon2,
     password_hash::{PasswordHasher, PasswordVerifier, phc::PasswordHash},
 };
+use rustix::process::setpriority_process;
 use secrecy::{ExposeSecret, SecretString};
-use tokio::sync::Semaphore;
+use tokio::sync::oneshot;
+use tracing::warn;
 
 use crate::error::ApiError;
 
 /// How many may wait per hasher before further ones are told to come back.
 const LINE: usize = 64;
+/// The priority of a hasher, lowest of all: trading on the same machine, and this service's other requests, come first.
+const NICENESS: i32 = 19;
+
+type Job = Box<dyn FnOnce() + Send>;
 
 /// Hashes passwords with Argon2id, a few at a time. Clones share the line.
 #[derive(Clone)]
 pub struct Passwords {
-    hashers: Arc<Semaphore>,
-    line: Arc<Semaphore>,
+    line: SyncSender<Job>,
     nobodys: Arc<OnceLock<String>>,
 }
 
 impl Passwords {
-    /// A line with so many hashers.
-    pub fn new(hashers: usize) -> Self {
-        Self {
-            hashers: Arc::new(Semaphore::new(hashers)),
-            line: Arc::new(Semaphore::new(hashers.saturating_mul(LINE))),
-            nobodys: Arc::default(),
+    /// A line with so many hashers, which are threads of their own and end with it.
+    pub fn new(hashers: usize) -> std::io::Result<Self> {
+        let (line, jobs) = sync_channel(hashers.saturating_mul(LINE));
+        let jobs = Arc::new(Mutex::new(jobs));
+        for _ in 0..hashers {
+            let jobs = Arc::clone(&jobs);
+            thread::Builder::new()
+                .name("hasher".to_owned())
+                .spawn(move || work_off(&jobs))?;
         }
+        Ok(Self {
+            line,
+            nobodys: Arc::default(),
+        })
     }
 
     /// Hashes a password, as a PHC string.
@@ -65,20 +85,30 @@ impl Passwords {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, ApiError> {
-        let _place = self
-            .line
-            .try_acquire()
+        let (answer, answered) = oneshot::channel();
+        let job = move || {
+            // Not for a client that has hung up while it waited.
+            if !answer.is_closed() {
+                let _ = answer.send(work());
+            }
+        };
+        self.line
+            .try_send(Box::new(job))
             .map_err(|_| ApiError::unavailable("too many passwords to hash"))?;
-        // The permit goes along: a client that hangs up does not stop its hashing, and makes no room for another.
-        let hasher = Arc::clone(&self.hashers)
-            .acquire_owned()
-            .await
-            .map_err(ApiError::internal)?;
-        let work = tokio::task::spawn_blocking(move || {
-            let _hasher = hasher;
-            work()
-        });
-        work.await.map_err(ApiError::internal)
+        answered.await.map_err(ApiError::internal)
+    }
+}
+
+fn work_off(jobs: &Mutex<Receiver<Job>>) {
+    // Of this thread only, on Linux.
+    if let Err(error) = setpriority_process(None, NICENESS) {
+        warn!(error.message = %error, "passwords are hashed at the priority of everything else");
+    }
+    loop {
+        let next = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(job) = next else { return };
+        // Whoever asked learns of a panic from the answer that does not come; the next in line must not.
+        let _ = catch_unwind(AssertUnwindSafe(job));
     }
 }
 
@@ -87,4 +117,55 @@ fn hash(password: &str) -> Result<String, ApiError> {
         .hash_password(password.as_bytes())
         .map_err(ApiError::internal)?;
     Ok(hashed.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::process::getpriority_process;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn hashers_come_last_and_nobody_else_does() {
+        let passwords = Passwords::new(2).unwrap();
+        let before = getpriority_process(None).unwrap();
+        let theirs = passwords.in_line(|| getpriority_process(None)).await.unwrap();
+        assert_eq!(theirs.unwrap(), NICENESS);
+        assert_eq!(getpriority_process(None).unwrap(), before);
+    }
+
+    #[tokio::test]
+    async fn a_line_that_is_full_says_so_and_moves_on() {
+        let passwords = Passwords::new(1).unwrap();
+        let (open, gate) = std::sync::mpsc::channel::<()>();
+        let (begin, started) = oneshot::channel();
+        let first = passwords.clone();
+        let first = tokio::spawn(async move {
+            let wait = move || {
+                begin.send(()).unwrap();
+                gate.recv().is_ok()
+            };
+            first.in_line(wait).await
+        });
+        started.await.unwrap();
+        let mut waiting = tokio::task::JoinSet::new();
+        for _ in 0..LINE {
+            let passwords = passwords.clone();
+            waiting.spawn(async move { passwords.in_line(|| ()).await });
+        }
+        // All of them are in line before this one asks: there is one thread here, and it takes turns.
+        tokio::task::yield_now().await;
+        assert!(passwords.in_line(|| ()).await.is_err());
+        open.send(()).unwrap();
+        assert!(first.await.unwrap().unwrap());
+        assert!(waiting.join_all().await.iter().all(Result::is_ok));
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_the_failure_of_one() {
+        let passwords = Passwords::new(1).unwrap();
+        let fall: fn() = || panic!("on purpose");
+        assert!(passwords.in_line(fall).await.is_err());
+        assert!(passwords.in_line(|| ()).await.is_ok());
+    }
 }

@@ -13,7 +13,7 @@ use crate::{
     app::App,
     error::{self, ApiError, Problem},
     extract::Body,
-    user::Session,
+    session::Session,
 };
 
 /// Something of value is left.

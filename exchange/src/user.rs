@@ -1,4 +1,4 @@
-//! The user service: registration, sessions and passwords; `personal` has the rest.
+//! The user service: registration, passwords and test lanes; `session` and `personal` have the rest.
 //!
 //! Nobody learns from it whether an e-mail address is registered: the answers to a registration, and those to a failed
 //! log-in, are the same in status, text and time for known and unknown addresses.
@@ -10,12 +10,9 @@ use axum::{
     extract::{FromRequestParts, State},
     http::{HeaderMap, StatusCode, request::Parts},
 };
-use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
-use sqlx::{PgConnection, PgPool};
-use time::OffsetDateTime;
+use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use utoipa::ToSchema;
@@ -24,30 +21,18 @@ use uuid::Uuid;
 
 use crate::{
     app::App,
-    auth::{self, Caller, Jwk},
+    auth::{self, Jwk},
     error::{self, ApiError, Problem},
     extract::{Body, ClientAddress},
     lane::Lane,
     limit::Limit,
     metrics::RequestLane,
     migrate,
-    outbox::{self, Event},
     personal::{self, ACCOUNTS_NOT_EMPTY},
     role::Role,
+    session::{self, INVALID_REFRESH_TOKEN, Session, WRONG_CREDENTIALS},
 };
 
-/// Unknown address or wrong password: which of the two is not said.
-pub const WRONG_CREDENTIALS: Problem = Problem::new(
-    StatusCode::UNAUTHORIZED,
-    "wrong_credentials",
-    "E-mail address or password are wrong.",
-);
-/// The refresh token is unknown, used, expired or revoked.
-pub const INVALID_REFRESH_TOKEN: Problem = Problem::new(
-    StatusCode::UNAUTHORIZED,
-    "invalid_refresh_token",
-    "The refresh token is not valid any more.",
-);
 /// The lane is not one of this stack, or the secret is wrong.
 pub const LANE_REFUSED: Problem = Problem::new(
     StatusCode::FORBIDDEN,
@@ -75,38 +60,15 @@ pub fn router(app: App) -> OpenApiRouter {
 pub fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::new()
         .routes(routes!(register))
-        .routes(routes!(login))
-        .routes(routes!(refresh))
-        .routes(routes!(logout))
+        .routes(routes!(session::login))
+        .routes(routes!(session::refresh))
+        .routes(routes!(session::logout))
         .routes(routes!(personal::profile, personal::update_profile))
         .routes(routes!(change_password))
         .routes(routes!(personal::export))
         .routes(routes!(personal::delete_user))
         .routes(routes!(erase_lane))
         .routes(routes!(jwks))
-}
-
-/// A caller whose session has not been ended. Other services trust an access token until it expires; this one knows.
-pub(crate) struct Session(pub(crate) Caller);
-
-impl FromRequestParts<App> for Session {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        let caller = Caller::from_request_parts(parts, app).await?;
-        let open: bool = sqlx::query_scalar(
-            "select exists (select from sessions where id = $1 and user_id = $2 and revoked_at is null and expires_at > now())",
-        )
-        .bind(caller.session_id)
-        .bind(caller.user_id)
-        .fetch_one(&app.db)
-        .await?;
-        if open {
-            Ok(Self(caller))
-        } else {
-            Err(error::UNAUTHENTICATED.into())
-        }
-    }
 }
 
 #[derive(Deserialize, ToSchema)]
@@ -193,178 +155,6 @@ async fn register(
     .execute(&app.db)
     .await?;
     Ok((StatusCode::ACCEPTED, Json(Accepted { status: "accepted" })))
-}
-
-#[derive(Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-struct Credentials {
-    email: String,
-    #[schema(value_type = String, format = Password)]
-    password: SecretString,
-}
-
-/// An access token for the requests of the next minutes, and a refresh token for the next pair.
-#[derive(Serialize, ToSchema)]
-struct Tokens {
-    /// The user.
-    user_id: Uuid,
-    /// To be sent as `Authorization: Bearer …`.
-    access_token: String,
-    /// `Bearer`
-    token_type: &'static str,
-    /// Seconds for which the access token is valid.
-    expires_in: u64,
-    /// Valid once.
-    refresh_token: String,
-    /// What the user may do beyond what every user may, separated by spaces.
-    scope: String,
-}
-
-#[derive(sqlx::FromRow)]
-struct LoginRow {
-    id: Uuid,
-    password_hash: Option<String>,
-    scopes: Vec<String>,
-}
-
-/// Starts a session. Wrong attempts are limited per account and per address.
-#[utoipa::path(
-    post, path = "/login", tag = "user", request_body = Credentials,
-    params(("x-exchange-lane" = Option<String>, Header, description = "The test lane of the user")),
-    responses((status = 200, body = Tokens)),
-)]
-async fn login(
-    State(app): State<App>,
-    ClientAddress(address): ClientAddress,
-    ChosenLane(lane): ChosenLane,
-    Body(credentials): Body<Credentials>,
-) -> Result<Json<Tokens>, ApiError> {
-    let email = normal_email(&credentials.email).ok_or(WRONG_CREDENTIALS)?;
-    let by_address = Limit::new(
-        "login-from",
-        &address.to_string(),
-        app.config.login_attempts_per_address,
-    );
-    let by_account = Limit::new(
-        "login-to",
-        &format!("{lane}:{email}"),
-        app.config.login_attempts_per_account,
-    );
-    by_address.count(&app.db).await?;
-    by_account.count(&app.db).await?;
-    let user: Option<LoginRow> =
-        sqlx::query_as("select id, password_hash, scopes from users where lane = $1 and email = $2")
-            .bind(&lane)
-            .bind(&email)
-            .fetch_optional(&app.db)
-            .await?;
-    let hash = user.as_ref().and_then(|user| user.password_hash.clone());
-    let correct = app.passwords.verify(credentials.password, hash).await?;
-    let user = user.filter(|_| correct).ok_or(WRONG_CREDENTIALS)?;
-    by_address.forgive(&app.db).await?;
-    by_account.forgive(&app.db).await?;
-
-    let session_id = Uuid::now_v7();
-    let mut transaction = app.db.begin().await?;
-    sqlx::query("insert into sessions (id, lane, user_id, expires_at) values ($1, $2, $3, $4)")
-        .bind(session_id)
-        .bind(&lane)
-        .bind(user.id)
-        .bind(OffsetDateTime::now_utc() + app.config.refresh_token_lifetime)
-        .execute(&mut *transaction)
-        .await?;
-    let refresh_token = new_refresh_token(&mut transaction, &lane, session_id).await?;
-    let event = Event {
-        lane: lane.clone(),
-        topic: outbox::Topic::SignedIn,
-        key: user.id.to_string(),
-        payload: serde_json::json!({"user_id": user.id}),
-    };
-    outbox::enqueue(&mut transaction, &event).await?;
-    transaction.commit().await?;
-    info!(user.id = %user.id, labels.lane = lane.kind(), "a user has logged in");
-    tokens(&app, user.id, session_id, lane, &user.scopes, &refresh_token).await
-}
-
-#[derive(Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-struct Refresh {
-    #[schema(value_type = String)]
-    refresh_token: SecretString,
-}
-
-#[derive(sqlx::FromRow)]
-struct RefreshRow {
-    session_id: Uuid,
-    user_id: Uuid,
-    lane: Lane,
-    scopes: Vec<String>,
-}
-
-/// Exchanges a refresh token for a new pair. A token that comes a second time has been stolen, from one side or the
-/// other: its session ends, with all of its tokens.
-#[utoipa::path(
-    post, path = "/token/refresh", tag = "user", request_body = Refresh,
-    responses((status = 200, body = Tokens)),
-)]
-async fn refresh(State(app): State<App>, Body(body): Body<Refresh>) -> Result<Json<Tokens>, ApiError> {
-    let hash = token_hash(body.refresh_token.expose_secret());
-    let mut transaction = app.db.begin().await?;
-    let used: Option<Uuid> = sqlx::query_scalar(
-        "update refresh_tokens set used_at = now() where hash = $1 and used_at is null returning session_id",
-    )
-    .bind(&hash)
-    .fetch_optional(&mut *transaction)
-    .await?;
-    let Some(session_id) = used else {
-        let ended = sqlx::query(
-            "update sessions set revoked_at = now()
-             where revoked_at is null and id = (select session_id from refresh_tokens where hash = $1)",
-        )
-        .bind(&hash)
-        .execute(&mut *transaction)
-        .await?;
-        transaction.commit().await?;
-        if ended.rows_affected() > 0 {
-            warn!("a refresh token came twice; its session has been ended");
-        }
-        return Err(INVALID_REFRESH_TOKEN.into());
-    };
-    let session: Option<RefreshRow> = sqlx::query_as(
-        "update sessions set expires_at = $2 from users
-         where sessions.id = $1 and sessions.revoked_at is null and sessions.expires_at > now()
-             and users.id = sessions.user_id and users.deleted_at is null
-         returning sessions.id as session_id, users.id as user_id, users.lane, users.scopes",
-    )
-    .bind(session_id)
-    .bind(OffsetDateTime::now_utc() + app.config.refresh_token_lifetime)
-    .fetch_optional(&mut *transaction)
-    .await?;
-    let session = session.ok_or(INVALID_REFRESH_TOKEN)?;
-    let refresh_token = new_refresh_token(&mut transaction, &session.lane, session_id).await?;
-    transaction.commit().await?;
-    tokens(
-        &app,
-        session.user_id,
-        session.session_id,
-        session.lane,
-        &session.scopes,
-        &refresh_token,
-    )
-    .await
-}
-
-/// Ends the caller's session, with its refresh tokens.
-#[utoipa::path(
-    post, path = "/logout", tag = "user", security(("access_token" = [])),
-    responses((status = 204)),
-)]
-async fn logout(State(app): State<App>, Session(caller): Session) -> Result<StatusCode, ApiError> {
-    sqlx::query("update sessions set revoked_at = now() where id = $1 and revoked_at is null")
-        .bind(caller.session_id)
-        .execute(&app.db)
-        .await?;
-    Ok(StatusCode::NO_CONTENT)
 }
 
 #[derive(Deserialize, ToSchema)]
@@ -472,7 +262,7 @@ async fn jwks(State(app): State<App>) -> Result<Json<JwkSet>, ApiError> {
 }
 
 /// The lane that a request without a token names by its header; the live one if it names none.
-struct ChosenLane(Lane);
+pub(crate) struct ChosenLane(pub(crate) Lane);
 
 impl FromRequestParts<App> for ChosenLane {
     type Rejection = ApiError;
@@ -544,46 +334,8 @@ pub async fn clean_up(db: &PgPool) -> Result<(), sqlx::Error> {
     transaction.commit().await
 }
 
-async fn new_refresh_token(
-    connection: &mut PgConnection,
-    lane: &Lane,
-    session_id: Uuid,
-) -> Result<SecretString, sqlx::Error> {
-    let token = BASE64_URL_SAFE_NO_PAD.encode(rand::random::<[u8; 32]>());
-    sqlx::query("insert into refresh_tokens (hash, lane, session_id) values ($1, $2, $3)")
-        .bind(token_hash(&token))
-        .bind(lane)
-        .bind(session_id)
-        .execute(connection)
-        .await?;
-    Ok(SecretString::from(token))
-}
-
-fn token_hash(token: &str) -> Vec<u8> {
-    Sha256::digest(token).to_vec()
-}
-
-async fn tokens(
-    app: &App,
-    user_id: Uuid,
-    session_id: Uuid,
-    lane: Lane,
-    scopes: &[String],
-    refresh_token: &SecretString,
-) -> Result<Json<Tokens>, ApiError> {
-    let issued = app.keys.issue(user_id, session_id, lane, scopes).await?;
-    Ok(Json(Tokens {
-        user_id,
-        access_token: issued.token.expose_secret().to_owned(),
-        token_type: "Bearer",
-        expires_in: issued.expires_in.as_secs(),
-        refresh_token: refresh_token.expose_secret().to_owned(),
-        scope: scopes.join(" "),
-    }))
-}
-
 /// The address as it is stored and compared, or nothing if it cannot be one.
-fn normal_email(email: &str) -> Option<String> {
+pub(crate) fn normal_email(email: &str) -> Option<String> {
     let (local, domain) = email.rsplit_once('@')?;
     let allowed = |character: char| !character.is_whitespace() && !character.is_control() && character != '@';
     let valid = email.len() <= 254

@@ -346,22 +346,23 @@ pub(super) async fn list_accounts(
     caller: Caller,
 ) -> Result<Json<AccountList>, ApiError> {
     let query = if app.release.has_freezes {
-        "select accounts.id, currency, currencies.kind, name, state, balance, hold, created_at, frozen_at
-         from accounts join currencies on symbol = currency
-              left join freezes on account_id = accounts.id and lifted_at is null
-         where user_id = $1 and accounts.lane = $2 and deleted_at is null and accounts.kind = 'user'
-         order by created_at, accounts.id"
+        sqlx::query_as(
+            "select accounts.id, currency, currencies.kind, name, state, balance, hold, created_at, frozen_at
+             from accounts join currencies on symbol = currency
+                  left join freezes on account_id = accounts.id and lifted_at is null
+             where user_id = $1 and accounts.lane = $2 and deleted_at is null and accounts.kind = 'user'
+             order by created_at, accounts.id",
+        )
     } else {
-        "select accounts.id, currency, currencies.kind, name, state, balance, hold, created_at
-         from accounts join currencies on symbol = currency
-         where user_id = $1 and lane = $2 and deleted_at is null and accounts.kind = 'user'
-         order by created_at, accounts.id"
+        sqlx::query_as(
+            "select accounts.id, currency, currencies.kind, name, state, balance, hold, created_at
+             from accounts join currencies on symbol = currency
+             where user_id = $1 and lane = $2 and deleted_at is null and accounts.kind = 'user'
+             order by created_at, accounts.id",
+        )
     };
-    let rows: Vec<AccountRow> = sqlx::query_as(query)
-        .bind(caller.user_id)
-        .bind(&caller.lane)
-        .fetch_all(&app.db)
-        .await?;
+    let query = query.bind(caller.user_id).bind(&caller.lane);
+    let rows: Vec<AccountRow> = query.fetch_all(&app.db).await?;
     let accounts = rows.into_iter().map(Account::try_from).collect::<Result<_, _>>();
     Ok(Json(AccountList {
         accounts: accounts.map_err(ApiError::internal)?,

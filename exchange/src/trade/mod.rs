@@ -8,6 +8,7 @@ pub mod book;
 mod freezes;
 mod ledger;
 mod orders;
+mod views;
 
 use std::time::Duration;
 
@@ -190,11 +191,11 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(ledger::list_accounts))
         .routes(routes!(ledger::deposit))
         .routes(routes!(ledger::withdraw))
-        .routes(routes!(orders::list_products))
+        .routes(routes!(views::list_products))
         .routes(routes!(orders::add_order))
         .routes(routes!(orders::cancel_order))
-        .routes(routes!(orders::trades_of_account))
-        .routes(routes!(orders::read_book))
+        .routes(routes!(views::trades_of_account))
+        .routes(routes!(views::read_book))
 }
 
 /// While this stack is live: audits the ledger of the live lane (`ledger_imbalance` is the number of things found wrong)

@@ -1,21 +1,20 @@
-//! Products, orders, trades and the book.
+//! Placing and cancelling orders.
 //!
 //! An order needs no idempotency record: it is itself unique per user and `client_order_id`, and what it traded on
 //! arrival stands in its row, so that the first answer can be given again.
 
 use axum::{Extension, Json, extract::State, http::HeaderMap};
 use http::HeaderValue;
-use rust_decimal::Decimal;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
-use utoipa::{IntoParams, ToSchema};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::{
     app::App,
     auth::Caller,
     error::{ApiError, INVALID_PARAMETER},
-    extract::{Body, Query},
+    extract::Body,
     idempotency::{Answer, KEY_HEADER, KEY_REUSED, Key},
     money::{Amount, Price, Size},
     telemetry::TraceContext,
@@ -26,44 +25,6 @@ use super::{
     batch::{Books, Settled, Submission},
     refused,
 };
-
-/// The most trades on a page.
-const LARGEST_PAGE: i64 = 500;
-
-/// The most price levels of a side of the book.
-const DEEPEST_BOOK: i64 = 200;
-
-/// What can be traded, and how.
-#[derive(Serialize, ToSchema, sqlx::FromRow)]
-pub(super) struct Product {
-    /// `<base>-<quote>`.
-    #[serde(rename = "product")]
-    symbol: String,
-    /// The currency that is bought and sold.
-    base: String,
-    /// The currency that it is paid in.
-    quote: String,
-    /// Sizes are multiples of this.
-    size_increment: Size,
-    /// Prices are multiples of this.
-    price_increment: Price,
-    /// The smallest size.
-    min_size: Size,
-    /// The part of a trade's value that the resting order pays.
-    #[schema(value_type = String)]
-    maker_fee_rate: Decimal,
-    /// The part of a trade's value that the arriving order pays.
-    #[schema(value_type = String)]
-    taker_fee_rate: Decimal,
-    /// `trading` or `halted`.
-    status: String,
-}
-
-/// All products.
-#[derive(Serialize, ToSchema)]
-pub(super) struct ProductList {
-    products: Vec<Product>,
-}
 
 /// How the price of an order is found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -173,91 +134,6 @@ struct CancelRow {
     closed_at: Option<OffsetDateTime>,
 }
 
-/// A page of an account's trades.
-#[derive(Deserialize, IntoParams)]
-#[into_params(parameter_in = Query)]
-pub(super) struct TradesOfAccount {
-    /// An account of the caller, of either currency.
-    account_id: Uuid,
-    /// Where the page begins: the `next_cursor` of the page before it.
-    cursor: Option<String>,
-    /// Trades on the page, 1 to 500; 100 unless given.
-    limit: Option<i64>,
-}
-
-/// A trade as one of its two sides sees it.
-#[derive(Serialize, ToSchema, sqlx::FromRow)]
-pub(super) struct Trade {
-    #[serde(rename = "trade_id")]
-    id: String,
-    order_id: Uuid,
-    product: String,
-    /// What the account's owner did: `buy` or `sell`.
-    r#type: String,
-    /// `maker` if the owner's order was in the book before, else `taker`.
-    role: String,
-    price: Price,
-    size: Size,
-    /// What the owner paid, in the quote currency.
-    fee: Amount,
-    #[serde(with = "time::serde::rfc3339")]
-    executed_at: OffsetDateTime,
-}
-
-/// Trades, newest first.
-#[derive(Serialize, ToSchema)]
-pub(super) struct TradePage {
-    trades: Vec<Trade>,
-    /// The `cursor` of the next page, with older trades; none on the last.
-    next_cursor: Option<String>,
-}
-
-/// Which book, and how much of it.
-#[derive(Deserialize, IntoParams)]
-#[into_params(parameter_in = Query)]
-pub(super) struct BookChoice {
-    /// The symbol of a product.
-    product: String,
-    /// Price levels per side, 1 to 200; 20 unless given.
-    depth: Option<i64>,
-}
-
-/// All that rests in the book at one price.
-#[derive(Serialize, ToSchema, sqlx::FromRow)]
-pub(super) struct Level {
-    #[serde(skip)]
-    side: String,
-    price: Price,
-    size: Size,
-    orders: i64,
-}
-
-/// An order book, the best prices first.
-#[derive(Serialize, ToSchema)]
-pub(super) struct BookView {
-    product: String,
-    /// Who buys.
-    bids: Vec<Level>,
-    /// Who sells.
-    asks: Vec<Level>,
-}
-
-/// All products, by symbol.
-#[utoipa::path(
-    get, path = "/products", tag = "trade",
-    responses((status = 200, body = ProductList)),
-)]
-pub(super) async fn list_products(State(app): State<App>) -> Result<Json<ProductList>, ApiError> {
-    let products = sqlx::query_as(
-        "select symbol, base, quote, size_increment, price_increment, min_size, trim_scale(maker_fee_rate) as maker_fee_rate,
-                trim_scale(taker_fee_rate) as taker_fee_rate, status
-         from products order by symbol",
-    )
-    .fetch_all(&app.db)
-    .await?;
-    Ok(Json(ProductList { products }))
-}
-
 /// Places an order, matches it and settles what it traded.
 #[utoipa::path(
     post, path = "/trade/add", tag = "trade", security(("access_token" = [])), request_body = NewOrder,
@@ -347,96 +223,6 @@ pub(super) async fn cancel_order(
     }))
 }
 
-/// The trades of an account, newest first.
-#[utoipa::path(
-    get, path = "/trade/getTradeByAccount", tag = "trade", security(("access_token" = [])), params(TradesOfAccount),
-    responses((status = 200, body = TradePage)),
-)]
-pub(super) async fn trades_of_account(
-    State(app): State<App>,
-    caller: Caller,
-    Query(query): Query<TradesOfAccount>,
-) -> Result<Json<TradePage>, ApiError> {
-    let limit = in_range("limit", query.limit.unwrap_or(100), LARGEST_PAGE)?;
-    let before = match query.cursor.as_deref().map(str::parse::<i64>) {
-        None => i64::MAX,
-        Some(Ok(id)) => id,
-        Some(Err(_)) => {
-            return Err(ApiError::from(INVALID_PARAMETER)
-                .field("cursor")
-                .detail("use the next_cursor of a page"));
-        }
-    };
-    let owned: Option<(Uuid,)> = sqlx::query_as(
-        "select id from accounts where id = $1 and user_id = $2 and lane = $3 and deleted_at is null",
-    )
-    .bind(query.account_id)
-    .bind(caller.user_id)
-    .bind(&caller.lane)
-    .fetch_optional(&app.db)
-    .await?;
-    owned.ok_or_else(|| refused("account_not_found", Some("account_id")))?;
-    // One line per trade and account: the others are fees.
-    let mut trades: Vec<Trade> = sqlx::query_as(
-        "select t.id::text as id, product, price, size, executed_at,
-                case when taken then taker_side when taker_side = 'buy' then 'sell' else 'buy' end as type,
-                case when taken then 'taker' else 'maker' end as role,
-                case when taken then taker_fee else maker_fee end as fee,
-                case when taken then taker_order_id else maker_order_id end as order_id
-         from entries e join trades t on t.id = e.transfer_id, lateral (select taker_user_id = $2 as taken) as role
-         where e.account_id = $1 and e.line <= 4 and e.transfer_id < $3
-         order by e.transfer_id desc limit $4",
-    )
-    .bind(query.account_id)
-    .bind(caller.user_id)
-    .bind(before)
-    .bind(limit + 1)
-    .fetch_all(&app.db)
-    .await?;
-    let page = usize::try_from(limit).unwrap_or(usize::MAX);
-    let more = trades.len() > page;
-    trades.truncate(page);
-    let next_cursor = trades.last().filter(|_| more).map(|last| last.id.clone());
-    Ok(Json(TradePage { trades, next_cursor }))
-}
-
-/// The order book of a product, in the caller's lane.
-#[utoipa::path(
-    get, path = "/book", tag = "trade", security(("access_token" = [])), params(BookChoice),
-    responses((status = 200, body = BookView)),
-)]
-pub(super) async fn read_book(
-    State(app): State<App>,
-    caller: Caller,
-    Query(query): Query<BookChoice>,
-) -> Result<Json<BookView>, ApiError> {
-    check_product(&query.product)?;
-    let depth = in_range("depth", query.depth.unwrap_or(20), DEEPEST_BOOK)?;
-    let known: Option<(String,)> = sqlx::query_as("select symbol from products where symbol = $1")
-        .bind(&query.product)
-        .fetch_optional(&app.db)
-        .await?;
-    known.ok_or_else(|| refused("unknown_product", Some("product")))?;
-    let levels: Vec<Level> = sqlx::query_as(
-        "select side, price, size, orders
-         from (values ('buy'), ('sell')) as sides (side),
-              lateral (select price, sum(remaining) as size, count(*) as orders from orders
-                       where lane = $1 and product = $2 and orders.side = sides.side and status = 'open'
-                       group by rank, price order by rank limit $3) as levels",
-    )
-    .bind(&caller.lane)
-    .bind(&query.product)
-    .bind(depth)
-    .fetch_all(&app.db)
-    .await?;
-    let (bids, asks) = levels.into_iter().partition(|level| level.side == "buy");
-    Ok(Json(BookView {
-        product: query.product,
-        bids,
-        asks,
-    }))
-}
-
 /// The client order id, from the body or the header.
 fn client_order_id(given: Option<&str>, headers: &HeaderMap) -> Result<String, ApiError> {
     let header = headers.get(KEY_HEADER).map(HeaderValue::to_str).transpose();
@@ -476,7 +262,7 @@ fn check(request: &NewOrder) -> Result<TimeInForce, ApiError> {
 }
 
 /// Spares the database what cannot be a product.
-fn check_product(product: &str) -> Result<(), ApiError> {
+pub(super) fn check_product(product: &str) -> Result<(), ApiError> {
     let well_formed = (1..=21).contains(&product.len())
         && product
             .bytes()
@@ -485,15 +271,6 @@ fn check_product(product: &str) -> Result<(), ApiError> {
         return Ok(());
     }
     Err(refused("unknown_product", Some("product")))
-}
-
-fn in_range(parameter: &str, value: i64, most: i64) -> Result<i64, ApiError> {
-    if (1..=most).contains(&value) {
-        return Ok(value);
-    }
-    Err(ApiError::from(INVALID_PARAMETER)
-        .field(parameter)
-        .detail(format!("1 to {most}")))
 }
 
 fn answer(

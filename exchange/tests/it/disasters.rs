@@ -18,7 +18,7 @@ use crate::{
     servers::{Database, Postgres, Service, V1, eventually, temporary_directory},
     stores::Stores,
     traders::accept,
-    whole::{SECRET, Stack, text},
+    whole::{SECRET, Stack, assert_discreet, text},
 };
 
 /// What a Service of Kubernetes does: new connections go to whatever it points at now, open ones stay where they are.
@@ -197,6 +197,8 @@ async fn postgresql_is_away_for_twenty_seconds_in_mid_load_and_the_audit_is_clea
     // Every request was answered.
     let failures = result["summary"]["failures"].as_object().unwrap();
     assert_eq!(failures.keys().collect::<Vec<_>>(), ["status 503"], "{result:#}");
+    // Failures have more to say than success, and must not say more than they may.
+    assert_discreet(&stack.services());
 }
 
 async fn has_role(stack: &Stack, role: &str) {
@@ -303,6 +305,7 @@ async fn a_stack_is_replaced_under_load_and_nobody_notices() {
         let answers = &result["summary"]["stacks"][stack]["answers"];
         assert!(answers.as_u64().unwrap() > 100, "{result:#}");
     }
+    assert_discreet(&green.services());
     assert!(
         green
             .services_mut()

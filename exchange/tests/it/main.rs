@@ -14,7 +14,11 @@ mod disasters;
 #[cfg(test)]
 mod examples;
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod migrate;
+#[cfg(test)]
+mod queries;
 #[cfg(test)]
 mod queue;
 #[cfg(test)]

@@ -282,8 +282,9 @@ async fn a_message_that_cannot_be_handled_is_put_aside_and_holds_up_nobody() {
     let (ann, bob) = (stores.user("live").await, stores.user("live").await);
     let service = stores.notification(&LIVE).ready().await;
     sqlx::query(
-        "insert into outbox (id, lane, topic, key, payload)
-         values (gen_random_uuid(), 'live', 'transfer.posted', 'x', '{\"kind\": \"gift\"}')",
+        "insert into outbox (id, lane, topic, key, payload, headers)
+         values (gen_random_uuid(), 'live', 'transfer.posted', 'x', '{\"kind\": \"gift\"}',
+                 '{\"traceparent\": \"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\"}')",
     )
     .execute(&stores.owner)
     .await
@@ -300,6 +301,12 @@ async fn a_message_that_cannot_be_handled_is_put_aside_and_holds_up_nobody() {
         1
     );
     assert!(metric(&service, "messages_dead_total").await >= 1);
+    let log = service.log();
+    let line = log.lines().find(|line| line.contains("was put aside")).unwrap();
+    assert!(
+        line.contains(r#""trace.id":"0af7651916cd43dd8448eb211c80319c""#),
+        "{line}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,10 @@
 //! TLS to all stores, and e-mail, against real servers with certificates of a private authority.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -13,18 +16,41 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use crate::{
-    servers::{eventually, free_port},
+    servers::{Service, eventually, free_port, temporary_directory},
     stores::{Certificates, Nats, Redis, Stores},
 };
+
+/// When a mail server encrypts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Encrypts {
+    /// From the first byte on.
+    AtOnce,
+    /// When the client asks for it.
+    OnRequest,
+    /// It cannot.
+    Never,
+}
 
 /// A mail server that keeps what it is given.
 struct MailSink {
     port: u16,
     received: Arc<Mutex<Vec<String>>>,
+    /// How often a client has named itself, and gone on or not.
+    greetings: Arc<AtomicUsize>,
+}
+
+/// What a mail server knows of its clients.
+#[derive(Clone)]
+struct Mailroom {
+    encrypts: Encrypts,
+    /// Addresses of this domain do not exist here.
+    unknown_domain: &'static str,
+    received: Arc<Mutex<Vec<String>>>,
+    greetings: Arc<AtomicUsize>,
 }
 
 impl MailSink {
-    async fn start(certificates: &Certificates) -> Self {
+    async fn start(certificates: &Certificates, encrypts: Encrypts, unknown_domain: &'static str) -> Self {
         let chain = CertificateDer::pem_file_iter(&certificates.certificate)
             .unwrap()
             .map(Result::unwrap)
@@ -38,21 +64,39 @@ impl MailSink {
         let acceptor = TlsAcceptor::from(Arc::new(config));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let received = Arc::new(Mutex::new(Vec::new()));
-        let sink = Arc::clone(&received);
+        let room = Mailroom {
+            encrypts,
+            unknown_domain,
+            received: Arc::default(),
+            greetings: Arc::default(),
+        };
+        let (received, greetings) = (Arc::clone(&room.received), Arc::clone(&room.greetings));
         tokio::spawn(async move {
             loop {
                 let (connection, _) = listener.accept().await.unwrap();
-                let (acceptor, sink) = (acceptor.clone(), Arc::clone(&sink));
+                let (acceptor, room) = (acceptor.clone(), room.clone());
+                // A client that is gone has said all that it had to.
                 tokio::spawn(async move {
-                    if let Ok(connection) = acceptor.accept(connection).await {
-                        // A client that is gone has said all that it had to.
-                        let _ = converse(connection, &sink).await;
+                    if encrypts == Encrypts::AtOnce {
+                        let mut connection = BufReader::new(acceptor.accept(connection).await?);
+                        say(&mut connection, "220 sink").await?;
+                        return room.converse(connection, true).await.map(|_| ());
                     }
+                    let mut connection = BufReader::new(connection);
+                    say(&mut connection, "220 sink").await?;
+                    if let Some(connection) = room.converse(connection, false).await? {
+                        let connection = acceptor.accept(connection.into_inner()).await?;
+                        room.converse(BufReader::new(connection), true).await?;
+                    }
+                    Ok(())
                 });
             }
         });
-        Self { port, received }
+        Self {
+            port,
+            received,
+            greetings,
+        }
     }
 
     fn received(&self) -> Vec<String> {
@@ -60,38 +104,107 @@ impl MailSink {
     }
 }
 
-async fn converse(
-    connection: impl AsyncRead + AsyncWrite + Unpin,
-    sink: &Mutex<Vec<String>>,
-) -> std::io::Result<()> {
-    let mut connection = BufReader::new(connection);
-    connection.write_all(b"220 sink\r\n").await?;
-    connection.flush().await?;
-    let mut line = String::new();
-    loop {
-        line.clear();
-        if connection.read_line(&mut line).await? == 0 {
-            return Ok(());
-        }
-        let answer = match line.split([' ', '\r']).next().unwrap_or_default() {
-            "EHLO" => "250-sink\r\n250 AUTH PLAIN\r\n",
-            "AUTH" => "235 welcome\r\n",
-            "DATA" => {
-                connection.write_all(b"354 go on\r\n").await?;
-                connection.flush().await?;
-                let mut mail = String::new();
-                while !mail.ends_with("\r\n.\r\n") {
-                    connection.read_line(&mut mail).await?;
-                }
-                sink.lock().unwrap().push(mail);
-                "250 taken\r\n"
+async fn say(connection: &mut (impl AsyncWrite + Unpin), line: &str) -> std::io::Result<()> {
+    connection.write_all(format!("{line}\r\n").as_bytes()).await?;
+    connection.flush().await
+}
+
+impl Mailroom {
+    /// Talks until the client leaves, or asks for encryption: then the connection is given back.
+    async fn converse<C: AsyncRead + AsyncWrite + Unpin>(
+        &self,
+        mut connection: BufReader<C>,
+        encrypted: bool,
+    ) -> std::io::Result<Option<BufReader<C>>> {
+        loop {
+            let mut line = String::new();
+            if connection.read_line(&mut line).await? == 0 {
+                return Ok(None);
             }
-            "QUIT" => "221 bye\r\n",
-            _ => "250 fine\r\n",
-        };
-        connection.write_all(answer.as_bytes()).await?;
-        connection.flush().await?;
+            let answer = match line.split([' ', '\r']).next().unwrap_or_default() {
+                "EHLO" => {
+                    self.greetings.fetch_add(1, Ordering::Relaxed);
+                    if !encrypted && self.encrypts == Encrypts::OnRequest {
+                        "250-sink\r\n250 STARTTLS"
+                    } else {
+                        "250-sink\r\n250 AUTH PLAIN"
+                    }
+                }
+                "STARTTLS" => {
+                    say(&mut connection, "220 go on").await?;
+                    return Ok(Some(connection));
+                }
+                "AUTH" => "235 welcome",
+                "RCPT" if line.contains(self.unknown_domain) => {
+                    let answer = format!("550 {}: nobody here", line.trim());
+                    say(&mut connection, &answer).await?;
+                    continue;
+                }
+                "DATA" => {
+                    say(&mut connection, "354 go on").await?;
+                    let mut mail = String::new();
+                    while !mail.ends_with("\r\n.\r\n") {
+                        connection.read_line(&mut mail).await?;
+                    }
+                    self.received.lock().unwrap().push(mail);
+                    "250 taken"
+                }
+                "QUIT" => "221 bye",
+                _ => "250 fine",
+            };
+            say(&mut connection, answer).await?;
+        }
     }
+}
+
+/// What is never the domain of an address here.
+const NOWHERE: &str = "nowhere.invalid";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mails_wait_for_a_server_that_encrypts_and_addresses_stay_out_of_the_log() {
+    let certificates = Certificates::new();
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    stores.trade("live", ann, bob, 100, "1").await;
+    let authority = certificates.authority.to_str().unwrap();
+    let serve = |port: u16| {
+        let url = format!("smtp://user:secret@localhost:{port}?tls=required");
+        stores.notification(&["--role", "live", "--mail-url", &url, "--mail-ca-file", authority])
+    };
+
+    let plain = MailSink::start(&certificates, Encrypts::Never, NOWHERE).await;
+    let service = serve(plain.port).ready().await;
+    eventually("the mail server has been asked twice", || async {
+        (plain.greetings.load(Ordering::Relaxed) >= 2).then_some(())
+    })
+    .await;
+    assert_eq!(plain.received(), Vec::<String>::new());
+    drop(service);
+    sqlx::query("update emails set due_at = now()")
+        .execute(&stores.owner)
+        .await
+        .unwrap();
+
+    let starttls = MailSink::start(&certificates, Encrypts::OnRequest, NOWHERE).await;
+    let service = serve(starttls.port).ready().await;
+    eventually("both have mail", || async {
+        (starttls.received().len() >= 2).then_some(())
+    })
+    .await;
+    drop(service);
+
+    // A refusal for good, in words that repeat the address, as those of most servers do.
+    let refusing = MailSink::start(&certificates, Encrypts::OnRequest, "example.org").await;
+    let service = serve(refusing.port).ready().await;
+    stores.trade("live", ann, bob, 101, "1").await;
+    let log = eventually("the mails are given up", || async {
+        let log = service.log();
+        (log.matches("was given up").count() == 2).then_some(log)
+    })
+    .await;
+    assert!(log.contains("the mail server answered 550"), "{log}");
+    assert!(!log.contains("example.org"), "{log}");
+    assert_eq!(refusing.received(), Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -100,7 +213,7 @@ async fn events_pass_and_mails_go_out_over_tls_only_to_whom_we_trust() {
     let mut stores = Stores::start().await;
     stores.nats = Nats::start_on(free_port(), Some(&certificates));
     stores.redis = Redis::start(Some(&certificates));
-    let sink = MailSink::start(&certificates).await;
+    let sink = MailSink::start(&certificates, Encrypts::AtOnce, NOWHERE).await;
     let mail = format!("smtps://user:secret@localhost:{}", sink.port);
     let (ann, bob) = (stores.user("live").await, stores.user("live").await);
     stores.trade("live", ann, bob, 100, "1").await;
@@ -170,4 +283,65 @@ async fn events_pass_and_mails_go_out_over_tls_only_to_whom_we_trust() {
         (stores.count("select count(*) from emails").await == 0).then_some(())
     })
     .await;
+}
+
+/// Like an administrator who changes the passwords of queue and market data, and ends what was connected with the old ones.
+#[tokio::test(flavor = "multi_thread")]
+async fn new_passwords_of_queue_and_market_data_are_picked_up() {
+    let mut stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let directory = temporary_directory("urls");
+    let (queue, market) = (directory.join("queue"), directory.join("market"));
+    std::fs::write(&queue, stores.nats.url()).unwrap();
+    std::fs::write(&market, stores.redis.url()).unwrap();
+    let [queue_file, market_file] = [&queue, &market].map(|file| file.to_str().unwrap());
+    let market_flags = ["--market-data-url-file", market_file];
+    let flags = [&market_flags[..], &["--queue-url-file", queue_file]].concat();
+    let notification = Service::live("notification", &stores.database, &flags)
+        .ready()
+        .await;
+    let trade = Service::live("trade", &stores.database, &market_flags)
+        .ready()
+        .await;
+    let ticker = || async {
+        let answer = trade.get("/market/ticker?product=BTC-USD").await;
+        (answer.status().as_u16(), answer.text().await.unwrap())
+    };
+    stores.trade("live", ann, bob, 100, "1").await;
+    stores.settled("live").await;
+    assert_eq!(ticker().await.0, 200);
+
+    stores.redis.change_password("another").await;
+    let port = stores.nats.port();
+    drop(std::mem::replace(&mut stores.nats, Nats::start()));
+    stores.nats = Nats::start_with(port, "another", None);
+    eventually("the old password of the market data is refused", || async {
+        (ticker().await.0 == 503).then_some(())
+    })
+    .await;
+    stores.trade("live", ann, bob, 101, "1").await;
+    eventually("the old password of the queue is refused", || async {
+        stores
+            .nats
+            .server
+            .log()
+            .contains("authentication error")
+            .then_some(())
+    })
+    .await;
+    assert!(stores.nats.stream("exchange-live").await.is_none());
+
+    std::fs::write(&queue, stores.nats.url()).unwrap();
+    std::fs::write(&market, stores.redis.url()).unwrap();
+    stores.settled("live").await;
+    stores.assert_told_once("live").await;
+    eventually("the last price is the new one", || async {
+        let (status, body) = ticker().await;
+        (status == 200 && body.contains(r#""price":"101""#)).then_some(())
+    })
+    .await;
+    for log in [notification.log(), trade.log()] {
+        assert!(!log.contains("another") && !log.contains("secret"), "{log}");
+    }
+    std::fs::remove_dir_all(directory).unwrap();
 }

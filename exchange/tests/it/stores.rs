@@ -49,6 +49,7 @@ pub(crate) struct Nats {
     pub(crate) server: Server,
     port: u16,
     monitor: u16,
+    password: &'static str,
     tls: bool,
 }
 
@@ -59,6 +60,11 @@ impl Nats {
 
     /// A server that a client of the one before on this port takes for the same, come back without its store.
     pub(crate) fn start_on(port: u16, tls: Option<&Certificates>) -> Self {
+        Self::start_with(port, "secret", tls)
+    }
+
+    /// The same with another password.
+    pub(crate) fn start_with(port: u16, password: &'static str, tls: Option<&Certificates>) -> Self {
         let directory = temporary_directory("nats");
         let monitor = free_port();
         let secure = tls.map_or_else(String::new, |tls| {
@@ -69,7 +75,7 @@ impl Nats {
         });
         let config = format!(
             "listen: \"127.0.0.1:{port}\"\nhttp: \"127.0.0.1:{monitor}\"\n{secure}\n\
-             authorization {{ user: exchange, password: secret }}\n\
+             authorization {{ user: exchange, password: {password} }}\n\
              jetstream {{ store_dir: {:?}, sync_interval: always }}\n",
             directory.join("store")
         );
@@ -81,6 +87,7 @@ impl Nats {
             server,
             port,
             monitor,
+            password,
             tls: tls.is_some(),
         }
     }
@@ -91,7 +98,7 @@ impl Nats {
 
     pub(crate) fn url(&self) -> String {
         let scheme = if self.tls { "tls" } else { "nats" };
-        format!("{scheme}://exchange:secret@localhost:{}", self.port)
+        format!("{scheme}://exchange:{}@localhost:{}", self.password, self.port)
     }
 
     /// What the broker says about a stream and its consumers.
@@ -109,8 +116,10 @@ impl Nats {
     }
 
     pub(crate) async fn jetstream(&self) -> async_nats::jetstream::Context {
-        let options =
-            async_nats::ConnectOptions::with_user_and_password("exchange".to_owned(), "secret".to_owned());
+        let options = async_nats::ConnectOptions::with_user_and_password(
+            "exchange".to_owned(),
+            self.password.to_owned(),
+        );
         async_nats::jetstream::new(options.connect(self.url()).await.unwrap())
     }
 }
@@ -119,6 +128,7 @@ impl Nats {
 pub(crate) struct Redis {
     _server: Server,
     port: u16,
+    password: &'static str,
     tls: bool,
 }
 
@@ -158,13 +168,24 @@ impl Redis {
         Self {
             _server: server,
             port,
+            password: "secret",
             tls: tls.is_some(),
         }
     }
 
     pub(crate) fn url(&self) -> String {
         let scheme = if self.tls { "rediss" } else { "redis" };
-        format!("{scheme}://:secret@localhost:{}", self.port)
+        format!("{scheme}://:{}@localhost:{}", self.password, self.port)
+    }
+
+    /// Changes the password, and ends all connections.
+    pub(crate) async fn change_password(&mut self, password: &'static str) {
+        let mut connection = self.connect().await;
+        self.password = password;
+        let mut change = redis::pipe();
+        change.cmd("CONFIG").arg(&["SET", "requirepass", password]);
+        change.cmd("CLIENT").arg(&["KILL", "TYPE", "normal"]);
+        let _: Vec<redis::Value> = change.query_async(&mut connection).await.unwrap();
     }
 
     pub(crate) async fn connect(&self) -> redis::aio::MultiplexedConnection {

@@ -98,6 +98,11 @@ impl Trader {
         }
     }
 
+    /// What the holder shows.
+    pub(crate) fn token(&self) -> &str {
+        &self.token
+    }
+
     /// Sends a request with a key.
     pub(crate) async fn post_with_key(&self, path: &str, key: &str, body: &Value) -> Response {
         self.client

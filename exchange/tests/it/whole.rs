@@ -7,6 +7,7 @@ use serde_json::Value;
 use crate::{
     servers::{Service, eventually},
     stores::Stores,
+    traders::Issuer,
 };
 
 pub(crate) const SECRET: &str = "a secret of this stack";
@@ -76,6 +77,34 @@ impl Stack {
         tokio::task::spawn_blocking(move || process.output().unwrap())
             .await
             .unwrap()
+    }
+}
+
+/// Fails if there is something in the logs that may not be there: secrets, tokens, addresses, passwords.
+pub(crate) fn assert_discreet(services: &[&Service]) {
+    for service in services {
+        let log = service.log();
+        assert!(log.lines().count() > 3, "{log}");
+        for line in log.lines() {
+            let entry: Value = serde_json::from_str(line).unwrap();
+            let words = entry
+                .as_object()
+                .unwrap()
+                .values()
+                .filter_map(Value::as_str)
+                .flat_map(|text| {
+                    text.split(|character: char| !character.is_alphanumeric() && !"-_@.".contains(character))
+                });
+            for word in words {
+                // Tokens, and the passwords of synthetic users, are longer than everything that has a name.
+                let suspicious = word.contains('@')
+                    || word.starts_with("eyJ")
+                    || (word.len() >= 43 && !word.contains('.'))
+                    || ["secret", "horse", "Bearer"].contains(&word);
+                assert!(!suspicious, "{word} is in the log: {line}");
+            }
+            assert!(!line.contains(SECRET), "{line}");
+        }
     }
 }
 
@@ -177,6 +206,113 @@ async fn the_smoke_test_passes_against_a_standby_stack_and_leaves_nothing_behind
         .await;
     stack.notification.signal("CONT");
     assert!(!output.status.success(), "{}", text(&output));
+    assert_discreet(&stack.services());
+}
+
+/// The value of a metric; 0 if it has not been counted yet.
+async fn metric(service: &Service, name: &str) -> f64 {
+    let page = service.admin("/metrics").await.text().await.unwrap();
+    let family = name.split('{').next().unwrap();
+    assert!(page.contains(family), "no {family} in {page}");
+    let line = page
+        .lines()
+        .find_map(|line| line.strip_prefix(&format!("{name} ")));
+    line.map_or(0.0, |value| value.parse().unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_happens_is_counted_and_belongs_to_its_trace() {
+    let stores = Stores::start().await;
+    let stack = Stack::start(&stores, &["--role", "live"]).await;
+    let issuer = Issuer::new(&stores.database).await;
+    let treasury = issuer.caller(&stack.trade, &["treasury"]).await;
+    let ann = issuer
+        .trader(&stack.trade)
+        .await
+        .wallet(&treasury, "10", "10000")
+        .await;
+    let bob = issuer
+        .trader(&stack.trade)
+        .await
+        .wallet(&treasury, "10", "10000")
+        .await;
+    ann.place("sell", "1", "100").await;
+
+    let trace = "0af7651916cd43dd8448eb211c80319c";
+    let order = bob.order("buy", "1", "100");
+    let request = stack
+        .trade
+        .client
+        .post(stack.trade.url("/trade/add"))
+        .bearer_auth(bob.trader.token())
+        .header("traceparent", format!("00-{trace}-b7ad6b7169203331-01"));
+    let placed = request.json(&order).send().await.unwrap();
+    assert_eq!(placed.status(), 201);
+    let refused = bob
+        .trader
+        .post("/trade/add", &bob.order("buy", "1", "999999"))
+        .await;
+    assert_eq!(refused.status(), 409);
+    stores.settled("live").await;
+
+    let stream = stores
+        .nats
+        .jetstream()
+        .await
+        .get_stream("exchange-live")
+        .await
+        .unwrap();
+    let message = stream
+        .get_last_raw_message_by_subject("exchange.live.trade.executed")
+        .await
+        .unwrap();
+    let header = message.headers.get("traceparent").unwrap().as_str();
+    assert!(header.starts_with(&format!("00-{trace}-")), "{header}");
+    assert!(
+        !header.contains("b7ad6b7169203331"),
+        "the span is the sender's: {header}"
+    );
+
+    let route = r#"method="POST",route="/trade/add",lane="live""#;
+    for (name, least) in [
+        (
+            format!(r#"http_server_requests_total{{{route},status="201"}}"#),
+            2.0,
+        ),
+        (
+            format!(r#"http_server_requests_total{{{route},status="409"}}"#),
+            1.0,
+        ),
+        (
+            format!("http_server_request_duration_seconds_count{{{route}}}"),
+            3.0,
+        ),
+        (r#"orders_total{outcome="accepted"}"#.to_owned(), 2.0),
+        (r#"orders_total{outcome="insufficient_funds"}"#.to_owned(), 1.0),
+        ("trades_total".to_owned(), 1.0),
+        ("order_batch_size_count".to_owned(), 3.0),
+        ("db_pool_connections".to_owned(), 1.0),
+        ("stack_live".to_owned(), 1.0),
+    ] {
+        let value = metric(&stack.trade, &name).await;
+        assert!(value >= least, "{name} is {value}");
+    }
+    assert!(metric(&stack.trade, "ledger_imbalance").await < 1.0);
+    metric(&stack.trade, "db_pool_idle").await;
+    let notification = &stack.notification;
+    for (name, least) in [
+        ("messages_published_total", 1.0),
+        ("messages_handled_total", 2.0),
+        ("messages_duplicates_total", 0.0),
+        ("outbox_age_seconds", 0.0),
+    ] {
+        let value = metric(notification, name).await;
+        assert!(value >= least, "{name} is {value}");
+    }
+    eventually("nothing waits in the outbox", || async {
+        (metric(notification, "outbox_depth").await < 1.0).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -262,4 +398,5 @@ async fn the_load_test_finds_nothing_wrong_and_something_when_there_is() {
         result["summary"]["latency"]["order"]["p90"].as_f64().unwrap() > 500.0,
         "{result:#}"
     );
+    assert_discreet(&stack.services());
 }
