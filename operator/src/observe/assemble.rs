@@ -399,9 +399,7 @@ pub(super) fn retake(seen: &mut Observed, object: Option<ExchangeDeployment>) {
     seen.deleting = object
         .as_ref()
         .is_none_or(|object| object.metadata.deletion_timestamp.is_some());
-    if let Some(status) = object.and_then(|object| object.status) {
-        seen.status = status;
-    }
+    seen.status = object.and_then(|object| object.status).unwrap_or_default();
 }
 
 pub(super) fn all_moved(seen: &Observed) -> bool {

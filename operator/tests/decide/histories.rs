@@ -63,12 +63,13 @@ enum Step {
         part: Part,
         delete: bool,
     },
+    LoseCandidate,
     DeleteJob(usize),
     FailJobs,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let view = prop_oneof![6 => Just(View::Fresh), 2 => Just(View::Torn), 2 => Just(View::Old)];
+    let view = prop_oneof![6 => Just(View::Fresh), 2 => Just(View::Torn), 2 => Just(View::Old), 1 => Just(View::OldObject)];
     let service = proptest::sample::select(Service::ALL.to_vec());
     let part = proptest::sample::select(vec![
         Part::ColourService,
@@ -109,6 +110,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => service.clone().prop_map(Step::DeleteLive),
         3 => (0..2_usize, service, part, any::<bool>())
             .prop_map(|(stack, service, part, delete)| Step::Spoil { stack, service, part, delete }),
+        1 => Just(Step::LoseCandidate),
         1 => (0..4_usize).prop_map(Step::DeleteJob),
         1 => Just(Step::FailJobs),
     ];
@@ -160,6 +162,7 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
             part,
             delete,
         } => world.spoil_part(stack, service, part, delete),
+        Step::LoseCandidate => world.lose_candidate(),
         Step::DeleteJob(index) => world.delete_job(index),
         Step::FailJobs => world.fail_jobs(),
     }
