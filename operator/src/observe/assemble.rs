@@ -67,6 +67,11 @@ fn owner(meta: &ObjectMeta, uid: &str) -> Owner {
     }
 }
 
+/// Whether the object owns it already.
+pub(super) fn is_ours(meta: &ObjectMeta, uid: &str) -> bool {
+    owner(meta, uid) == Owner::Us
+}
+
 fn fence(meta: &ObjectMeta) -> Fence {
     Fence {
         uid: Arc::from(meta.uid.as_deref().unwrap_or_default()),

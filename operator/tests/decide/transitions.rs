@@ -560,7 +560,7 @@ fn an_operator_that_is_served_an_old_object_moves_nothing() {
     world.finish(0);
     let before = world.targets();
     world.operators[1].crash();
-    world.look_at_old_object(1, old);
+    world.look_at_old_object(1, &old);
     world.finish(1);
     assert_eq!(world.targets(), before, "{:#?}", world.trace);
 }

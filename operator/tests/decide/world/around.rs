@@ -351,7 +351,7 @@ impl World {
     }
 
     /// An operator is served an old state of the object, and everything else as it is.
-    pub(crate) fn look_at_old_object(&mut self, who: usize, old: (Observed, u64)) {
+    pub(crate) fn look_at_old_object(&mut self, who: usize, old: &(Observed, u64)) {
         let seen = with_object_of(&old.0, &self.observe());
         self.plan(who, seen, old.1);
     }
