@@ -18,6 +18,10 @@ ifneq ($(CASE),)
 endif
 # What the end-to-end tests are about: the ground floor, releases, the proof that nothing is lost.
 E2E ?= ground_floor release proof
+# How many histories `make simulate` lives through, from which on, or which one.
+HISTORIES ?= 200000
+FIRST ?= 0
+SEED ?=
 # Those of them that `make test` runs.
 SHORT := ground_floor
 # KEEP=1 keeps the cluster of `make test`.
@@ -71,6 +75,11 @@ check: ## Format, lints, unit tests, generated files: minutes, no root, no clust
 unit: ## Unit tests
 	cargo test --workspace --locked --lib --bins --test argo --test api_server --test crd --test decide --test docs --test resources $(TEST)
 
+.PHONY: simulate
+simulate: ## The operator in HISTORIES=200000 simulated histories from FIRST=0 on; SEED=17 replays one
+	SIMULATION_SEED=$(SEED) SIMULATION_FIRST=$(FIRST) SIMULATION_HISTORIES=$(HISTORIES) \
+	  cargo test --workspace --locked --test decide histories::
+
 .PHONY: integration
 integration: deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine; the charts as helm renders them
 	@$(MAKE) --no-print-directory $(TESTBED)
@@ -81,6 +90,10 @@ e2e: cluster images $(TESTBED) ## End-to-end tests on the cluster, which stays f
 	@$(TESTBED) results --begin
 	@trap '$(TESTBED) results' EXIT; \
 	  $(call run-tests,cargo test --workspace --locked $(E2E:%=--test %) --no-fail-fast -- --ignored --test-threads 2 $(TEST))
+
+.PHONY: rbac
+rbac: $(TESTBED) ## Compare the operator's rights with what it did on the test cluster; after `make e2e`
+	@$(call run-tests,cargo test --workspace --locked --test rbac -- --ignored)
 
 .PHONY: cluster-test
 cluster-test: $(if $(filter existing,$(CLUSTER)),not-existing,) deps $(TESTBED) ## Test the test cluster itself: kills, several at once, leavings, wrong use (about 10 minutes)

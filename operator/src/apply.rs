@@ -78,7 +78,7 @@ impl Writer {
     /// Carries out one action, if its guard has nothing against it.
     pub async fn act(&self, look: &mut Look, action: &Action) -> Result<(), Error> {
         let seen = self.reader.look_again(look, action).await?;
-        guard::check(&look.object.spec, action, &seen)?;
+        guard::check(&look.object.spec, &look.seen.status, action, &seen)?;
         let builder = builder(&look.object);
         match action {
             Action::CreateLive { service } => {

@@ -130,8 +130,9 @@ impl Context {
         };
         let plan = decide(&look.object.spec, &look.seen, Timestamp::now());
         if let Some(status) = plan.status {
-            let old = std::mem::replace(&mut look.seen.status, status.clone());
             let object = self.writer.record(&look, status).await?;
+            let recorded = object.status.clone().unwrap_or_default();
+            let old = std::mem::replace(&mut look.seen.status, recorded);
             remembered.memory.last = Some(object.clone());
             look.object = object;
             self.note(&old, &look.seen.status);

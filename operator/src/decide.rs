@@ -53,7 +53,6 @@ pub fn decide(spec: &Spec, seen: &Observed, now: Timestamp) -> Plan {
     };
     turn.stop_or_resume();
     turn.adopt();
-    turn.catch_up();
     match turn.next.phase {
         Phase::Promoting => turn.promoting(),
         Phase::RollingBack => turn.rolling_back(),

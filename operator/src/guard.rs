@@ -2,14 +2,15 @@
 //!
 //! Checked by [`apply`](crate::plan::Action) on what is seen right before each write, and by the simulation in the same
 //! place. The fences make a write about an older state of an object fail; the guards look at *other* objects: endpoints
-//! that have gone since the plan was made, and traffic that has come.
+//! that have gone since the plan was made, and traffic that has come. And they look at the record: whoever works on while
+//! another has recorded something else is stopped here, at its next write.
 
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
     decide::declared_replicas,
     observe::{Observed, Part, Target},
     plan::{Action, Intent},
-    status::Stack,
+    status::{ExchangeDeploymentStatus as Status, Stack},
 };
 
 /// Why an action was refused.
@@ -42,12 +43,18 @@ pub enum Refusal {
     /// The object is being deleted.
     #[error("the object is being deleted")]
     Deleting,
+    /// Another record stands than the one that allowed the action: somebody else works, or an old object was read.
+    #[error("it was planned under another record")]
+    Superseded,
 }
 
-/// Checks one action against what is seen now.
-pub fn check(spec: &Spec, action: &Action, seen: &Observed) -> Result<(), Refusal> {
+/// Checks one action, which this record allows, against what is seen now.
+pub fn check(spec: &Spec, record: &Status, action: &Action, seen: &Observed) -> Result<(), Refusal> {
     if seen.deleting {
         return Err(Refusal::Deleting);
+    }
+    if seen.status != *record {
+        return Err(Refusal::Superseded);
     }
     match action {
         Action::Point {

@@ -5,7 +5,9 @@
 //! change, and a leader stops when *its own* clock says that the renew deadline has passed since it *began* the last
 //! renewal that succeeded. The deadline is shorter than the lease, so that the leader stops before a contender starts.
 //!
-//! Every write of the record carries its `resourceVersion`: of several who try, one succeeds.
+//! Every write of the record carries its `resourceVersion`: of several who try, one succeeds. A leader whose renewal was
+//! refused, or not answered in time, has not lost yet: that renewal may have arrived. It looks who holds the record, and
+//! goes on until its deadline unless it is somebody else.
 
 use std::time::Duration;
 
@@ -99,13 +101,21 @@ pub fn evaluate(me: &str, sight: &Sight, now: Duration) -> Step {
     }
 }
 
+/// Whether it is the holder, as far as can be seen.
+pub fn holds(me: &str, sight: &Sight) -> bool {
+    let holder = sight.record.as_ref().and_then(|record| record.holder.as_deref());
+    holder == Some(me)
+}
+
 /// Whether a leader whose last successful renewal began at this time may go on.
 pub fn leads(renewed: Duration, now: Duration) -> bool {
     now.saturating_sub(renewed) < RENEW_DEADLINE
 }
 
-/// For each request about the record.
-const REQUEST_LIMIT: Duration = Duration::from_secs(2);
+/// For each request about the record: short enough for another try on another connection before the deadline.
+const REQUEST_LIMIT: Duration = Duration::from_millis(1250);
+/// After a request that failed.
+const AGAIN: Duration = Duration::from_millis(100);
 
 /// Takes part in the election.
 pub struct Contender {
@@ -123,6 +133,8 @@ struct Knowledge {
     sight: Sight,
     /// The beginning of the last renewal that succeeded, while one leads.
     renewed: Option<Duration>,
+    /// Whether the record may be another than the one that was seen last.
+    in_doubt: bool,
 }
 
 impl Knowledge {
@@ -130,13 +142,15 @@ impl Knowledge {
         self.origin.elapsed()
     }
 
-    fn see(&mut self, record: Option<Record>) {
+    fn see(&mut self, me: &str, record: Option<Record>) {
         let nothing = Sight {
             record: None,
             since: Duration::ZERO,
         };
         let now = self.now();
         self.sight = std::mem::replace(&mut self.sight, nothing).see(record, now);
+        self.renewed = self.renewed.filter(|_| holds(me, &self.sight));
+        self.in_doubt = false;
     }
 }
 
@@ -157,6 +171,7 @@ impl Contender {
                 since: Duration::ZERO,
             },
             renewed: None,
+            in_doubt: true,
         };
         while !stop.is_cancelled() {
             let deadline = known.renewed.map(|renewed| origin + renewed + RENEW_DEADLINE);
@@ -172,7 +187,7 @@ impl Contender {
                 () = until(deadline) => {
                     warn!("the lease could not be renewed in time");
                     known.renewed = None;
-                    known.see(None);
+                    known.in_doubt = true;
                     tell(&leads, false);
                 }
             }
@@ -186,17 +201,18 @@ impl Contender {
     /// One look and one write, if one is due; how long to wait for the next.
     async fn round(&self, known: &mut Knowledge, reached: &watch::Sender<bool>) -> Duration {
         // A leader knows its record, unless its last renewal failed.
-        if known.renewed.is_none() {
+        if known.renewed.is_none() || known.in_doubt {
+            let again = if known.renewed.is_some() { AGAIN } else { RETRY };
             match timeout(REQUEST_LIMIT, self.leases.get_opt(&self.name)).await {
                 Ok(Ok(lease)) => {
                     reached.send_replace(true);
-                    known.see(lease.as_ref().map(record));
+                    known.see(&self.identity, lease.as_ref().map(record));
                 }
                 Ok(Err(error)) => {
                     warn!(error.message = %error, "failed to read the lease");
-                    return RETRY;
+                    return again;
                 }
-                Err(_) => return RETRY,
+                Err(_) => return again,
             }
         }
         let began = known.now();
@@ -216,22 +232,21 @@ impl Contender {
                 }
             }
         };
+        known.in_doubt = true;
         match timeout(REQUEST_LIMIT, write).await {
             Ok(Ok(lease)) => {
-                known.see(Some(record(&lease)));
+                known.see(&self.identity, Some(record(&lease)));
                 known.renewed = Some(began);
-                RETRY
+                // The next one is due a while after this one began, however long it took.
+                RETRY.saturating_sub(known.now().saturating_sub(began))
             }
-            Ok(Err(kube::Error::Api(status))) if status.code == 409 => {
-                // Somebody else was faster: who, is seen in the next round.
-                known.renewed = None;
-                RETRY
-            }
+            // Somebody else was faster, or one's own write that was given up: who, is seen in the next round.
+            Ok(Err(kube::Error::Api(status))) if status.code == 409 => AGAIN,
             Ok(Err(error)) => {
                 warn!(error.message = %error, "failed to write the lease");
-                RETRY / 4
+                AGAIN
             }
-            Err(_) => RETRY / 4,
+            Err(_) => AGAIN,
         }
     }
 
@@ -286,7 +301,11 @@ async fn until(deadline: Option<Instant>) {
 
 #[cfg(test)]
 mod tests {
+    use http::{Request, Response};
+    use kube::{Client, client::Body};
     use proptest::prelude::*;
+    use serde_json::json;
+    use tower_test::mock;
 
     use super::*;
 
@@ -346,6 +365,61 @@ mod tests {
         assert_eq!(renewed.since, Duration::from_secs(3));
     }
 
+    /// A leader's first renewal meets a conflict, after which the record has this holder. Whether it says that it leads, at
+    /// each of its requests and at the end.
+    async fn after_a_conflict(holder: &str) -> Vec<bool> {
+        let (service, mut requests) = mock::pair::<Request<Body>, Response<Body>>();
+        let contender = super::Contender {
+            leases: Api::namespaced(Client::new(service, "ns"), "ns"),
+            name: "one".to_owned(),
+            identity: "me".to_owned(),
+        };
+        let (leads, mut leading) = watch::channel(false);
+        let (reached, _reached) = watch::channel(false);
+        let stop = CancellationToken::new();
+        let until = stop.clone();
+        let running = tokio::spawn(async move { contender.run(leads, reached, until).await });
+        let lease = |version: &str, holder: &str| {
+            let lease = json!({"metadata": {"name": "one", "resourceVersion": version}, "spec": {"holderIdentity": holder}});
+            (200, lease)
+        };
+        let refused = |code: u16| (code, json!({"kind": "Status", "status": "Failure", "code": code}));
+        let mut said = Vec::new();
+        for (method, (code, answer)) in [
+            ("GET", refused(404)),
+            ("POST", lease("1", "me")),
+            ("PUT", refused(409)),
+            ("GET", lease("2", holder)),
+        ] {
+            let (request, send) = requests.next_request().await.unwrap();
+            assert_eq!(request.method(), method);
+            said.push(*leading.borrow());
+            let answer = Body::from(answer.to_string().into_bytes());
+            send.send_response(Response::builder().status(code).body(answer).unwrap());
+        }
+        if holder == "me" {
+            let (request, _unanswered) = requests.next_request().await.unwrap();
+            assert_eq!(request.method(), "PUT");
+        } else {
+            leading.wait_for(|leads| !leads).await.unwrap();
+        }
+        said.push(*leading.borrow());
+        stop.cancel();
+        drop(requests);
+        running.await.unwrap();
+        said
+    }
+
+    #[tokio::test]
+    async fn a_renewal_that_arrived_without_an_answer_is_no_loss() {
+        assert_eq!(after_a_conflict("me").await, [false, false, true, true, true]);
+    }
+
+    #[tokio::test]
+    async fn who_sees_another_holder_stops_at_once() {
+        assert_eq!(after_a_conflict("you").await, [false, false, true, true, false]);
+    }
+
     /// One contender with a clock of its own.
     struct Contender {
         name: &'static str,
@@ -380,14 +454,16 @@ mod tests {
                         if expected == lease.as_ref().map(|lease| lease.resource_version.clone()) {
                             version += 1;
                             lease = Some(record(it.name, version));
-                            it.renewed = Some(began);
-                        } else {
-                            it.renewed = None;
+                            // The answer may be lost.
+                            if millis % 3 > 0 {
+                                it.renewed = Some(began);
+                                it.sight = it.sight.clone().see(lease.clone(), now);
+                            }
                         }
-                        it.sight = it.sight.clone().see(lease.clone(), now);
                     }
                     (1, None) => {
                         it.sight = it.sight.clone().see(lease.clone(), now);
+                        it.renewed = it.renewed.filter(|_| holds(it.name, &it.sight));
                         it.sent = match evaluate(it.name, &it.sight, now) {
                             Step::Create => Some((None, now)),
                             Step::Take(version) | Step::Renew(version) => Some((Some(version), now)),

@@ -177,3 +177,37 @@ fn passes() -> Histogram {
 fn minutes() -> Histogram {
     Histogram::new([1.0, 5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_that_is_promised_is_told() {
+        let metrics = Metrics::new();
+        metrics.reconciled(Duration::from_millis(20), Some(Class::Conflict));
+        metrics.write("update", "Service");
+        metrics.phase_ended(Phase::Testing, Duration::from_secs(7));
+        metrics.swapped(Intent::Promote, Duration::from_millis(30));
+        metrics.swapped(Intent::RollBack, Duration::from_millis(40));
+        metrics.swapped(Intent::Repair, Duration::from_millis(50));
+        metrics.watch_age("Job", Duration::from_secs(3));
+        metrics.watch_failed("Job");
+        metrics.leads(true);
+        let page = metrics.encode().unwrap();
+        for line in [
+            r"exchange_operator_reconcile_duration_seconds_count 1",
+            r#"exchange_operator_reconcile_errors_total{class="conflict"} 1"#,
+            r#"exchange_operator_writes_total{verb="update",kind="Service"} 1"#,
+            r#"exchange_operator_phase_duration_seconds_sum{phase="Testing"} 7.0"#,
+            r#"exchange_operator_swap_duration_seconds_sum{direction="forward"} 0.03"#,
+            r#"exchange_operator_swap_duration_seconds_sum{direction="back"} 0.04"#,
+            r#"exchange_operator_watch_age_seconds{kind="Job"} 3"#,
+            r#"exchange_operator_watch_errors_total{kind="Job"} 1"#,
+            r"exchange_operator_leader 1",
+        ] {
+            assert!(page.lines().any(|it| it == line), "{line} is missing in {page}");
+        }
+        assert_eq!(page.matches("swap_duration_seconds_count").count(), 2, "{page}");
+    }
+}

@@ -39,13 +39,6 @@ impl Turn<'_> {
         self.enter(Phase::Live);
     }
 
-    /// A live Service with a later move than the record's means that somebody else has written its number, or that
-    /// the record is an old one. Recording that number tells which: an old record is refused, and with it the pass.
-    pub(crate) fn catch_up(&mut self) {
-        let moves = self.seen.live.values().map(|live| live.epoch);
-        self.next.epoch = moves.chain([self.next.epoch]).max().unwrap_or(0);
-    }
-
     pub(crate) fn highest_attempt(&self) -> u32 {
         let jobs = self.seen.jobs.keys().map(|job| job.attempt);
         let stacks = self.seen.stacks.values().map(|stack| stack.attempt);

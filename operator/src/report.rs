@@ -5,11 +5,12 @@
 
 use std::fmt;
 
-use jiff::Timestamp;
+use jiff::{Timestamp, Unit};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
+    decide::{later, signed},
     observe::{JobKind, JobState, Observed, StackSeen},
     status::{Candidate, ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack, token},
 };
@@ -31,7 +32,7 @@ fn verdict(is: bool, reason: impl fmt::Display, message: impl Into<String>) -> V
 
 /// Sets all conditions. The time of a transition changes only when a condition turns.
 pub fn report(spec: &Spec, seen: &Observed, status: &mut Status, now: Timestamp) {
-    let story = story(spec, seen, status);
+    let story = format!("{}{}", story(spec, seen, status), times(spec, status));
     let stalled = stalled(spec, seen, status);
     let arrived = arrived(spec, seen, status);
     let waiting = !arrived && !matches!(status.phase, Phase::Failed | Phase::Held);
@@ -171,6 +172,34 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
         Phase::Live => format!("{live} is live and verified"),
         Phase::Failed | Phase::Held => format!("{live} is live"),
     }
+}
+
+/// Since when something is awaited, and until when at the latest. While time stands still nobody can know the latter.
+fn times(spec: &Spec, status: &Status) -> String {
+    let Some(since) = status.phase_since.filter(|_| status.stopped_since.is_none()) else {
+        return String::new();
+    };
+    let rollout = &spec.rollout;
+    let (since, lasts) = match (status.phase, &status.previous) {
+        (Phase::Live | Phase::Failed | Phase::Held, _) => return String::new(),
+        (Phase::Pending, Some(previous)) if previous.state == PreviousState::Draining => {
+            (previous.since, Some(rollout.drain_timeout))
+        }
+        (Phase::Pending | Phase::AwaitingPromotion, _) => (since, None),
+        (Phase::Verifying, _) => (since, Some(rollout.verification.duration)),
+        _ => (since, Some(rollout.progress_deadline)),
+    };
+    let second = |time: Timestamp| time.round(Unit::Second).unwrap_or(time);
+    lasts.map_or_else(
+        || format!("; since {}", second(since)),
+        |lasts| {
+            format!(
+                "; since {}, until {}",
+                second(since),
+                second(later(since, signed(lasts)))
+            )
+        },
+    )
 }
 
 /// Which pods are awaited, and what keeps them.

@@ -17,6 +17,7 @@ use exchange_operator::{
     api::Service,
     controller::Context,
     error::{Class, Error},
+    guard::Refusal,
     metrics::Metrics,
     observe::pods::Pods,
 };
@@ -44,10 +45,12 @@ struct Server {
     version: u64,
     reads: usize,
     writes: Vec<Write>,
-    /// Writes whose method and path begin like this are answered with this status.
+    /// Requests whose method and path begin like this are answered with this status.
     broken: Option<(String, StatusCode)>,
     /// A write to the first takes the second with it.
     takes: Option<(String, String)>,
+    /// After a write to this, another operator records something.
+    superseded_at: Option<String>,
 }
 
 impl Server {
@@ -64,7 +67,10 @@ impl Server {
     fn answer(&mut self, method: &Method, path: &str, query: &str, body: Value) -> (StatusCode, Value) {
         if *method == Method::GET {
             self.reads += 1;
-            return self.read(path, query);
+            return match &self.broken {
+                Some((broken, status)) if format!("GET {path}").starts_with(broken) => refusal(*status),
+                _ => self.read(path, query),
+            };
         }
         self.writes.push(Write {
             method: method.clone(),
@@ -80,6 +86,11 @@ impl Server {
         }
         if let Some((_, taken)) = self.takes.take_if(|(write, _)| write == path) {
             self.objects.remove(&taken);
+        }
+        if self.superseded_at.take_if(|write| write == path).is_some() {
+            let mut object = self.objects[OBJECT].clone();
+            object["status"]["attempt"] = json!(9);
+            self.put(OBJECT, object);
         }
         match method.as_str() {
             "POST" => {
@@ -415,17 +426,41 @@ async fn a_refused_record_ends_the_pass() {
 }
 
 #[tokio::test]
-async fn a_refused_write_ends_the_pass() {
-    let world = World::new();
-    world.server.lock().unwrap().broken =
-        Some(("POST services".to_owned(), StatusCode::INTERNAL_SERVER_ERROR));
-    let (result, writes) = world.pass().await;
-    assert_eq!(result.unwrap_err().class(), Class::Transient);
-    assert_eq!(writes.len(), 2, "{:?}", paths(&writes));
-    world.server.lock().unwrap().broken = None;
-    let (result, writes) = world.pass().await;
-    result.unwrap();
-    assert!(paths(&writes).contains(&"POST services".to_owned()));
+async fn a_refused_write_ends_the_pass_and_the_next_one_does_it() {
+    for (status, class) in [
+        (StatusCode::CONFLICT, Class::Conflict),
+        (StatusCode::NOT_FOUND, Class::Conflict),
+        (StatusCode::TOO_MANY_REQUESTS, Class::Transient),
+        (StatusCode::INTERNAL_SERVER_ERROR, Class::Transient),
+        (StatusCode::FORBIDDEN, Class::Forbidden),
+    ] {
+        let world = World::new();
+        world.server.lock().unwrap().broken = Some(("POST services".to_owned(), status));
+        let (result, writes) = world.pass().await;
+        assert_eq!(result.unwrap_err().class(), class, "{status}");
+        assert_eq!(writes.len(), 2, "{status}: {:?}", paths(&writes));
+        world.server.lock().unwrap().broken = None;
+        let (result, writes) = world.pass().await;
+        result.unwrap();
+        assert!(paths(&writes).contains(&"POST services".to_owned()), "{status}");
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_is_not_taken_for_missing() {
+    for kind in ["services", "deployments", "jobs", "secrets/db", OBJECT] {
+        for status in [
+            StatusCode::TOO_MANY_REQUESTS,
+            StatusCode::INTERNAL_SERVER_ERROR,
+            StatusCode::FORBIDDEN,
+        ] {
+            let world = World::converged().await;
+            world.server.lock().unwrap().broken = Some((format!("GET {kind}"), status));
+            let (result, writes) = world.pass().await;
+            assert!(result.is_err(), "{kind} {status}");
+            assert!(writes.is_empty(), "{kind} {status}: {:?}", paths(&writes));
+        }
+    }
 }
 
 #[tokio::test]
@@ -504,6 +539,24 @@ async fn a_swap_that_loses_its_endpoints_stops_before_the_write() {
 }
 
 #[tokio::test]
+async fn a_swap_under_a_record_that_is_replaced_stops_before_the_next_write() {
+    let world = World::tested().await;
+    world.server.lock().unwrap().superseded_at = Some("services/exchange-user".to_owned());
+    let (result, writes) = world.pass().await;
+    assert!(
+        matches!(result, Err(Error::Refused(Refusal::Superseded))),
+        "{result:?}"
+    );
+    assert_eq!(
+        paths(&writes),
+        [
+            "PUT exchangedeployments/exchange/status",
+            "PUT services/exchange-user"
+        ]
+    );
+}
+
+#[tokio::test]
 async fn a_converged_object_costs_no_write() {
     let world = World::converged().await;
     for _ in 0..3 {
@@ -547,6 +600,22 @@ async fn a_foreign_edit_is_put_right_with_what_was_observed() {
         "acme/exchange:1.0.0"
     );
     world.settle().await;
+}
+
+#[tokio::test]
+async fn a_live_service_that_lost_its_labels_is_found_by_its_name() {
+    let world = World::converged().await;
+    let labels = world.get("services/exchange-trade")["metadata"]["labels"].clone();
+    world.change("services/exchange-trade", |service| {
+        service["metadata"]["labels"] = json!({"team": "trading"});
+    });
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(paths(&writes), ["PUT services/exchange-trade"]);
+    for (label, value) in labels.as_object().unwrap() {
+        assert_eq!(&writes[0].body["metadata"]["labels"][label], value);
+    }
+    assert_eq!(writes[0].body["metadata"]["labels"]["team"], "trading");
 }
 
 #[tokio::test]

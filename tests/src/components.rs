@@ -13,6 +13,7 @@ use serde_json::json;
 use crate::{
     addons::{HELPER_IMAGE, NAMESPACE},
     cluster::{Cluster, DOMAIN, NODE, POD_CIDR, SERVICE_CIDR},
+    exchange::OPERATOR_NAMESPACE,
     tools::Tools,
     up,
 };
@@ -100,6 +101,7 @@ struct Parts<'a> {
 
 impl Parts<'_> {
     fn control_plane(&self) -> Vec<Component> {
+        let audit_log = self.cluster.log_of("audit").display().to_string();
         let etcd = self.component(
             "etcd",
             "etcd",
@@ -155,6 +157,10 @@ impl Parts<'_> {
                 ("proxy-client-cert-file", &self.key("front-proxy-client.crt")),
                 ("proxy-client-key-file", &self.key("front-proxy-client.key")),
                 ("enable-aggregator-routing", "true"),
+                ("audit-policy-file", &self.conf("audit.json")),
+                ("audit-log-path", &audit_log),
+                ("audit-log-maxsize", "50"),
+                ("audit-log-maxbackup", "4"),
             ]),
         );
         let controller_manager = self.component(
@@ -200,20 +206,14 @@ impl Parts<'_> {
             "containerd",
             "containerd",
             Gate::Nothing,
-            flags(&[(
-                "config",
-                &self.cluster.conf().join("containerd.toml").display().to_string(),
-            )]),
+            flags(&[("config", &self.conf("containerd.toml"))]),
         );
         let kubelet = self.component(
             "kubelet",
             "kubelet",
             Gate::File("/run/containerd/containerd.sock".into()),
             flags(&[
-                (
-                    "config",
-                    &self.cluster.conf().join("kubelet.json").display().to_string(),
-                ),
+                ("config", &self.conf("kubelet.json")),
                 ("kubeconfig", &self.kubeconfig("kubelet")),
                 ("hostname-override", NODE),
                 ("node-ip", &self.address),
@@ -223,10 +223,7 @@ impl Parts<'_> {
             "kube-proxy",
             "kube-proxy",
             Gate::NodeRegistered,
-            flags(&[(
-                "config",
-                &self.cluster.conf().join("kube-proxy.json").display().to_string(),
-            )]),
+            flags(&[("config", &self.conf("kube-proxy.json"))]),
         );
         vec![containerd, kubelet, proxy]
     }
@@ -237,10 +234,7 @@ impl Parts<'_> {
             "coredns",
             "coredns",
             Gate::ApiServer,
-            vec![
-                "-conf".into(),
-                self.cluster.conf().join("Corefile").display().to_string(),
-            ],
+            vec!["-conf".into(), self.conf("Corefile")],
         );
         let metrics = self.component(
             "metrics-server",
@@ -262,19 +256,8 @@ impl Parts<'_> {
         );
         let mut volume_args = vec!["start".to_owned()];
         volume_args.extend(flags(&[
-            (
-                "config",
-                &self.cluster.conf().join("volumes.json").display().to_string(),
-            ),
-            (
-                "helper-pod-file",
-                &self
-                    .cluster
-                    .conf()
-                    .join("volume-helper.yaml")
-                    .display()
-                    .to_string(),
-            ),
+            ("config", &self.conf("volumes.json")),
+            ("helper-pod-file", &self.conf("volume-helper.yaml")),
             ("helper-image", HELPER_IMAGE),
             ("namespace", NAMESPACE),
             ("service-account-name", "default"),
@@ -306,6 +289,10 @@ impl Parts<'_> {
         }
     }
 
+    fn conf(&self, name: &str) -> String {
+        self.cluster.conf().join(name).display().to_string()
+    }
+
     fn key(&self, name: &str) -> String {
         self.cluster.pki().join(name).display().to_string()
     }
@@ -334,6 +321,16 @@ pub fn write_configuration(cluster: &Cluster, tools: &Tools) -> Result<()> {
         fs::write(conf.join(name), text).with_context(|| format!("cannot write {name} in {}", conf.display()))
     };
     fs::create_dir_all(conf.join("cni"))?;
+
+    // What the operator did and was refused: the rights that its chart asks for are compared with it.
+    let audit = json!({
+        "apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"],
+        "rules": [
+            {"level": "Metadata", "userGroups": [format!("system:serviceaccounts:{OPERATOR_NAMESPACE}")]},
+            {"level": "None"},
+        ],
+    });
+    write("audit.json", &audit.to_string())?;
 
     let bridge = json!({
         "cniVersion": "1.0.0", "name": "pods", "plugins": [

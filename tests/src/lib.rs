@@ -15,6 +15,7 @@ pub mod pki;
 pub mod preflight;
 pub mod progress;
 pub mod results;
+pub mod rights;
 pub mod sandbox;
 pub mod supervisor;
 pub mod tools;

@@ -67,6 +67,11 @@ fn owner(meta: &ObjectMeta, uid: &str) -> Owner {
     }
 }
 
+/// Whether the object owns it already.
+pub(super) fn is_ours(meta: &ObjectMeta, uid: &str) -> bool {
+    owner(meta, uid) == Owner::Us
+}
+
 fn fence(meta: &ObjectMeta) -> Fence {
     Fence {
         uid: Arc::from(meta.uid.as_deref().unwrap_or_default()),
@@ -399,9 +404,7 @@ pub(super) fn retake(seen: &mut Observed, object: Option<ExchangeDeployment>) {
     seen.deleting = object
         .as_ref()
         .is_none_or(|object| object.metadata.deletion_timestamp.is_some());
-    if let Some(status) = object.and_then(|object| object.status) {
-        seen.status = status;
-    }
+    seen.status = object.and_then(|object| object.status).unwrap_or_default();
 }
 
 pub(super) fn all_moved(seen: &Observed) -> bool {

@@ -24,7 +24,7 @@ use tokio::try_join;
 use super::{
     Declared, Observed, Requests,
     assemble::{
-        Children, References, addresses, all_moved, assemble, retake, see_live, see_pods, see_slices,
+        Children, References, addresses, all_moved, assemble, is_ours, retake, see_live, see_pods, see_slices,
     },
     pods::{Baselines, Pods},
 };
@@ -328,7 +328,8 @@ impl Reader {
         })
     }
 
-    /// Services that are needed and do not have our labels, and exist nevertheless.
+    /// Services that are needed and do not have our labels, and exist nevertheless: somebody else's, or live Services of ours
+    /// that have lost them.
     async fn find_taken(&self, look: &mut Look) -> Result<(), Error> {
         let namespace = look.object.namespace().unwrap_or_default();
         let builder = builder(&look.object);
@@ -353,11 +354,18 @@ impl Reader {
             .iter()
             .map(|name| self.get::<CoreService>(&namespace, name));
         let there = try_join_all(there).await?;
-        let taken = there
-            .iter()
+        let live = Service::ALL.map(|service| builder.live_name(service));
+        let (ours, others): (Vec<_>, Vec<_>) = there
+            .into_iter()
             .flatten()
-            .map(|it| format!("Service/{}", it.name_any()));
+            .partition(|it| is_ours(&it.metadata, builder.uid) && live.contains(&it.name_any()));
+        let taken = others.iter().map(|it| format!("Service/{}", it.name_any()));
         look.seen.taken.extend(taken);
+        if !ours.is_empty() {
+            let ours = ours.into_iter().map(|it| (it.name_any(), it));
+            look.material.services.extend(ours);
+            see_live(&builder, look.material.services.values(), &mut look.seen);
+        }
         Ok(())
     }
 

@@ -1,7 +1,8 @@
 //! The simulated world: histories in which everything goes wrong at any time, and the promises that hold after every
 //! write.
 //!
-//! `SIMULATION_HISTORIES` says how many (10,000 without it), `SIMULATION_SEED` replays one history.
+//! Each history has a number, its seed. `make unit` lives through the first 10,000, `make simulate` through `HISTORIES` from
+//! `FIRST` on; `make simulate SEED=…` replays one.
 
 use std::{collections::BTreeSet, env, sync::Mutex, thread};
 
@@ -63,12 +64,13 @@ enum Step {
         part: Part,
         delete: bool,
     },
+    LoseCandidate,
     DeleteJob(usize),
     FailJobs,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let view = prop_oneof![6 => Just(View::Fresh), 2 => Just(View::Torn), 2 => Just(View::Old)];
+    let view = prop_oneof![6 => Just(View::Fresh), 2 => Just(View::Torn), 2 => Just(View::Old), 1 => Just(View::OldObject)];
     let service = proptest::sample::select(Service::ALL.to_vec());
     let part = proptest::sample::select(vec![
         Part::ColourService,
@@ -109,6 +111,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => service.clone().prop_map(Step::DeleteLive),
         3 => (0..2_usize, service, part, any::<bool>())
             .prop_map(|(stack, service, part, delete)| Step::Spoil { stack, service, part, delete }),
+        1 => Just(Step::LoseCandidate),
         1 => (0..4_usize).prop_map(Step::DeleteJob),
         1 => Just(Step::FailJobs),
     ];
@@ -160,6 +163,7 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
             part,
             delete,
         } => world.spoil_part(stack, service, part, delete),
+        Step::LoseCandidate => world.lose_candidate(),
         Step::DeleteJob(index) => world.delete_job(index),
         Step::FailJobs => world.fail_jobs(),
     }
@@ -219,6 +223,8 @@ fn history(seed: u64) -> Result<BTreeSet<Phase>, String> {
     let config = Config {
         cases: 1,
         max_shrink_iters: 2000,
+        // Milliseconds: a world that never comes to rest takes long each time.
+        max_shrink_time: 20_000,
         failure_persistence: None,
         ..Config::default()
     };
@@ -235,19 +241,31 @@ fn history(seed: u64) -> Result<BTreeSet<Phase>, String> {
         Ok(()) => Ok(phases.into_inner().unwrap()),
         Err(TestError::Fail(_, steps)) => {
             let why = live_through(&steps, true).err().unwrap_or_default();
-            Err(format!("SIMULATION_SEED={seed} after {steps:?}\n{why}"))
+            Err(format!("make simulate SEED={seed} after {steps:?}\n{why}"))
         }
-        Err(other) => Err(format!("SIMULATION_SEED={seed}: {other}")),
+        Err(other) => Err(format!("make simulate SEED={seed}: {other}")),
     }
 }
 
+/// A number from the environment; what is empty is not set.
+fn number(name: &str) -> Option<u64> {
+    let value = env::var(name).ok().filter(|value| !value.is_empty())?;
+    Some(
+        value
+            .parse()
+            .unwrap_or_else(|_| panic!("{name}={value} is no number")),
+    )
+}
+
 /// All histories, on all cores. The first that breaks a promise is made as short as possible and told.
-fn histories(count: u64) {
-    if let Ok(seed) = env::var("SIMULATION_SEED") {
-        return history(seed.parse().unwrap()).map_or_else(|why| panic!("{why}"), drop);
+fn histories() {
+    if let Some(seed) = number("SIMULATION_SEED") {
+        return history(seed).map_or_else(|why| panic!("{why}"), drop);
     }
-    let count = env::var("SIMULATION_HISTORIES").map_or(count, |count| count.parse().unwrap());
-    let first: u64 = env::var("SIMULATION_FIRST").map_or(0, |first| first.parse().unwrap());
+    let (first, count) = (
+        number("SIMULATION_FIRST").unwrap_or(0),
+        number("SIMULATION_HISTORIES").unwrap_or(10_000),
+    );
     let workers = thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
     let seen = Mutex::new(BTreeSet::new());
     let broken: Mutex<Option<String>> = Mutex::new(None);
@@ -271,20 +289,11 @@ fn histories(count: u64) {
         panic!("{why}");
     }
     // A world in which nothing happens would keep every promise.
-    assert_eq!(
-        seen.into_inner().unwrap().len(),
-        11,
-        "not every phase was reached"
-    );
+    let phases = seen.into_inner().unwrap();
+    assert!(phases.len() == 11 || count < 1000, "only {phases:?} were reached");
 }
 
 #[test]
 fn the_promises_hold_in_every_history() {
-    histories(10_000);
-}
-
-#[test]
-#[ignore = "long: the same with a million histories"]
-fn the_promises_hold_in_very_many_histories() {
-    histories(1_000_000);
+    histories();
 }

@@ -560,7 +560,7 @@ fn an_operator_that_is_served_an_old_object_moves_nothing() {
     world.finish(0);
     let before = world.targets();
     world.operators[1].crash();
-    world.look_at_old_object(1, old);
+    world.look_at_old_object(1, &old);
     world.finish(1);
     assert_eq!(world.targets(), before, "{:#?}", world.trace);
 }
@@ -574,7 +574,8 @@ fn the_guards_refuse_what_a_plan_must_not_do() {
     let live = world.status.live.clone().unwrap().stack;
     let previous = world.status.previous.clone().unwrap().stack;
     let fence = seen.live[&Service::Trade].fence.clone();
-    let check = |action: &Action, seen: &Observed| guard::check(&spec, action, seen);
+    let record = world.status.clone();
+    let check = |action: &Action, seen: &Observed| guard::check(&spec, &record, action, seen);
     let delete = |stack: &Stack, part| Action::Delete {
         stack: stack.clone(),
         service: Service::Trade,
@@ -658,6 +659,9 @@ fn the_guards_refuse_what_a_plan_must_not_do() {
         ..seen.clone()
     };
     assert_eq!(check(&scale(2), &deleting), Err(Refusal::Deleting));
+    let mut another = seen;
+    another.status.attempt += 1;
+    assert_eq!(check(&scale(2), &another), Err(Refusal::Superseded));
 }
 
 #[test]

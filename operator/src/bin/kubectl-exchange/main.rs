@@ -268,17 +268,11 @@ impl Cluster {
                 }
                 print(&format!("{}\n", view::tree(&view, Timestamp::now())))?;
             }
-            let code = match (view.ready, view.stalled) {
-                _ if !args.wait => None,
-                (true, _) => Some(ExitCode::SUCCESS),
-                (_, true) => Some(ExitCode::from(GIVEN_UP)),
-                _ => None,
-            };
-            if let Some(code) = code {
+            if let Some(code) = verdict(&view).filter(|_| args.wait) {
                 if !args.watch {
                     show(&view, args.output)?;
                 }
-                return Ok(code);
+                return Ok(ExitCode::from(code));
             }
             // Whatever has happened meanwhile is in the next look.
             quiet(happens.next()).await;
@@ -336,11 +330,40 @@ fn show(view: &View, output: Option<Output>) -> anyhow::Result<()> {
     })
 }
 
+/// The exit code of `status --wait`, if what is waited for has come.
+const fn verdict(view: &View) -> Option<u8> {
+    match (view.ready, view.stalled) {
+        (true, _) => Some(0),
+        (_, true) => Some(GIVEN_UP),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory as _;
 
     use super::*;
+
+    #[test]
+    fn scripts_are_told_how_it_ended() {
+        for (object, expected) in [
+            ("live", Some(0)),
+            ("suspended_live", Some(0)),
+            ("failed", Some(2)),
+            ("held", Some(2)),
+            ("name_taken", Some(2)),
+            ("reference_missing", Some(2)),
+            ("new", None),
+            ("stale", None),
+            ("testing", None),
+            ("awaiting_promotion", None),
+            ("suspended_other", None),
+        ] {
+            let view = view::view(&view::tests::object(object), &[], &[]);
+            assert_eq!(verdict(&view), expected, "{object}");
+        }
+    }
 
     #[test]
     fn the_command_line_is_well_formed() {

@@ -10,7 +10,7 @@ use exchange_operator::{
 };
 use jiff::SignedDuration;
 
-use super::{LiveThere, Names, Nature, Pod, View, World, nature};
+use super::{LiveThere, Names, Nature, Pod, View, World, nature, with_object_of};
 
 impl World {
     /// Controllers and kubelets do a bit of their work.
@@ -253,6 +253,22 @@ impl World {
         self.forget_empty();
     }
 
+    /// Somebody deletes what was rendered for the candidate, and nothing else.
+    pub(crate) fn lose_candidate(&mut self) {
+        if let Some(candidate) = self.status.candidate.clone()
+            && !matches!(self.status.phase, Phase::Promoting | Phase::RollingBack)
+            && let Some(there) = self.stacks.get_mut(&candidate.stack)
+        {
+            note!(
+                self,
+                "chaos: what was rendered for {} is deleted",
+                candidate.stack
+            );
+            there.rendered = None;
+            self.forget_empty();
+        }
+    }
+
     pub(crate) fn delete_job(&mut self, index: usize) {
         // A finished contract is what keeps a sleeper from starting it again; it is owned and labelled, and left alone.
         let found = self
@@ -335,21 +351,8 @@ impl World {
     }
 
     /// An operator is served an old state of the object, and everything else as it is.
-    pub(crate) fn look_at_old_object(&mut self, who: usize, old: (Observed, u64)) {
-        let Observed {
-            generation,
-            requests,
-            status,
-            declared,
-            ..
-        } = old.0;
-        let seen = Observed {
-            generation,
-            requests,
-            status,
-            declared,
-            ..self.observe()
-        };
+    pub(crate) fn look_at_old_object(&mut self, who: usize, old: &(Observed, u64)) {
+        let seen = with_object_of(&old.0, &self.observe());
         self.plan(who, seen, old.1);
     }
 

@@ -79,6 +79,8 @@ struct Workload {
 #[derive(Clone, Debug, Default)]
 struct StackThere {
     rendered: Option<Fence>,
+    /// What was rendered last, also after somebody has deleted it: what its pods come from.
+    origin: Option<Fence>,
     attempt: u32,
     version: String,
     services: BTreeMap<Service, Workload>,
@@ -110,12 +112,16 @@ pub(crate) enum View {
     Torn,
     /// All as it was a while ago.
     Old,
+    /// The object as it was a while ago, everything else as it is: an API server that lags, and answers only this one.
+    OldObject,
 }
 
 /// One operator: a plan that it is carrying out, and what it remembers.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Operator {
     status: Option<(Status, u64)>,
+    /// What allows the actions.
+    record: Status,
     actions: VecDeque<Action>,
     guarded: bool,
     phase: Option<(Phase, u32)>,
@@ -161,8 +167,12 @@ pub(crate) struct World {
     proven: BTreeSet<(Stack, Fence)>,
     /// Endpoints at the time of the last guard, per operator.
     at_guard: [BTreeMap<(Stack, Service), (u32, u32)>; 2],
+    /// Where the live Services pointed at that time.
+    pointed_at_guard: [BTreeSet<Stack>; 2],
     /// What was declared at that time.
     declared_at_guard: [Spec; 2],
+    /// Phases and attempts for which some operator has done all that was to be done.
+    looked_after: BTreeSet<(Phase, u32)>,
     past: VecDeque<Rc<(Observed, u64)>>,
     pub(crate) operators: [Operator; 2],
     /// Writes of the operators.
@@ -205,7 +215,9 @@ impl World {
             passed: BTreeMap::new(),
             proven: BTreeSet::new(),
             at_guard: [BTreeMap::new(), BTreeMap::new()],
+            pointed_at_guard: [BTreeSet::new(), BTreeSet::new()],
             declared_at_guard: [spec(), spec()],
+            looked_after: BTreeSet::new(),
             past: VecDeque::new(),
             operators: [Operator::default(), Operator::default()],
             writes: 0,
@@ -329,8 +341,7 @@ impl World {
             return self.record(who, status, version);
         }
         let Some(action) = self.operators[who].actions.front().cloned() else {
-            self.look(who, view);
-            return Ok(());
+            return self.look(who, view);
         };
         if !self.operators[who].guarded {
             let replicas = |(stack, service): &(Stack, Service)| {
@@ -344,8 +355,18 @@ impl World {
                 .iter()
                 .map(|(key, ready)| (key.clone(), (*ready, replicas(key))))
                 .collect();
+            self.pointed_at_guard[who] = self
+                .live
+                .values()
+                .filter_map(|live| match &live.target {
+                    Target::Stack(stack) => Some(stack.clone()),
+                    _ => None,
+                })
+                .collect();
             self.declared_at_guard[who] = self.spec.clone();
-            if let Err(refusal) = guard::check(&self.spec, &action, &self.observe()) {
+            if let Err(refusal) =
+                guard::check(&self.spec, &self.operators[who].record, &action, &self.observe())
+            {
                 note!(self, "{who}: refused: {refusal}");
                 self.operators[who].give_up();
             } else {
@@ -359,16 +380,22 @@ impl World {
         note!(self, "{who}: {action:?} {}", if done { "" } else { "CONFLICT" });
         if done {
             self.writes += 1;
+            self.end_pass(who);
         } else {
             self.operators[who].give_up();
-        }
-        if self.operators[who].idle() {
-            self.operators[who].known = self.operators[who].phase;
         }
         Ok(())
     }
 
-    fn look(&mut self, who: usize, view: View) {
+    /// A pass that has come to its end has looked at the phase as a whole.
+    fn end_pass(&mut self, who: usize) {
+        if self.operators[who].idle() {
+            self.operators[who].known = self.operators[who].phase;
+            self.looked_after.extend(self.operators[who].phase);
+        }
+    }
+
+    fn look(&mut self, who: usize, view: View) -> Result<(), String> {
         let fresh = Rc::new((self.observe(), self.version));
         let old = self.past.front().cloned().unwrap_or_else(|| Rc::clone(&fresh));
         self.past.push_back(Rc::clone(&fresh));
@@ -378,27 +405,32 @@ impl World {
         let (seen, version) = match view {
             View::Fresh => (*fresh).clone(),
             View::Old => (*old).clone(),
-            View::Torn => {
-                let Observed {
-                    generation,
-                    requests,
-                    status,
-                    declared,
-                    ..
-                } = fresh.0.clone();
-                (
-                    Observed {
-                        generation,
-                        requests,
-                        status,
-                        declared,
-                        ..old.0.clone()
-                    },
-                    fresh.1,
-                )
-            }
+            View::Torn => (with_object_of(&fresh.0, &old.0), fresh.1),
+            View::OldObject => (with_object_of(&old.0, &fresh.0), old.1),
         };
         self.plan(who, seen, version);
+        if view == View::Fresh {
+            self.is_not_refused(who)?;
+        }
+        Ok(())
+    }
+
+    /// Who has just seen everything as it is plans no move that its own guard refuses: it would try it for ever.
+    fn is_not_refused(&self, who: usize) -> Result<(), String> {
+        let operator = &self.operators[who];
+        let Some(action @ Action::Point { intent, .. }) = operator.actions.front() else {
+            return Ok(());
+        };
+        let seen = Observed {
+            status: operator.record.clone(),
+            ..self.observe()
+        };
+        match guard::check(&self.spec, &operator.record, action, &seen) {
+            Err(refusal) if *intent != Intent::Repair => {
+                Err(format!("P4: the plan is to move what cannot move: {refusal}"))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn plan(&mut self, who: usize, mut seen: Observed, version: u64) {
@@ -411,11 +443,10 @@ impl World {
                 .as_ref()
                 .map_or(now, |next| (next.phase, next.attempt)),
         );
+        operator.record = plan.status.clone().unwrap_or(seen.status);
         operator.status = plan.status.map(|status| (status, version));
         operator.actions = plan.actions.into();
-        if operator.idle() {
-            operator.known = operator.phase;
-        }
+        self.end_pass(who);
     }
 
     // ---- writes -----------------------------------------------------------------------------------------------
@@ -447,9 +478,7 @@ impl World {
             self.status.attempt,
             self.status.epoch
         );
-        if self.operators[who].idle() {
-            self.operators[who].known = self.operators[who].phase;
-        }
+        self.end_pass(who);
         self.after_record(&old)
     }
 
@@ -460,6 +489,16 @@ impl World {
         }
         if new.phase == Phase::Promoting && old.phase != Phase::Promoting && old.phase != Phase::RollingBack {
             self.may_promote(&new)?;
+        }
+        let late = new
+            .rejected
+            .as_ref()
+            .is_some_and(|it| old.rejected.as_ref() != Some(it) && it.message.contains(" in time"));
+        if late && !self.looked_after.contains(&(old.phase, old.attempt)) {
+            return Err(format!(
+                "P7: nobody has looked after {} before it was late",
+                old.phase
+            ));
         }
         if new.phase == Phase::RollingBack
             && old
@@ -494,10 +533,7 @@ impl World {
     /// Every gate, for exactly this stack and attempt, as it truly is.
     fn may_promote(&mut self, status: &Status) -> Result<(), String> {
         let candidate = status.candidate.clone().ok_or("promotes nothing")?;
-        let rendered = self
-            .stacks
-            .get(&candidate.stack)
-            .and_then(|it| it.rendered.clone());
+        let rendered = self.stacks.get(&candidate.stack).and_then(|it| it.origin.clone());
         let rendered = rendered.ok_or("P3: promotes a stack that does not exist")?;
         let mut kinds = vec![JobKind::Expand, JobKind::Smoke];
         kinds.extend(
@@ -539,8 +575,8 @@ impl World {
     }
 
     fn is_proven(&self, stack: &Stack) -> bool {
-        let rendered = self.stacks.get(stack).and_then(|it| it.rendered.clone());
-        rendered.is_some_and(|rendered| self.proven.contains(&(stack.clone(), rendered)))
+        let origin = self.stacks.get(stack).and_then(|it| it.origin.clone());
+        origin.is_some_and(|rendered| self.proven.contains(&(stack.clone(), rendered)))
     }
 
     /// Carries one action out. `false`: refused by the API server, because of another version or an existing name.
@@ -575,7 +611,7 @@ impl World {
                 there.epoch = *epoch;
                 there.tampered = false;
                 Self::touch(&mut there.fence, &mut self.counter);
-                self.after_point(who, *service, to.as_ref(), *intent)?;
+                self.after_point(who, *service, to.as_ref(), *epoch, *intent)?;
                 Ok(true)
             }
             Action::Render {
@@ -587,7 +623,12 @@ impl World {
                     return Ok(false);
                 }
                 let fence = self.fence();
+                // What is lost of a stack that has passed its gates is made again of the same.
+                if self.is_proven(stack) {
+                    self.proven.insert((stack.clone(), fence.clone()));
+                }
                 let there = self.stacks.entry(stack.clone()).or_default();
+                there.origin = Some(fence.clone());
                 there.rendered = Some(fence);
                 there.attempt = *attempt;
                 there.version.clone_from(version);
@@ -620,7 +661,7 @@ impl World {
                     there.replicas = 0;
                     there.pods.fill(Pod::Terminating);
                 }
-                self.after_delete(stack, *service, *part)?;
+                self.after_delete(who, stack, *service, *part)?;
                 self.forget_empty();
                 Ok(true)
             }
@@ -631,7 +672,7 @@ impl World {
                     .filter(|it| it.rendered.as_ref() == Some(fence));
                 let Some(there) = there else { return Ok(false) };
                 there.rendered = None;
-                self.after_delete(stack, Service::User, Part::Budget)?;
+                self.after_delete(who, stack, Service::User, Part::Budget)?;
                 self.forget_empty();
                 Ok(true)
             }
@@ -647,7 +688,7 @@ impl World {
                     state: JobState::Running,
                     trouble: None,
                 };
-                let of = self.stacks.get(&job.stack).and_then(|it| it.rendered.clone());
+                let of = self.stacks.get(&job.stack).and_then(|it| it.origin.clone());
                 self.jobs.insert(job.clone(), JobThere { seen, of });
                 Ok(true)
             }
@@ -724,20 +765,32 @@ impl World {
         who: usize,
         service: Service,
         to: Option<&Stack>,
+        epoch: u32,
         intent: Intent,
     ) -> Result<(), String> {
         if let Some(to) = to {
             if !self.is_proven(to) {
                 return Err(format!("P3: {service} points at {to}, which is not proven"));
             }
-            let (ready, replicas) = self.at_guard[who]
-                .get(&(to.clone(), service))
-                .copied()
-                .unwrap_or((0, 0));
-            if ready == 0 || (intent == Intent::Promote && ready < replicas) {
-                return Err(format!(
-                    "P3: {service} points at {to}, which had {ready} of {replicas} endpoints"
-                ));
+            // All services or none: each that has not been moved has to have somewhere to go.
+            let to_move = self
+                .live
+                .iter()
+                .filter(|(other, live)| {
+                    let moved = live.epoch == epoch && live.target.is(Some(to));
+                    **other == service || (intent == Intent::Promote && !moved)
+                })
+                .map(|(other, _)| *other);
+            for other in to_move {
+                let (ready, replicas) = self.at_guard[who]
+                    .get(&(to.clone(), other))
+                    .copied()
+                    .unwrap_or((0, 0));
+                if ready == 0 || (intent == Intent::Promote && ready < replicas) {
+                    return Err(format!(
+                        "P3: {service} points at {to}, which had {ready} of {replicas} endpoints for {other}"
+                    ));
+                }
             }
         }
         let moving = matches!(self.status.phase, Phase::Promoting | Phase::RollingBack);
@@ -752,9 +805,15 @@ impl World {
         Ok(())
     }
 
-    fn after_delete(&self, stack: &Stack, service: Service, part: Part) -> Result<(), String> {
+    fn after_delete(&self, who: usize, stack: &Stack, service: Service, part: Part) -> Result<(), String> {
         if part == Part::Autoscaler {
             return Ok(());
+        }
+        // Also the traffic that somebody else has sent there.
+        if self.pointed_at_guard[who].contains(stack) {
+            return Err(format!(
+                "P1: {part:?} of {service} of {stack} was deleted, which had traffic"
+            ));
         }
         if self.status.live.as_ref().is_some_and(|live| live.stack == *stack) {
             return Err(format!(
@@ -812,6 +871,26 @@ impl World {
             ));
         }
         Ok(())
+    }
+}
+
+/// What belongs to one object as it is in `rest`, and the object as it is in `object`.
+fn with_object_of(object: &Observed, rest: &Observed) -> Observed {
+    let Observed {
+        generation,
+        deleting,
+        requests,
+        status,
+        declared,
+        ..
+    } = object.clone();
+    Observed {
+        generation,
+        deleting,
+        requests,
+        status,
+        declared,
+        ..rest.clone()
     }
 }
 

@@ -1,0 +1,195 @@
+//! What somebody may do by RBAC, compared with what the API server's audit log shows that he did.
+
+use std::{collections::BTreeSet, fmt};
+
+use serde_json::Value;
+
+/// One verb on one kind of resource.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Right {
+    /// Its API group; empty for the core.
+    pub group: String,
+    /// Its plural name, with the subresource after a slash.
+    pub resource: String,
+    /// What is done to it, in RBAC's words.
+    pub verb: String,
+}
+
+impl fmt::Display for Right {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.verb, self.resource)?;
+        if self.group.is_empty() {
+            Ok(())
+        } else {
+            write!(f, ".{}", self.group)
+        }
+    }
+}
+
+/// Every right that the rules of a Role or ClusterRole grant. Names of objects are left out: they make a right smaller, not
+/// another.
+pub fn granted(rules: &Value) -> BTreeSet<Right> {
+    let mut granted = BTreeSet::new();
+    for rule in rules.as_array().into_iter().flatten() {
+        for group in texts(rule, "apiGroups") {
+            for resource in texts(rule, "resources") {
+                for verb in texts(rule, "verbs") {
+                    granted.insert(Right {
+                        group: group.to_owned(),
+                        resource: resource.to_owned(),
+                        verb: verb.to_owned(),
+                    });
+                }
+            }
+        }
+    }
+    granted
+}
+
+fn texts<'a>(rule: &'a Value, key: &str) -> impl Iterator<Item = &'a str> + Clone {
+    let list = rule.get(key).and_then(Value::as_array);
+    list.map(Vec::as_slice)
+        .unwrap_or_default()
+        .iter()
+        .filter_map(Value::as_str)
+}
+
+/// What a user did and what he was refused.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Deeds {
+    /// What was allowed, whatever came of it.
+    pub used: BTreeSet<Right>,
+    /// What was forbidden, each as the audit log has it.
+    pub denied: Vec<String>,
+}
+
+impl Deeds {
+    /// Reads lines of an audit log, of which those about this user count. A line that is cut off, as the last one may be
+    /// while the API server writes it, does not.
+    pub fn read<'a>(lines: impl IntoIterator<Item = &'a str>, user: &str) -> Self {
+        let mut deeds = Self::default();
+        for line in lines {
+            let Ok(event) = serde_json::from_str::<Value>(line) else {
+                continue;
+            };
+            let text = |pointer: &str| event.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
+            if text("/user/username") != user || text("/objectRef/resource").is_empty() {
+                continue;
+            }
+            let subresource = text("/objectRef/subresource");
+            let resource = text("/objectRef/resource");
+            let right = Right {
+                group: text("/objectRef/apiGroup").to_owned(),
+                resource: if subresource.is_empty() {
+                    resource.to_owned()
+                } else {
+                    format!("{resource}/{subresource}")
+                },
+                verb: text("/verb").to_owned(),
+            };
+            if text("/annotations/authorization.k8s.io~1decision") == "forbid" {
+                deeds.denied.push(format!("{right}: {}", text("/requestURI")));
+            } else {
+                deeds.used.insert(right);
+            }
+        }
+        deeds
+    }
+}
+
+/// What is granted and was not used, beside what has a reason not to have been: `verb resource.group`, and the reason.
+pub fn superfluous(granted: &BTreeSet<Right>, deeds: &Deeds, excused: &[(&str, &str)]) -> Vec<String> {
+    let left = granted.difference(&deeds.used).map(ToString::to_string);
+    left.filter(|right| !excused.iter().any(|(excused, _)| excused == right))
+        .collect()
+}
+
+/// Excuses for what is not granted at all: the list has outlived the role.
+pub fn stale<'a>(granted: &BTreeSet<Right>, excused: &[(&'a str, &str)]) -> Vec<&'a str> {
+    let granted: BTreeSet<String> = granted.iter().map(ToString::to_string).collect();
+    let all = excused.iter().map(|(right, _)| *right);
+    all.filter(|right| !granted.contains(*right)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const USER: &str = "system:serviceaccount:ns:operator";
+
+    fn line(user: &str, verb: &str, reference: &Value, decision: &str) -> String {
+        json!({"kind": "Event", "verb": verb, "user": {"username": user}, "objectRef": reference,
+               "requestURI": "/apis/…", "annotations": {"authorization.k8s.io/decision": decision}})
+        .to_string()
+    }
+
+    fn rules() -> Value {
+        json!([
+            {"apiGroups": [""], "resources": ["services", "pods"], "verbs": ["get", "list"]},
+            {"apiGroups": ["exchange.dev"], "resources": ["exchangedeployments/status"], "verbs": ["update"]},
+            {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "resourceNames": ["one"], "verbs": ["update"]},
+        ])
+    }
+
+    fn told(rights: &BTreeSet<Right>) -> Vec<String> {
+        rights.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn rules_grant_each_verb_on_each_resource() {
+        let expected = [
+            "get pods",
+            "list pods",
+            "get services",
+            "list services",
+            "update leases.coordination.k8s.io",
+            "update exchangedeployments/status.exchange.dev",
+        ];
+        assert_eq!(told(&granted(&rules())), expected);
+        assert!(granted(&Value::Null).is_empty());
+    }
+
+    #[test]
+    fn a_log_is_read_for_one_user() {
+        let services = json!({"resource": "services", "name": "live", "namespace": "prod"});
+        let status =
+            json!({"resource": "exchangedeployments", "subresource": "status", "apiGroup": "exchange.dev"});
+        let mut lines = vec![
+            line(USER, "list", &services, "allow"),
+            line("somebody else", "get", &services, "allow"),
+            line(USER, "update", &status, "allow"),
+            line(USER, "delete", &services, "forbid"),
+            // What is not about resources: /version, /api.
+            line(USER, "get", &Value::Null, "allow"),
+        ];
+        lines.push(line(USER, "get", &services, "allow").split_off(9));
+        let deeds = Deeds::read(lines.iter().map(String::as_str), USER);
+        assert_eq!(
+            told(&deeds.used),
+            ["list services", "update exchangedeployments/status.exchange.dev"]
+        );
+        assert_eq!(deeds.denied, ["delete services: /apis/…"]);
+    }
+
+    #[test]
+    fn what_is_granted_and_neither_used_nor_excused_is_superfluous() {
+        let granted = granted(&rules());
+        let services = json!({"resource": "services"});
+        let pods = json!({"resource": "pods"});
+        let lines = [
+            line(USER, "get", &services, "allow"),
+            line(USER, "list", &services, "allow"),
+            line(USER, "list", &pods, "allow"),
+        ];
+        let deeds = Deeds::read(lines.iter().map(String::as_str), USER);
+        let excused = [("update leases.coordination.k8s.io", "one has led from the start")];
+        assert_eq!(
+            superfluous(&granted, &deeds, &excused),
+            ["get pods", "update exchangedeployments/status.exchange.dev"]
+        );
+        assert!(stale(&granted, &excused).is_empty());
+        assert_eq!(stale(&granted, &[("watch secrets", "none")]), ["watch secrets"]);
+    }
+}

@@ -1,0 +1,112 @@
+//! The operator may do what it does and nothing else. After the stories of releases, on the cluster that has told them
+//! (`make rbac`): what the chart grants is compared with what the audit log shows.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{collections::BTreeSet, fs};
+
+use serde_json::Value;
+use testbed::{
+    exchange::OPERATOR_NAMESPACE,
+    kubectl::Session,
+    rights::{Deeds, Right, granted, stale, superfluous},
+};
+
+/// The chart's ServiceAccount.
+const ACCOUNT: &str = "exchange-operator";
+
+/// What is granted and need not be seen in the stories.
+const EXCUSED: [(&str, &str); 6] = [
+    (
+        "update exchangedeployments/finalizers.exchange.dev",
+        "asked for by an admission plugin, which is not in the log, on clusters that check who may block an owner's deletion",
+    ),
+    (
+        "patch configmaps",
+        "a copy that lost its owner is adopted; the story of it has no ConfigMap",
+    ),
+    (
+        "delete configmaps",
+        "copies go with a stack that is retired; the story with a ConfigMap ends before that",
+    ),
+    (
+        "patch poddisruptionbudgets.policy",
+        "what a foreign hand has changed is put right, as the story tells of Deployments",
+    ),
+    (
+        "patch horizontalpodautoscalers.autoscaling",
+        "the same, and changed limits without a release",
+    ),
+    (
+        "patch events.events.k8s.io",
+        "an event that is told again while it is still there is counted up",
+    ),
+];
+
+fn json(session: &Session, args: &[&str]) -> Value {
+    serde_json::from_str(&session.kubectl(args).unwrap()).unwrap()
+}
+
+/// The rules of everything that is bound to the operator's account.
+fn rights_of_the_operator(session: &Session) -> BTreeSet<Right> {
+    let kinds = "clusterrolebindings,rolebindings";
+    let bindings = json(session, &["get", kinds, "--all-namespaces", "--output=json"]);
+    let mut rights = BTreeSet::new();
+    for binding in bindings.pointer("/items").and_then(Value::as_array).unwrap() {
+        let subjects = binding.get("subjects").and_then(Value::as_array);
+        let is_ours = |subject: &Value| {
+            let text = |key| subject.get(key).and_then(Value::as_str);
+            text("name") == Some(ACCOUNT) && text("namespace") == Some(OPERATOR_NAMESPACE)
+        };
+        if !subjects.is_some_and(|subjects| subjects.iter().any(is_ours)) {
+            continue;
+        }
+        let text = |pointer| binding.pointer(pointer).and_then(Value::as_str);
+        let (kind, name) = (text("/roleRef/kind").unwrap(), text("/roleRef/name").unwrap());
+        let namespace = text("/metadata/namespace").unwrap_or_default();
+        let args = ["get", kind, name, "--namespace", namespace, "--output=json"];
+        rights.extend(granted(json(session, &args).get("rules").unwrap()));
+    }
+    rights
+}
+
+#[test]
+#[ignore = "needs a cluster that has seen releases: make e2e, then make rbac"]
+fn the_operator_has_the_rights_that_it_uses_and_no_others() {
+    let session = Session::from_environment().unwrap();
+    assert!(
+        session.cluster.is_some(),
+        "the audit log is the test cluster's: leave CLUSTER=existing out"
+    );
+    let cluster = session.cluster.as_ref().unwrap();
+    let logs = fs::read_dir(cluster.logs()).unwrap().map(|it| it.unwrap().path());
+    let audits = logs.filter(|path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("audit") && path.extension().is_some_and(|it| it == "log")
+    });
+    let text: String = audits.map(|path| fs::read_to_string(path).unwrap()).collect();
+    let user = format!("system:serviceaccount:{OPERATOR_NAMESPACE}:{ACCOUNT}");
+    let deeds = Deeds::read(text.lines(), &user);
+    let rights = rights_of_the_operator(&session);
+    let record = Right {
+        group: "exchange.dev".to_owned(),
+        resource: "exchangedeployments/status".to_owned(),
+        verb: "update".to_owned(),
+    };
+    assert!(
+        deeds.used.contains(&record),
+        "the operator has not worked on this cluster yet: `make e2e` first"
+    );
+    assert!(
+        deeds.denied.is_empty(),
+        "the chart grants too little: {:#?}",
+        deeds.denied
+    );
+    let unused = superfluous(&rights, &deeds, &EXCUSED);
+    assert!(
+        unused.is_empty(),
+        "the chart grants what nobody uses: {unused:#?}"
+    );
+    let stale = stale(&rights, &EXCUSED);
+    assert!(stale.is_empty(), "excused, and not granted: {stale:#?}");
+}
