@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader},
-    process::Child,
+    process::{Child, ChildStdout},
 };
 
 use anyhow::{Context, Result};
@@ -21,6 +21,8 @@ const CONSUMERS: [&str; 2] = ["notification", "market"];
 #[derive(Debug)]
 pub struct Broker {
     tunnel: Child,
+    /// Kept open: `kubectl` tells of each connection, and would end if it could not.
+    _told: BufReader<ChildStdout>,
     runtime: Runtime,
     client: async_nats::Client,
 }
@@ -54,8 +56,9 @@ impl Broker {
         let service = format!("service/{NAME}-nats");
         let mut tunnel = session.follow(&["port-forward", "--namespace", namespace, &service, ":4222"])?;
         let output = tunnel.stdout.take().context("no output of `kubectl`")?;
+        let mut told = BufReader::new(output);
         let mut line = String::new();
-        BufReader::new(output).read_line(&mut line)?;
+        told.read_line(&mut line)?;
         let port = line
             .strip_prefix("Forwarding from 127.0.0.1:")
             .and_then(|rest| rest.split(' ').next())
@@ -71,6 +74,7 @@ impl Broker {
         let client = runtime.block_on(options.connect(format!("127.0.0.1:{port}")))?;
         Ok(Self {
             tunnel,
+            _told: told,
             runtime,
             client,
         })
