@@ -383,12 +383,15 @@ mod tests {
             let lease = json!({"metadata": {"name": "one", "resourceVersion": version}, "spec": {"holderIdentity": holder}});
             (200, lease)
         };
-        let refused = |code: u16| (code, json!({"kind": "Status", "status": "Failure", "code": code}));
+        let refused = |code: u16, reason: &str| {
+            let status = json!({"kind": "Status", "status": "Failure", "reason": reason, "code": code});
+            (code, status)
+        };
         let mut said = Vec::new();
         for (method, (code, answer)) in [
-            ("GET", refused(404)),
+            ("GET", refused(404, "NotFound")),
             ("POST", lease("1", "me")),
-            ("PUT", refused(409)),
+            ("PUT", refused(409, "Conflict")),
             ("GET", lease("2", holder)),
         ] {
             let (request, send) = requests.next_request().await.unwrap();
