@@ -17,7 +17,7 @@ ifneq ($(CASE),)
   override TEST := case_$(CASE)_
 endif
 # What the end-to-end tests are about: the ground floor, releases, the proof that nothing is lost.
-E2E ?= ground_floor release proof
+E2E ?= ground_floor release disturbed proof
 # How many histories `make simulate` lives through, from which on, or which one.
 HISTORIES ?= 200000
 FIRST ?= 0

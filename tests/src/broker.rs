@@ -1,16 +1,11 @@
 //! What the message broker of an exchange says of itself: who is connected, and who waits for messages.
 
-use std::{
-    io::{BufRead, BufReader},
-    process::{Child, ChildStdout},
-};
-
 use anyhow::{Context, Result};
 use async_nats::jetstream;
 use serde::Deserialize;
 use tokio::runtime::Runtime;
 
-use crate::{exchange::NAME, kubectl::Session};
+use crate::{exchange::NAME, kubectl::Session, tunnel::Tunnel};
 
 /// The stream of the live lane.
 const LIVE_STREAM: &str = "exchange-live";
@@ -20,9 +15,7 @@ const CONSUMERS: [&str; 2] = ["notification", "market"];
 /// A way to the broker, with the credentials that the exchange has.
 #[derive(Debug)]
 pub struct Broker {
-    tunnel: Child,
-    /// Kept open: `kubectl` tells of each connection, and would end if it could not.
-    _told: BufReader<ChildStdout>,
+    _tunnel: Tunnel,
     runtime: Runtime,
     client: async_nats::Client,
 }
@@ -53,16 +46,7 @@ impl Broker {
     /// # Errors
     /// If the broker cannot be reached.
     pub fn of(session: &Session, namespace: &str) -> Result<Self> {
-        let service = format!("service/{NAME}-nats");
-        let mut tunnel = session.follow(&["port-forward", "--namespace", namespace, &service, ":4222"])?;
-        let output = tunnel.stdout.take().context("no output of `kubectl`")?;
-        let mut told = BufReader::new(output);
-        let mut line = String::new();
-        told.read_line(&mut line)?;
-        let port = line
-            .strip_prefix("Forwarding from 127.0.0.1:")
-            .and_then(|rest| rest.split(' ').next())
-            .with_context(|| format!("`kubectl port-forward` said: {line}"))?;
+        let tunnel = Tunnel::open(session, namespace, &format!("service/{NAME}-nats"), 4222)?;
         let path = "{.data.password}";
         let password = session.get(namespace, &format!("secret/{NAME}-queue"), path)?;
         let password = base64::Engine::decode(&base64::engine::general_purpose::STANDARD, password)?;
@@ -71,10 +55,9 @@ impl Broker {
             "exchange".to_owned(),
             String::from_utf8(password)?,
         );
-        let client = runtime.block_on(options.connect(format!("127.0.0.1:{port}")))?;
+        let client = runtime.block_on(options.connect(format!("127.0.0.1:{}", tunnel.port)))?;
         Ok(Self {
-            tunnel,
-            _told: told,
+            _tunnel: tunnel,
             runtime,
             client,
         })
@@ -106,12 +89,5 @@ impl Broker {
             }
             Ok(waiting)
         })
-    }
-}
-
-impl Drop for Broker {
-    fn drop(&mut self) {
-        let _ = self.tunnel.kill();
-        let _ = self.tunnel.wait();
     }
 }

@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::{
     addons::{HELPER_IMAGE, NAMESPACE},
     cluster::{Cluster, DOMAIN, NODE, POD_CIDR, SERVICE_CIDR},
-    exchange::OPERATOR_NAMESPACE,
+    operator::OPERATOR_NAMESPACE,
     tools::Tools,
     up,
 };

@@ -8,9 +8,10 @@ use serde_json::{Value, json};
 
 use crate::{
     exchange::{
-        self, Exchange, Images, Load, NAME, PATIENCE, Watch, is_current, is_given_up, phase_of, text, token,
+        Exchange, Images, Load, NAME, PATIENCE, Watch, is_current, is_given_up, phase_of, text, token,
     },
     kubectl::Session,
+    operator,
     progress::say,
     results,
 };
@@ -29,7 +30,7 @@ const SHOWN: Duration = Duration::from_secs(6);
 pub fn run(session: &Session) -> Result<()> {
     let images = Images::from_environment()?;
     heading("The operator and the stores are installed, with Helm");
-    exchange::install_operator(session, &images)?;
+    operator::install(session, &images)?;
     session.apply(
         "default",
         &json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {

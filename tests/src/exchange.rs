@@ -18,8 +18,6 @@ use serde_json::{Value, json};
 
 use crate::{addons::HELPER_IMAGE, kubectl::Session, sandbox::wait_until};
 
-/// Where the operator runs.
-pub const OPERATOR_NAMESPACE: &str = "exchange-operator";
 /// Name of the ExchangeDeployment, of the stores' release, and the prefix of all that belongs to them.
 pub const NAME: &str = "exchange";
 /// How long a phase of a release may take on a machine that compiles beside it.
@@ -54,37 +52,9 @@ impl Images {
     }
 }
 
-fn chart(name: &str) -> String {
+/// Where a chart of the repository is.
+pub(crate) fn chart(name: &str) -> String {
     format!("{}/../charts/{name}", env!("CARGO_MANIFEST_DIR"))
-}
-
-/// Installs the operator, or brings it to this state.
-///
-/// # Errors
-/// If it does not become ready.
-pub fn install_operator(session: &Session, images: &Images) -> Result<()> {
-    let repository = format!("image.repository={}/exchange-operator", images.prefix);
-    let tag = format!("image.tag={}", images.tag);
-    let chart = chart("exchange-operator");
-    let installed = session.helm(&[
-        "upgrade",
-        "--install",
-        "exchange-operator",
-        &chart,
-        "--namespace",
-        OPERATOR_NAMESPACE,
-        "--create-namespace",
-        "--set",
-        &repository,
-        "--set",
-        &tag,
-        "--wait",
-        "--timeout",
-        "180s",
-    ]);
-    installed
-        .map(drop)
-        .with_context(|| session.circumstances(OPERATOR_NAMESPACE))
 }
 
 /// An exchange in a namespace of its own.
@@ -357,7 +327,7 @@ fn busybox_image() -> String {
 }
 
 /// A pod that the Pod Security level "restricted" admits.
-fn restricted_pod(name: &str, image: &str) -> Value {
+pub(crate) fn restricted_pod(name: &str, image: &str) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": {"app": name}},
         "spec": {
@@ -374,7 +344,7 @@ fn restricted_pod(name: &str, image: &str) -> Value {
 }
 
 /// Sets a field of an object whose parent exists.
-fn set(object: &mut Value, pointer: &str, value: Value) {
+pub(crate) fn set(object: &mut Value, pointer: &str, value: Value) {
     if let Some((parent, field)) = pointer.rsplit_once('/')
         && let Some(Value::Object(parent)) = object.pointer_mut(parent)
     {

@@ -14,7 +14,10 @@ use std::{
 use anyhow::{Context, Result};
 use nix::{
     errno::Errno,
-    sys::wait::{WaitStatus, waitpid},
+    sys::{
+        signal::{Signal, kill},
+        wait::{WaitStatus, waitpid},
+    },
 };
 use serde::{Deserialize, Serialize};
 
@@ -61,6 +64,18 @@ pub fn read_status(cluster: &Cluster) -> Status {
         .ok()
         .and_then(|text| serde_json::from_str(&text).ok())
         .unwrap_or_default()
+}
+
+/// Sends a signal to a component of a cluster.
+///
+/// # Errors
+/// If it does not run.
+pub fn signal(cluster: &Cluster, component: &str, signal: Signal) -> Result<()> {
+    let process = read_status(cluster).get(component).and_then(|state| state.pid);
+    let process = process
+        .and_then(|pid| sandbox::host_pid(cluster, pid))
+        .with_context(|| format!("{component} does not run"))?;
+    kill(process, signal).with_context(|| format!("cannot send {signal} to {component}"))
 }
 
 /// Runs the cluster until it is killed.

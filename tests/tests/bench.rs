@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use testbed::{
     exchange::{self, Exchange, Images, PATIENCE, is_current, phase_of, text},
     kubectl::{Namespace, Session},
+    operator::{self, OPERATOR_NAMESPACE},
     progress::say,
     results,
 };
@@ -95,15 +96,12 @@ fn writes(session: &Session) -> u64 {
             "get",
             "pods",
             "--namespace",
-            exchange::OPERATOR_NAMESPACE,
+            OPERATOR_NAMESPACE,
             "--output=jsonpath={.items[*].metadata.name}",
         ])
         .unwrap();
     let count = |pod: &str| -> u64 {
-        let path = format!(
-            "/api/v1/namespaces/{}/pods/{pod}:8080/proxy/metrics",
-            exchange::OPERATOR_NAMESPACE
-        );
+        let path = format!("/api/v1/namespaces/{OPERATOR_NAMESPACE}/pods/{pod}:8080/proxy/metrics");
         let page = session.kubectl(&["get", "--raw", &path]).unwrap();
         page.lines()
             .filter(|line| line.starts_with("exchange_operator_writes_total{") && !line.contains("Lease"))
@@ -142,7 +140,7 @@ fn releases() {
     let count: usize = std::env::var("RELEASES").map_or(10, |count| count.parse().unwrap());
     let session = Session::from_environment().unwrap();
     let images = Images::from_environment().unwrap();
-    exchange::install_operator(&session, &images).unwrap();
+    operator::install(&session, &images).unwrap();
     let namespace = Namespace::new(&session, "bench").unwrap();
     let exchange = Exchange::install(&session, &namespace.name, &images).unwrap();
     exchange.release(&exchange.declaration("1.0.0")).unwrap();

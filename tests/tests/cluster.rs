@@ -19,7 +19,7 @@ use testbed::{
     cluster::Cluster,
     images,
     kubectl::Session,
-    sandbox::{self, host_pid, wait_until},
+    sandbox::{self, wait_until},
     supervisor,
     tools::Tools,
 };
@@ -283,7 +283,7 @@ fn killed_components_come_back() {
     for (round, component) in ["kube-proxy", "kubelet", "containerd"].into_iter().enumerate() {
         let state = |name: &str| supervisor::read_status(&running.0).remove(name).unwrap();
         let old = state(component);
-        kill(host_pid(&running.0, old.pid.unwrap()).unwrap(), Signal::SIGKILL).unwrap();
+        supervisor::signal(&running.0, component, Signal::SIGKILL).unwrap();
         let back = || {
             state(component).restarts > old.restarts
                 && state(component).pid.is_some_and(|pid| Some(pid) != old.pid)

@@ -8,17 +8,20 @@
     reason = "a test fails by panicking"
 )]
 
-use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
+use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
 use testbed::{
     broker::Broker,
-    exchange::{self, Exchange, Images, Load, PATIENCE, Watch, is_current, phase_of, text, token},
-    kubectl::{Namespace, Session},
+    exchange::{Exchange, Load, PATIENCE, Watch, is_current, phase_of, text, token},
+    gate::{Gate, Hold, Moment},
+    kubectl::Namespace,
+    operator,
     progress::say,
+    story::Ground,
+    supervisor,
 };
 
 /// Requests a second.
@@ -26,42 +29,19 @@ const RATE: u32 = 200;
 /// As declared by the harness; afterwards nothing may be left on the old stack.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Two exchanges under load at once would measure the machine.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
-struct Ground {
-    session: Session,
-    images: Images,
-    _turn: MutexGuard<'static, ()>,
-}
-
-impl Ground {
-    fn new() -> Self {
-        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        let session = Session::from_environment().unwrap();
-        let images = Images::from_environment().unwrap();
-        exchange::install_operator(&session, &images).unwrap();
-        Self {
-            session,
-            images,
-            _turn: turn,
-        }
-    }
-
-    /// An exchange of this version that is live, with its clients.
-    fn trading<'a>(&'a self, namespace: &'a Namespace<'_>, version: &str) -> Trading<'a> {
-        let exchange = Exchange::install(&self.session, &namespace.name, &self.images).unwrap();
-        exchange.release(&exchange.declaration(version)).unwrap();
-        let mut watch = exchange.watch().unwrap();
-        watch.until_phase("Live", version, PATIENCE).unwrap();
-        exchange.make_treasury().unwrap();
-        let load = exchange.start_load(RATE).unwrap();
-        Trading {
-            namespace,
-            exchange,
-            watch,
-            load,
-        }
+/// An exchange of this version that is live, with its clients.
+fn trading<'a>(ground: &'a Ground, namespace: &'a Namespace<'_>, version: &str) -> Trading<'a> {
+    let exchange = Exchange::install(&ground.session, &namespace.name, &ground.images).unwrap();
+    exchange.release(&exchange.declaration(version)).unwrap();
+    let mut watch = exchange.watch().unwrap();
+    watch.until_phase("Live", version, PATIENCE).unwrap();
+    exchange.make_treasury().unwrap();
+    let load = exchange.start_load(RATE).unwrap();
+    Trading {
+        namespace,
+        exchange,
+        watch,
+        load,
     }
 }
 
@@ -134,9 +114,9 @@ fn moves(watch: &Watch) -> Vec<Duration> {
 #[ignore = "needs a cluster: make e2e"]
 fn case_1_releases_back_and_forth() {
     let releases: usize = std::env::var("RELEASES").map_or(5, |count| count.parse().unwrap());
-    let ground = Ground::new();
+    let ground = Ground::alone();
     let namespace = Namespace::new(&ground.session, "releases").unwrap();
-    let mut trading = ground.trading(&namespace, "1.0.0");
+    let mut trading = trading(&ground, &namespace, "1.0.0");
     let mut stacks = vec![revision(trading.last())];
     for number in 1..=releases {
         trading.trade(500);
@@ -194,9 +174,9 @@ fn case_1_releases_back_and_forth() {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_2_a_migration_and_the_way_back() {
-    let ground = Ground::new();
+    let ground = Ground::alone();
     let namespace = Namespace::new(&ground.session, "migration").unwrap();
-    let mut trading = ground.trading(&namespace, "1.0.0");
+    let mut trading = trading(&ground, &namespace, "1.0.0");
     let first = revision(trading.last());
 
     // Forward, and back before the contract: version 1 serves on what version 2 has written.
@@ -266,9 +246,9 @@ fn most_waiting(broker: &Broker) -> usize {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_3_the_queue_has_one_colour_of_readers() {
-    let ground = Ground::new();
+    let ground = Ground::alone();
     let namespace = Namespace::new(&ground.session, "queue").unwrap();
-    let mut trading = ground.trading(&namespace, "1.0.0");
+    let mut trading = trading(&ground, &namespace, "1.0.0");
     let broker = Broker::of(&ground.session, &namespace.name).unwrap();
     // What the broker has sent to the pods of a stack while the clients traded.
     let sent = |trading: &Trading<'_>, revisions: [&str; 2]| {
@@ -369,9 +349,9 @@ fn case_3_the_queue_has_one_colour_of_readers() {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_6_event_streams_move_between_two_events() {
-    let ground = Ground::new();
+    let ground = Ground::alone();
     let namespace = Namespace::new(&ground.session, "streams").unwrap();
-    let mut trading = ground.trading(&namespace, "1.0.0");
+    let mut trading = trading(&ground, &namespace, "1.0.0");
     let first = revision(trading.last());
     trading.trade(500);
     let declaration = with_setting(trading.exchange.declaration("1.0.0"), "streams");
@@ -414,49 +394,154 @@ fn case_6_event_streams_move_between_two_events() {
     assert!(longest < 8.0, "a stream stayed on the old stack for {longest} s");
 }
 
+/// Kinds of everything that the operator makes.
+const CHILDREN: &str = "services,deployments,jobs,controllerrevisions,poddisruptionbudgets,horizontalpodautoscalers,\
+                        serviceaccounts,secrets,configmaps";
+
+/// How a release has ended, in words that are the same for each: the live stack's names are replaced by `live`, those of
+/// the one before by `previous`.
+fn end_state(ground: &Ground, namespace: &str) -> Value {
+    let get = |path| ground.session.get(namespace, "exd/exchange", path).unwrap();
+    let status: Value = serde_json::from_str(&get("{.status}")).unwrap();
+    let of_ours = "--selector=app.kubernetes.io/managed-by=exchange-operator";
+    let list = [
+        "get",
+        CHILDREN,
+        of_ours,
+        "--output=name",
+        "--namespace",
+        namespace,
+    ];
+    let mut names = ground.session.kubectl(&list).unwrap();
+    for stack in ["live", "previous"] {
+        for field in ["revision", "colour"] {
+            names = names.replace(text(&status, &format!("/{stack}/{field}")), stack);
+        }
+    }
+    let mut names: Vec<&str> = names.lines().collect();
+    names.sort_unstable();
+    let conditions = status["conditions"].as_array().unwrap().iter();
+    let conditions: Vec<Value> = conditions
+        .map(|it| json!([it["type"], it["status"], it["reason"]]))
+        .collect();
+    json!({
+        "phase": status["phase"],
+        "live": [status["live"]["attempt"], status["live"]["verified"], status["live"]["contracted"]],
+        "previous": [status["previous"]["state"], status["previous"]["wayBack"]],
+        "rejected": status["rejected"],
+        "history": [status["history"][0]["outcome"], status["history"][1]["outcome"]],
+        "conditions": conditions,
+        "objects": names,
+    })
+}
+
+/// Another release, until it is live and nothing more is to be done. While it is under way, `meanwhile` is asked again and
+/// again.
+fn release_and_settle(trading: &mut Trading<'_>, name: &str, mut meanwhile: impl FnMut()) {
+    let before = revision(trading.last());
+    let declaration = with_setting(trading.exchange.declaration("1.0.0"), name);
+    trading.exchange.release(&declaration).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let settled = |object: &Value| {
+        is_current(object)
+            && phase_of(object) == "Live"
+            && revision(object) != before
+            && text(object, "/status/previous/state") == "Retained"
+    };
+    while !settled(trading.last()) {
+        assert!(
+            Instant::now() < deadline,
+            "{name}: {:#}",
+            trading.last()["status"]
+        );
+        trading.watch.next(Duration::from_millis(20)).unwrap();
+        meanwhile();
+    }
+}
+
+/// Releases in a row, each with the operator killed at one of its writes, which are counted in one that nobody disturbs:
+/// `choose` says which and when. Each has to end as the undisturbed one did. Returns how many writes there are to choose of.
+fn kill_at(ground: &Ground, choose: impl FnOnce(usize) -> Vec<(usize, Moment)>) -> usize {
+    let namespace = Namespace::new(&ground.session, "killed").unwrap();
+    let mut trading = trading(ground, &namespace, "1.0.0");
+    let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
+    // The second one has an older stack to remove, as all that follow.
+    release_and_settle(&mut trading, "the second", || {});
+    gate.record().unwrap();
+    release_and_settle(&mut trading, "undisturbed", || {});
+    let writes = gate.seen().unwrap().writes;
+    let undisturbed = end_state(ground, &namespace.name);
+    let mut reached = 0_u64;
+    for (number, moment) in choose(writes.len()) {
+        let of = String::new();
+        gate.hold(&Hold { of, number }).unwrap();
+        let name = format!("{moment:?} {number}");
+        release_and_settle(&mut trading, &name, || {
+            if let Some(write) = gate.held().unwrap() {
+                say(format!(
+                    "killed {moment:?} write {number} of {}: {write}",
+                    writes.len()
+                ));
+                gate.kill_leader(&write, moment).unwrap();
+                reached += 1;
+            }
+        });
+        let same = || end_state(ground, &namespace.name) == undisturbed;
+        let waited = testbed::sandbox::wait_until("the end of the undisturbed run", PATIENCE, same);
+        assert!(
+            waited.is_ok(),
+            "{name}: it ended as\n{:#}\nand undisturbed as\n{undisturbed:#}",
+            end_state(ground, &namespace.name)
+        );
+        operator::recovers(&ground.session).unwrap();
+    }
+    namespace.note("writes_of_a_release", writes.len());
+    namespace.note("operators_killed", reached);
+    drop(gate);
+    trading.end_well();
+    // A release may have a write less than the recorded one; most have to be hit.
+    assert!(reached > 0, "no operator was killed");
+    writes.len()
+}
+
+/// Six writes of a release, each moment twice; SEED=… chooses the same again. With EVERY_WRITE=1 (`make e2e-long`) all of
+/// them, at all moments.
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_4_the_operator_is_killed() {
-    let ground = Ground::new();
-    let namespace = Namespace::new(&ground.session, "killed").unwrap();
-    let mut trading = ground.trading(&namespace, "1.0.0");
-    for (number, phase) in ["Migrating", "Testing", "Promoting"].into_iter().enumerate() {
-        let before = revision(trading.last());
-        let declaration = with_setting(trading.exchange.declaration("1.0.0"), &number.to_string());
-        trading.exchange.release(&declaration).unwrap();
-        trading
-            .watch
-            .until(phase, PATIENCE, |object| {
-                is_current(object) && phase_of(object) == phase
-            })
-            .unwrap();
-        // Without a grace period: what it was doing is cut off.
-        let delete = [
-            "delete",
-            "pods",
-            "--all",
-            "--namespace",
-            exchange::OPERATOR_NAMESPACE,
-        ];
-        let now = ["--grace-period=0", "--force"];
-        ground.session.kubectl(&[&delete[..], &now[..]].concat()).unwrap();
-        trading
-            .watch
-            .until("the release to be live", PATIENCE, |object| {
-                phase_of(object) == "Live" && is_current(object) && revision(object) != before
-            })
-            .unwrap();
-        trading.trade(500);
+    let ground = Ground::alone();
+    if std::env::var("EVERY_WRITE").is_ok_and(|it| it == "1") {
+        // Some at a time: the clients' audit at the end of each stays small.
+        const AT_A_TIME: usize = 10;
+        let (mut from, mut all) = (0, 1);
+        while from < all {
+            all = kill_at(&ground, |all| {
+                let numbers = from..all.min(from + AT_A_TIME);
+                numbers
+                    .flat_map(|number| Moment::ALL.map(|moment| (number, moment)))
+                    .collect()
+            });
+            from += AT_A_TIME;
+        }
+        return;
     }
-    trading.end_well();
+    let seed: u64 = std::env::var("SEED").map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
+    say(format!("SEED={seed} chooses the same writes again"));
+    let mut random = StdRng::seed_from_u64(seed);
+    kill_at(&ground, |all| {
+        let moments = Moment::ALL.into_iter().cycle().take(6);
+        moments
+            .map(|moment| (random.random_range(0..all), moment))
+            .collect()
+    });
 }
 
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_10_a_bad_version_never_gets_traffic() {
-    let ground = Ground::new();
+    let ground = Ground::alone();
     let namespace = Namespace::new(&ground.session, "bad").unwrap();
-    let mut trading = ground.trading(&namespace, "2.0.0");
+    let mut trading = trading(&ground, &namespace, "2.0.0");
     let good = revision(trading.last());
     let bad = trading.exchange.declaration("2.0.1-fails-smoke");
     trading.exchange.release(&bad).unwrap();
@@ -474,13 +559,13 @@ fn case_10_a_bad_version_never_gets_traffic() {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_8_two_exchanges_are_released_at_once() {
-    let ground = Ground::new();
+    let ground = Ground::alone();
     let other = Namespace::new(&ground.session, "beside").unwrap();
     let beside = Exchange::install(&ground.session, &other.name, &ground.images).unwrap();
     beside.release(&beside.declaration("1.0.0")).unwrap();
     let mut watch = beside.watch().unwrap();
     let namespace = Namespace::new(&ground.session, "both").unwrap();
-    let mut trading = ground.trading(&namespace, "1.0.0");
+    let mut trading = trading(&ground, &namespace, "1.0.0");
     watch.until_phase("Live", "1.0.0", PATIENCE).unwrap();
     let changed = |exchange: &Exchange<'_>| with_setting(exchange.declaration("1.0.0"), "both");
     trading.exchange.release(&changed(&trading.exchange)).unwrap();
@@ -501,9 +586,32 @@ fn case_8_two_exchanges_are_released_at_once() {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_5_pods_and_the_database_end_during_the_swap() {
-    let ground = Ground::new();
+    let ground = Ground::alone();
     let namespace = Namespace::new(&ground.session, "disturbed").unwrap();
-    let mut trading = ground.trading(&namespace, "1.0.0");
+    let mut trading = trading(&ground, &namespace, "1.0.0");
+    // The node's own programs: what they have set up stays, and nobody may notice.
+    if let Some(cluster) = &ground.session.cluster {
+        trading.trade(500);
+        let before = revision(trading.last());
+        let declaration = with_setting(trading.exchange.declaration("1.0.0"), "node");
+        trading.exchange.release(&declaration).unwrap();
+        let promoting = |object: &Value| is_current(object) && phase_of(object) == "Promoting";
+        trading.watch.until("the swap", PATIENCE, promoting).unwrap();
+        for component in ["kubelet", "kube-proxy"] {
+            supervisor::signal(cluster, component, Signal::SIGKILL).unwrap();
+        }
+        let live = |object: &Value| phase_of(object) == "Live" && revision(object) != before;
+        trading
+            .watch
+            .until("the release to be live", PATIENCE, live)
+            .unwrap();
+        trading.trade(500);
+        assert_eq!(
+            trading.load.progress().failed,
+            0,
+            "a request failed while kubelet and kube-proxy were away"
+        );
+    }
     let victims = [
         "app.kubernetes.io/component=trade",
         "app.kubernetes.io/name=postgres",
@@ -552,7 +660,7 @@ fn case_5_pods_and_the_database_end_during_the_swap() {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_7_the_candidate_is_as_big_as_what_an_autoscaler_has_made_of_the_live_stack() {
-    let ground = Ground::new();
+    let ground = Ground::alone();
     let namespace = Namespace::new(&ground.session, "grown").unwrap();
     let declare = |exchange: &Exchange<'_>, value: &str| {
         let mut declaration = with_setting(exchange.declaration("1.0.0"), value);
@@ -562,7 +670,7 @@ fn case_7_the_candidate_is_as_big_as_what_an_autoscaler_has_made_of_the_live_sta
             json!({"minReplicas": 1, "maxReplicas": 3, "targetCPUUtilizationPercentage": 50});
         declaration
     };
-    let mut trading = ground.trading(&namespace, "1.0.0");
+    let mut trading = trading(&ground, &namespace, "1.0.0");
     let trade_of = |revision: &str| {
         let selector =
             format!("--selector=app.kubernetes.io/component=trade,exchange.dev/revision={revision}");
@@ -622,7 +730,7 @@ fn case_7_the_candidate_is_as_big_as_what_an_autoscaler_has_made_of_the_live_sta
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_9_a_rolling_update_for_comparison() {
-    let ground = Ground::new();
+    let ground = Ground::alone();
     let namespace = Namespace::new(&ground.session, "rolling").unwrap();
     let exchange = Exchange::install(&ground.session, &namespace.name, &ground.images).unwrap();
     let plain = |file: &str, version: &str| {

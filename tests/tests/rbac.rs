@@ -7,8 +7,8 @@ use std::{collections::BTreeSet, fs};
 
 use serde_json::Value;
 use testbed::{
-    exchange::OPERATOR_NAMESPACE,
     kubectl::Session,
+    operator::OPERATOR_NAMESPACE,
     rights::{Deeds, Right, granted, stale, superfluous},
 };
 

@@ -1,204 +1,24 @@
 //! Releases on a cluster, told as stories: what is declared, what goes wrong, where the exchange ends. Clients trade all the
 //! while where the story is not about their being cut off. `make e2e` runs them.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    reason = "a test fails by panicking"
-)]
-
-use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use testbed::{
-    exchange::{self, Exchange, Images, Load, NAME, PATIENCE, Watch, is_current, phase_of, text, token},
-    kubectl::{Namespace, Session},
+    exchange::{Exchange, NAME, PATIENCE, phase_of, text, token},
+    kubectl::Namespace,
     sandbox::wait_until,
+    story::{Ground, Story, end_well, note},
 };
 
-/// Requests a second: enough to notice whatever is cut off.
-const RATE: u32 = 20;
-const SERVICES: [&str; 3] = ["user", "trade", "notification"];
-
-/// Two exchanges at once would measure the machine.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
-struct Ground {
-    session: Session,
-    images: Images,
-    _turn: MutexGuard<'static, ()>,
-}
-
-impl Ground {
-    fn new() -> Self {
-        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        let session = Session::from_environment().unwrap();
-        let images = Images::from_environment().unwrap();
-        exchange::install_operator(&session, &images).unwrap();
-        Self {
-            session,
-            images,
-            _turn: turn,
-        }
-    }
-
-    /// An exchange that is live with this declaration.
-    fn live<'a>(&'a self, namespace: &'a Namespace<'_>, declare: impl Fn(&mut Value)) -> Story<'a> {
-        let exchange = Exchange::install(&self.session, &namespace.name, &self.images).unwrap();
-        let mut declaration = exchange.declaration("1.0.0");
-        declare(&mut declaration);
-        exchange.release(&declaration).unwrap();
-        let watch = exchange.watch().unwrap();
-        let mut story = Story {
-            session: &self.session,
-            namespace: &namespace.name,
-            exchange,
-            watch,
-            declaration,
-            generation: 1,
-        };
-        story.watch.until_phase("Live", "1.0.0", PATIENCE).unwrap();
-        story
-    }
-}
-
-struct Story<'a> {
-    session: &'a Session,
-    namespace: &'a str,
-    exchange: Exchange<'a>,
-    watch: Watch,
-    declaration: Value,
-    /// Of the declaration.
-    generation: i64,
-}
-
-impl<'a> Story<'a> {
-    fn last(&self) -> &Value {
-        &self.watch.sightings().last().unwrap().1
-    }
-
-    fn revision(&self, stack: &str) -> String {
-        text(self.last(), &format!("/status/{stack}/revision")).to_owned()
-    }
-
-    fn declare(&mut self, change: impl Fn(&mut Value)) {
-        change(&mut self.declaration["spec"]);
-        self.exchange.release(&self.declaration).unwrap();
-        let generation = self
-            .session
-            .get(self.namespace, "exd/exchange", "{.metadata.generation}");
-        self.generation = generation.unwrap().parse().unwrap();
-    }
-
-    /// Waits until the operator has come to this phase with what is declared now: what was seen before does not count.
-    fn reaches(&mut self, phase: &str) {
-        let wanted = self.generation;
-        self.watch
-            .until(phase, PATIENCE, |object| {
-                is_current(object)
-                    && phase_of(object) == phase
-                    && object["metadata"]["generation"].as_i64() >= Some(wanted)
-            })
-            .unwrap();
-    }
-
-    /// A release that ends where it should, and the traffic with it.
-    fn goes_live(&mut self) {
-        let before = self.revision("live");
-        self.watch
-            .until("the release to be live", PATIENCE, |object| {
-                is_current(object)
-                    && phase_of(object) == "Live"
-                    && text(object, "/status/live/revision") != before
-            })
-            .unwrap();
-        self.all_point_at(&self.revision("live"));
-    }
-
-    fn trade(&self) -> Load<'a> {
-        self.exchange.make_treasury().unwrap();
-        self.exchange.start_load(RATE).unwrap()
-    }
-
-    fn selector(&self, service: &str) -> Value {
-        let name = format!("service/{NAME}-{service}");
-        let selector = self
-            .session
-            .get(self.namespace, &name, "{.spec.selector}")
-            .unwrap();
-        serde_json::from_str(&selector).unwrap()
-    }
-
-    fn all_point_at(&self, revision: &str) {
-        for service in SERVICES {
-            let selector = self.selector(service);
-            assert_eq!(
-                selector["exchange.dev/revision"], revision,
-                "{service}: {selector}"
-            );
-        }
-    }
-
-    fn condition(&self, kind: &str) -> Value {
-        let conditions = self.last()["status"]["conditions"].as_array().unwrap();
-        conditions.iter().find(|it| it["type"] == kind).unwrap().clone()
-    }
-
-    fn kubectl(&self, args: &[&str]) -> String {
-        let args: Vec<&str> = args
-            .iter()
-            .chain(&["--namespace", self.namespace])
-            .copied()
-            .collect();
-        self.session.kubectl(&args).unwrap()
-    }
-
-    /// The phases since a sighting, each once.
-    fn phases_since(&self, sighting: usize) -> Vec<String> {
-        let phases = self.watch.sightings()[sighting..].iter();
-        let mut phases: Vec<_> = phases.map(|(_, object)| phase_of(object).to_owned()).collect();
-        phases.dedup();
-        phases
-    }
-
-    fn last_outcome(&self) -> (String, String, String) {
-        let entry = &self.last()["status"]["history"][0];
-        let field = |name: &str| entry[name].as_str().unwrap_or_default().to_owned();
-        (field("outcome"), field("reason"), field("by"))
-    }
-}
-
-/// Ends the load: nothing may have failed. Returns the stacks that have answered.
-fn end_well(load: Load<'_>) -> Vec<String> {
-    let (table, report) = load.end().unwrap();
-    assert_eq!(report["summary"]["failed"], 0, "{table}");
-    assert_eq!(report["closed_without_notice"], 0, "{table}");
-    assert_eq!(report["audit"]["findings"], json!([]), "{table}");
-    assert!(report["summary"]["requests"].as_u64().unwrap() > 100, "{table}");
-    report["summary"]["stacks"]
-        .as_object()
-        .unwrap()
-        .keys()
-        .cloned()
-        .collect()
-}
-
 fn nothing(_: &mut Value) {}
-
-/// A release without another version: one more variable.
-fn note(spec: &mut Value, value: &str) {
-    spec["services"]["trade"]["env"] = json!([{"name": "RELEASE_NOTE", "value": value}]);
-}
 
 /// With Helm, as a person would: the first deployment goes through every gate, `--wait` and `kubectl wait` believe it only
 /// then, and the next version follows by itself.
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn helm_installs_an_exchange_and_upgrades_it() {
-    let ground = Ground::new();
+    let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "helm").unwrap();
     Exchange::install(&ground.session, &namespace.name, &ground.images).unwrap();
     let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/exchange");
@@ -279,7 +99,7 @@ fn helm_installs_an_exchange_and_upgrades_it() {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn what_fails_before_the_swap_touches_nothing() {
-    let ground = Ground::new();
+    let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "fails").unwrap();
     let mut story = ground.live(&namespace, nothing);
     let load = story.trade();
@@ -307,6 +127,24 @@ fn what_fails_before_the_swap_touches_nothing() {
     assert_eq!(story.condition("Stalled")["reason"], "ProgressDeadlineExceeded");
     let phases = story.phases_since(begun);
     assert!(!phases.iter().any(|phase| phase == "Promoting"), "{phases:?}");
+
+    // Another one ends whenever it starts.
+    story.declare(|spec| {
+        spec["services"]["notification"] =
+            json!({"replicas": 1, "env": [{"name": "EXCHANGE_REQUEST_TIMEOUT", "value": "soon"}]});
+    });
+    story
+        .watch
+        .until("the loop to be named", PATIENCE, |object| {
+            text(object, "/status/conditions/0/message").contains("CrashLoopBackOff")
+        })
+        .unwrap();
+    story.reaches("Failed");
+    story.all_point_at(&good);
+    assert_eq!(
+        text(story.last(), "/status/rejected/reason"),
+        "ProgressDeadlineExceeded"
+    );
 
     // A test of the user's says no.
     story.declare(|spec| {
@@ -344,12 +182,143 @@ fn what_fails_before_the_swap_touches_nothing() {
     assert_eq!(end_well(load).len(), 1, "somebody else has answered");
 }
 
+/// What no test has found, the clients find: the traffic goes back by itself. Held like this, the exchange can still be
+/// scaled, and its passwords be changed, without a release.
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn what_fails_under_load_goes_back_by_itself() {
+    let ground = Ground::shared();
+    let namespace = Namespace::new(&ground.session, "verified").unwrap();
+    let mut story = ground.live(&namespace, nothing);
+    let first = story.revision("live");
+    let load = story.trade();
+    let begun = story.watch.sightings().len();
+    story.declare(|spec| {
+        spec["version"] = json!("2.0.2-fails-verification");
+        spec["rollout"]["verification"]["duration"] = json!("1m");
+    });
+    story.reaches("Held");
+    story.all_point_at(&first);
+    assert_eq!(
+        text(story.last(), "/status/rejected/reason"),
+        "VerificationFailed"
+    );
+    let stalled = story.condition("Stalled");
+    assert!(
+        text(&stalled, "/message").contains("requests to the"),
+        "{stalled}"
+    );
+    assert_eq!(story.condition("Available")["status"], "True");
+    let phases = story.phases_since(begun);
+    let moved = ["Promoting", "Verifying", "RollingBack", "Held"];
+    assert!(phases.ends_with(&moved.map(str::to_owned)), "{phases:?}");
+    let (table, report) = load.end().unwrap();
+    let failures = report["summary"]["failures"].as_object().unwrap();
+    assert!(failures.keys().all(|failure| failure == "status 500"), "{table}");
+    assert_eq!(report["audit"]["findings"], json!([]), "{table}");
+
+    // More pods for the stack that serves.
+    let history = story.last()["status"]["history"].clone();
+    story.declare(|spec| spec["services"]["trade"]["replicas"] = json!(2));
+    let workload = format!("deployment/{NAME}-blue-trade-{first}");
+    let ready = || {
+        let ready = story
+            .session
+            .get(story.namespace, &workload, "{.status.readyReplicas}");
+        ready.is_ok_and(|ready| ready == "2")
+    };
+    wait_until("the second pod", PATIENCE, ready).unwrap();
+    story.reaches("Held");
+
+    // Other credentials, as they are rotated without an outage: a second role beside the first, which is then locked out.
+    let password = format!("{:032x}", rand::random::<u128>());
+    let url = format!("postgres://exchange_second:{password}@{NAME}-postgres:5432/exchange");
+    let secret = json!({"stringData": {"url": url}}).to_string();
+    let sql = |statement: &str| story.exchange.sql(statement).unwrap();
+    sql(&format!(
+        "create role exchange_second login password '{password}' in role exchange_app"
+    ));
+    let name = format!("{NAME}-db");
+    story.kubectl(&["patch", "secret", &name, "--type=merge", "--patch", &secret]);
+    // The files of the pods follow when the kubelet looks at them the next time; who connects then reads them.
+    wait_until("all pods to use the second role", PATIENCE, || {
+        sql("select pg_terminate_backend(pid) from pg_stat_activity where usename = 'exchange_service'");
+        let pods =
+            "select count(distinct client_addr) from pg_stat_activity where usename = 'exchange_second'";
+        sql(pods).trim() == "4"
+    })
+    .unwrap();
+    sql("alter role exchange_service nologin");
+    let load = story.trade();
+    wait_until("trading", PATIENCE, || load.progress().requests > 500).unwrap();
+    assert_eq!(end_well(load).len(), 1, "somebody else has answered");
+    story.reaches("Held");
+    assert_eq!(story.revision("live"), first);
+    assert_eq!(story.last()["status"]["history"], history, "there was a release");
+}
+
+/// After the retention there is nothing to go back to at once: the old version is released as every other one.
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn after_the_retention_the_way_back_is_a_release() {
+    let ground = Ground::shared();
+    let namespace = Namespace::new(&ground.session, "retention").unwrap();
+    let mut story = ground.live(&namespace, |declaration| {
+        declaration["spec"]["rollout"]["retention"] = json!("5s");
+    });
+    let load = story.trade();
+    let first = story.revision("live");
+    story.declare(|spec| note(spec, "second"));
+    story.goes_live();
+    let second = story.revision("live");
+    story
+        .watch
+        .until("the old stack to be gone", PATIENCE, |object| {
+            object["status"]["previous"].is_null()
+        })
+        .unwrap();
+    let rendered = [
+        "get",
+        "controllerrevisions",
+        "--output=name",
+        "--selector=app.kubernetes.io/instance=exchange",
+    ];
+    let one_stack = || story.kubectl(&rendered).lines().count() == 1;
+    wait_until("the rendered stack to be gone", PATIENCE, one_stack).unwrap();
+    assert_eq!(story.condition("RollbackAvailable")["status"], "False");
+
+    // Asked for all the same, nothing happens: the next release finds everything as it was.
+    story
+        .exchange
+        .ask("rollback", &token(story.last(), "live"))
+        .unwrap();
+    story.all_point_at(&second);
+    let begun = story.watch.sightings().len();
+    let original = story.exchange.declaration("1.0.0");
+    story.declare(|spec| *spec = original["spec"].clone());
+    story.goes_live();
+    assert_eq!(
+        story.revision("live"),
+        first,
+        "the same spec has another revision"
+    );
+    let phases = story.phases_since(begun);
+    for gate in ["Migrating", "Testing", "Promoting", "Verifying"] {
+        assert!(
+            phases.iter().any(|phase| phase == gate),
+            "without {gate}: {phases:?}"
+        );
+    }
+    assert!(!phases.iter().any(|phase| phase == "RollingBack"), "{phases:?}");
+    end_well(load);
+}
+
 /// A person has to approve. No deadline passes, a word about another stack counts for nothing, and what was approved goes
 /// live, and nothing else. Aborted, it is gone.
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn an_approval_is_for_one_stack_and_attempt() {
-    let ground = Ground::new();
+    let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "approval").unwrap();
     let mut story = ground.live(&namespace, nothing);
     let load = story.trade();
@@ -406,7 +375,7 @@ fn an_approval_is_for_one_stack_and_attempt() {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn the_way_back_needs_no_pod_of_the_new_stack() {
-    let ground = Ground::new();
+    let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "dead").unwrap();
     let mut story = ground.live(&namespace, nothing);
     let first = story.revision("live");
@@ -415,7 +384,7 @@ fn the_way_back_needs_no_pod_of_the_new_stack() {
     let second = story.revision("live");
 
     let quota = json!({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}});
-    story.session.apply(story.namespace, &quota).unwrap();
+    ground.session.apply(story.namespace, &quota).unwrap();
     let selector = format!("--selector=exchange.dev/revision={second},app.kubernetes.io/component");
     story.kubectl(&["delete", "pods", "--force", "--grace-period=0", &selector]);
     story
@@ -465,7 +434,7 @@ fn the_way_back_needs_no_pod_of_the_new_stack() {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn a_rollback_brings_back_the_settings() {
-    let ground = Ground::new();
+    let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "settings").unwrap();
     let settings = |value: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"level": value}});
     ground.session.apply(&namespace.name, &settings("old")).unwrap();
@@ -480,7 +449,7 @@ fn a_rollback_brings_back_the_settings() {
         let name = format!("deployment/{NAME}-{colour}-user-{}", story.revision("live"));
         let source =
             "{.spec.template.spec.containers[0].env[?(@.name==\"LEVEL\")].valueFrom.configMapKeyRef.name}";
-        let copy = story.session.get(story.namespace, &name, source).unwrap();
+        let copy = ground.session.get(story.namespace, &name, source).unwrap();
         story
             .session
             .get(story.namespace, &format!("configmap/{copy}"), "{.data.level}")
@@ -489,7 +458,7 @@ fn a_rollback_brings_back_the_settings() {
     assert_eq!(level(&story), "old");
     let first = story.revision("live");
 
-    story.session.apply(story.namespace, &settings("new")).unwrap();
+    ground.session.apply(story.namespace, &settings("new")).unwrap();
     story.goes_live();
     assert_eq!(level(&story), "new");
 
@@ -509,13 +478,13 @@ fn a_rollback_brings_back_the_settings() {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn what_others_break_is_put_right() {
-    let ground = Ground::new();
+    let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "repairs").unwrap();
     let mut story = ground.live(&namespace, nothing);
     let revision = story.revision("live");
     let repaired = |what: &str, holds: &mut dyn FnMut() -> bool| {
         wait_until(what, PATIENCE, holds).unwrap_or_else(|error| {
-            let told = story.session.circumstances(story.namespace);
+            let told = ground.session.circumstances(story.namespace);
             assert!(told.is_empty(), "{error:#}\n{told}");
         });
     };
@@ -597,7 +566,7 @@ fn what_others_break_is_put_right() {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn nobody_signs_for_somebody_else() {
-    let ground = Ground::new();
+    let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "signed").unwrap();
     let mut story = ground.live(&namespace, nothing);
     story.declare(|spec| note(spec, "signed"));
@@ -616,7 +585,7 @@ fn nobody_signs_for_somebody_else() {
             story.namespace,
         ];
         let person = ["--as=alice", "--as-group=system:masters"];
-        story.session.kubectl(&[&args[..], &person[..]].concat())
+        ground.session.kubectl(&[&args[..], &person[..]].concat())
     };
     let refusal = annotate("bob").unwrap_err().to_string();
     assert!(

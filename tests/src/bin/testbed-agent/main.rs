@@ -1,5 +1,7 @@
 //! `testbed-agent`: what end-to-end tests run inside a cluster. Not part of the product.
 
+mod gate;
+
 use std::{
     collections::BTreeMap,
     io::Write,
@@ -64,6 +66,8 @@ enum Action {
         #[arg(long, default_value_t = 50)]
         requests_per_connection: u32,
     },
+    /// Serve the admission webhook that sees the operator's writes, and holds one.
+    Gate,
     /// Publish a message to a stream, or read it back.
     Jetstream {
         action: JetstreamAction,
@@ -127,6 +131,7 @@ async fn main() -> Result<()> {
             });
             print(&report.to_string())
         }
+        Action::Gate => gate::serve().await,
         Action::Jetstream { action, url } => print(&jetstream(action, &url).await?),
     }
 }

@@ -1,0 +1,266 @@
+//! Releases that are disturbed at a moment of the test's choice: a gate holds one write of the operator, and what happens
+//! meanwhile happens in the middle of that phase. Each disturbance comes while the candidate is tested, and between two of
+//! the three writes that move the traffic; the simulation has them everywhere. Clients trade all the while, and notice
+//! nothing. `make e2e` runs them.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
+use std::{thread::sleep, time::Duration};
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+use testbed::{
+    exchange::{PATIENCE, is_current, phase_of, text},
+    gate::{Gate, Hold, Moment, Write},
+    kubectl::Namespace,
+    operator::{self, Leader},
+    sandbox::wait_until,
+    story::{Ground, SERVICES, Story, end_well, note},
+    supervisor,
+};
+
+/// A moment of a release: before a write that the gate holds.
+struct Point {
+    phase: &'static str,
+    of: &'static str,
+    number: usize,
+}
+
+/// While the candidate is tested (its first Job has migrated), and when the first of three Services has been moved.
+const POINTS: [Point; 2] = [
+    Point {
+        phase: "Testing",
+        of: "create jobs",
+        number: 1,
+    },
+    Point {
+        phase: "Promoting",
+        of: "update services",
+        number: 1,
+    },
+];
+
+/// Declares another release, and stops it at this point.
+fn release_up_to(point: &Point, story: &mut Story<'_>, gate: &Gate<'_>, name: &str) -> Write {
+    gate.hold(&Hold {
+        of: point.of.to_owned(),
+        number: point.number,
+    })
+    .unwrap();
+    story.declare(|spec| note(spec, &format!("{name}, {}", point.phase)));
+    let write = gate.until_held(PATIENCE).unwrap();
+    let expected = if point.phase == "Testing" {
+        "-smoke-1"
+    } else {
+        "exchange-trade"
+    };
+    assert!(
+        write.name.ends_with(expected),
+        "{}: {write} was held",
+        point.phase
+    );
+    write
+}
+
+/// The release has come to its end as if nothing had been: in its first attempt.
+fn ends_as_if_nothing_had_been(story: &mut Story<'_>) {
+    story.goes_live();
+    assert_eq!(
+        story.last()["status"]["live"]["attempt"],
+        1,
+        "{:#}",
+        story.last()["status"]
+    );
+    let (outcome, _, _) = story.last_outcome();
+    assert_eq!(outcome, "Verified", "{:#}", story.last()["status"]["history"]);
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn the_operator_is_killed() {
+    let ground = Ground::alone();
+    let namespace = Namespace::new(&ground.session, "operator-killed").unwrap();
+    let mut story = ground.live(&namespace, |_| {});
+    let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
+    let load = story.trade();
+    for (point, moment) in POINTS.iter().zip([Moment::Before, Moment::After]) {
+        let write = release_up_to(point, &mut story, &gate, "killed");
+        gate.kill_leader(&write, moment).unwrap();
+        ends_as_if_nothing_had_been(&mut story);
+        operator::recovers(&ground.session).unwrap();
+    }
+    assert_eq!(end_well(load).len(), 3);
+}
+
+/// A leader that is stopped does not know that its time is over. When it goes on, another has long finished its work: what it
+/// still wants to write is refused.
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn an_old_leader_wakes_up() {
+    let ground = Ground::alone();
+    let namespace = Namespace::new(&ground.session, "old-leader").unwrap();
+    let mut story = ground.live(&namespace, |_| {});
+    let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
+    let load = story.trade();
+    for point in &POINTS {
+        let write = release_up_to(point, &mut story, &gate, "stopped");
+        let old = Leader::find(&ground.session).unwrap();
+        old.stop().unwrap();
+        gate.carry_out(&write).unwrap();
+        old.is_succeeded().unwrap();
+        ends_as_if_nothing_had_been(&mut story);
+        // Newer still, so that what the old one has in mind is wrong.
+        story.declare(|spec| note(spec, &format!("after {}", point.phase)));
+        story.goes_live();
+
+        let versions = |story: &Story<'_>| {
+            let version = |service| {
+                let name = format!("service/exchange-{service}");
+                story
+                    .session
+                    .get(story.namespace, &name, "{.metadata.resourceVersion}")
+                    .unwrap()
+            };
+            SERVICES.map(version)
+        };
+        let before = versions(&story);
+        old.resume().unwrap();
+        wait_until("the old leader to notice", PATIENCE, || {
+            let log = ["logs", &old.pod, "--namespace", operator::OPERATOR_NAMESPACE];
+            ground
+                .session
+                .kubectl(&log)
+                .is_ok_and(|log| log.contains("does not lead any more"))
+        })
+        .unwrap();
+        assert_eq!(versions(&story), before, "the old leader has written");
+        operator::recovers(&ground.session).unwrap();
+    }
+    assert_eq!(end_well(load).len(), 5);
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn the_api_server_is_away() {
+    let ground = Ground::alone();
+    let Some(cluster) = &ground.session.cluster else {
+        panic!("CLUSTER=existing: an API server that is not ours is not stopped")
+    };
+    let namespace = Namespace::new(&ground.session, "no-api").unwrap();
+    let mut story = ground.live(&namespace, |_| {});
+    let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
+    let load = story.trade();
+    for point in &POINTS {
+        release_up_to(point, &mut story, &gate, "away");
+        let server = |signal| supervisor::signal(cluster, "kube-apiserver", signal).unwrap();
+        server(Signal::SIGSTOP);
+        // It answers nobody for this long: that is what the story is about.
+        sleep(Duration::from_secs(30));
+        server(Signal::SIGCONT);
+        // Nobody may wait for the answer any more.
+        let _ = gate.decide(true);
+        // A watch of before may have ended.
+        wait_until("the API server", PATIENCE, || {
+            story.exchange.watch().is_ok_and(|watch| {
+                story.watch = watch;
+                story
+                    .watch
+                    .next(Duration::from_secs(5))
+                    .is_ok_and(|seen| seen.is_some())
+            })
+        })
+        .unwrap();
+        let declared = story.declaration["spec"]["services"]["trade"]["env"][0]["value"].clone();
+        story
+            .watch
+            .until("the release to be live", PATIENCE, |object| {
+                is_current(object)
+                    && phase_of(object) == "Live"
+                    && object["spec"]["services"]["trade"]["env"][0]["value"] == declared
+            })
+            .unwrap();
+        story.all_point_at(&story.revision("live"));
+        assert_eq!(story.last_outcome().0, "Verified");
+        operator::recovers(&ground.session).unwrap();
+    }
+    assert_eq!(end_well(load).len(), 3);
+}
+
+/// Whatever is under way, it ends with what was declared last.
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn a_newer_version_arrives() {
+    let ground = Ground::shared();
+    let namespace = Namespace::new(&ground.session, "newer").unwrap();
+    let mut story = ground.live(&namespace, |_| {});
+    let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
+    let load = story.trade();
+    for point in &POINTS {
+        release_up_to(point, &mut story, &gate, "overtaken");
+        let overtaken = story.revision("candidate");
+        story.declare(|spec| note(spec, &format!("newer than {}", point.phase)));
+        gate.decide(true).unwrap();
+        story
+            .watch
+            .until("the newer one to be live", PATIENCE, |object| {
+                is_current(object)
+                    && phase_of(object) == "Live"
+                    && text(object, "/status/live/revision") != overtaken
+                    && object["status"]["candidate"].is_null()
+            })
+            .unwrap();
+        story.all_point_at(&story.revision("live"));
+        assert_eq!(story.last_outcome().0, "Verified");
+        let rendered = [
+            "get",
+            "controllerrevisions",
+            "--output=name",
+            "--selector=app.kubernetes.io/instance=exchange",
+        ];
+        assert_eq!(
+            story.kubectl(&rendered).lines().count(),
+            2,
+            "more than two stacks"
+        );
+    }
+    end_well(load);
+}
+
+/// One service has the new version's traffic already, another one has nobody left who could take it: all go back.
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn a_service_of_the_candidate_dies_in_the_middle_of_the_swap() {
+    let ground = Ground::shared();
+    let namespace = Namespace::new(&ground.session, "half-dead").unwrap();
+    let mut story = ground.live(&namespace, |_| {});
+    let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
+    let first = story.revision("live");
+    let load = story.trade();
+    release_up_to(&POINTS[1], &mut story, &gate, "dies");
+    let candidate = story.revision("candidate");
+    assert_eq!(story.selector("user")["exchange.dev/revision"], candidate);
+    let quota = json!({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"},
+                       "spec": {"hard": {"pods": "0"}}});
+    story.session.apply(story.namespace, &quota).unwrap();
+    let selector =
+        format!("--selector=exchange.dev/revision={candidate},app.kubernetes.io/component=notification");
+    story.kubectl(&["delete", "pods", "--force", "--grace-period=0", &selector]);
+    let ready = [
+        "get",
+        "endpointslices",
+        "--output=jsonpath={.items[*].endpoints[*].conditions.ready}",
+    ];
+    let ready = || story.kubectl(&[&ready[..], &[&selector]].concat());
+    wait_until("its endpoint to go", PATIENCE, || !ready().contains("true")).unwrap();
+    gate.decide(true).unwrap();
+    story.reaches("Held");
+    story.all_point_at(&first);
+    assert_eq!(text(story.last(), "/status/rejected/reason"), "PromotionFailed");
+    assert!(text(&story.condition("Stalled"), "/message").contains("notification"));
+    story.kubectl(&["delete", "resourcequota", "none"]);
+    end_well(load);
+}
