@@ -158,7 +158,7 @@ bench: deps ## Benchmarks: ratios from one run, printed and written to target/re
 
 .PHONY: bench-operator
 bench-operator: cluster images ## Measure releases on the cluster: medians of RELEASES=10
-	cargo test --workspace --locked --test bench -- --ignored --nocapture
+	cargo test --workspace --locked --test bench -- --ignored --nocapture --test-threads 1 $(TEST)
 
 .PHONY: deny
 deny: ## Licences, sources and advisories of all dependencies (needs cargo-deny)

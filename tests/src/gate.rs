@@ -14,7 +14,7 @@ use tokio::runtime::Runtime;
 use crate::{
     exchange::{Images, restricted_pod, set},
     kubectl::Session,
-    operator::{Leader, OPERATOR, OPERATOR_NAMESPACE},
+    operator::{Leader, account},
     sandbox::wait_until,
     tunnel::Tunnel,
 };
@@ -324,9 +324,4 @@ impl Drop for Gate<'_> {
         ];
         let _ = self.session.kubectl(&pod);
     }
-}
-
-/// The operator as the API server knows it.
-fn account() -> String {
-    format!("system:serviceaccount:{OPERATOR_NAMESPACE}:{OPERATOR}")
 }

@@ -51,6 +51,11 @@ pub fn install(session: &Session, images: &Images) -> Result<()> {
         .with_context(|| session.circumstances(OPERATOR_NAMESPACE))
 }
 
+/// It as the API server knows it.
+pub fn account() -> String {
+    format!("system:serviceaccount:{OPERATOR_NAMESPACE}:{OPERATOR}")
+}
+
 /// The pod that leads, as a process of this machine.
 #[derive(Debug)]
 pub struct Leader<'a> {
@@ -119,6 +124,20 @@ impl<'a> Leader<'a> {
                 .get(OPERATOR_NAMESPACE, &lease, "{.spec.holderIdentity}")
                 .is_ok_and(|holder| !holder.is_empty() && holder != self.pod)
         })
+    }
+
+    /// Its memory in KiB: what it has now, and the most it ever had.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.process))?;
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            let value = line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
+            value.with_context(|| format!("no {name} of pod {}", self.pod))
+        };
+        Ok((field("VmRSS")?, field("VmHWM")?))
     }
 
     fn signal(&self, signal: Signal) -> Result<()> {

@@ -63,11 +63,19 @@ pub fn begin() -> Result<()> {
 /// # Errors
 /// If the figures cannot be read or written.
 pub fn add_case(case: &str, figures: Map<String, Value>) -> Result<()> {
-    let lock = File::create(place(END_TO_END)?.with_extension("lock"))?;
+    add(END_TO_END, [(case.to_owned(), figures.into())]).map(drop)
+}
+
+/// Adds to what is written already under a name, or replaces it.
+///
+/// # Errors
+/// If the figures cannot be read or written.
+pub fn add(name: &str, more: impl IntoIterator<Item = (String, Value)>) -> Result<PathBuf> {
+    let lock = File::create(place(name)?.with_extension("lock"))?;
     lock.lock()?;
-    let mut cases = cases()?;
-    cases.insert(case.to_owned(), figures.into());
-    write(END_TO_END, &cases.into()).map(drop)
+    let mut figures = read(name)?;
+    figures.extend(more);
+    write(name, &figures.into())
 }
 
 /// The end-to-end run as a table: a line per case, with its verdict, and what it measured.
@@ -76,7 +84,7 @@ pub fn add_case(case: &str, figures: Map<String, Value>) -> Result<()> {
 /// If the figures cannot be read.
 pub fn table() -> Result<String> {
     let mut lines = vec![row("CASE", "VERDICT", COLUMNS.map(|(_, title)| title.to_owned()))];
-    for (case, figures) in cases()? {
+    for (case, figures) in read(END_TO_END)? {
         let shown = |key: &str| match figures.get(key) {
             None | Some(Value::Null) => "-".to_owned(),
             Some(value) => value.to_string(),
@@ -93,15 +101,15 @@ fn row(case: &str, verdict: &str, figures: [String; COLUMNS.len()]) -> String {
     format!("  {case:<28} {verdict:<8} {figures}")
 }
 
-fn cases() -> Result<Map<String, Value>> {
-    let path = place(END_TO_END)?;
+fn read(name: &str) -> Result<Map<String, Value>> {
+    let path = place(name)?;
     if !path.exists() {
         return Ok(Map::new());
     }
     let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let mut document: Value = serde_json::from_slice(&text)?;
     match document.get_mut("figures").map(Value::take) {
-        Some(Value::Object(cases)) => Ok(cases),
+        Some(Value::Object(figures)) => Ok(figures),
         _ => Ok(Map::new()),
     }
 }

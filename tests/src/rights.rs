@@ -1,8 +1,12 @@
 //! What somebody may do by RBAC, compared with what the API server's audit log shows that he did.
 
-use std::{collections::BTreeSet, fmt};
+use std::{collections::BTreeSet, fmt, fs};
 
+use anyhow::{Context, Result};
+use jiff::Timestamp;
 use serde_json::Value;
+
+use crate::cluster::Cluster;
 
 /// One verb on one kind of resource.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,6 +56,47 @@ fn texts<'a>(rule: &'a Value, key: &str) -> impl Iterator<Item = &'a str> + Clon
         .unwrap_or_default()
         .iter()
         .filter_map(Value::as_str)
+}
+
+/// The audit log of a cluster, with its older parts.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn audit_log(cluster: &Cluster) -> Result<String> {
+    let directory = cluster.logs();
+    let mut log = String::new();
+    for entry in fs::read_dir(&directory).with_context(|| format!("cannot read {}", directory.display()))? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with("audit") && path.extension().is_some_and(|it| it == "log") {
+            log += &fs::read_to_string(&path)?;
+        }
+    }
+    Ok(log)
+}
+
+/// The requests of a user that came to their end between two times, each as verb and resource.
+pub fn requests<'a>(
+    lines: impl IntoIterator<Item = &'a str>,
+    user: &str,
+    from: Timestamp,
+    to: Timestamp,
+) -> Vec<(String, String)> {
+    let mut requests = Vec::new();
+    for line in lines {
+        let Ok(event) = serde_json::from_str::<Value>(line) else {
+            continue;
+        };
+        let text = |pointer: &str| event.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
+        let at: Option<Timestamp> = text("/stageTimestamp").parse().ok();
+        let counts = text("/user/username") == user
+            && text("/stage") == "ResponseComplete"
+            && at.is_some_and(|at| (from..to).contains(&at));
+        if counts {
+            requests.push((text("/verb").to_owned(), text("/objectRef/resource").to_owned()));
+        }
+    }
+    requests
 }
 
 /// What a user did and what he was refused.
@@ -171,6 +216,25 @@ mod tests {
             ["list services", "update exchangedeployments/status.exchange.dev"]
         );
         assert_eq!(deeds.denied, ["delete services: /apis/…"]);
+    }
+
+    #[test]
+    fn requests_are_counted_when_they_end() {
+        let event = |user: &str, stage: &str, at: &str| {
+            json!({"verb": "get", "user": {"username": user}, "stage": stage, "stageTimestamp": at,
+                   "objectRef": {"resource": "leases"}})
+            .to_string()
+        };
+        let lines = [
+            event(USER, "ResponseComplete", "2026-11-24T06:00:00.000000Z"),
+            event(USER, "ResponseStarted", "2026-11-24T06:00:01.000000Z"),
+            event("somebody else", "ResponseComplete", "2026-11-24T06:00:02.000000Z"),
+            event(USER, "ResponseComplete", "2026-11-24T06:01:00.000000Z"),
+        ];
+        let at = |text: &str| text.parse::<Timestamp>().unwrap();
+        let (from, to) = (at("2026-11-24T06:00:00Z"), at("2026-11-24T06:01:00Z"));
+        let counted = requests(lines.iter().map(String::as_str), USER, from, to);
+        assert_eq!(counted, [("get".to_owned(), "leases".to_owned())]);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! How long a release takes at its decisive moments: measured on a cluster, medians of several. `make bench-operator`.
+//! How long a release takes at its decisive moments, how long nobody leads, what the operator needs while nothing happens:
+//! measured on a cluster, medians of several. `make bench-operator`.
 
 #![expect(
     clippy::unwrap_used,
@@ -9,19 +10,24 @@
 use std::{
     collections::BTreeMap,
     io::BufReader,
-    process::Child,
+    process::{Child, Command, Stdio},
     sync::{Arc, Mutex, PoisonError},
-    thread,
-    time::{SystemTime, UNIX_EPOCH},
+    thread::{self, sleep},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use jiff::Timestamp;
 use serde_json::{Value, json};
 use testbed::{
-    exchange::{self, Exchange, Images, PATIENCE, is_current, phase_of, text},
+    exchange::{self, Exchange, Images, PATIENCE, Watch, is_current, phase_of, text},
+    gate::{Gate, Hold},
     kubectl::{Namespace, Session},
-    operator::{self, OPERATOR_NAMESPACE},
+    operator::{self, Leader, OPERATOR, OPERATOR_NAMESPACE},
     progress::say,
     results,
+    rights::{audit_log, requests},
+    sandbox::wait_until,
+    tools::Tools,
 };
 
 /// Requests a second: enough that each connection carries one every half second.
@@ -116,28 +122,58 @@ fn median(values: &mut [u64]) -> u64 {
     values[values.len() / 2]
 }
 
-/// Prints medians, and writes them.
-fn publish(releases: usize, report: &Value, measured: BTreeMap<&str, Vec<u64>>) {
+/// Prints medians, and adds them to the figures of the operator.
+fn publish(mut figures: BTreeMap<String, Value>, measured: BTreeMap<&str, Vec<u64>>) {
     say(format!("  {:<60} {:>8} {:>8} {:>8}", "", "MEDIAN", "MIN", "MAX"));
-    let mut figures = json!({"releases": releases, "requests": report["summary"]["requests"],
-                             "requests_failed": report["summary"]["failed"]});
     for (what, mut values) in measured {
         let middle = median(&mut values);
-        say(format!(
-            "  {what:<60} {middle:>8} {:>8} {:>8}",
-            values[0],
-            values[values.len() - 1]
-        ));
-        figures[what] = json!({"median": middle, "min": values[0], "max": values[values.len() - 1]});
+        let (least, most) = (values[0], values[values.len() - 1]);
+        say(format!("  {what:<60} {middle:>8} {least:>8} {most:>8}"));
+        let times = values.len();
+        figures.insert(
+            what.to_owned(),
+            json!({"median": middle, "min": least, "max": most, "measured": times}),
+        );
     }
-    let path = results::write("operator", &figures).unwrap();
+    let path = results::add("operator", figures).unwrap();
     say(format!("  {}", path.display()));
 }
 
+/// How often each is measured.
+fn rounds() -> usize {
+    std::env::var("RELEASES").map_or(10, |count| count.parse().unwrap())
+}
+
+/// A release without a migration.
+fn declaration(exchange: &Exchange<'_>, number: usize) -> Value {
+    let mut declaration = exchange.declaration("1.0.0");
+    declaration["spec"]["services"]["trade"]["env"] =
+        json!([{"name": "RELEASE_NOTE", "value": number.to_string()}]);
+    declaration
+}
+
+/// The spells of a stack in a load's report, in milliseconds since 1970.
+fn spells(report: &Value, revision: &str) -> Vec<(u64, u64)> {
+    let started = report["started_unix_ms"].as_u64().unwrap();
+    let all = report["summary"]["stacks"].as_object().unwrap();
+    let (_, stack) = all.iter().find(|(name, _)| name.ends_with(revision)).unwrap();
+    let spells = stack["spells_ms"].as_array().unwrap().iter();
+    let at = |spell: &Value, end: usize| started + spell[end].as_u64().unwrap();
+    spells.map(|spell| (at(spell, 0), at(spell, 1))).collect()
+}
+
+/// When all live Services were seen to point at a revision after this time.
+struct Move {
+    declared: u64,
+    done: u64,
+    from: String,
+    to: String,
+}
+
+/// Releases, and after each the way back: the spec before is declared again.
 #[test]
 #[ignore = "a benchmark: make bench-operator"]
 fn releases() {
-    let count: usize = std::env::var("RELEASES").map_or(10, |count| count.parse().unwrap());
     let session = Session::from_environment().unwrap();
     let images = Images::from_environment().unwrap();
     operator::install(&session, &images).unwrap();
@@ -150,87 +186,303 @@ fn releases() {
     let jobs = Changes::of(&session, &namespace.name, "jobs");
     let services = Changes::of(&session, &namespace.name, "services");
     let load = exchange.start_load(RATE).unwrap();
-    let live = |object: &Value| text(object, "/status/live/revision").to_owned();
-    let mut stacks = vec![live(&watch.sightings().last().unwrap().1)];
-    let mut measured: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
-    let mut moved = BTreeMap::new();
-    let mut settings = 0..;
-    let declare = |number: usize| {
-        let mut declaration = exchange.declaration("1.0.0");
-        declaration["spec"]["services"]["trade"]["env"] =
-            json!([{"name": "RELEASE_NOTE", "value": number.to_string()}]);
-        declaration
-    };
-    for _ in 0..count {
-        let (since, before) = (now_ms(), stacks.last().unwrap().clone());
-        let written = writes(&session);
-        let declaration = declare(settings.next().unwrap());
-        exchange.release(&declaration).unwrap();
+    let live = |watch: &Watch| text(&watch.sightings().last().unwrap().1, "/status/live/revision").to_owned();
+    let base = live(&watch);
+    // Declares, waits until it is live and the stack before it has no connection any more.
+    let mut release = |declaration: &Value| {
+        let (declared, from) = (now_ms(), live(&watch));
+        exchange.release(declaration).unwrap();
         watch
             .until("the release to be live", PATIENCE, |object| {
-                is_current(object) && phase_of(object) == "Live" && live(object) != before
+                is_current(object)
+                    && phase_of(object) == "Live"
+                    && text(object, "/status/live/revision") != from
+                    && text(object, "/status/previous/state") != "Draining"
             })
             .unwrap();
-        let revision = live(&watch.sightings().last().unwrap().1);
-        let tested = jobs
-            .first(since, |job| {
-                text(job, "/metadata/labels/exchange.dev~1job") == "smoke" && job["status"]["succeeded"] == 1
-            })
-            .unwrap();
-        let all = all_moved(&services, since, &revision);
-        measured
-            .entry("tests_passed_to_selectors_moved_milliseconds")
-            .or_default()
-            .push(all.saturating_sub(tested));
-        measured
-            .entry("writes_per_release")
-            .or_default()
-            .push(writes(&session) - written);
-        moved.insert(revision.clone(), all);
-        stacks.push(revision);
-        say(format!("release {} of {count}", stacks.len() - 1));
-    }
-
-    // The way back: the spec before is declared again, within its retention.
-    let (since, target) = (now_ms(), stacks[stacks.len() - 2].clone());
-    exchange.release(&declare(count - 2)).unwrap();
-    watch
-        .until("the way back", PATIENCE, |object| {
-            is_current(object) && phase_of(object) == "Live" && live(object) == target
-        })
-        .unwrap();
-    let back = all_moved(&services, since, &target);
-    measured
-        .entry("reverted_spec_to_selectors_moved_milliseconds")
-        .or_default()
-        .push(back - since);
-
-    let seen = load.progress().requests;
-    testbed::sandbox::wait_until("trading", PATIENCE, || load.progress().requests > seen + 1_000).unwrap();
-    let (table, report) = load.end().unwrap();
-    let started = report["started_unix_ms"].as_u64().unwrap();
-    let at = |revision: &str, field: &str| {
-        let all = report["summary"]["stacks"].as_object().unwrap();
-        let (_, stack) = all.iter().find(|(name, _)| name.ends_with(revision)).unwrap();
-        started + stack[field].as_u64().unwrap()
+        let to = live(&watch);
+        Move {
+            declared,
+            done: all_moved(&services, declared, &to),
+            from,
+            to,
+        }
     };
-    // The last pair was swapped back: it answers twice.
-    for pair in stacks.windows(2).take(count - 1) {
-        let when = moved[&pair[1]];
-        let first = at(&pair[1], "first_ms");
-        measured
-            .entry("selectors_moved_to_first_answer_milliseconds")
-            .or_default()
-            .push(first.saturating_sub(when));
-        if pair[0] != stacks[count - 1] {
-            let last = at(&pair[0], "last_ms");
-            measured
-                .entry("selectors_moved_to_last_answer_of_the_old_milliseconds")
-                .or_default()
-                .push(last.saturating_sub(when));
+    let mut measured: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
+    let mut measure = |what, milliseconds| measured.entry(what).or_default().push(milliseconds);
+    let (mut forth, mut back) = (Vec::new(), Vec::new());
+    for number in 0..rounds() {
+        let written = writes(&session);
+        let there = release(&declaration(&exchange, number));
+        measure("writes_per_release", writes(&session) - written);
+        let tested = jobs.first(there.declared, |job| {
+            text(job, "/metadata/labels/exchange.dev~1job") == "smoke" && job["status"]["succeeded"] == 1
+        });
+        measure(
+            "tests_passed_to_selectors_moved_milliseconds",
+            there.done.saturating_sub(tested.unwrap()),
+        );
+        forth.push(there);
+        let again = release(&exchange.declaration("1.0.0"));
+        assert_eq!(again.to, base, "it was built anew");
+        measure(
+            "reverted_spec_to_selectors_moved_milliseconds",
+            again.done - again.declared,
+        );
+        back.push(again);
+        say(format!("release {} of {}, and back", number + 1, rounds()));
+    }
+    let (table, report) = load.end().unwrap();
+    for (moves, since, first, last) in [
+        (
+            &forth,
+            "selectors_moved",
+            "selectors_moved_to_first_answer_of_the_new_milliseconds",
+            "selectors_moved_to_last_answer_of_the_old_milliseconds",
+        ),
+        (
+            &back,
+            "declared",
+            "reverted_spec_to_first_answer_of_the_old_milliseconds",
+            "reverted_spec_to_last_answer_of_the_new_milliseconds",
+        ),
+    ] {
+        for it in moves {
+            let since = if since == "declared" { it.declared } else { it.done };
+            let to = spells(&report, &it.to)
+                .into_iter()
+                .find(|(_, end)| *end > it.done)
+                .unwrap();
+            let from = spells(&report, &it.from)
+                .into_iter()
+                .rfind(|(begin, _)| *begin < it.declared)
+                .unwrap();
+            measure(first, to.0.saturating_sub(since));
+            measure(last, from.1.saturating_sub(since));
         }
     }
     say(&table);
-    publish(count, &report, measured);
+    let summary = &report["summary"];
+    let figures = BTreeMap::from([
+        ("requests".to_owned(), summary["requests"].clone()),
+        ("requests_failed".to_owned(), summary["failed"].clone()),
+        (
+            "connections_cut_off".to_owned(),
+            report["closed_without_notice"].clone(),
+        ),
+    ]);
+    publish(figures, measured);
     assert_eq!(report["ok"], true, "{table}");
+}
+
+/// The operator is killed when all gates are passed, before its first write of a live Service.
+#[test]
+#[ignore = "a benchmark: make bench-operator"]
+fn takeovers() {
+    let session = Session::from_environment().unwrap();
+    let images = Images::from_environment().unwrap();
+    operator::install(&session, &images).unwrap();
+    let namespace = Namespace::new(&session, "bench-kill").unwrap();
+    let exchange = Exchange::install(&session, &namespace.name, &images).unwrap();
+    exchange.release(&exchange.declaration("1.0.0")).unwrap();
+    let mut watch = exchange.watch().unwrap();
+    watch.until_phase("Live", "1.0.0", PATIENCE).unwrap();
+    let services = Changes::of(&session, &namespace.name, "services");
+    let gate = Gate::before(&session, &images, &namespace.name).unwrap();
+    let mut measured: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
+    let deployment = format!("deployment/{OPERATOR}");
+    for (replicas, what) in [
+        (
+            "--replicas=2",
+            "operator_killed_to_selectors_moved_milliseconds_of_two_replicas",
+        ),
+        (
+            "--replicas=1",
+            "operator_killed_to_selectors_moved_milliseconds_of_one_replica",
+        ),
+    ] {
+        session
+            .kubectl(&["scale", &deployment, replicas, "--namespace", OPERATOR_NAMESPACE])
+            .unwrap();
+        for number in 0..rounds() {
+            operator::recovers(&session).unwrap();
+            gate.hold(&Hold {
+                of: "update services".to_owned(),
+                number: 0,
+            })
+            .unwrap();
+            exchange
+                .release(&declaration(
+                    &exchange,
+                    number + usize::from(replicas.ends_with('1')) * 1_000,
+                ))
+                .unwrap();
+            let write = gate.until_held(PATIENCE).unwrap();
+            let leader = Leader::find(&session).unwrap();
+            let killed = now_ms();
+            leader.kill().unwrap();
+            gate.decide(false).unwrap();
+            watch
+                .until("the release to be live", PATIENCE, |object| {
+                    is_current(object) && phase_of(object) == "Live"
+                })
+                .unwrap();
+            let revision = text(&watch.sightings().last().unwrap().1, "/status/live/revision").to_owned();
+            let moved = all_moved(&services, killed, &revision);
+            measured.entry(what).or_default().push(moved - killed);
+            say(format!("killed before {write}: {} ms", moved - killed));
+        }
+    }
+    session
+        .kubectl(&[
+            "scale",
+            &deployment,
+            "--replicas=2",
+            "--namespace",
+            OPERATOR_NAMESPACE,
+        ])
+        .unwrap();
+    publish(BTreeMap::new(), measured);
+}
+
+/// A node that is none, on which all new pods land while it is there. KWOK says how they fare.
+struct FakeNode<'a> {
+    session: &'a Session,
+    kwok: Child,
+}
+
+const REAL_NODE: &str = "node/node";
+
+impl<'a> FakeNode<'a> {
+    fn start(session: &'a Session) -> Self {
+        let room = json!({"cpu": "1k", "memory": "1Ti", "pods": "10k"});
+        let ready =
+            json!({"type": "Ready", "status": "True", "reason": "Fake", "message": "says that it is ready"});
+        let node = json!({"apiVersion": "v1", "kind": "Node",
+            "metadata": {"name": "fake", "annotations": {"kwok.x-k8s.io/node": "fake"}},
+            "status": {"capacity": room, "allocatable": room, "conditions": [ready]}});
+        session.apply("default", &node).unwrap();
+        let stages = concat!(env!("CARGO_MANIFEST_DIR"), "/cluster/fake-pods.yaml");
+        let tools = Tools::ensure().unwrap();
+        let kubeconfig = session.cluster.as_ref().unwrap().kubeconfig();
+        let kwok = Command::new(tools.dir().join("kwok"))
+            .args([
+                "--config",
+                stages,
+                "--manage-nodes-with-annotation-selector",
+                "kwok.x-k8s.io/node=fake",
+            ])
+            .args(["--node-lease-duration-seconds", "40", "--kubeconfig"])
+            .arg(kubeconfig)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        session.kubectl(&["cordon", REAL_NODE]).unwrap();
+        Self { session, kwok }
+    }
+}
+
+impl Drop for FakeNode<'_> {
+    fn drop(&mut self) {
+        let _ = self.session.kubectl(&["uncordon", REAL_NODE]);
+        let _ = self.session.kubectl(&[
+            "delete",
+            "pods",
+            "--all-namespaces",
+            "--field-selector=spec.nodeName=fake",
+            "--force",
+            "--grace-period=0",
+        ]);
+        let _ = self.session.kubectl(&["delete", "node", "fake"]);
+        let _ = self.kwok.kill();
+        let _ = self.kwok.wait();
+    }
+}
+
+/// What the operator needs with one object and with 200, all waiting for an approval, each with a stack of fake pods.
+#[test]
+#[ignore = "a benchmark: make bench-operator"]
+fn idle() {
+    /// Over which requests are counted.
+    const WINDOW: Duration = Duration::from_mins(1);
+    const OBJECTS: usize = 200;
+    let session = Session::from_environment().unwrap();
+    let images = Images::from_environment().unwrap();
+    operator::install(&session, &images).unwrap();
+    let namespace = Namespace::new(&session, "bench-idle").unwrap();
+    let cluster = session
+        .cluster
+        .as_ref()
+        .expect("CLUSTER=existing: no fake nodes there");
+    let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "store"}, "stringData": {"url": "none"}});
+    session.apply(&namespace.name, &secret).unwrap();
+    // The declaration of the other benchmarks, without stores: nobody connects to them.
+    let reference = json!({"secretRef": {"name": "store", "key": "url"}});
+    let database = json!({"secretRef": {"name": "store", "key": "url"}, "migrationSecretRef": {"name": "store", "key": "url"}});
+    let object = |number: usize| {
+        json!({"apiVersion": "exchange.dev/v1alpha1", "kind": "ExchangeDeployment",
+            "metadata": {"name": format!("exchange-{number}")},
+            "spec": {"version": "1.0.0", "image": format!("{}/exchange", images.prefix),
+                     "services": {"user": {"replicas": 1}, "trade": {"replicas": 1}, "notification": {"replicas": 1}},
+                     "database": database, "queue": reference, "marketData": reference,
+                     "rollout": {"promotion": "Manual", "progressDeadline": "1h"}}})
+    };
+    let awaiting = || {
+        let args = [
+            "get",
+            "exd",
+            "--namespace",
+            &namespace.name,
+            "--output=jsonpath={.items[*].status.phase}",
+        ];
+        let phases = session.kubectl(&args).unwrap();
+        phases
+            .split_whitespace()
+            .filter(|phase| *phase == "AwaitingPromotion")
+            .count()
+    };
+    let mut figures = BTreeMap::new();
+    let fake = FakeNode::start(&session);
+    for (count, name) in [(1, "1_object"), (OBJECTS, "200_objects")] {
+        let objects: Vec<Value> = (0..count).map(object).collect();
+        let list = json!({"apiVersion": "v1", "kind": "List", "items": objects});
+        session.apply(&namespace.name, &list).unwrap();
+        wait_until(
+            "all objects to wait for an approval",
+            Duration::from_mins(10),
+            || awaiting() == count,
+        )
+        .unwrap();
+        let (_, peak) = Leader::find(&session).unwrap().memory().unwrap();
+        // What is written last of a release has been; then nothing happens, and that is what is measured.
+        let from = Timestamp::now() + Duration::from_secs(15);
+        sleep(Duration::from_secs(15) + WINDOW);
+        let (memory, _) = Leader::find(&session).unwrap().memory().unwrap();
+        let log = audit_log(cluster).unwrap();
+        let all = requests(log.lines(), &operator::account(), from, from + WINDOW);
+        let writes = all
+            .iter()
+            .filter(|(verb, kind)| !["get", "list", "watch"].contains(&verb.as_str()) && kind != "leases");
+        let leases = all.iter().filter(|(_, kind)| kind == "leases").count();
+        for (key, value) in [
+            ("memory_kib", memory),
+            ("memory_at_most_kib", peak),
+            ("requests_per_minute_when_idle", u64::try_from(all.len()).unwrap()),
+            (
+                "requests_for_the_lease_per_minute",
+                u64::try_from(leases).unwrap(),
+            ),
+            (
+                "writes_per_minute_when_idle",
+                u64::try_from(writes.count()).unwrap(),
+            ),
+        ] {
+            say(format!("  {:<60} {value:>8}", format!("{key}, {name}")));
+            figures.insert(format!("{key}_{name}"), json!(value));
+        }
+    }
+    drop(fake);
+    publish(figures, BTreeMap::new());
 }

@@ -3,17 +3,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{collections::BTreeSet, fs};
+use std::collections::BTreeSet;
 
 use serde_json::Value;
 use testbed::{
     kubectl::Session,
-    operator::OPERATOR_NAMESPACE,
-    rights::{Deeds, Right, granted, stale, superfluous},
+    operator::{self, OPERATOR, OPERATOR_NAMESPACE},
+    rights::{Deeds, Right, audit_log, granted, stale, superfluous},
 };
-
-/// The chart's ServiceAccount.
-const ACCOUNT: &str = "exchange-operator";
 
 /// What is granted and need not be seen in the stories.
 const EXCUSED: [(&str, &str); 6] = [
@@ -56,7 +53,7 @@ fn rights_of_the_operator(session: &Session) -> BTreeSet<Right> {
         let subjects = binding.get("subjects").and_then(Value::as_array);
         let is_ours = |subject: &Value| {
             let text = |key| subject.get(key).and_then(Value::as_str);
-            text("name") == Some(ACCOUNT) && text("namespace") == Some(OPERATOR_NAMESPACE)
+            text("name") == Some(OPERATOR) && text("namespace") == Some(OPERATOR_NAMESPACE)
         };
         if !subjects.is_some_and(|subjects| subjects.iter().any(is_ours)) {
             continue;
@@ -78,15 +75,8 @@ fn the_operator_has_the_rights_that_it_uses_and_no_others() {
         session.cluster.is_some(),
         "the audit log is the test cluster's: leave CLUSTER=existing out"
     );
-    let cluster = session.cluster.as_ref().unwrap();
-    let logs = fs::read_dir(cluster.logs()).unwrap().map(|it| it.unwrap().path());
-    let audits = logs.filter(|path| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        name.starts_with("audit") && path.extension().is_some_and(|it| it == "log")
-    });
-    let text: String = audits.map(|path| fs::read_to_string(path).unwrap()).collect();
-    let user = format!("system:serviceaccount:{OPERATOR_NAMESPACE}:{ACCOUNT}");
-    let deeds = Deeds::read(text.lines(), &user);
+    let text = audit_log(session.cluster.as_ref().unwrap()).unwrap();
+    let deeds = Deeds::read(text.lines(), &operator::account());
     let rights = rights_of_the_operator(&session);
     let record = Right {
         group: "exchange.dev".to_owned(),
