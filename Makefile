@@ -89,7 +89,11 @@ integration: deps ## The exchange against real PostgreSQL, NATS and Redis on fre
 e2e: cluster images $(TESTBED) ## End-to-end tests on the cluster, which stays for the next run; CASE=2 runs one case of the proof
 	@$(TESTBED) results --begin
 	@trap '$(TESTBED) results' EXIT; \
-	  $(call run-tests,cargo test --workspace --locked $(E2E:%=--test %) --no-fail-fast -- --ignored --test-threads 2 $(TEST))
+	  $(call run-tests,cargo test --workspace --locked $(E2E:%=--test %) --no-fail-fast -- --ignored --test-threads 3 $(TEST))
+
+.PHONY: e2e-long
+e2e-long: ## The same with the full matrices: 20 releases in a row, every phase disturbed, the operator killed at every write (hours)
+	RELEASES=20 EVERY_PHASE=1 EVERY_WRITE=1 $(MAKE) --no-print-directory e2e
 
 .PHONY: rbac
 rbac: $(TESTBED) ## Compare the operator's rights with what it did on the test cluster; after `make e2e`

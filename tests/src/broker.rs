@@ -80,8 +80,8 @@ impl Broker {
     /// # Errors
     /// If the broker does not answer.
     pub fn waiting(&self) -> Result<Vec<usize>> {
-        let jetstream = jetstream::new(self.client.clone());
         self.runtime.block_on(async {
+            let jetstream = jetstream::new(self.client.clone());
             let stream = jetstream.get_stream(LIVE_STREAM).await?;
             let mut waiting = Vec::new();
             for consumer in CONSUMERS {

@@ -142,6 +142,11 @@ impl<'a> Story<'a> {
     /// A release that ends where it should, and the traffic with it.
     pub fn goes_live(&mut self) {
         let before = self.revision("live");
+        self.goes_live_after(&before);
+    }
+
+    /// The same for one that may have the traffic already, instead of this revision.
+    pub fn goes_live_after(&mut self, before: &str) {
         self.watch
             .until("the release to be live", PATIENCE, |object| {
                 is_current(object)

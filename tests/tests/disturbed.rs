@@ -28,53 +28,70 @@ struct Point {
     phase: &'static str,
     of: &'static str,
     number: usize,
+    /// What the name of the object that is written contains.
+    name: &'static str,
 }
 
-/// While the candidate is tested (its first Job has migrated), and when the first of three Services has been moved.
-const POINTS: [Point; 2] = [
-    Point {
-        phase: "Testing",
-        of: "create jobs",
-        number: 1,
-    },
-    Point {
-        phase: "Promoting",
-        of: "update services",
-        number: 1,
-    },
+/// A release has three Jobs, and moves three Services.
+const POINTS: [Point; 5] = [
+    point("Migrating", "create jobs", 0, "-expand-"),
+    point("Provisioning", "create deployments", 1, ""),
+    point("Testing", "create jobs", 1, "-smoke-"),
+    point("Promoting", "update services", 1, "exchange-trade"),
+    point("Verifying", "create jobs", 2, "-verify-"),
 ];
 
+const fn point(phase: &'static str, of: &'static str, number: usize, name: &'static str) -> Point {
+    Point {
+        phase,
+        of,
+        number,
+        name,
+    }
+}
+
+/// While the candidate is tested, and when the first of three Services has been moved; with EVERY_PHASE=1
+/// (`make e2e-long`) in every phase that writes.
+fn points() -> impl Iterator<Item = &'static Point> {
+    let every = std::env::var("EVERY_PHASE").is_ok_and(|it| it == "1");
+    POINTS
+        .iter()
+        .filter(move |point| every || matches!(point.phase, "Testing" | "Promoting"))
+}
+
+/// A release that is stopped at a point.
+struct Stopped {
+    write: Write,
+    /// What was live before it, and its attempt: each release counts one up.
+    before: (String, u64),
+}
+
 /// Declares another release, and stops it at this point.
-fn release_up_to(point: &Point, story: &mut Story<'_>, gate: &Gate<'_>, name: &str) -> Write {
-    gate.hold(&Hold {
+fn release_up_to(point: &Point, story: &mut Story<'_>, gate: &Gate<'_>, name: &str) -> Stopped {
+    let attempt = story.last()["status"]["live"]["attempt"].as_u64().unwrap();
+    let before = (story.revision("live"), attempt);
+    let hold = Hold {
         of: point.of.to_owned(),
         number: point.number,
-    })
-    .unwrap();
+    };
+    gate.hold(&hold).unwrap();
     story.declare(|spec| note(spec, &format!("{name}, {}", point.phase)));
     let write = gate.until_held(PATIENCE).unwrap();
-    let expected = if point.phase == "Testing" {
-        "-smoke-1"
-    } else {
-        "exchange-trade"
-    };
     assert!(
-        write.name.ends_with(expected),
+        write.name.contains(point.name),
         "{}: {write} was held",
         point.phase
     );
-    write
+    story.reaches(point.phase);
+    Stopped { write, before }
 }
 
 /// The release has come to its end as if nothing had been: in its first attempt.
-fn ends_as_if_nothing_had_been(story: &mut Story<'_>) {
-    story.goes_live();
-    assert_eq!(
-        story.last()["status"]["live"]["attempt"],
-        1,
-        "{:#}",
-        story.last()["status"]
-    );
+fn ends_as_if_nothing_had_been(story: &mut Story<'_>, stopped: &Stopped) {
+    let (revision, attempt) = &stopped.before;
+    story.goes_live_after(revision);
+    let status = &story.last()["status"];
+    assert_eq!(status["live"]["attempt"], attempt + 1, "{status:#}");
     let (outcome, _, _) = story.last_outcome();
     assert_eq!(outcome, "Verified", "{:#}", story.last()["status"]["history"]);
 }
@@ -87,13 +104,14 @@ fn the_operator_is_killed() {
     let mut story = ground.live(&namespace, |_| {});
     let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
     let load = story.trade();
-    for (point, moment) in POINTS.iter().zip([Moment::Before, Moment::After]) {
-        let write = release_up_to(point, &mut story, &gate, "killed");
-        gate.kill_leader(&write, moment).unwrap();
-        ends_as_if_nothing_had_been(&mut story);
+    let moments = [Moment::Before, Moment::After].into_iter().cycle();
+    for (point, moment) in points().zip(moments) {
+        let stopped = release_up_to(point, &mut story, &gate, "killed");
+        gate.kill_leader(&stopped.write, moment).unwrap();
+        ends_as_if_nothing_had_been(&mut story, &stopped);
         operator::recovers(&ground.session).unwrap();
     }
-    assert_eq!(end_well(load).len(), 3);
+    assert_eq!(end_well(load).len(), 1 + points().count());
 }
 
 /// A leader that is stopped does not know that its time is over. When it goes on, another has long finished its work: what it
@@ -106,13 +124,13 @@ fn an_old_leader_wakes_up() {
     let mut story = ground.live(&namespace, |_| {});
     let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
     let load = story.trade();
-    for point in &POINTS {
-        let write = release_up_to(point, &mut story, &gate, "stopped");
+    for point in points() {
+        let stopped = release_up_to(point, &mut story, &gate, "stopped");
         let old = Leader::find(&ground.session).unwrap();
         old.stop().unwrap();
-        gate.carry_out(&write).unwrap();
+        gate.carry_out(&stopped.write).unwrap();
         old.is_succeeded().unwrap();
-        ends_as_if_nothing_had_been(&mut story);
+        ends_as_if_nothing_had_been(&mut story, &stopped);
         // Newer still, so that what the old one has in mind is wrong.
         story.declare(|spec| note(spec, &format!("after {}", point.phase)));
         story.goes_live();
@@ -140,7 +158,7 @@ fn an_old_leader_wakes_up() {
         assert_eq!(versions(&story), before, "the old leader has written");
         operator::recovers(&ground.session).unwrap();
     }
-    assert_eq!(end_well(load).len(), 5);
+    assert_eq!(end_well(load).len(), 1 + 2 * points().count());
 }
 
 #[test]
@@ -154,7 +172,7 @@ fn the_api_server_is_away() {
     let mut story = ground.live(&namespace, |_| {});
     let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
     let load = story.trade();
-    for point in &POINTS {
+    for point in points() {
         release_up_to(point, &mut story, &gate, "away");
         let server = |signal| supervisor::signal(cluster, "kube-apiserver", signal).unwrap();
         server(Signal::SIGSTOP);
@@ -187,7 +205,7 @@ fn the_api_server_is_away() {
         assert_eq!(story.last_outcome().0, "Verified");
         operator::recovers(&ground.session).unwrap();
     }
-    assert_eq!(end_well(load).len(), 3);
+    assert_eq!(end_well(load).len(), 1 + points().count());
 }
 
 /// Whatever is under way, it ends with what was declared last.
@@ -199,9 +217,15 @@ fn a_newer_version_arrives() {
     let mut story = ground.live(&namespace, |_| {});
     let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
     let load = story.trade();
-    for point in &POINTS {
+    for point in points() {
         release_up_to(point, &mut story, &gate, "overtaken");
-        let overtaken = story.revision("candidate");
+        let status = story.last()["status"].clone();
+        let stack = if status["candidate"].is_null() {
+            "live"
+        } else {
+            "candidate"
+        };
+        let overtaken = story.revision(stack);
         story.declare(|spec| note(spec, &format!("newer than {}", point.phase)));
         gate.decide(true).unwrap();
         story
@@ -240,7 +264,7 @@ fn a_service_of_the_candidate_dies_in_the_middle_of_the_swap() {
     let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
     let first = story.revision("live");
     let load = story.trade();
-    release_up_to(&POINTS[1], &mut story, &gate, "dies");
+    release_up_to(&POINTS[3], &mut story, &gate, "dies");
     let candidate = story.revision("candidate");
     assert_eq!(story.selector("user")["exchange.dev/revision"], candidate);
     let quota = json!({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"},

@@ -114,7 +114,7 @@ fn moves(watch: &Watch) -> Vec<Duration> {
 #[ignore = "needs a cluster: make e2e"]
 fn case_1_releases_back_and_forth() {
     let releases: usize = std::env::var("RELEASES").map_or(5, |count| count.parse().unwrap());
-    let ground = Ground::alone();
+    let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "releases").unwrap();
     let mut trading = trading(&ground, &namespace, "1.0.0");
     let mut stacks = vec![revision(trading.last())];
@@ -174,7 +174,7 @@ fn case_1_releases_back_and_forth() {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_2_a_migration_and_the_way_back() {
-    let ground = Ground::alone();
+    let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "migration").unwrap();
     let mut trading = trading(&ground, &namespace, "1.0.0");
     let first = revision(trading.last());
@@ -246,7 +246,7 @@ fn most_waiting(broker: &Broker) -> usize {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_3_the_queue_has_one_colour_of_readers() {
-    let ground = Ground::alone();
+    let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "queue").unwrap();
     let mut trading = trading(&ground, &namespace, "1.0.0");
     let broker = Broker::of(&ground.session, &namespace.name).unwrap();
@@ -349,7 +349,7 @@ fn case_3_the_queue_has_one_colour_of_readers() {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_6_event_streams_move_between_two_events() {
-    let ground = Ground::alone();
+    let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "streams").unwrap();
     let mut trading = trading(&ground, &namespace, "1.0.0");
     let first = revision(trading.last());
@@ -413,9 +413,14 @@ fn end_state(ground: &Ground, namespace: &str) -> Value {
         namespace,
     ];
     let mut names = ground.session.kubectl(&list).unwrap();
+    let attempt = |stack: &str| status[stack]["attempt"].as_u64().unwrap();
     for stack in ["live", "previous"] {
         for field in ["revision", "colour"] {
             names = names.replace(text(&status, &format!("/{stack}/{field}")), stack);
+        }
+        // The Jobs of its attempt, and not of another one.
+        for gate in ["expand", "smoke", "verify"] {
+            names = names.replace(&format!("-{gate}-{}\n", attempt(stack)), &format!("-{gate}\n"));
         }
     }
     let mut names: Vec<&str> = names.lines().collect();
@@ -426,7 +431,8 @@ fn end_state(ground: &Ground, namespace: &str) -> Value {
         .collect();
     json!({
         "phase": status["phase"],
-        "live": [status["live"]["attempt"], status["live"]["verified"], status["live"]["contracted"]],
+        "attempts": attempt("live") - attempt("previous"),
+        "live": [status["live"]["verified"], status["live"]["contracted"]],
         "previous": [status["previous"]["state"], status["previous"]["wayBack"]],
         "rejected": status["rejected"],
         "history": [status["history"][0]["outcome"], status["history"][1]["outcome"]],
@@ -539,7 +545,7 @@ fn case_4_the_operator_is_killed() {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_10_a_bad_version_never_gets_traffic() {
-    let ground = Ground::alone();
+    let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "bad").unwrap();
     let mut trading = trading(&ground, &namespace, "2.0.0");
     let good = revision(trading.last());
@@ -559,7 +565,7 @@ fn case_10_a_bad_version_never_gets_traffic() {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_8_two_exchanges_are_released_at_once() {
-    let ground = Ground::alone();
+    let ground = Ground::shared();
     let other = Namespace::new(&ground.session, "beside").unwrap();
     let beside = Exchange::install(&ground.session, &other.name, &ground.images).unwrap();
     beside.release(&beside.declaration("1.0.0")).unwrap();
@@ -660,7 +666,7 @@ fn case_5_pods_and_the_database_end_during_the_swap() {
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_7_the_candidate_is_as_big_as_what_an_autoscaler_has_made_of_the_live_stack() {
-    let ground = Ground::alone();
+    let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "grown").unwrap();
     let declare = |exchange: &Exchange<'_>, value: &str| {
         let mut declaration = with_setting(exchange.declaration("1.0.0"), value);
@@ -730,7 +736,7 @@ fn case_7_the_candidate_is_as_big_as_what_an_autoscaler_has_made_of_the_live_sta
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_9_a_rolling_update_for_comparison() {
-    let ground = Ground::alone();
+    let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "rolling").unwrap();
     let exchange = Exchange::install(&ground.session, &namespace.name, &ground.images).unwrap();
     let plain = |file: &str, version: &str| {
