@@ -1,0 +1,349 @@
+//! What the definition refuses, each with what it says: one table for the schema in the unit tests and for a real API server.
+
+use std::{fs, path::Path};
+
+use serde_json::{Value, json};
+
+/// The repository's root.
+pub fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
+/// An object of `examples/`.
+pub fn example(name: &str) -> Value {
+    let text = fs::read_to_string(repository().join("examples").join(name)).unwrap();
+    serde_yaml::from_str(&text).unwrap()
+}
+
+/// Merges a patch into a value; null removes.
+pub fn merge(target: &mut Value, patch: &Value) {
+    match patch {
+        Value::Object(patch) => {
+            if !target.is_object() {
+                *target = json!({});
+            }
+            let map = target.as_object_mut().unwrap();
+            for (key, value) in patch {
+                if value.is_null() {
+                    map.remove(key);
+                } else {
+                    merge(map.entry(key).or_insert(Value::Null), value);
+                }
+            }
+        }
+        other => *target = other.clone(),
+    }
+}
+
+/// An object that is refused.
+pub struct Invalid {
+    /// What is wrong with it.
+    pub name: &'static str,
+    /// Right, but for that.
+    pub object: Value,
+    /// Part of what the person reads who applies it.
+    pub message: &'static str,
+}
+
+/// All of them.
+pub fn objects() -> Vec<Invalid> {
+    let service = |patch: Value| json!({"spec": {"services": {"trade": patch}}});
+    let rollout = |patch: Value| json!({"spec": {"rollout": patch}});
+    let cases = [
+        (
+            "long name",
+            json!({"metadata": {"name": "a".repeat(41)}}),
+            "metadata.name must be at most 40",
+        ),
+        (
+            "digit first",
+            json!({"metadata": {"name": "1exchange"}}),
+            "starting with a letter",
+        ),
+        (
+            "dot in name",
+            json!({"metadata": {"name": "ex.change"}}),
+            "lower-case letters, digits and '-'",
+        ),
+        (
+            "colour in name",
+            json!({"metadata": {"name": "exchange-blue"}}),
+            "must not end in -blue or -green",
+        ),
+        (
+            "no version",
+            json!({"spec": {"version": null}}),
+            "spec: version: Required value",
+        ),
+        (
+            "empty version",
+            json!({"spec": {"version": ""}}),
+            "spec.version: fewer than 1 Length",
+        ),
+        (
+            "spaces",
+            json!({"spec": {"version": "1.5 beta"}}),
+            "version must consist of letters",
+        ),
+        (
+            "plus",
+            json!({"spec": {"version": "1.5.0+7"}}),
+            "version must consist of letters",
+        ),
+        (
+            "tag in image",
+            json!({"spec": {"image": "ghcr.io/acme/exchange:1.5"}}),
+            "without tag or digest",
+        ),
+        (
+            "digest in image",
+            json!({"spec": {"image": "acme/exchange@sha256:00"}}),
+            "without tag or digest",
+        ),
+        (
+            "digest",
+            json!({"spec": {"imageDigest": "sha256:xyz"}}),
+            "64 hexadecimal digits",
+        ),
+        (
+            "no database",
+            json!({"spec": {"database": null}}),
+            "spec: database: Required value",
+        ),
+        (
+            "no queue",
+            json!({"spec": {"queue": null}}),
+            "spec: queue: Required value",
+        ),
+        (
+            "no market data",
+            json!({"spec": {"marketData": null}}),
+            "spec: marketData: Required value",
+        ),
+        (
+            "empty secret name",
+            json!({"spec": {"queue": {"secretRef": {"name": ""}}}}),
+            "fewer than 1 Length",
+        ),
+        (
+            "one secret for both",
+            json!({"spec": {"database": {"migrationSecretRef": {"name": "exchange-db", "key": "url"}}}}),
+            "migrationSecretRef must differ from secretRef",
+        ),
+        (
+            "no pods",
+            service(json!({"replicas": 0})),
+            "should be greater than or equal to 1",
+        ),
+        (
+            "too many pods",
+            service(json!({"replicas": 101})),
+            "should be less than or equal to 100",
+        ),
+        (
+            "replicas as text",
+            service(json!({"replicas": "3"})),
+            "must be of type integer",
+        ),
+        (
+            "limits crossed",
+            service(json!({"replicas": 5, "autoscaling": {"minReplicas": 5, "maxReplicas": 3}})),
+            "minReplicas must not be greater than maxReplicas",
+        ),
+        (
+            "start outside the limits",
+            service(json!({"replicas": 2, "autoscaling": {"minReplicas": 3, "maxReplicas": 9}})),
+            "replicas must lie between",
+        ),
+        (
+            "cpu",
+            service(
+                json!({"autoscaling": {"minReplicas": 1, "maxReplicas": 3, "targetCPUUtilizationPercentage": 0}}),
+            ),
+            "should be greater than or equal to 1",
+        ),
+        (
+            "tag in service image",
+            service(json!({"image": "acme/trade:1"})),
+            "without tag or digest",
+        ),
+        (
+            "digest without image",
+            service(json!({"imageDigest": format!("sha256:{}", "0".repeat(64))})),
+            "needs an image of that service",
+        ),
+        (
+            "reserved variable",
+            service(json!({"env": [{"name": "EXCHANGE_STACK_NAME"}]})),
+            "the operator itself sets",
+        ),
+        (
+            "colour of a pod",
+            service(json!({"env": [{"name": "EXCHANGE_COLOUR", "value": "red"}]})),
+            "the operator itself sets",
+        ),
+        (
+            "name of a variable",
+            service(json!({"env": [{"name": "1ST", "value": "x"}]})),
+            "does not start with a digit",
+        ),
+        (
+            "long value",
+            service(json!({"env": [{"name": "A", "value": "x".repeat(8193)}]})),
+            "more than 8192 Length",
+        ),
+        (
+            "envFrom nothing",
+            service(json!({"envFrom": [{"prefix": "A_"}]})),
+            "exactly one configMapRef or secretRef",
+        ),
+        (
+            "envFrom both",
+            service(json!({"envFrom": [{"configMapRef": {"name": "a"}, "secretRef": {"name": "b"}}]})),
+            "exactly one configMapRef or secretRef",
+        ),
+        (
+            "files nothing",
+            service(json!({"files": [{"mountPath": "/a"}]})),
+            "exactly one configMap or secret",
+        ),
+        (
+            "files both",
+            service(json!({"files": [{"mountPath": "/a", "configMap": "a", "secret": "b"}]})),
+            "exactly one configMap or secret",
+        ),
+        (
+            "relative path",
+            service(json!({"files": [{"mountPath": "etc/a", "configMap": "a"}]})),
+            "mountPath must be an absolute path",
+        ),
+        (
+            "operator's path",
+            service(json!({"files": [{"mountPath": "/etc/exchange/db", "configMap": "a"}]})),
+            "must not be below /etc/exchange",
+        ),
+        (
+            "colour",
+            rollout(json!({"colour": "Red"})),
+            r#"supported values: ["Auto","Blue","Green"]"#,
+        ),
+        (
+            "promotion",
+            rollout(json!({"promotion": "Maybe"})),
+            r#"supported values: ["Automatic","Manual"]"#,
+        ),
+        (
+            "deadline",
+            rollout(json!({"progressDeadline": "ten minutes"})),
+            "must be a duration such as",
+        ),
+        (
+            "negative deadline",
+            rollout(json!({"progressDeadline": "-10m"})),
+            "must be a duration such as",
+        ),
+        (
+            "bare number",
+            rollout(json!({"progressDeadline": "600"})),
+            "must be a duration such as",
+        ),
+        (
+            "short deadline",
+            rollout(json!({"progressDeadline": "9s"})),
+            "must lie between 10s and 24h",
+        ),
+        (
+            "retention",
+            rollout(json!({"retention": "721h"})),
+            "retention must be at most 720h",
+        ),
+        (
+            "drain",
+            rollout(json!({"drainTimeout": "25h"})),
+            "drainTimeout must lie between 10s and 24h",
+        ),
+        (
+            "rate",
+            rollout(json!({"verification": {"maxErrorRate": "101%"}})),
+            "between 0% and 100%",
+        ),
+        (
+            "rate without sign",
+            rollout(json!({"verification": {"maxErrorRate": "1"}})),
+            "between 0% and 100%",
+        ),
+        (
+            "latency",
+            rollout(json!({"verification": {"maxLatencyP99": "2m"}})),
+            "must lie between 1ms and 60s",
+        ),
+        (
+            "duration",
+            rollout(json!({"verification": {"duration": "25h"}})),
+            "must be at most 24h",
+        ),
+        (
+            "requests",
+            rollout(json!({"verification": {"minRequests": 0}})),
+            "should be greater than or equal to 1",
+        ),
+        (
+            "name of a test",
+            rollout(json!({"smokeTests": [{"name": "My Test", "command": ["a"]}]})),
+            "consists of lower-case letters",
+        ),
+        (
+            "taken name",
+            rollout(json!({"smokeTests": [{"name": "smoke", "command": ["a"]}]})),
+            "the operator's own Jobs",
+        ),
+        (
+            "no command",
+            rollout(json!({"smokeTests": [{"name": "a", "command": []}]})),
+            "fewer than 1 Items",
+        ),
+        (
+            "test timeout",
+            rollout(json!({"smokeTests": [{"name": "a", "command": ["a"], "timeout": "0s"}]})),
+            "must lie between 1s and 24h",
+        ),
+    ];
+    let invalid = |(name, patch, message)| {
+        let mut object = example("minimal.yaml");
+        merge(&mut object, &patch);
+        Invalid {
+            name,
+            object,
+            message,
+        }
+    };
+    cases.into_iter().map(invalid).collect()
+}
+
+/// The status of an exchange that is live.
+pub fn live() -> Value {
+    json!({"status": {"attempt": 1, "epoch": 1, "phase": "Live", "live": {
+        "colour": "blue", "revision": "12345678", "version": "1.4.0", "attempt": 1, "since": "2026-01-01T00:00:00Z"}}})
+}
+
+/// Changes that are refused once it is live, and their messages.
+pub fn changes() -> Vec<(Value, &'static str)> {
+    vec![
+        (
+            json!({"spec": {"database": {"secretRef": {"name": "other"}}}}),
+            "spec.database.secretRef cannot be changed",
+        ),
+        (
+            json!({"spec": {"database": {"secretRef": {"key": "other"}}}}),
+            "spec.database.secretRef cannot be changed",
+        ),
+        (
+            json!({"spec": {"queue": {"secretRef": {"name": "other"}}}}),
+            "spec.queue.secretRef cannot be changed",
+        ),
+        (
+            json!({"spec": {"marketData": {"secretRef": {"name": "other"}}}}),
+            "spec.marketData.secretRef cannot be changed",
+        ),
+    ]
+}
