@@ -56,9 +56,10 @@ help: ## List the targets
 
 .PHONY: demo
 demo: NAME := $(if $(filter dev,$(NAME)),demo,$(NAME))
-demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C ends the cluster, too
-	@trap '[ "$(CLUSTER)" = existing ] || $(TESTBED) down' INT; \
-	  $(MAKE) --no-print-directory cluster images NAME=$(NAME) && TESTBED_NAME=$(NAME) $(TESTBED) demo
+demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C cleans up
+	@export TESTBED_NAME=$(NAME); \
+	  trap '[ ! -x $(TESTBED) ] || $(TESTBED) $(if $(filter existing,$(CLUSTER)),demo --clean-up,down); exit 130' INT; \
+	  $(MAKE) --no-print-directory cluster images NAME=$(NAME) && $(TESTBED) demo
 
 .PHONY: test
 test: ## Run everything: check, integration, a cluster of its own with the end-to-end tests, and its end

@@ -8,14 +8,18 @@ use serde_json::{Value, json};
 
 use crate::{
     exchange::{
-        Exchange, Images, Load, NAME, PATIENCE, Watch, is_current, is_given_up, phase_of, text, token,
+        Exchange, Images, Load, NAME, PATIENCE, Watch, busybox_image, is_current, is_given_up, phase_of,
+        text, token,
     },
     kubectl::Session,
-    operator,
+    operator::{self, OPERATOR, OPERATOR_NAMESPACE},
     progress::say,
-    results,
+    results::{self, repository},
+    tools::Tools,
 };
 
+/// On the namespace: whether the demonstration has installed the operator, or found it.
+const BROUGHT_THE_OPERATOR: &str = "exchange.dev/brought-the-operator";
 /// Where the demonstration's exchange is.
 const NAMESPACE: &str = "exchange-demo";
 /// Requests a second.
@@ -30,12 +34,22 @@ const SHOWN: Duration = Duration::from_secs(6);
 pub fn run(session: &Session) -> Result<()> {
     let images = Images::from_environment()?;
     heading("The operator and the stores are installed, with Helm");
-    operator::install(session, &images)?;
+    if session.cluster.is_none() {
+        say(needed(&images));
+    }
+    // What an earlier demonstration has left is at version 2, and version 1 does not work on its contracted schema.
+    remove(session)?;
+    let installed_before = session
+        .helm(&["status", OPERATOR, "--namespace", OPERATOR_NAMESPACE])
+        .is_ok();
     session.apply(
         "default",
         &json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {
-        "name": NAMESPACE, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}}}),
+            "name": NAMESPACE,
+            "labels": {"pod-security.kubernetes.io/enforce": "restricted"},
+            "annotations": {BROUGHT_THE_OPERATOR: (!installed_before).to_string()}}}),
     )?;
+    operator::install(session, &images)?;
     let exchange = Exchange::install(session, NAMESPACE, &images)?;
 
     heading("kubectl apply: version 1.0.0, the first one. It goes through all gates, too");
@@ -58,6 +72,7 @@ pub fn run(session: &Session) -> Result<()> {
     heading("kubectl apply: version 2.0.1, which fails its smoke test. It never gets traffic");
     exchange.release(&exchange.declaration("2.0.1-fails-smoke"))?;
     stage.show_until("Failed", "2.0.1-fails-smoke")?;
+    let bad = stage.given_up();
     stage.show_traffic(SHOWN)?;
 
     heading("kubectl apply: version 2.0.0 with another setting, which is a release of its own …");
@@ -76,7 +91,9 @@ pub fn run(session: &Session) -> Result<()> {
     stage.show("the setting is live", |object| {
         is_current(object) && phase_of(object) == "Live" && live_of(object) != before
     })?;
-    heading("… and is regretted: kubectl exchange rollback");
+    heading(
+        "… and is regretted. It is asked to go back, by the annotation that `kubectl exchange rollback` writes",
+    );
     let leave = stage
         .watch
         .sightings()
@@ -107,26 +124,83 @@ pub fn run(session: &Session) -> Result<()> {
         "not everything went well: see above, and {}",
         path.display()
     );
-    next_steps(session);
+    let answered = report.pointer("/summary/stacks").and_then(Value::as_object);
+    let answered = answered.context("the load's report does not say who has answered")?;
+    ensure!(
+        !bad.is_empty() && !answered.keys().any(|stack| stack.ends_with(&bad)),
+        "the version that failed its smoke test has answered: {answered:?}"
+    );
+    next_steps(session)
+}
+
+/// What a cluster that is not ours has to be able to pull.
+fn needed(images: &Images) -> String {
+    let Images { prefix, tag } = images;
+    format!(
+        "It pulls {prefix}/exchange:1.0.0, {prefix}/exchange:2.0.0, {prefix}/exchange:2.0.1-fails-smoke, \
+         {prefix}/exchange-operator:{tag}, {} and what the stores' chart names (STORES_VALUES=… changes that).",
+        busybox_image()
+    )
+}
+
+/// Removes the exchange of a demonstration.
+fn remove(session: &Session) -> Result<()> {
+    let delete = ["delete", "namespace", NAMESPACE, "--ignore-not-found", "--wait"];
+    session.kubectl(&delete).map(drop)
+}
+
+/// Removes everything that a demonstration has brought to a cluster that goes on.
+///
+/// # Errors
+/// If the API server refuses it.
+pub fn clean_up(session: &Session) -> Result<()> {
+    let path = format!(
+        "{{.metadata.annotations.{}}}",
+        BROUGHT_THE_OPERATOR.replace('.', "\\.")
+    );
+    let brought = session.get("default", &format!("namespace/{NAMESPACE}"), &path);
+    remove(session)?;
+    if brought.is_ok_and(|brought| brought == "true") {
+        let uninstall = ["uninstall", OPERATOR, "--ignore-not-found", "--wait"];
+        session.helm(&[&uninstall[..], &["--namespace", OPERATOR_NAMESPACE]].concat())?;
+    }
+    say(format!(
+        "Namespace {NAMESPACE} is gone, and the operator, if the demonstration had brought it. The API \
+         (customresourcedefinition/exchangedeployments.exchange.dev) stays."
+    ));
     Ok(())
 }
 
-fn next_steps(session: &Session) {
+fn next_steps(session: &Session) -> Result<()> {
     heading("To go on");
+    let plugin = repository()?.join("target/release");
     if let Some(cluster) = &session.cluster {
+        let tools = Tools::ensure()?;
+        let tools = tools.dir().display();
         say(format!("  export KUBECONFIG={}", cluster.kubeconfig().display()));
+        say(format!("  export PATH=\"{tools}:{}:$PATH\"", plugin.display()));
     }
     say(format!(
         "  kubectl get exchangedeployments --namespace {NAMESPACE}"
     ));
-    say(format!(
-        "  kubectl exchange status --namespace {NAMESPACE}     # the plugin: target/release/kubectl-exchange in PATH"
-    ));
+    say(format!("  kubectl exchange status --namespace {NAMESPACE}"));
     say("  kubectl explain exchangedeployments.spec");
-    say(format!(
-        "  kubectl port-forward --namespace {NAMESPACE} service/{NAME}-trade 8080:80 & curl localhost:8080/products"
-    ));
-    say("  make down NAME=demo                                  # nothing is left");
+    if let Some(cluster) = &session.cluster {
+        let service = format!("service/{NAME}-trade");
+        let address = session.get(NAMESPACE, &service, "{.spec.clusterIP}")?;
+        say(format!(
+            "  target/debug/testbed --name {} exec -- curl http://{address}/products",
+            cluster.name()
+        ));
+        say(format!("  make down NAME={}", cluster.name()));
+    } else {
+        say(format!(
+            "  kubectl port-forward --namespace {NAMESPACE} service/{NAME}-trade 8080:80   # in another terminal"
+        ));
+        say("  curl http://localhost:8080/products");
+        say("  target/debug/testbed demo --clean-up");
+    }
+    Ok(())
 }
 
 fn heading(text: &str) {
@@ -152,6 +226,13 @@ impl Stage<'_> {
             .sightings()
             .last()
             .map(|(_, object)| live_of(object))
+            .unwrap_or_default()
+    }
+
+    /// The revision of the version that was given up.
+    fn given_up(&self) -> String {
+        let last = self.watch.sightings().last();
+        last.map(|(_, object)| text(object, "/status/rejected/revision").to_owned())
             .unwrap_or_default()
     }
 

@@ -322,7 +322,7 @@ impl<'a> Exchange<'a> {
     }
 }
 
-fn busybox_image() -> String {
+pub(crate) fn busybox_image() -> String {
     std::env::var("BUSYBOX_IMAGE").unwrap_or_else(|_| HELPER_IMAGE.into())
 }
 

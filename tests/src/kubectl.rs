@@ -87,6 +87,14 @@ impl Session {
         self.run("helm", args, None)
     }
 
+    /// Runs commands of `sh` and returns what they print.
+    ///
+    /// # Errors
+    /// If they fail; their error output is part of the error.
+    pub fn shell(&self, commands: &str) -> Result<String> {
+        self.run("sh", &["-c", commands], None)
+    }
+
     /// What `helm` is told beside the defaults of the stores' chart: `STORES_VALUES`, or on the test cluster that the
     /// images are its own.
     pub fn stores_values(&self) -> Vec<String> {

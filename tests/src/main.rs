@@ -75,7 +75,11 @@ enum Action {
         tag: String,
     },
     /// Show a release, a failed one and a rollback, under load, on the cluster.
-    Demo,
+    Demo {
+        /// Remove instead what a demonstration has left on a cluster that goes on.
+        #[arg(long)]
+        clean_up: bool,
+    },
     /// Show what the last end-to-end run has measured.
     Results {
         /// Forget it instead: a run begins.
@@ -172,7 +176,8 @@ fn run(cli: &Cli) -> Result<()> {
                 .iter()
                 .try_for_each(|archive| print(&archive.path.display().to_string()))
         }
-        Action::Demo => demo::run(&Session::from_environment()?),
+        Action::Demo { clean_up: true } => demo::clean_up(&Session::from_environment()?),
+        Action::Demo { clean_up: false } => demo::run(&Session::from_environment()?),
         Action::Results { begin: true } => results::begin(),
         Action::Results { begin: false } => print(&results::table()?),
         Action::Launch | Action::Supervise => Ok(()),

@@ -34,7 +34,8 @@ pub fn write(name: &str, figures: &Value) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn repository() -> Result<&'static Path> {
+/// The repository's root.
+pub(crate) fn repository() -> Result<&'static Path> {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .context("no repository")

@@ -7,7 +7,7 @@
     reason = "a story that does not go on as told fails its test"
 )]
 
-use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use serde_json::{Value, json};
 
@@ -57,17 +57,19 @@ impl Ground {
     }
 
     fn of(turn: Turn) -> Self {
-        let session = Session::from_environment().unwrap();
-        let images = Images::from_environment().unwrap();
-        {
-            let _one_at_a_time = INSTALLATION.lock().unwrap_or_else(PoisonError::into_inner);
-            operator::install(&session, &images).unwrap();
-        }
-        Self {
-            session,
-            images,
+        let ground = Self {
+            session: Session::from_environment().unwrap(),
+            images: Images::from_environment().unwrap(),
             _turn: turn,
-        }
+        };
+        let _one_at_a_time = ground.installation();
+        operator::install(&ground.session, &ground.images).unwrap();
+        ground
+    }
+
+    /// For whoever installs the operator.
+    pub fn installation(&self) -> MutexGuard<'static, ()> {
+        INSTALLATION.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// An exchange that is live with this declaration.

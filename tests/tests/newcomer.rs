@@ -1,0 +1,64 @@
+//! The way of somebody who releases an image of their own for the first time: the commands of `examples/README.md`, as they
+//! stand there.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{env, fs};
+
+use testbed::{exchange::PATIENCE, kubectl::Namespace, sandbox::wait_until, story::Ground};
+
+const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+
+/// The page's commands, block by block.
+fn commands(page: &str) -> Vec<String> {
+    let blocks = page.split("```sh\n").skip(1);
+    blocks
+        .map(|block| block.split_once("```").unwrap().0.to_owned())
+        .collect()
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn a_newcomer_releases_an_image_and_goes_back() {
+    let ground = Ground::shared();
+    let namespace = Namespace::new(&ground.session, "newcomer").unwrap();
+    let page = fs::read_to_string(format!("{ROOT}/examples/README.md")).unwrap();
+    let blocks = commands(&page);
+    let [images, operator, stores, first, release, back] = blocks.as_slice() else {
+        panic!("the page has another number of blocks: {blocks:#?}")
+    };
+    assert!(images.contains("docker build"), "{images}");
+    // The images are there, the plugin is built, the namespace is the test's.
+    let shell = |commands: &str| {
+        let commands = commands
+            .replace("--namespace prod", &format!("--namespace {}", namespace.name))
+            .replace("kubectl create namespace prod\n", "");
+        let variables = format!("registry={} tag={}", ground.images.prefix, ground.images.tag);
+        let built = env::current_exe().unwrap();
+        let target = built.ancestors().nth(3).unwrap().display();
+        let path = format!("PATH={target}/release:{target}/debug:$PATH");
+        let script = format!("set -eux\ncd {ROOT}\n{variables}\n{path}\n{commands}");
+        ground.session.shell(&script).unwrap()
+    };
+    {
+        let _alone = ground.installation();
+        shell(operator);
+    }
+    let values = ground.session.stores_values().join(" ");
+    shell(&stores.replace(
+        "charts/exchange-stores",
+        &format!("charts/exchange-stores {values}"),
+    ));
+    let shown = shell(first);
+    assert!(shown.contains("Live") && shown.contains("1.0.0"), "{shown}");
+    shell(release);
+    let get = |path: &str| ground.session.get(&namespace.name, "exd/exchange", path).unwrap();
+    assert_eq!(get("{.status.phase} {.status.live.version}"), "Live 2.0.0");
+    shell(back);
+    wait_until("version 1 to be live again", PATIENCE, || {
+        get("{.status.phase} {.status.live.version}") == "Held 1.0.0"
+    })
+    .unwrap();
+    let history = shell("kubectl exchange history exchange --namespace prod");
+    assert!(history.contains("RolledBack"), "{history}");
+}
