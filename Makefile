@@ -16,8 +16,9 @@ CASE ?=
 ifneq ($(CASE),)
   override TEST := case_$(CASE)_
 endif
-# What the end-to-end tests are about: the ground floor, releases, the proof that nothing is lost.
-E2E ?= ground_floor release disturbed proof
+# What the end-to-end tests are about: the ground floor, the API, a newcomer's way, releases, releases that are disturbed, the
+# proof that nothing is lost.
+E2E ?= ground_floor schema newcomer release disturbed proof
 # How many histories `make simulate` lives through, from which on, or which one.
 HISTORIES ?= 200000
 FIRST ?= 0
@@ -157,12 +158,15 @@ crds-check:
 	  || { echo "error: crds/ or the chart's copy is out of date: run \`make crds\` and commit" >&2; exit 1; }
 
 .PHONY: bench
-bench: deps ## Benchmarks: ratios from one run, printed and written to target/results/*.json
+bench: bench-exchange bench-operator ## Benchmarks: ratios from one run, printed and written to target/results/*.json
+
+.PHONY: bench-exchange
+bench-exchange: deps ## Those of the exchange: trading beside pgbench on the same machine
 	@$(MAKE) --no-print-directory $(TESTBED)
 	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --workspace --release --locked --test it -- --ignored --nocapture bench::
 
 .PHONY: bench-operator
-bench-operator: cluster images ## Measure releases on the cluster: medians of RELEASES=10
+bench-operator: cluster images ## Those of the operator: releases on the cluster, medians of RELEASES=10
 	cargo test --workspace --locked --test bench -- --ignored --nocapture --test-threads 1 $(TEST)
 
 .PHONY: deny
