@@ -187,8 +187,8 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
     }
     // What the names pointed to before, and the stages: unnamed now, a gigabyte each time. An interrupted build has left its
     // container, too, which would keep them.
-    buildah(&["rm", "--all"], |_| {})?;
-    buildah(&["rmi", "--prune", "--force"], |_| {})?;
+    buildah(&["rm", "--all"])?;
+    buildah(&["rmi", "--prune", "--force"])?;
     Ok(archives)
 }
 
@@ -290,17 +290,27 @@ fn build(
     all.extend(args);
     let context = context.display().to_string();
     all.push(&context);
-    buildah(&all, |line| step.update(line))?;
+    // buildah, killed, leaves files where temporary ones go.
+    let scratch = archive.with_extension("scratch");
+    let _ = fs::remove_dir_all(&scratch); // of an interrupted build
+    fs::create_dir_all(&scratch)?;
+    let mut run = |args: &[&str]| {
+        let mut command = buildah_command()?;
+        finish("buildah", command.args(args).env("TMPDIR", &scratch), |line| {
+            step.update(line);
+        })
+    };
+    run(&all)?;
     // Written beside and renamed, so that an interrupted run leaves no half archive.
     let partial = archive.with_extension("partial");
     let _ = fs::remove_file(&partial);
     let target = format!("oci-archive:{}:{image}", partial.display());
-    let pushed = buildah(&["push", image, &target], |line| step.update(line));
-    if let Err(error) = pushed {
+    if let Err(error) = run(&["push", image, &target]) {
         let _ = fs::remove_file(&partial);
         return Err(explain_full_disk(error, &partial));
     }
-    fs::rename(&partial, archive).with_context(|| format!("cannot write {}", archive.display()))
+    fs::rename(&partial, archive).with_context(|| format!("cannot write {}", archive.display()))?;
+    fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
 }
 
 /// True if buildah has the image in its own storage, as a base for others.
@@ -315,7 +325,7 @@ fn stored(image: &str) -> Result<bool> {
 /// Puts an archive back into buildah's storage, when that was cleared but our cache was not.
 fn unpack(archive: &Archive) -> Result<bool> {
     let source = format!("oci-archive:{}", archive.path.display());
-    buildah(&["pull", &source], |_| {})?;
+    buildah(&["pull", &source])?;
     stored(&archive.image)
 }
 
@@ -330,8 +340,8 @@ fn buildah_command() -> Result<Command> {
     Ok(command)
 }
 
-fn buildah(args: &[&str], tell: impl FnMut(&str)) -> Result<()> {
-    finish("buildah", buildah_command()?.args(args), tell)
+fn buildah(args: &[&str]) -> Result<()> {
+    finish("buildah", buildah_command()?.args(args), |_| {})
 }
 
 /// Runs a command to its end; each line of its error output is told, and the last ones are the error if it fails.
