@@ -10,6 +10,7 @@ use std::{
     os::{fd::AsFd, unix::process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::LazyLock,
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -19,7 +20,7 @@ use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, setns, unshare},
     sys::signal::{Signal, kill},
-    unistd::{Pid, dup2_stdin, geteuid, setsid},
+    unistd::{Pid, dup2_stdin, setsid},
 };
 
 use crate::{
@@ -42,6 +43,9 @@ const KUBELET_SETTINGS: [(&str, &str); 6] = [
     ("kernel/keys/root_maxkeys", "1000000"),
     ("kernel/keys/root_maxbytes", "25000000"),
 ];
+
+/// Runs what follows as process 1 of a process namespace, and kills it when this one is killed.
+const UNSHARE: [&str; 5] = ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"];
 
 /// How long the kernel may take to end the processes of a cluster, the supervisor to see its link, …
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -67,11 +71,13 @@ pub fn run(program: &str, args: &[&str]) -> Result<String> {
 /// A long-running command that ends, with every process it has started, when this one does: nobody would wait for what
 /// it makes, and it would run beside the next one.
 pub fn bound(program: &str) -> Command {
+    // As process 1 of a namespace it takes the others with it. Not everybody can make one, and building needs no more.
+    static NAMESPACE: LazyLock<bool> =
+        LazyLock::new(|| run(UNSHARE[0], &[&UNSHARE[1..], &["true"]].concat()).is_ok());
     let mut command = Command::new("setpriv");
     command.arg("--pdeathsig=KILL");
-    // As process 1 of a namespace it takes the others with it. Only root can make one.
-    if geteuid().is_root() {
-        command.args(["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]);
+    if *NAMESPACE {
+        command.args(UNSHARE);
     }
     command.arg(program);
     command
