@@ -1,13 +1,23 @@
 #!/bin/sh
 # Installs the Debian packages that building and testing needs. Says what and why; does nothing that is done already.
 # No service is started: tests start their own servers.
+# With --cluster it first says what else a test cluster needs, before anything has been built.
 set -eu
+
+if [ "${1:-}" = --cluster ] && [ "$(id -u)" != 0 ]; then
+  echo "error: a test cluster needs root, for namespaces, mounts and cgroups: run this as root, or with sudo" >&2
+  exit 1
+fi
 
 # package, a file that it brings, what for
 wanted='
 gcc              /usr/bin/gcc                          compiling Go and Rust code that uses C
 libc6-dev        /usr/include/stdio.h                  the same
 libseccomp-dev   /usr/include/seccomp.h                runc: pods with a seccomp profile
+pkg-config       /usr/bin/pkg-config                   the same: how libseccomp is compiled in
+ca-certificates  /etc/ssl/certs/ca-certificates.crt    downloads, and the list of authorities in images
+mount            /bin/mount|/usr/bin/mount             the test cluster: volumes of pods, by the kubelet
+util-linux       /usr/bin/unshare                      the test cluster: processes that end together
 iproute2         /sbin/ip|/bin/ip|/usr/bin/ip          the test cluster: its own network
 nftables         /usr/sbin/nft                         the test cluster: Services, by kube-proxy
 buildah          /usr/bin/buildah                      images without a container engine
@@ -33,15 +43,17 @@ done <<END
 $wanted
 END
 
+modules=$(dirname "$0")/cluster
+wanted_go=$(sed -n 's/^go //p' "$modules/go.mod")
 if ! command -v go >/dev/null; then
-  echo "error: Go is missing: install Go 1.26 or newer and put it into PATH; the test cluster is built with it" >&2
+  echo "error: Go is missing: install Go $wanted_go or newer and put it into PATH; the test cluster is built with it" >&2
   exit 1
 fi
-version=$(go env GOVERSION)
-minor=${version#go1.}
-minor=${minor%%[!0-9]*}
-if [ "${minor:-0}" -lt 26 ] && [ "${version#go1.}" != "$version" ]; then
-  echo "error: $(command -v go) is $version: install Go 1.26 or newer and put it first into PATH" >&2
+# Go itself fetches the version that go.mod asks for, if it may: then this is that version.
+version=$(cd "$modules" && go env GOVERSION) || version=$(GOTOOLCHAIN=local go env GOVERSION)
+oldest=$(printf '%s\n' "go$wanted_go" "$version" | sort --version-sort | head -n 1)
+if [ "$oldest" != "go$wanted_go" ] && [ "${version#go}" != "$version" ]; then
+  echo "error: $(command -v go) is $version: install Go $wanted_go or newer and put it first into PATH" >&2
   exit 1
 fi
 if ! command -v cargo >/dev/null; then

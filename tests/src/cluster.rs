@@ -2,14 +2,16 @@
 
 use std::{
     env, fs,
+    io::ErrorKind,
     os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::unistd::geteuid;
+use serde::{Deserialize, Serialize};
 
-use crate::tools::Tools;
+use crate::{progress, sandbox, tools::Tools};
 
 /// The only node of a cluster.
 pub const NODE: &str = "node";
@@ -172,13 +174,39 @@ impl Cluster {
             .with_context(|| format!("cannot write to {}", self.home.display()))
     }
 
-    /// Fails if the home is there and was not made by [`Self::make_home`].
+    /// Removes the home; the mark last, so that whoever is interrupted here can be followed by another.
+    ///
+    /// # Errors
+    /// If something in it resists.
+    pub fn remove_home(&self) -> Result<()> {
+        let remove = || {
+            for entry in fs::read_dir(&self.home)? {
+                let entry = entry?;
+                if entry.file_type()?.is_dir() {
+                    fs::remove_dir_all(entry.path())?;
+                } else if entry.file_name() != MARK {
+                    fs::remove_file(entry.path())?;
+                }
+            }
+            fs::remove_dir_all(&self.home)
+        };
+        match remove() {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                bail!("cannot remove {}: {error}", self.home.display())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Fails if the home is there and was not made by [`Self::make_home`]. An empty one may be: the mark comes first and
+    /// goes last.
     ///
     /// # Errors
     /// One sentence that names the directory.
     pub fn check_home_is_ours(&self) -> Result<()> {
+        let is_empty = || fs::read_dir(&self.home).is_ok_and(|mut entries| entries.next().is_none());
         ensure!(
-            !self.home.exists() || self.home.join(MARK).is_file(),
+            !self.home.exists() || self.home.join(MARK).is_file() || is_empty(),
             "{} is not the home of a test cluster, so it is left alone: choose another --name or TESTBED_HOME",
             self.home.display()
         );
@@ -198,22 +226,47 @@ impl Cluster {
     ///
     /// # Errors
     /// If all 256 are taken.
-    pub fn claim_link(&self, taken_addresses: &str) -> Result<Link> {
-        let others: Vec<u8> = Self::all()?
-            .iter()
-            .filter(|other| other.name != self.name)
-            .filter_map(|c| c.link().ok())
-            .map(|l| l.0)
-            .collect();
-        let free = |n: &u8| !others.contains(n) && !taken_addresses.contains(&format!("10.231.{n}."));
-        let Some(number) = (0..=u8::MAX).find(free) else {
+    pub fn claim_link(&self) -> Result<Link> {
+        let others = Self::all()?.into_iter().filter(|other| other.name != self.name);
+        let claimed: Vec<Link> = others.filter_map(|other| other.link().ok()).collect();
+        let interfaces = sandbox::run("ip", &["address"])?;
+        let Some(link) = free_link(&claimed, &interfaces) else {
             bail!(
-                "no free network for the cluster: all of 10.231.0.0/16 is in use. `ip -4 addr` shows by what; `testbed \
-                 down --all` ends the test clusters"
+                "no free network for the cluster: all of 10.231.0.0/16, or every interface from testbed0 to testbed255, \
+                 is in use. `ip address` shows by what; `testbed down --all` ends the test clusters"
             );
         };
-        fs::write(self.home.join("link"), number.to_string())?;
-        Ok(Link(number))
+        fs::write(self.home.join("link"), link.0.to_string())?;
+        Ok(link)
+    }
+
+    /// Notes who starts the cluster: [`Self::differs_from`] compares.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn note_origin(&self, origin: &Origin) -> Result<()> {
+        let path = self.home.join("origin.json");
+        fs::write(&path, serde_json::to_string(origin)?)
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// What somebody should know who would have started this cluster himself, but has found it.
+    pub fn differs_from(&self, own: &Origin) -> Vec<String> {
+        let text = fs::read_to_string(self.home.join("origin.json")).unwrap_or_default();
+        let Ok(found) = serde_json::from_str::<Origin>(&text) else {
+            return vec!["nobody knows by which version of the code it was started".to_owned()];
+        };
+        let mut differences = Vec::new();
+        if found.clone != own.clone {
+            differences.push(format!(
+                "it was started from {}, which may use it now, load images of its own into it, or end it",
+                found.clone.display()
+            ));
+        }
+        if found.components != own.components {
+            differences.push("its components have other versions or settings than this code's".to_owned());
+        }
+        differences
     }
 
     /// An environment in which `kubectl`, `helm` and `ctr` speak with this cluster.
@@ -230,9 +283,33 @@ impl Cluster {
     }
 }
 
+/// Who starts a cluster, and of what.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Origin {
+    /// The repository's directory.
+    pub clone: PathBuf,
+    /// A hash of the components and their configuration.
+    pub components: String,
+}
+
 /// The veth pair between the host and a cluster, and its /30 network.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Link(u8);
+
+/// The first link that is not claimed, and whose names and addresses `ip address` does not show.
+fn free_link(claimed: &[Link], interfaces: &str) -> Option<Link> {
+    let free = |link: &Link| {
+        let used = [
+            format!(" {}:", link.host_interface()),
+            format!(" {}@", link.host_interface()),
+            format!(" {}:", link.inner_interface()),
+            format!(" {}@", link.inner_interface()),
+            format!(" 10.231.{}.", link.0),
+        ];
+        !claimed.contains(link) && !used.iter().any(|used| interfaces.contains(used))
+    };
+    (0..=u8::MAX).map(Link).find(free)
+}
 
 impl Link {
     /// The interface on the host.
@@ -258,7 +335,7 @@ impl Link {
 
 /// Where clusters live. A directory on a real disk (images are unpacked there), not below the ones that a
 /// cluster replaces with its own.
-fn home() -> Result<PathBuf> {
+pub(crate) fn home() -> Result<PathBuf> {
     let home =
         env::var_os("TESTBED_HOME").map_or_else(|| PathBuf::from("/var/tmp/exchange-testbed"), PathBuf::from);
     ensure!(
@@ -266,12 +343,10 @@ fn home() -> Result<PathBuf> {
         "TESTBED_HOME must be an absolute path, not {}",
         home.display()
     );
-    for replaced in [
-        "/var/lib", "/var/log", "/run", "/var/run", "/proc", "/sys", "/dev",
-    ] {
-        ensure!(
-            !home.starts_with(replaced),
-            "TESTBED_HOME must not be below {replaced}: inside the cluster that is another directory"
+    if let Some(directory) = sandbox::hidden_by(&home) {
+        bail!(
+            "TESTBED_HOME must not be below {directory}, as {} is: inside the cluster that is another directory",
+            home.display()
         );
     }
     let socket = home
@@ -285,22 +360,35 @@ fn home() -> Result<PathBuf> {
     Ok(home)
 }
 
-/// Makes the directory of all clusters, for this user only, and locks it: one start at a time. The directory itself is
-/// the lock, so that no file is left.
+/// Makes the directory of all clusters, for this user only, and locks it: one start or end at a time. The directory
+/// itself is the lock, so that no file is left.
 ///
 /// # Errors
 /// If others could write there: they could make root write where they like.
 pub fn starting() -> Result<fs::File> {
     let home = home()?;
     make_private(&home)?;
-    let found = fs::symlink_metadata(&home)?;
+    lock(&home)
+}
+
+/// The same lock, if the directory is there.
+///
+/// # Errors
+/// As [`starting`].
+pub fn ending() -> Result<Option<fs::File>> {
+    let home = home()?;
+    home.exists().then(|| lock(&home)).transpose()
+}
+
+fn lock(home: &Path) -> Result<fs::File> {
+    let found = fs::symlink_metadata(home)?;
     ensure!(
         found.is_dir() && found.uid() == geteuid().as_raw() && found.mode() & 0o022 == 0,
         "{} belongs to somebody else or can be written by others: remove it, or set TESTBED_HOME to another directory",
         home.display()
     );
-    let lock = fs::File::open(&home)?;
-    lock.lock()
+    let lock = fs::File::open(home)?;
+    progress::lock(&lock, "the start or end of another cluster")
         .with_context(|| format!("cannot lock {}", home.display()))?;
     Ok(lock)
 }
@@ -345,5 +433,26 @@ mod tests {
             );
         }
         Cluster::named("ci-2").expect("a good name");
+    }
+
+    #[test]
+    fn a_link_is_free_if_nobody_has_its_names_or_addresses() {
+        let interfaces = "1: lo: <LOOPBACK,UP> mtu 65536\n    inet 127.0.0.1/8 scope host lo\n\
+                          7: testbed0: <BROADCAST> mtu 1500\n9: testbed1-in@if8: <BROADCAST> mtu 1500\n\
+                          11: dummy0: <BROADCAST> mtu 1500\n    inet 10.231.2.9/24 scope global dummy0\n";
+        assert_eq!(free_link(&[Link(3)], interfaces), Some(Link(4)));
+        assert_eq!(free_link(&[], ""), Some(Link(0)));
+        let all: Vec<Link> = (0..=u8::MAX).map(Link).collect();
+        assert_eq!(free_link(&all, ""), None);
+    }
+
+    #[test]
+    fn a_home_that_the_cluster_would_not_see_is_refused() {
+        assert_eq!(
+            sandbox::hidden_by(Path::new("/var/lib/jenkins/x")),
+            Some("/var/lib")
+        );
+        assert_eq!(sandbox::hidden_by(Path::new("/var/run/x")), Some("/run")); // a symbolic link
+        assert_eq!(sandbox::hidden_by(Path::new("/var/tmp/x")), None);
     }
 }

@@ -9,12 +9,13 @@ use std::{
 
 use anyhow::{Context, Result};
 use serde_json::json;
+use sha2::{Digest, Sha256};
 
 use crate::{
     addons::{HELPER_IMAGE, NAMESPACE},
     cluster::{Cluster, DOMAIN, NODE, POD_CIDR, SERVICE_CIDR},
     operator::OPERATOR_NAMESPACE,
-    tools::Tools,
+    tools::{Tools, hex},
     up,
 };
 
@@ -315,12 +316,33 @@ fn flags(flags: &[(&str, &str)]) -> Vec<String> {
 /// If a file cannot be written.
 pub fn write_configuration(cluster: &Cluster, tools: &Tools) -> Result<()> {
     let conf = cluster.conf();
+    fs::create_dir_all(conf.join("cni"))?;
+    for (name, text) in configuration(cluster, tools)? {
+        fs::write(conf.join(name), text)
+            .with_context(|| format!("cannot write {name} in {}", conf.display()))?;
+    }
+    Ok(())
+}
+
+/// This code's components for a cluster, with their configuration, as a hash.
+///
+/// # Errors
+/// If the cluster has no link yet.
+pub fn fingerprint(cluster: &Cluster, tools: &Tools) -> Result<String> {
+    let mut hash = Sha256::new();
+    for component in all(cluster, tools)? {
+        hash.update(component.program.as_os_str().as_encoded_bytes());
+        hash.update(format!("{:?}", component.args));
+    }
+    hash.update(format!("{:?}", configuration(cluster, tools)?));
+    Ok(hex(&hash.finalize()))
+}
+
+/// The configuration files by name.
+fn configuration(cluster: &Cluster, tools: &Tools) -> Result<Vec<(&'static str, String)>> {
+    let conf = cluster.conf();
     let pki = cluster.pki();
     let address = cluster.link()?.node_address();
-    let write = |name: &str, text: &str| {
-        fs::write(conf.join(name), text).with_context(|| format!("cannot write {name} in {}", conf.display()))
-    };
-    fs::create_dir_all(conf.join("cni"))?;
 
     // What the operator did and was refused: the rights that its chart asks for are compared with it.
     let audit = json!({
@@ -330,7 +352,6 @@ pub fn write_configuration(cluster: &Cluster, tools: &Tools) -> Result<()> {
             {"level": "None"},
         ],
     });
-    write("audit.json", &audit.to_string())?;
 
     let bridge = json!({
         "cniVersion": "1.0.0", "name": "pods", "plugins": [
@@ -340,12 +361,8 @@ pub fn write_configuration(cluster: &Cluster, tools: &Tools) -> Result<()> {
             {"type": "portmap", "capabilities": {"portMappings": true}},
         ],
     });
-    write("cni/10-pods.conflist", &bridge.to_string())?;
-
-    write(
-        "containerd.toml",
-        &format!(
-            r#"version = 3
+    let containerd = format!(
+        r#"version = 3
 disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs"]
 
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
@@ -359,10 +376,9 @@ disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.
   bin_dirs = ["{bin}"]
   conf_dir = "{conf}/cni"
 "#,
-            bin = tools.dir().display(),
-            conf = conf.display(),
-        ),
-    )?;
+        bin = tools.dir().display(),
+        conf = conf.display(),
+    );
 
     let kubelet = json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
@@ -383,7 +399,6 @@ disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.
         "volumePluginDir": "/var/lib/kubelet/plugins-exec",
         "nodeStatusUpdateFrequency": "5s",
     });
-    write("kubelet.json", &kubelet.to_string())?;
 
     let proxy = json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration",
@@ -392,24 +407,27 @@ disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.
         // The limits belong to the host.
         "conntrack": {"maxPerCore": 0, "min": 0},
     });
-    write("kube-proxy.json", &proxy.to_string())?;
-
-    write(
-        "Corefile",
-        &format!(
-            "{DOMAIN} in-addr.arpa {{\n  bind {address}\n  errors\n  ready {address}:{DNS_READY_PORT}\n  kubernetes {{\n    kubeconfig \
+    let dns = format!(
+        "{DOMAIN} in-addr.arpa {{\n  bind {address}\n  errors\n  ready {address}:{DNS_READY_PORT}\n  kubernetes {{\n    kubeconfig \
          {kubeconfig}\n    pods insecure\n    ttl 5\n  }}\n  cache 5\n}}\n",
-            kubeconfig = cluster.kubeconfig_of("addons").display(),
-        ),
-    )?;
+        kubeconfig = cluster.kubeconfig_of("addons").display(),
+    );
 
     let volumes = json!({"nodePathMap": [
         {"node": "DEFAULT_PATH_FOR_NON_LISTED_NODES", "paths": ["/var/lib/volumes"]},
     ]});
-    write("volumes.json", &volumes.to_string())?;
     let helper = json!({
         "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "volume-helper"},
         "spec": {"containers": [{"name": "helper", "image": HELPER_IMAGE, "imagePullPolicy": "Never"}]},
     });
-    write("volume-helper.yaml", &helper.to_string())
+    Ok(vec![
+        ("audit.json", audit.to_string()),
+        ("cni/10-pods.conflist", bridge.to_string()),
+        ("containerd.toml", containerd),
+        ("kubelet.json", kubelet.to_string()),
+        ("kube-proxy.json", proxy.to_string()),
+        ("Corefile", dns),
+        ("volumes.json", volumes.to_string()),
+        ("volume-helper.yaml", helper.to_string()),
+    ])
 }

@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     cluster::{Cluster, cache_dir},
-    progress::Step,
+    progress::{self, Step},
     sandbox,
     tools::{Tools, hex},
 };
@@ -73,7 +73,7 @@ pub struct Archive {
 /// # Errors
 /// If buildah or mmdebstrap is missing, or a package cannot be fetched.
 pub fn helper(tools: &Tools) -> Result<Archive> {
-    from_packages(tools, &HELPER)
+    from_packages(tools, &HELPER, "image")
 }
 
 /// The stores' images and the base of all others, from Debian packages and the pinned nats-server.
@@ -82,8 +82,10 @@ pub fn helper(tools: &Tools) -> Result<Archive> {
 /// If a package cannot be fetched or an image not be built.
 pub fn stores(tools: &Tools) -> Result<Vec<Archive>> {
     let mut archives = Vec::new();
+    let all = RECIPES.len() + 1;
     for recipe in &RECIPES {
-        let archive = from_packages(tools, recipe)?;
+        let title = format!("store image {} of {all}:", archives.len() + 1);
+        let archive = from_packages(tools, recipe, &title)?;
         ensure!(
             recipe.name != "base" || stored(&archive.image)? || unpack(&archive)?,
             "the base image is damaged"
@@ -91,13 +93,23 @@ pub fn stores(tools: &Tools) -> Result<Vec<Archive>> {
         archives.push(archive);
     }
     let image = format!("{PREFIX}/nats:{STATIC_TAG}");
-    archives.push(cached(tools, "nats", &image, "", |_, context| {
+    let title = format!("store image {all} of {all}:");
+    archives.push(cached(tools, "nats", &image, "", &title, |_, context| {
         fs::copy(tools.path("nats-server"), context.join("nats-server"))
             .context("cannot copy nats-server")?;
         Ok(())
     })?);
     Ok(archives)
 }
+
+/// The final stages of the Dockerfile that are images of their own.
+const TARGETS: [&str; 5] = [
+    "exchange-operator",
+    "exchange",
+    "exchange-user",
+    "exchange-trade",
+    "exchange-notification",
+];
 
 /// The releases of the exchange: tag, binary, and the fault of those that have one.
 const RELEASES: [(&str, &str, Option<&str>); 7] = [
@@ -138,9 +150,10 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
     let root = repository.join("Dockerfile");
     let prebuilt = ["--build-arg", "BINARIES=prebuilt"];
     let mut archives = Vec::new();
+    let all = 1 + TARGETS.len() + RELEASES.len();
     let mut make = |name: &str, tag: &str, file: &Path, context: &Path, args: &[&str]| -> Result<()> {
         let image = format!("{PREFIX}/{name}:{tag}");
-        let mut step = Step::start(format!("image {image}"));
+        let mut step = Step::start(format!("image {} of {all}: {image}", archives.len() + 1));
         let path = out.join(format!("{name}-{tag}.tar"));
         build(
             &mut step,
@@ -157,13 +170,7 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
     // Alone: the cleaning at the end would take the unnamed stages of another build that still goes on.
     let _lock = lock_images(&cache_dir()?.join("images"))?;
     make("testbed-agent", tag, &agent, &dist, &[])?;
-    for target in [
-        "exchange-operator",
-        "exchange",
-        "exchange-user",
-        "exchange-trade",
-        "exchange-notification",
-    ] {
+    for target in TARGETS {
         make(target, tag, &root, repository, &["--target", target])?;
     }
     for (version, binary, fault) in RELEASES {
@@ -178,8 +185,10 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
         }
         make("exchange", version, &root, repository, &args)?;
     }
-    // What the names pointed to before, and the stages: unnamed now, a gigabyte each time.
-    buildah(&["rmi", "--prune", "--force"], |_| {})?;
+    // What the names pointed to before, and the stages: unnamed now, a gigabyte each time. An interrupted build has left its
+    // container, too, which would keep them.
+    buildah(&["rm", "--all"])?;
+    buildah(&["rmi", "--prune", "--force"])?;
     Ok(archives)
 }
 
@@ -187,13 +196,14 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
 fn lock_images(cache: &Path) -> Result<fs::File> {
     fs::create_dir_all(cache).with_context(|| format!("cannot create {}", cache.display()))?;
     let lock = fs::File::create(cache.join("lock"))?;
-    lock.lock().context("cannot lock the image cache")?;
+    progress::lock(&lock, "another run that builds images").context("cannot lock the image cache")?;
     Ok(lock)
 }
 
-fn from_packages(tools: &Tools, recipe: &Recipe) -> Result<Archive> {
+fn from_packages(tools: &Tools, recipe: &Recipe, title: &str) -> Result<Archive> {
     let image = format!("{PREFIX}/{}:{STATIC_TAG}", recipe.name);
-    cached(tools, recipe.name, &image, recipe.packages, |step, context| {
+    let packages = recipe.packages;
+    cached(tools, recipe.name, &image, packages, title, |step, context| {
         root_file_system(step, recipe, context)
     })
 }
@@ -204,6 +214,7 @@ fn cached(
     name: &str,
     image: &str,
     recipe: &str,
+    title: &str,
     prepare: impl FnOnce(&mut Step, &Path) -> Result<()>,
 ) -> Result<Archive> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("cluster/images/{name}.Dockerfile"));
@@ -225,7 +236,7 @@ fn cached(
     if archive.path.exists() {
         return Ok(archive); // somebody else built it while we waited
     }
-    let mut step = Step::start(format!("image {image}"));
+    let mut step = Step::start(format!("{title} {image}"));
     let context = cache.join(format!("{name}-{key}.context"));
     let _ = fs::remove_dir_all(&context); // of an interrupted build
     fs::create_dir_all(&context)?;
@@ -245,9 +256,15 @@ fn root_file_system(step: &mut Step, recipe: &Recipe, context: &Path) -> Result<
     let authorities = Path::new("/etc/ssl/certs/ca-certificates.crt");
     fs::copy(authorities, context.join("ca-certificates.crt"))
         .with_context(|| format!("cannot copy {}", authorities.display()))?;
-    let mut command = Command::new("mmdebstrap");
+    // What a killed mmdebstrap leaves goes with the context.
+    let scratch = context.join("scratch");
+    fs::create_dir_all(&scratch)?;
+    let mut command = sandbox::bound("mmdebstrap");
     command.args(["--variant=extract", &include, "bookworm", &tar]);
-    finish(&mut command, |line| step.update(line))
+    finish("mmdebstrap", command.env("TMPDIR", &scratch), |line| {
+        step.update(line);
+    })?;
+    fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
 }
 
 fn build(
@@ -273,17 +290,27 @@ fn build(
     all.extend(args);
     let context = context.display().to_string();
     all.push(&context);
-    buildah(&all, |line| step.update(line))?;
+    // buildah, killed, leaves files where temporary ones go.
+    let scratch = archive.with_extension("scratch");
+    let _ = fs::remove_dir_all(&scratch); // of an interrupted build
+    fs::create_dir_all(&scratch)?;
+    let mut run = |args: &[&str]| {
+        let mut command = buildah_command()?;
+        finish("buildah", command.args(args).env("TMPDIR", &scratch), |line| {
+            step.update(line);
+        })
+    };
+    run(&all)?;
     // Written beside and renamed, so that an interrupted run leaves no half archive.
     let partial = archive.with_extension("partial");
     let _ = fs::remove_file(&partial);
     let target = format!("oci-archive:{}:{image}", partial.display());
-    let pushed = buildah(&["push", image, &target], |line| step.update(line));
-    if let Err(error) = pushed {
+    if let Err(error) = run(&["push", image, &target]) {
         let _ = fs::remove_file(&partial);
         return Err(explain_full_disk(error, &partial));
     }
-    fs::rename(&partial, archive).with_context(|| format!("cannot write {}", archive.display()))
+    fs::rename(&partial, archive).with_context(|| format!("cannot write {}", archive.display()))?;
+    fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
 }
 
 /// True if buildah has the image in its own storage, as a base for others.
@@ -298,13 +325,13 @@ fn stored(image: &str) -> Result<bool> {
 /// Puts an archive back into buildah's storage, when that was cleared but our cache was not.
 fn unpack(archive: &Archive) -> Result<bool> {
     let source = format!("oci-archive:{}", archive.path.display());
-    buildah(&["pull", &source], |_| {})?;
+    buildah(&["pull", &source])?;
     stored(&archive.image)
 }
 
 fn buildah_command() -> Result<Command> {
     let storage = cache_dir()?.join("buildah");
-    let mut command = Command::new("buildah");
+    let mut command = sandbox::bound("buildah");
     command
         .arg("--storage-driver=overlay")
         .arg("--root")
@@ -313,19 +340,18 @@ fn buildah_command() -> Result<Command> {
     Ok(command)
 }
 
-fn buildah(args: &[&str], tell: impl FnMut(&str)) -> Result<()> {
-    finish(buildah_command()?.args(args), tell)
+fn buildah(args: &[&str]) -> Result<()> {
+    finish("buildah", buildah_command()?.args(args), |_| {})
 }
 
 /// Runs a command to its end; each line of its error output is told, and the last ones are the error if it fails.
-fn finish(command: &mut Command, mut tell: impl FnMut(&str)) -> Result<()> {
-    let name = command.get_program().to_string_lossy().into_owned();
+fn finish(name: &str, command: &mut Command, mut tell: impl FnMut(&str)) -> Result<()> {
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .with_context(|| format!("cannot start `{name}`: `make deps` installs what images are built with"))?;
+        .with_context(|| format!("cannot start `{name}`"))?;
     let mut last = VecDeque::new();
     if let Some(errors) = child.stderr.take() {
         for line in BufReader::new(errors).split(b'\n') {
@@ -339,7 +365,7 @@ fn finish(command: &mut Command, mut tell: impl FnMut(&str)) -> Result<()> {
     }
     ensure!(
         child.wait()?.success(),
-        "`{name}` failed:\n{}",
+        "`{name}` failed (`make deps` installs what images are built with):\n{}",
         Vec::from(last).join("\n")
     );
     Ok(())

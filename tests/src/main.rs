@@ -16,7 +16,8 @@ use testbed::{
     demo,
     images::{self, Archive},
     kubectl::Session,
-    progress::say,
+    preflight,
+    progress::{Step, say},
     results, sandbox, supervisor,
     tools::Tools,
     up,
@@ -43,6 +44,8 @@ enum Action {
         #[arg(long)]
         all: bool,
     },
+    /// Say whether this machine can run a cluster, and what it lacks. Builds nothing.
+    Preflight,
     /// Show the components, their restarts and the logs' place. Fails if the cluster does not run.
     Status,
     /// Print the path of the administrator's kubeconfig.
@@ -125,32 +128,15 @@ fn run(cli: &Cli) -> Result<()> {
             }
             Ok(())
         }
+        Action::Preflight => preflight::check(),
         Action::Status => status(&cluster),
         Action::Kubeconfig => {
             sandbox::supervisor(&cluster).with_context(|| cluster.does_not_run())?;
             print(&cluster.kubeconfig().display().to_string())
         }
-        Action::Load { archives } => {
-            let tools = Tools::ensure()?;
-            for path in archives {
-                let name = path
-                    .file_name()
-                    .unwrap_or_default()
-                    .to_string_lossy()
-                    .into_owned();
-                images::load(
-                    &cluster,
-                    &tools,
-                    &Archive {
-                        image: name.clone(),
-                        path: path.clone(),
-                    },
-                )?;
-                say(format!("  ✓ loaded {name}"));
-            }
-            Ok(())
-        }
+        Action::Load { archives } => load(&cluster, archives),
         Action::Exec { command } => {
+            sandbox::supervisor(&cluster).with_context(|| cluster.does_not_run())?;
             let tools = Tools::ensure()?;
             sandbox::join_network(&cluster)?;
             let (program, args) = command.split_first().context("no command")?;
@@ -184,9 +170,34 @@ fn run(cli: &Cli) -> Result<()> {
     }
 }
 
+fn load(cluster: &Cluster, archives: &[PathBuf]) -> Result<()> {
+    sandbox::supervisor(cluster).with_context(|| cluster.does_not_run())?;
+    let tools = Tools::ensure()?;
+    for (index, path) in archives.iter().enumerate() {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let archive = Archive {
+            image: name.clone().into_owned(),
+            path: path.clone(),
+        };
+        let step = Step::start(format!("loading {} of {}: {name}", index + 1, archives.len()));
+        images::load(cluster, &tools, &archive)?;
+        step.done();
+    }
+    Ok(())
+}
+
 fn start(cluster: &Cluster) -> Result<()> {
     let times = up::up(cluster)?;
     let seconds = |time: Duration| (time.as_secs_f64() * 10.0).round() / 10.0;
+    if times.was_running {
+        say(format!(
+            "Cluster {:?} runs already; looked at in {} s.\n  export KUBECONFIG={}",
+            cluster.name(),
+            seconds(times.all_ready),
+            cluster.kubeconfig().display()
+        ));
+        return Ok(());
+    }
     let build = times.build.map_or_else(
         || "nothing to build".into(),
         |took| format!("cold build {} s", seconds(took)),

@@ -1,85 +1,176 @@
 //! What a machine must have before a cluster can be started: each lack is one sentence with the way out.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, ensure};
 use nix::{sys::statvfs::statvfs, unistd::geteuid};
 
+use crate::{
+    cluster::{cache_dir, home},
+    sandbox::hidden_by,
+};
+
 /// Programs that the launcher and the components call, with the Debian package that has each.
-const PROGRAMS: [(&str, &str); 4] = [
+const PROGRAMS: [(&str, &str); 6] = [
     ("ip", "iproute2"),
     ("nft", "nftables"),
     ("mount", "mount"),
+    ("unshare", "util-linux"),
     ("buildah", "buildah"),
+    ("mmdebstrap", "mmdebstrap"),
+];
+
+/// What only the kernel can give: what is tried, and what to say if that fails.
+const KERNEL: [(Feature, &str); 9] = [
+    (
+        Feature::Namespace("net"),
+        "the kernel has no network namespaces (CONFIG_NET_NS)",
+    ),
+    (
+        Feature::Namespace("mnt"),
+        "the kernel has no mount namespaces (CONFIG_NAMESPACES)",
+    ),
+    (
+        Feature::Namespace("pid"),
+        "the kernel has no process namespaces (CONFIG_PID_NS)",
+    ),
+    (
+        Feature::Cgroups,
+        "no cgroups are mounted at /sys/fs/cgroup: mount them, for example with `mount -t cgroup2 none /sys/fs/cgroup`",
+    ),
+    (
+        Feature::Overlay,
+        "the kernel has no overlayfs (CONFIG_OVERLAY_FS); `modprobe overlay` does not help",
+    ),
+    (
+        Feature::BridgeFilter,
+        "the kernel does not filter bridged packets (CONFIG_BRIDGE_NETFILTER), so pods of one node could not reach each \
+         other through a Service; `modprobe br_netfilter` does not help",
+    ),
+    (
+        Feature::Interface("veth"),
+        "the kernel has no veth interfaces (CONFIG_VETH); `modprobe veth` does not help",
+    ),
+    (
+        Feature::Interface("bridge"),
+        "the kernel has no network bridges (CONFIG_BRIDGE); `modprobe bridge` does not help",
+    ),
+    (
+        Feature::Nftables,
+        "the kernel has no nftables (CONFIG_NF_TABLES): `nft list tables` fails",
+    ),
 ];
 
 /// Free space below which images may not fit, in bytes.
 const DISK_MIN: u64 = 4 << 30;
 
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Feature {
+    Namespace(&'static str),
+    Cgroups,
+    Overlay,
+    BridgeFilter,
+    Interface(&'static str),
+    Nftables,
+}
+
 /// Checks the machine.
 ///
 /// # Errors
 /// Lists everything that is missing at once.
-pub fn check(home: &Path) -> Result<()> {
-    if !geteuid().is_root() {
-        bail!(
-            "a test cluster needs root, for namespaces, mounts and cgroups: run this as root, or with sudo"
-        );
-    }
+pub fn check() -> Result<()> {
+    ensure!(
+        geteuid().is_root(),
+        "a test cluster needs root, for namespaces, mounts and cgroups: run this as root, or with sudo"
+    );
+    let home = home()?;
+    let there = home.ancestors().find(|path| path.exists()).unwrap_or(&home);
+    let lacks = lacks(&Machine {
+        has: &is_there,
+        has_program: &is_installed,
+        free: statvfs(there).map_or(u64::MAX, |disk| disk.blocks_available() * disk.fragment_size()),
+        home: home.clone(),
+        cache: cache_dir()?,
+    });
+    ensure!(
+        lacks.is_empty(),
+        "this machine cannot run a test cluster yet:\n  - {}",
+        lacks.join("\n  - ")
+    );
+    Ok(())
+}
+
+/// What is asked of a machine.
+struct Machine<'a> {
+    has: &'a dyn Fn(Feature) -> bool,
+    has_program: &'a dyn Fn(&str) -> bool,
+    /// Bytes on the disk of the clusters' home.
+    free: u64,
+    home: PathBuf,
+    cache: PathBuf,
+}
+
+fn lacks(machine: &Machine<'_>) -> Vec<String> {
     let mut lacks = Vec::new();
-    let filesystems = fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    if !filesystems.contains("overlay") && !loads("overlay") {
-        lacks.push(
-            "the kernel has no overlayfs (CONFIG_OVERLAY_FS); `modprobe overlay` does not help".to_owned(),
-        );
-    }
-    if !Path::new("/proc/sys/net/bridge").exists() && !loads("br_netfilter") {
-        lacks.push(
-            "the kernel does not filter bridged packets (CONFIG_BRIDGE_NETFILTER), so pods of one node could not \
-             reach each other through a Service; `modprobe br_netfilter` does not help"
-                .to_owned(),
-        );
-    }
-    for namespace in ["net", "mnt", "pid"] {
-        if !Path::new("/proc/self/ns").join(namespace).exists() {
-            lacks.push(format!("the kernel has no {namespace} namespaces"));
-        }
-    }
-    if !Path::new("/sys/fs/cgroup").is_dir()
-        || fs::read_dir("/sys/fs/cgroup").is_ok_and(|mut all| all.next().is_none())
-    {
-        lacks.push("no cgroups are mounted at /sys/fs/cgroup".to_owned());
-    }
     for (program, package) in PROGRAMS {
-        if !is_installed(program) {
+        if !(machine.has_program)(program) {
             lacks.push(format!(
                 "`{program}` is not installed: `make deps` installs it (Debian package {package})"
             ));
         }
     }
-    if is_installed("nft") && !succeeds("nft", &["list", "tables"]) {
-        lacks.push("the kernel has no nftables (CONFIG_NF_TABLES): `nft list tables` fails".to_owned());
-    }
-    let there = home.ancestors().find(|path| path.exists()).unwrap_or(home);
-    if let Ok(disk) = statvfs(there) {
-        let free = disk.blocks_available() * disk.fragment_size();
-        if free < DISK_MIN {
-            lacks.push(format!(
-                "{} has {} MiB free, and images need {} MiB: make room, or set TESTBED_HOME to a directory on another \
-                 disk",
-                home.display(),
-                free >> 20,
-                DISK_MIN >> 20
-            ));
+    for (feature, lack) in KERNEL {
+        let program = match feature {
+            Feature::Nftables => "nft",
+            Feature::Interface(_) => "ip",
+            _ => "",
+        };
+        // Without the program that tries it, nothing is known of the kernel.
+        if (program.is_empty() || (machine.has_program)(program)) && !(machine.has)(feature) {
+            lacks.push(lack.to_owned());
         }
     }
-    if !lacks.is_empty() {
-        bail!(
-            "this machine cannot run a test cluster yet:\n  - {}",
-            lacks.join("\n  - ")
-        );
+    if machine.free < DISK_MIN {
+        lacks.push(format!(
+            "{} has {} MiB free, and images need {} MiB: make room, or set TESTBED_HOME to a directory on another disk",
+            machine.home.display(),
+            machine.free >> 20,
+            DISK_MIN >> 20
+        ));
     }
-    Ok(())
+    if let Some(directory) = hidden_by(&machine.cache) {
+        lacks.push(format!(
+            "the cache of built components, {}, is below {directory}, and inside a cluster that is another directory: set \
+             TESTBED_CACHE to one elsewhere, such as /var/cache/exchange-testbed",
+            machine.cache.display()
+        ));
+    }
+    lacks
+}
+
+fn is_there(feature: Feature) -> bool {
+    match feature {
+        Feature::Namespace(kind) => Path::new("/proc/self/ns").join(kind).exists(),
+        Feature::Cgroups => {
+            fs::read_dir("/sys/fs/cgroup").is_ok_and(|mut hierarchies| hierarchies.next().is_some())
+        }
+        Feature::Overlay => {
+            let filesystems = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+            filesystems.contains("overlay") || succeeds("modprobe", &["overlay"])
+        }
+        Feature::BridgeFilter => {
+            Path::new("/proc/sys/net/bridge").exists() || succeeds("modprobe", &["br_netfilter"])
+        }
+        // In a network namespace of its own, which ends with it.
+        Feature::Interface(kind) => {
+            succeeds("unshare", &["--net", "ip", "link", "add", "probe", "type", kind])
+        }
+        Feature::Nftables => succeeds("nft", &["list", "tables"]),
+    }
 }
 
 fn is_installed(program: &str) -> bool {
@@ -89,13 +180,68 @@ fn is_installed(program: &str) -> bool {
         .any(|directory| directory.join(program).is_file())
 }
 
-fn loads(module: &str) -> bool {
-    succeeds("modprobe", &[module])
-}
-
 fn succeeds(program: &str, args: &[&str]) -> bool {
     Command::new(program)
         .args(args)
         .output()
         .is_ok_and(|output| output.status.success())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine<'a>(has: &'a dyn Fn(Feature) -> bool, has_program: &'a dyn Fn(&str) -> bool) -> Machine<'a> {
+        Machine {
+            has,
+            has_program,
+            free: DISK_MIN,
+            home: "/var/tmp/clusters".into(),
+            cache: "/var/cache/tools".into(),
+        }
+    }
+
+    #[test]
+    fn every_missing_kernel_feature_is_named_alone() {
+        assert_eq!(lacks(&machine(&|_| true, &|_| true)), Vec::<String>::new());
+        for (missing, sentence) in KERNEL {
+            assert_eq!(
+                lacks(&machine(&|feature| feature != missing, &|_| true)),
+                [sentence]
+            );
+        }
+    }
+
+    #[test]
+    fn a_missing_program_is_named_with_its_package_and_says_nothing_about_the_kernel() {
+        let lacks = lacks(&machine(
+            &|feature| !matches!(feature, Feature::Interface(_) | Feature::Nftables),
+            &|program| program != "ip" && program != "nft",
+        ));
+        assert_eq!(lacks.len(), 2, "{lacks:?}");
+        assert!(
+            lacks
+                .iter()
+                .any(|lack| lack.contains("`ip`") && lack.contains("iproute2")),
+            "{lacks:?}"
+        );
+    }
+
+    #[test]
+    fn a_full_disk_and_a_hidden_cache_are_named_with_the_way_out() {
+        let mut machine = machine(&|_| true, &|_| true);
+        machine.free = DISK_MIN - 1;
+        machine.cache = "/var/lib/jenkins/.cache".into();
+        let lacks = lacks(&machine);
+        assert!(
+            lacks.iter().any(|lack| lack.contains("TESTBED_HOME")),
+            "{lacks:?}"
+        );
+        assert!(
+            lacks
+                .iter()
+                .any(|lack| lack.contains("TESTBED_CACHE") && lack.contains("below /var/lib,")),
+            "{lacks:?}"
+        );
+    }
 }

@@ -7,28 +7,32 @@
 
 use std::{
     fs,
-    os::unix::process::CommandExt,
+    os::{fd::AsFd, unix::process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::LazyLock,
     thread::sleep,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, setns, unshare},
     sys::signal::{Signal, kill},
-    unistd::{Pid, setsid},
+    unistd::{Pid, dup2_stdin, setsid},
 };
 
 use crate::{
-    cluster::{Cluster, Link, SERVICE_CIDR},
+    cluster::{self, Cluster, Link, SERVICE_CIDR},
     progress::Step,
 };
 
 /// Directories inside the cluster that are its own, with the name of the directory that stands for each.
 const REPLACED: [(&str, &str); 3] = [("lib", "/var/lib"), ("log", "/var/log"), ("run", "/run")];
+
+/// What else is not the machine's inside a cluster.
+const OWN_ANYWAY: [&str; 3] = ["/proc", "/sys", "/dev"];
 
 /// Kernel settings that a kubelet insists on, with the values that it wants.
 const KUBELET_SETTINGS: [(&str, &str); 6] = [
@@ -39,6 +43,9 @@ const KUBELET_SETTINGS: [(&str, &str); 6] = [
     ("kernel/keys/root_maxkeys", "1000000"),
     ("kernel/keys/root_maxbytes", "25000000"),
 ];
+
+/// Runs what follows as process 1 of a process namespace, and kills it when this one is killed.
+const UNSHARE: [&str; 5] = ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"];
 
 /// How long the kernel may take to end the processes of a cluster, the supervisor to see its link, …
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -61,6 +68,32 @@ pub fn run(program: &str, args: &[&str]) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+/// A long-running command that ends, with every process it has started, when this one does: nobody would wait for what
+/// it makes, and it would run beside the next one.
+pub fn bound(program: &str) -> Command {
+    // As process 1 of a namespace it takes the others with it. Not everybody can make one, and building needs no more.
+    static NAMESPACE: LazyLock<bool> =
+        LazyLock::new(|| run(UNSHARE[0], &[&UNSHARE[1..], &["true"]].concat()).is_ok());
+    let mut command = Command::new("setpriv");
+    command.arg("--pdeathsig=KILL");
+    if *NAMESPACE {
+        command.args(UNSHARE);
+    }
+    command.arg(program);
+    command
+}
+
+/// The directory that hides a path from the processes of a cluster, if one does.
+pub fn hidden_by(path: &Path) -> Option<&'static str> {
+    let there = path.ancestors().find_map(|part| {
+        let real = part.canonicalize().ok()?;
+        Some(real.join(path.strip_prefix(part).ok()?))
+    });
+    let real = there.unwrap_or_else(|| path.to_owned());
+    let mut directories = REPLACED.iter().map(|(_, directory)| *directory).chain(OWN_ANYWAY);
+    directories.find(|directory| real.starts_with(directory))
+}
+
 /// Polls until the condition holds.
 ///
 /// # Errors
@@ -81,6 +114,9 @@ pub fn wait_until(what: &str, patience: Duration, mut holds: impl FnMut() -> boo
 /// First half of a start, in a process of its own with a single thread (the kernel demands it): makes the link
 /// and the namespaces, puts the supervisor into them, ends.
 ///
+/// Its standard input is the lock of all starts ([`cluster::starting`]), and so is the supervisor's until it can be
+/// found: whoever ends the cluster waits until there is something to end, also if `up` was killed.
+///
 /// # Errors
 /// If the kernel or `ip` refuses a step.
 pub fn launch(cluster: &Cluster, supervisor_args: &[&str]) -> Result<()> {
@@ -90,7 +126,8 @@ pub fn launch(cluster: &Cluster, supervisor_args: &[&str]) -> Result<()> {
     run(
         "ip",
         &["link", "add", &outer, "type", "veth", "peer", "name", &inner],
-    )?;
+    )
+    .with_context(|| format!("cannot make the interface {outer}: if it is there by now, start again"))?;
     run(
         "ip",
         &[
@@ -106,7 +143,6 @@ pub fn launch(cluster: &Cluster, supervisor_args: &[&str]) -> Result<()> {
     let host_network = fs::File::open("/proc/self/ns/net")?;
     unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID)
         .context("the kernel refuses new namespaces (network, mount, process)")?;
-    fs::create_dir_all(cluster.logs())?;
     let log = fs::OpenOptions::new()
         .create(true)
         .append(true)
@@ -114,7 +150,7 @@ pub fn launch(cluster: &Cluster, supervisor_args: &[&str]) -> Result<()> {
     Command::new("/proc/self/exe")
         .arg0("testbed")
         .args(supervisor_args)
-        .stdin(Stdio::null())
+        .stdin(Stdio::inherit())
         .stdout(log.try_clone()?)
         .stderr(log)
         .spawn()
@@ -138,6 +174,8 @@ pub fn enter(cluster: &Cluster) -> Result<fs::File> {
     // The old /proc still shows the host's process ids.
     let host_pid = fs::read_link("/proc/self").context("cannot read /proc/self")?;
     fs::write(cluster.pid_file(), host_pid.display().to_string())?;
+    // Now we can be found, and ended: the lock of all starts is let go.
+    dup2_stdin(fs::File::open("/dev/null")?.as_fd()).context("cannot close the standard input")?;
     replace_directories(cluster)?;
     set_up_network(cluster.link()?)?;
     make_cgroups(cluster)?;
@@ -262,11 +300,21 @@ fn is_first_of_a_namespace(pid: i32) -> bool {
     ids.split_whitespace().count() > 1 && ids.split_whitespace().last() == Some("1")
 }
 
-/// Ends the cluster, whatever state it is in, and removes all it has left. Succeeds if there is nothing to do.
+/// Ends the cluster, whatever state it is in, and removes all it has left. Succeeds if there is nothing to do. A start
+/// that is going on gets to the point from which it can be ended.
 ///
 /// # Errors
 /// If something resists; the error names it.
 pub fn destroy(cluster: &Cluster) -> Result<()> {
+    let _lock = cluster::ending()?;
+    destroy_locked(cluster)
+}
+
+/// [`destroy`] for who holds the lock of all starts.
+///
+/// # Errors
+/// If something resists; the error names it.
+pub fn destroy_locked(cluster: &Cluster) -> Result<()> {
     cluster.check_home_is_ours()?;
     if let Some(pid) = supervisor(cluster) {
         let step = Step::start(format!("ending cluster {:?}", cluster.name()));
@@ -294,12 +342,7 @@ pub fn destroy(cluster: &Cluster) -> Result<()> {
             || remove_cgroup(&directory),
         )?;
     }
-    match fs::remove_dir_all(cluster.home()) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            bail!("cannot remove {}: {error}", cluster.home().display())
-        }
-        _ => Ok(()),
-    }
+    cluster.remove_home()
 }
 
 /// True if the process is gone, or a zombie that nobody has collected yet. One whose main thread has ended before its

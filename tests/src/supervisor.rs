@@ -83,8 +83,9 @@ pub fn signal(cluster: &Cluster, component: &str, signal: Signal) -> Result<()> 
 /// # Errors
 /// If the sandbox cannot be set up.
 pub fn run(cluster: &Cluster) -> Result<()> {
-    let _lock = sandbox::enter(cluster)?;
+    // Inside, this repository may be hidden.
     let tools = Tools::ensure()?;
+    let _lock = sandbox::enter(cluster)?;
     let waiting = Waiting::default();
     let status = Arc::new(Mutex::new(Status::new()));
     for component in all(cluster, &tools)? {

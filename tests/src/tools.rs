@@ -8,15 +8,18 @@ use std::{
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use sha2::{Digest, Sha256};
 
 use crate::{
     cluster::cache_dir,
-    progress::{Step, say},
+    progress::{self, Step, say},
+    sandbox,
 };
 
 /// The Go modules with a `tool` block, relative to this crate. The volume provisioner stands alone because it
@@ -25,6 +28,9 @@ const MODULES: [&str; 2] = ["cluster", "cluster/volumes"];
 
 /// runc needs libseccomp for pods with a seccomp profile; containerd's btrfs snapshotter needs headers nobody has.
 const TAGS: &str = "seccomp,no_btrfs";
+
+/// How often a build that says nothing is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Where the binaries are, once they are built.
 #[derive(Clone, Debug)]
@@ -49,7 +55,8 @@ impl Tools {
         }
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let lock = fs::File::create(dir.join("lock"))?;
-        lock.lock().context("cannot lock the tool cache")?;
+        progress::lock(&lock, "another run that builds the components")
+            .context("cannot lock the tool cache")?;
         if complete.exists() {
             return Ok(Self { dir, built_in: None }); // somebody else built them while we waited
         }
@@ -134,43 +141,48 @@ pub fn kubernetes_version() -> Result<String> {
         .context("tests/cluster/go.mod does not pin k8s.io/kubernetes")
 }
 
+/// Go in a module. It ends with us: a build that nobody waits for would run beside the next one.
 fn go(module: &Path) -> Command {
-    let mut command = Command::new("go");
-    in_module(&mut command, module);
-    command
-}
-
-fn in_module<'a>(command: &'a mut Command, module: &Path) -> &'a mut Command {
+    let mut command = sandbox::bound("go");
     command
         .current_dir(module)
         .env("GOFLAGS", "-mod=readonly")
-        .env("CGO_ENABLED", "1")
+        .env("CGO_ENABLED", "1");
+    command
 }
 
-/// Builds all tools of a module. Go prints each package as it compiles it, which is our progress.
+/// Builds all tools of a module. Go prints each module as it fetches it and each package as it compiles it, which is
+/// our progress.
 fn build(module: &Path, bin: &Path) -> Result<Duration> {
     let name = module
         .file_name()
         .map(|name| name.to_string_lossy().into_owned())
         .unwrap_or_default();
-    let tools = tool_count(module)?;
-    let mut step = Step::start(format!(
-        "{name}: {tools} tools: what is there and what is to be compiled"
-    ));
     let ldflags = ldflags()?;
-    let stale = stale_packages(module, &ldflags)?;
-    step.update(&format!("{stale} packages to compile"));
+    let pins = fs::read_to_string(module.join("go.mod"))?;
+    let most = pins
+        .lines()
+        .filter(|line| line.starts_with('\t') && line.contains(" v") && !line.contains("=>"))
+        .count();
+    let mut step = Step::start(format!(
+        "{name}: fetching sources, finding what is to be compiled"
+    ));
+    let mut fetched = 0_usize;
+    let mut tell = |line: &str| {
+        if let Some(module) = line.strip_prefix("go: downloading ") {
+            fetched += 1;
+            step.update(&format!("{fetched} modules fetched, of at most {most}: {module}"));
+        }
+    };
+    let tools = listed(module, &["list", "-f", "{{.ImportPath}}", "tool"], &mut tell)?;
+    let stale = stale_packages(module, &ldflags, &mut tell)?;
     step.done();
 
     let mut step = Step::start(format!(
         "{name}: compiling {stale} packages, linking {tools} tools"
     ));
-    // It ends with us: a build that nobody waits for would run beside the next one.
-    let mut command = Command::new("setpriv");
-    let mut child = in_module(&mut command, module)
+    let mut child = go(module)
         .args([
-            "--pdeathsig=KILL",
-            "go",
             "install",
             "-v",
             "-trimpath",
@@ -186,20 +198,30 @@ fn build(module: &Path, bin: &Path) -> Result<Duration> {
         .spawn()
         .context("cannot start `go`")?;
     let output = child.stderr.take().context("no output of `go`")?;
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        let lines = BufReader::new(output).lines().map_while(Result::ok);
+        lines.for_each(|line| drop(sender.send(line)));
+    });
+    let there_before = count(bin);
     let (mut done, mut last) = (0_usize, Vec::<String>::new());
-    for line in BufReader::new(output).lines() {
-        let line = line?;
-        done += 1;
-        let linked = fs::read_dir(bin)
-            .map(Iterator::count)
-            .unwrap_or_default()
-            .saturating_sub(1);
-        let percent = (done * 100 / stale.max(1)).min(100);
-        step.update(&format!("{percent} % compiled, {linked} tools linked: {line}"));
-        last.push(line);
-        if last.len() > 20 {
-            last.remove(0);
+    loop {
+        // While it links, Go says nothing: then the binaries are counted again.
+        match receiver.recv_timeout(LOOK_EVERY) {
+            Ok(line) => {
+                done += 1;
+                last.push(line);
+                if last.len() > 20 {
+                    last.remove(0);
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => break,
         }
+        let percent = (done * 100 / stale.max(1)).min(100);
+        let linked = count(bin).saturating_sub(there_before);
+        let newest = last.last().map(String::as_str).unwrap_or_default();
+        step.update(&format!("{percent} % compiled, {linked} tools linked: {newest}"));
     }
     if !child.wait()?.success() {
         bail!(
@@ -212,12 +234,12 @@ fn build(module: &Path, bin: &Path) -> Result<Duration> {
     Ok(step.done())
 }
 
-fn tool_count(module: &Path) -> Result<usize> {
-    Ok(lines_of(go(module).args(["list", "-f", "{{.ImportPath}}", "tool"]))?.len())
+fn count(directory: &Path) -> usize {
+    fs::read_dir(directory).map_or(0, Iterator::count)
 }
 
-/// Packages that are neither installed nor in the build cache.
-fn stale_packages(module: &Path, ldflags: &str) -> Result<usize> {
+/// How many packages are neither installed nor in the build cache.
+fn stale_packages(module: &Path, ldflags: &str, tell: impl FnMut(&str)) -> Result<usize> {
     let template = "{{if and .Stale (ne .StaleReason \"not installed but available in build cache\")}}{{.ImportPath}}{{end}}";
     let args = [
         "list",
@@ -231,19 +253,37 @@ fn stale_packages(module: &Path, ldflags: &str) -> Result<usize> {
         template,
         "tool",
     ];
-    Ok(lines_of(go(module).args(args))?.len())
+    listed(module, &args, tell)
 }
 
-fn lines_of(command: &mut Command) -> Result<Vec<String>> {
-    let output = command
-        .output()
-        .context("cannot start `go`: install Go 1.26 or newer")?;
-    if !output.status.success() {
-        bail!("{command:?} failed:\n{}", String::from_utf8_lossy(&output.stderr));
+/// How many lines `go` prints; each line of its error output is told.
+fn listed(module: &Path, args: &[&str], mut tell: impl FnMut(&str)) -> Result<usize> {
+    let mut command = go(module);
+    let mut child = command
+        .args(args)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("cannot start `setpriv`")?;
+    // Read beside: a full pipe would stop Go, and we would wait for its errors.
+    let output = child.stdout.take().context("no output of `go`")?;
+    let printed = thread::spawn(move || {
+        let lines = BufReader::new(output).lines().map_while(Result::ok);
+        lines.filter(|line| !line.is_empty()).count()
+    });
+    let mut errors = String::new();
+    for line in BufReader::new(child.stderr.take().context("no output of `go`")?).lines() {
+        let line = line?;
+        tell(&line);
+        if !line.starts_with("go: downloading ") {
+            errors += &(line + "\n");
+        }
     }
-    Ok(String::from_utf8_lossy(&output.stdout)
-        .lines()
-        .filter(|line| !line.is_empty())
-        .map(str::to_owned)
-        .collect())
+    let printed = printed
+        .join()
+        .map_err(|_| anyhow!("the output of `go` could not be read"))?;
+    if !child.wait()?.success() {
+        bail!("{command:?} failed (`make deps` says which Go it must be):\n{errors}");
+    }
+    Ok(printed)
 }

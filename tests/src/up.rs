@@ -22,10 +22,11 @@ use kube::{
 
 use crate::{
     addons,
-    cluster::{self, Cluster, NODE},
+    cluster::{self, Cluster, NODE, Origin},
     components::{self, DNS_READY_PORT},
     images, pki, preflight,
     progress::{Step, say},
+    results::repository,
     sandbox, supervisor,
     tools::Tools,
 };
@@ -45,6 +46,8 @@ pub struct Times {
     pub node_ready: Duration,
     /// From the first process to a cluster with all add-ons.
     pub all_ready: Duration,
+    /// The cluster was there before: the other times say nothing about a start.
+    pub was_running: bool,
 }
 
 /// Starts the cluster, or finishes a start, or finds that there is nothing to do.
@@ -52,25 +55,32 @@ pub struct Times {
 /// # Errors
 /// One sentence for wrong use; the last lines of the logs if a component does not come up.
 pub fn up(cluster: &Cluster) -> Result<Times> {
-    preflight::check(
-        cluster
-            .home()
-            .parent()
-            .context("a cluster without a parent directory")?,
-    )?;
+    preflight::check()?;
     let tools = Tools::ensure()?;
     let helper = images::helper(&tools)?;
-    let started = Instant::now();
     let lock = cluster::starting()?;
-    if sandbox::supervisor(cluster).is_none() {
-        prepare(cluster, &tools)?;
-        start(cluster)?;
-    }
-    drop(lock);
+    let started = Instant::now();
     let mut times = Times {
         build: tools.built_in,
+        was_running: sandbox::supervisor(cluster).is_some(),
         ..Times::default()
     };
+    if times.was_running {
+        let differences = cluster.differs_from(&origin(cluster, &tools)?);
+        for difference in &differences {
+            say(format!("Cluster {:?} runs, but {difference}.", cluster.name()));
+        }
+        if !differences.is_empty() {
+            say(format!(
+                "  `make down NAME={0}` ends it; another NAME than {0} makes one beside it.",
+                cluster.name()
+            ));
+        }
+    } else {
+        prepare(cluster, &tools)?;
+        start(cluster, &lock)?;
+    }
+    drop(lock);
     let mut step = Step::start(format!("cluster {:?}: starting", cluster.name()));
     wait(cluster, &mut step, "containerd's socket", || {
         Ok(UnixStream::connect(cluster.containerd_socket()).is_ok())
@@ -114,7 +124,7 @@ fn prepare(cluster: &Cluster, tools: &Tools) -> Result<()> {
             "Cluster {:?}: removing what an earlier start has left.",
             cluster.name()
         ));
-        sandbox::destroy(cluster)?;
+        sandbox::destroy_locked(cluster)?;
     }
     cluster.make_home()?;
     for directory in [
@@ -125,15 +135,25 @@ fn prepare(cluster: &Cluster, tools: &Tools) -> Result<()> {
     ] {
         fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
     }
-    cluster.claim_link(&sandbox::run("ip", &["-4", "address"])?)?;
+    cluster.claim_link()?;
     pki::write_all(cluster)?;
-    components::write_configuration(cluster, tools)
+    components::write_configuration(cluster, tools)?;
+    cluster.note_origin(&origin(cluster, tools)?)
 }
 
-/// Namespaces can only be made by a process with a single thread, so by one of its own.
-fn start(cluster: &Cluster) -> Result<()> {
+fn origin(cluster: &Cluster, tools: &Tools) -> Result<Origin> {
+    Ok(Origin {
+        clone: repository()?.to_owned(),
+        components: components::fingerprint(cluster, tools)?,
+    })
+}
+
+/// Namespaces can only be made by a process with a single thread, so by one of its own. It inherits the lock of all
+/// starts, and so goes on as part of this start if we are killed.
+fn start(cluster: &Cluster, lock: &fs::File) -> Result<()> {
     let launched = Command::new("/proc/self/exe")
         .args(["launch", "--name", cluster.name()])
+        .stdin(lock.try_clone()?)
         .output()
         .context("cannot start the launcher")?;
     if !launched.status.success() {

@@ -6,17 +6,20 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    io::{BufRead, BufReader},
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
-    time::Duration,
+    time::{Duration, Instant, SystemTime},
 };
 
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use serde_json::json;
 use testbed::{
-    cluster::Cluster,
+    cluster::{Cluster, Link},
     images,
     kubectl::Session,
     sandbox::{self, wait_until},
@@ -68,14 +71,25 @@ impl Drop for Running {
     }
 }
 
+/// What a kubelet would set for the whole machine.
+const KERNEL_SETTINGS: [&str; 6] = [
+    "/proc/sys/vm/overcommit_memory",
+    "/proc/sys/vm/panic_on_oom",
+    "/proc/sys/kernel/panic",
+    "/proc/sys/kernel/panic_on_oops",
+    "/proc/sys/kernel/keys/root_maxkeys",
+    "/proc/sys/kernel/keys/root_maxbytes",
+];
+
 /// What a cluster could leave on this machine.
 #[derive(Debug, PartialEq)]
 struct Traces {
+    processes: BTreeMap<i32, String>,
     mounts: BTreeSet<String>,
     interfaces: BTreeSet<String>,
     network_namespaces: String,
     cgroups: BTreeSet<PathBuf>,
-    kernel_settings: String,
+    kernel_settings: [String; KERNEL_SETTINGS.len()],
     files: BTreeSet<PathBuf>,
 }
 
@@ -99,6 +113,7 @@ fn traces(of: &Cluster) -> Traces {
         "/etc/cni",
         "/opt",
         "/tmp",
+        "/var/tmp",
     ] {
         files.extend(
             entries(Path::new(place))
@@ -107,25 +122,14 @@ fn traces(of: &Cluster) -> Traces {
         );
     }
     Traces {
+        processes: processes(of),
         mounts: mounts.lines().map(str::to_owned).collect(),
         interfaces: entries(Path::new("/sys/class/net"))
             .iter()
             .map(|path| path.display().to_string())
             .collect(),
         network_namespaces: sandbox::run("ip", &["netns", "list"]).unwrap(),
-        kernel_settings: sandbox::run(
-            "sysctl",
-            &[
-                "-n",
-                "vm.overcommit_memory",
-                "vm.panic_on_oom",
-                "kernel.panic",
-                "kernel.panic_on_oops",
-                "kernel.keys.root_maxkeys",
-                "kernel.keys.root_maxbytes",
-            ],
-        )
-        .unwrap(),
+        kernel_settings: KERNEL_SETTINGS.map(|setting| fs::read_to_string(setting).unwrap()),
         cgroups: hierarchies
             .iter()
             .flat_map(|path| entries(path))
@@ -149,6 +153,9 @@ fn names_a_component(path: &Path) -> bool {
         "netns",
         "volumes",
         "pods",
+        "buildah",
+        "container_images",
+        "mmdebstrap",
     ];
     let name = path
         .file_name()
@@ -158,29 +165,46 @@ fn names_a_component(path: &Path) -> bool {
     names.iter().any(|part| name.contains(part))
 }
 
-/// All processes below the supervisor, containers too, with their namespaces.
-fn processes(cluster: &Cluster) -> BTreeMap<i32, BTreeSet<PathBuf>> {
-    let mut parents = BTreeMap::new();
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let Some(pid) = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse::<i32>().ok())
-        else {
-            continue;
-        };
-        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else {
-            continue;
-        };
-        let parent = stat
-            .rsplit(')')
-            .next()
-            .and_then(|rest| rest.split_whitespace().nth(1)?.parse::<i32>().ok());
-        parents.insert(pid, parent.unwrap_or_default());
-    }
-    let root = sandbox::supervisor(cluster).unwrap().as_raw();
-    let below = |mut pid: i32| loop {
-        if pid == root {
+/// The ids of all processes of this machine.
+fn pids() -> Vec<i32> {
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+/// The command line of a process; empty for one that has ended.
+fn command_line(pid: i32) -> Vec<String> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    text.split_terminator('\0').map(str::to_owned).collect()
+}
+
+/// State and parent of a process.
+fn state(pid: i32) -> Option<(char, i32)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = stat.rsplit(')').next()?.split_whitespace();
+    Some((fields.next()?.chars().next()?, fields.next()?.parse().ok()?))
+}
+
+/// All processes of a cluster, containers too: those that name it, and what is below them.
+fn processes(cluster: &Cluster) -> BTreeMap<i32, String> {
+    let home = cluster.home().display().to_string();
+    let all = pids();
+    let parents: BTreeMap<i32, i32> = all
+        .iter()
+        .filter_map(|pid| Some((*pid, state(*pid)?.1)))
+        .collect();
+    let naming: BTreeSet<i32> = all
+        .iter()
+        .copied()
+        .filter(|pid| *pid != std::process::id().cast_signed())
+        .filter(|pid| {
+            let names_it = |word: &String| word == cluster.name() || word.contains(&home);
+            command_line(*pid).iter().any(names_it)
+        })
+        .collect();
+    let belongs = |mut pid: i32| loop {
+        if naming.contains(&pid) {
             return true;
         }
         let Some(parent) = parents.get(&pid) else {
@@ -188,12 +212,44 @@ fn processes(cluster: &Cluster) -> BTreeMap<i32, BTreeSet<PathBuf>> {
         };
         pid = *parent;
     };
-    parents
-        .keys()
-        .copied()
-        .filter(|pid| below(*pid))
-        .map(|pid| (pid, namespaces(pid)))
-        .collect()
+    let ours = all.into_iter().filter(|pid| belongs(*pid));
+    ours.map(|pid| (pid, command_line(pid).join(" "))).collect()
+}
+
+/// The namespaces that a cluster's processes are in and this test is not.
+struct Namespaces {
+    theirs: BTreeSet<PathBuf>,
+    /// When we looked, in ticks since the machine's start.
+    seen: u64,
+}
+
+impl Namespaces {
+    fn of(cluster: &Cluster) -> Self {
+        let host = namespaces(std::process::id().cast_signed());
+        let all = processes(cluster).into_keys().flat_map(namespaces);
+        let uptime = fs::read_to_string("/proc/uptime").unwrap();
+        let (seconds, rest) = uptime.split_once('.').unwrap();
+        Self {
+            theirs: all.filter(|namespace| !host.contains(namespace)).collect(),
+            seen: seconds.parse::<u64>().unwrap() * 100 + rest[..2].parse::<u64>().unwrap(),
+        }
+    }
+
+    /// Processes that are still in one. Not those that began later: the kernel gives the number of a namespace that has
+    /// ended to the next one that anybody makes.
+    fn survivors(&self) -> Vec<String> {
+        let began = |pid: i32| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+            let ticks = stat.rsplit(')').next()?.split_whitespace().nth(19)?;
+            ticks.parse::<u64>().ok()
+        };
+        pids()
+            .into_iter()
+            .filter(|pid| !namespaces(*pid).is_disjoint(&self.theirs))
+            .filter(|pid| began(*pid).is_some_and(|began| began <= self.seen))
+            .map(|pid| format!("{pid} {}", command_line(pid).join(" ")))
+            .collect()
+    }
 }
 
 fn namespaces(pid: i32) -> BTreeSet<PathBuf> {
@@ -202,15 +258,6 @@ fn namespaces(pid: i32) -> BTreeSet<PathBuf> {
         .iter()
         .filter_map(|kind| fs::read_link(format!("/proc/{pid}/ns/{kind}")).ok())
         .collect()
-}
-
-/// Every namespace that some process of this machine is in.
-fn all_namespaces() -> BTreeSet<PathBuf> {
-    let pids = fs::read_dir("/proc")
-        .unwrap()
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.flat_map(namespaces).collect()
 }
 
 fn start_pod(session: &Session, name: &str) {
@@ -241,20 +288,16 @@ fn down_leaves_nothing() {
     let own_value = fs::read_to_string(setting).unwrap();
     fs::write(setting, "1000001").unwrap();
     let before = traces(&cluster);
-    let outside = all_namespaces();
+    assert_eq!(before.processes, BTreeMap::new());
 
     let running = Running::up(cluster.name());
     start_pod(&running.session(), "witness");
     let inside = processes(&cluster);
-    let theirs: BTreeSet<PathBuf> = inside
-        .values()
-        .flatten()
-        .filter(|namespace| !outside.contains(*namespace))
-        .cloned()
-        .collect();
+    let inhabited = Namespaces::of(&cluster);
     assert!(
-        inside.len() > 12 && theirs.len() >= 6,
-        "we do not see the cluster: {inside:?} {theirs:?}"
+        inside.len() > 12 && inhabited.theirs.len() >= 6 && inhabited.survivors().len() > 12,
+        "we do not see the cluster: {inside:?} {:?}",
+        inhabited.theirs
     );
     assert_ne!(
         traces(&cluster),
@@ -266,12 +309,7 @@ fn down_leaves_nothing() {
     let after = traces(&cluster);
     fs::write(setting, own_value).unwrap();
     assert_eq!(after, before);
-    let alive: Vec<_> = inside
-        .keys()
-        .filter(|pid| !namespaces(**pid).is_disjoint(&theirs))
-        .collect();
-    assert!(alive.is_empty(), "processes {alive:?} have survived");
-    assert!(all_namespaces().is_disjoint(&theirs), "a namespace has survived");
+    assert_eq!(inhabited.survivors(), Vec::<String>::new());
     succeed(cluster.name(), &["down"]); // nothing to do is no error
 }
 
@@ -395,7 +433,8 @@ fn up_goes_on_over_the_leavings_of_a_killed_launcher() {
     let before = traces(&cluster);
 
     // Killed at several moments, with and without its supervisor: nothing may be left after `down`.
-    let moments: [(&str, PathBuf); 4] = [
+    let moments: [(&str, PathBuf); 5] = [
+        ("the home is marked", cluster.home().join(".exchange-testbed")),
         ("files are being written", cluster.pki().join("ca.crt")),
         ("the supervisor has begun", cluster.pid_file()),
         ("components start", cluster.status_file()),
@@ -406,11 +445,17 @@ fn up_goes_on_over_the_leavings_of_a_killed_launcher() {
             let mut launcher = start_up(cluster.name());
             wait_until(moment, PATIENCE, || file.exists()).unwrap();
             kill_now(&mut launcher);
+            let inhabited = Namespaces::of(&cluster);
             if let (true, Some(pid)) = (with_supervisor, sandbox::supervisor(&cluster)) {
                 kill(pid, Signal::SIGKILL).unwrap();
             }
             succeed(cluster.name(), &["down"]);
             assert_eq!(traces(&cluster), before, "killed when {moment}");
+            assert_eq!(
+                inhabited.survivors(),
+                Vec::<String>::new(),
+                "killed when {moment}"
+            );
         }
     }
 
@@ -420,6 +465,176 @@ fn up_goes_on_over_the_leavings_of_a_killed_launcher() {
     kill(sandbox::supervisor(&cluster).unwrap(), Signal::SIGKILL).unwrap();
     let running = Running::up(cluster.name());
     start_pod(&running.session(), "works");
+}
+
+/// The process that makes the namespaces for `up`, stopped: at once, or when its link to the host is there. `None` if it
+/// was quicker.
+fn stop_launch(cluster: &Cluster, with_link: bool) -> Option<Pid> {
+    let begin = Instant::now();
+    loop {
+        let launch = pids()
+            .into_iter()
+            .find(|pid| command_line(*pid).ends_with(&words(&["launch", "--name", cluster.name()])));
+        let link = cluster.link().map(Link::host_interface);
+        let is_linked = || link.is_ok_and(|link| Path::new("/sys/class/net").join(link).exists());
+        if let Some(pid) = launch
+            && (!with_link || is_linked())
+        {
+            kill(Pid::from_raw(pid), Signal::SIGSTOP).ok()?;
+            let stands = || state(pid).is_none_or(|(state, _)| "TZ".contains(state));
+            wait_until("the launch to stand", PATIENCE, stands).unwrap();
+            return (state(pid)?.0 == 'T').then_some(Pid::from_raw(pid));
+        }
+        assert!(begin.elapsed() < PATIENCE, "nothing was launched");
+        if sandbox::supervisor(cluster).is_some() {
+            return None;
+        }
+    }
+}
+
+fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| (*word).to_owned()).collect()
+}
+
+#[test]
+#[ignore = "needs root, starts a cluster: make cluster-test"]
+fn down_waits_for_a_launch_whose_up_was_killed() {
+    let cluster = Cluster::named("orphaned-launch").unwrap();
+    sandbox::destroy(&cluster).unwrap();
+    let before = traces(&cluster);
+    for with_link in [false, true] {
+        let mut attempts = 1..=20;
+        let launch = loop {
+            assert!(attempts.next().is_some(), "the launch was always quicker");
+            let mut up = start_up(cluster.name());
+            let launch = stop_launch(&cluster, with_link);
+            kill_now(&mut up);
+            if let Some(launch) = launch {
+                break launch;
+            }
+            succeed(cluster.name(), &["down"]);
+        };
+        let mut down = testbed(cluster.name(), &["down"]).spawn().unwrap();
+        // It either waits, or has ended before the launch goes on.
+        let said = BufReader::new(down.stderr.take().unwrap()).lines();
+        let waits = said
+            .map_while(Result::ok)
+            .any(|line| line.contains("waiting for the start or end"));
+        kill(launch, Signal::SIGCONT).unwrap();
+        wait_until("the end of the launch", PATIENCE, || {
+            state(launch.as_raw()).is_none()
+        })
+        .unwrap();
+        assert!(down.wait().unwrap().success());
+        assert_eq!(traces(&cluster), before, "with its link: {with_link}");
+        assert!(waits, "down has ended before the launch");
+    }
+}
+
+/// Processes that were started with this cache.
+fn using_cache(cache: &Path) -> Vec<(i32, String)> {
+    let variable = format!("TESTBED_CACHE={}", cache.display());
+    let uses = |pid: &i32| {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment
+            .split(|byte| *byte == 0)
+            .any(|word| word == variable.as_bytes())
+    };
+    pids()
+        .into_iter()
+        .filter(uses)
+        .map(|pid| (pid, command_line(pid).join(" ")))
+        .collect()
+}
+
+#[test]
+#[ignore = "needs root, fetches Debian packages, starts a cluster: make cluster-test"]
+fn a_killed_up_takes_its_image_build_with_it() {
+    let cache = Path::new("/var/tmp/exchange-testbed-images");
+    let _ = fs::remove_dir_all(cache);
+    fs::create_dir_all(cache).unwrap();
+    let tools = Tools::ensure().unwrap();
+    symlink(tools.dir(), cache.join(tools.dir().file_name().unwrap())).unwrap();
+    let cluster = Cluster::named("killed-image").unwrap();
+    sandbox::destroy(&cluster).unwrap();
+    let before = traces(&cluster);
+    let up = || {
+        let mut command = testbed(cluster.name(), &["up"]);
+        command.env("TESTBED_CACHE", cache);
+        command
+    };
+    for program in ["apt-get", "buildah"] {
+        let mut killed = up().spawn().unwrap();
+        let runs = || {
+            using_cache(cache).iter().any(|(pid, _)| {
+                fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == program)
+            })
+        };
+        wait_until(program, PATIENCE, runs).unwrap();
+        kill_now(&mut killed);
+        let ended = wait_until("the end of the image build", Duration::from_secs(3), || {
+            using_cache(cache).is_empty()
+        });
+        assert!(
+            ended.is_ok(),
+            "killed when {program} ran: {:?}",
+            using_cache(cache)
+        );
+        assert_eq!(traces(&cluster), before, "killed when {program} ran");
+    }
+    let again = up().output().unwrap();
+    sandbox::destroy(&cluster).unwrap();
+    fs::remove_dir_all(cache).unwrap();
+    assert!(again.status.success(), "{}", text(&again));
+}
+
+#[test]
+#[ignore = "needs root, starts a cluster: make cluster-test"]
+fn an_up_on_a_running_cluster_tells_what_is_different() {
+    let running = Running::up("differs");
+    let said = succeed(running.0.name(), &["up"]);
+    assert!(
+        said.contains("runs already") && !said.contains("runs, but"),
+        "{said}"
+    );
+    let origin = json!({"clone": "/srv/other-clone", "components": "others"});
+    fs::write(running.0.home().join("origin.json"), origin.to_string()).unwrap();
+    let said = succeed(running.0.name(), &["up"]);
+    for sentence in [
+        "it was started from /srv/other-clone",
+        "other versions or settings",
+        "make down NAME=differs",
+    ] {
+        assert!(said.contains(sentence), "{said}");
+    }
+}
+
+#[test]
+#[ignore = "needs root, starts a cluster: make cluster-test"]
+fn an_interface_of_somebody_else_is_left_alone() {
+    let interfaces = Path::new("/sys/class/net");
+    let is_free = |number: &u8| !interfaces.join(format!("testbed{number}")).exists();
+    let strange = format!("testbed{}", (0..=u8::MAX).find(is_free).unwrap());
+    sandbox::run(
+        "ip",
+        &[
+            "link",
+            "add",
+            &strange,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "testbed-strange",
+        ],
+    )
+    .unwrap();
+    let up = testbed("beside-a-stranger", &["up"]).output().unwrap();
+    let down = testbed("beside-a-stranger", &["down"]).output().unwrap();
+    let is_left = interfaces.join(&strange).exists();
+    let _ = sandbox::run("ip", &["link", "delete", &strange]);
+    assert!(up.status.success(), "{}", text(&up));
+    assert!(down.status.success() && is_left, "{}", text(&down));
 }
 
 #[test]
@@ -486,6 +701,47 @@ fn a_full_disk_gets_a_sentence() {
     );
     assert!(again.status.success(), "after making room: {}", text(&again));
     assert!(down.status.success(), "{}", text(&down));
+}
+
+#[test]
+#[ignore = "needs root: make cluster-test"]
+fn an_interrupted_down_can_be_repeated() {
+    let home = Path::new("/tmp/testbed-interrupted");
+    let cluster = home.join("stuck");
+    fs::create_dir_all(&cluster).unwrap();
+    fs::write(cluster.join(".exchange-testbed"), "").unwrap();
+    // Wherever among them the mark is: something before it and something behind it cannot be removed.
+    let mounts: Vec<String> = ('a'..='h')
+        .map(|name| cluster.join(name.to_string()).display().to_string())
+        .collect();
+    for place in &mounts {
+        fs::create_dir(place).unwrap();
+        sandbox::run("mount", &["-t", "tmpfs", "testbed", place]).unwrap();
+    }
+    let down = || {
+        testbed("stuck", &["down"])
+            .env("TESTBED_HOME", home)
+            .output()
+            .unwrap()
+    };
+    let interrupted = down();
+    for place in &mounts {
+        sandbox::run("umount", &[place]).unwrap();
+    }
+    let again = down();
+    let is_gone = !cluster.exists();
+    // Between the last file and the directory itself.
+    fs::create_dir_all(&cluster).unwrap();
+    let third = down();
+    let all_gone = !cluster.exists();
+    fs::remove_dir_all(home).unwrap();
+    assert!(
+        text(&interrupted).contains("cannot remove"),
+        "{}",
+        text(&interrupted)
+    );
+    assert!(is_gone && again.status.success(), "{}", text(&again));
+    assert!(all_gone && third.status.success(), "{}", text(&third));
 }
 
 #[test]
@@ -575,14 +831,111 @@ fn wrong_use_gets_a_sentence() {
             vec!["load", "/nowhere.tar"],
             "does not run: `make cluster NAME=never-started`",
         ),
+        (
+            "hidden-cache",
+            vec!["up"],
+            "is below /var/lib, and inside a cluster that is another directory: set TESTBED_CACHE",
+        ),
     ] {
-        let output = testbed(name, &args).output().unwrap();
+        // An empty cache: nothing is built only to say that.
+        let output = testbed(name, &args)
+            .env("TESTBED_CACHE", "/var/lib/exchange-testbed-cache")
+            .output()
+            .unwrap();
         assert!(
             !output.status.success() && text(&output).contains(sentence),
             "{name} {args:?}: {}",
             text(&output)
         );
     }
+}
+
+#[test]
+#[ignore = "make cluster-test"]
+fn what_a_build_needs_is_said_before_it_begins() {
+    let directory = Path::new("/tmp/testbed-deps");
+    let _ = fs::remove_dir_all(directory);
+    fs::create_dir_all(directory).unwrap();
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/deps.sh");
+    let go = |says: &str| {
+        fs::write(directory.join("go"), format!("#!/bin/sh\necho {says}\n")).unwrap();
+        sandbox::run("chmod", &["755", &directory.join("go").display().to_string()]).unwrap();
+        let path = format!("{}:{}", directory.display(), env!("PATH"));
+        Command::new(script).env("PATH", path).output().unwrap()
+    };
+    let (old, new) = (go("go1.26.5"), go("go1.27rc1"));
+    let none = Command::new(script)
+        .env("PATH", "/usr/bin:/bin")
+        .output()
+        .unwrap();
+    let nobody = Command::new("setpriv")
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+        .args(["sh", "-s", "--", "--cluster"])
+        .stdin(fs::File::open(script).unwrap())
+        .output()
+        .unwrap();
+    fs::remove_dir_all(directory).unwrap();
+    assert!(new.status.success(), "{}", text(&new));
+    for (output, sentence) in [
+        (old, "is go1.26.5: install Go 1.26.6 or newer"),
+        (none, "Go is missing: install Go 1.26.6 or newer"),
+        (nobody, "a test cluster needs root"),
+    ] {
+        assert!(
+            !output.status.success() && text(&output).contains(sentence),
+            "{}",
+            text(&output)
+        );
+    }
+}
+
+/// What a started build says that it has to compile, and the build, which goes on.
+fn packages_to_compile(cache: &Path) -> (usize, Child) {
+    let mut build = testbed("build", &["tools"])
+        .env("TESTBED_CACHE", cache)
+        .env("GOCACHE", cache.join("go"))
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(build.stderr.take().unwrap())
+        .lines()
+        .map_while(Result::ok);
+    let packages = said.find_map(|line| {
+        let (_, rest) = line.split_once("compiling ")?;
+        rest.split_once(" packages")?.0.parse().ok()
+    });
+    // It tells more, and would end if nobody listened.
+    std::thread::spawn(move || said.count());
+    (packages.unwrap(), build)
+}
+
+#[test]
+#[ignore = "compiles some packages: make cluster-test"]
+fn an_interrupted_compilation_is_continued() {
+    let cache = Path::new("/var/tmp/exchange-testbed-compilation");
+    let _ = fs::remove_dir_all(cache);
+    let (all, mut build) = packages_to_compile(cache);
+    // A file with the extension `-d` is something compiled.
+    let compiled = || {
+        let directories = fs::read_dir(cache.join("go")).into_iter().flatten().flatten();
+        let files = directories.flat_map(|entry| fs::read_dir(entry.path()).into_iter().flatten().flatten());
+        files
+            .filter(|file| file.file_name().to_string_lossy().ends_with("-d"))
+            .count()
+    };
+    let at_first = compiled();
+    wait_until("some packages", Duration::from_mins(5), || {
+        compiled() > at_first + 300
+    })
+    .unwrap();
+    kill_now(&mut build);
+    let (rest, mut build) = packages_to_compile(cache);
+    kill_now(&mut build);
+    wait_until("the end of both builds", PATIENCE, || {
+        using_cache(cache).is_empty()
+    })
+    .unwrap();
+    fs::remove_dir_all(cache).unwrap();
+    assert!(all > 1000 && rest + 50 < all, "first {all} packages, then {rest}");
 }
 
 #[test]
@@ -594,21 +947,40 @@ fn an_interrupted_build_is_continued() {
         .env("TESTBED_CACHE", cache)
         .spawn()
         .unwrap();
-    let binaries = || {
+    let binaries = || -> BTreeMap<PathBuf, SystemTime> {
         let directories = fs::read_dir(cache).into_iter().flatten().flatten();
-        directories
-            .flat_map(|entry| fs::read_dir(entry.path()).into_iter().flatten().flatten())
-            .count()
+        let files = directories.flat_map(|entry| fs::read_dir(entry.path()).into_iter().flatten().flatten());
+        files
+            .filter_map(|file| Some((file.path(), file.metadata().ok()?.modified().ok()?)))
+            // One gets another name when all are there, and one is no binary.
+            .filter(|(path, _)| {
+                path.file_name()
+                    .is_some_and(|name| name != "server" && name != "lock")
+            })
+            .collect()
     };
-    wait_until("a first binary", Duration::from_mins(30), || binaries() > 2).unwrap();
+    wait_until("two binaries", Duration::from_mins(30), || binaries().len() > 1).unwrap();
     kill_now(&mut build);
+    // The newest may be half written.
+    let mut linked: Vec<(PathBuf, SystemTime)> = binaries().into_iter().collect();
+    linked.sort_by_key(|(_, time)| *time);
+    linked.pop();
     let again = testbed("build", &["tools"])
         .env("TESTBED_CACHE", cache)
         .output()
         .unwrap();
+    let after = binaries();
     let tools = String::from_utf8_lossy(&again.stdout).trim().to_owned();
     let all = ["kube-apiserver", "etcd", "containerd", "local-path-provisioner"];
     let complete = all.iter().all(|name| Path::new(&tools).join(name).exists());
     fs::remove_dir_all(cache).unwrap();
     assert!(again.status.success() && complete, "{}", text(&again));
+    for (binary, time) in linked {
+        assert_eq!(
+            after.get(&binary),
+            Some(&time),
+            "{} was linked again",
+            binary.display()
+        );
+    }
 }

@@ -8,12 +8,13 @@
     reason = "a test fails by panicking"
 )]
 
-use std::time::Duration;
+use std::{collections::BTreeMap, fs, process::Command, time::Duration};
 
 use serde_json::{Value, json};
 use testbed::{
     addons::HELPER_IMAGE,
     kubectl::{Namespace, Session},
+    sandbox, supervisor,
 };
 
 /// A warm image starts in a second or two; a machine that compiles beside us needs longer.
@@ -311,6 +312,41 @@ fn every_image_of_ours_starts() {
             .unwrap();
         assert!(log.starts_with(&format!("{program} ")), "{name}: {log}");
     }
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn a_second_up_changes_nothing() {
+    // An existing cluster is not ours to start.
+    let Some(cluster) = session().cluster else {
+        return;
+    };
+    let components = || -> BTreeMap<String, (Option<u32>, usize)> {
+        let status = supervisor::read_status(&cluster).into_iter();
+        status
+            .map(|(name, state)| (name, (state.pid, state.restarts)))
+            .collect()
+    };
+    let (before, process) = (components(), sandbox::supervisor(&cluster));
+    let figures = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../target/results/cluster-start.json"
+    );
+    let times_of_the_start = fs::read(figures).ok();
+    let up = Command::new(env!("CARGO_BIN_EXE_testbed"))
+        .args(["up", "--name", cluster.name()])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&up.stderr);
+    assert!(up.status.success() && said.contains("runs already"), "{said}");
+    assert!(before.len() >= 10, "{before:?}");
+    assert_eq!(components(), before);
+    assert_eq!(sandbox::supervisor(&cluster), process);
+    assert_eq!(
+        fs::read(figures).ok(),
+        times_of_the_start,
+        "they are those of a start, which this was not"
+    );
 }
 
 #[test]
