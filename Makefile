@@ -64,8 +64,13 @@ demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C cl
 
 .PHONY: test
 test: ## Run everything: check, integration, a cluster of its own with the end-to-end tests, and its end
-	@$(MAKE) --no-print-directory check $(if $(filter existing,$(CLUSTER)),,integration)
+	@$(if $(filter existing,$(CLUSTER)),,tests/deps.sh --cluster)
+	@$(MAKE) --no-print-directory check $(if $(filter existing,$(CLUSTER)),,preflight integration)
 	@$(MAKE) --no-print-directory e2e down-test E2E="$(SHORT)" NAME=$(if $(filter dev,$(NAME)),test,$(NAME))
+
+.PHONY: preflight
+preflight: $(TESTBED)
+	@$(TESTBED) preflight
 
 .PHONY: check
 check: ## Format, lints, unit tests, generated files: minutes, no root, no cluster

@@ -2,7 +2,7 @@
 
 use std::{fs, time::Duration};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -19,14 +19,27 @@ pub const OPERATOR_NAMESPACE: &str = "exchange-operator";
 /// Names of the chart's release, its ServiceAccount and its Lease.
 pub const OPERATOR: &str = "exchange-operator";
 
+/// What Helm says of a release that tests have installed.
+const DESCRIPTION: &str = "installed by the end-to-end tests";
 /// How long another replica may take to lead: many times a lease.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// Installs the operator, or brings it to this state.
+/// Installs the operator, or brings it to this state. On a cluster that is not ours, one that somebody else has installed
+/// is left alone.
 ///
 /// # Errors
-/// If it does not become ready.
+/// If it does not become ready, or is somebody else's.
 pub fn install(session: &Session, images: &Images) -> Result<()> {
+    let status = ["status", OPERATOR, "--namespace", OPERATOR_NAMESPACE];
+    if session.cluster.is_none()
+        && let Ok(status) = session.helm(&status)
+    {
+        ensure!(
+            status.contains(DESCRIPTION),
+            "release {OPERATOR} in namespace {OPERATOR_NAMESPACE} was not installed by these tests, so it is left alone: \
+             uninstall it, or use another cluster"
+        );
+    }
     let repository = format!("image.repository={}/exchange-operator", images.prefix);
     let tag = format!("image.tag={}", images.tag);
     let chart = chart("exchange-operator");
@@ -42,6 +55,8 @@ pub fn install(session: &Session, images: &Images) -> Result<()> {
         &repository,
         "--set",
         &tag,
+        "--description",
+        DESCRIPTION,
         "--wait",
         "--timeout",
         "180s",
