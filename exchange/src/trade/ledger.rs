@@ -372,7 +372,10 @@ pub(super) async fn list_accounts(
 /// Credits money that has come in. For callers with the scope `treasury`; in a test lane, for whoever holds its secret.
 #[utoipa::path(
     post, path = "/account/deposit", tag = "trade", security(("access_token" = [])), request_body = Movement,
-    params(("Idempotency-Key" = String, Header, description = "Repeating a request with its key gives its answer again")),
+    params(
+        ("Idempotency-Key" = String, Header, description = "Repeating a request with its key gives its answer again"),
+        ("x-exchange-lane-secret" = Option<String>, Header, description = "In a test lane: the secret of the stack's test lanes"),
+    ),
     responses((status = 201, body = Transfer)),
 )]
 pub(super) async fn deposit(

@@ -17,13 +17,13 @@ use crate::{
 };
 
 /// A client of an event stream, with what it has read and not yet looked at.
-struct Stream {
+pub(crate) struct Stream {
     response: reqwest::Response,
     buffer: String,
 }
 
 impl Stream {
-    async fn open(service: &Service, token: &str, last: Option<i64>) -> Self {
+    pub(crate) async fn open(service: &Service, token: &str, last: Option<i64>) -> Self {
         let mut request = service
             .client
             .get(service.url("/notifications/stream"))
@@ -58,7 +58,7 @@ impl Stream {
     }
 
     /// The next notification.
-    async fn notification(&mut self) -> Value {
+    pub(crate) async fn notification(&mut self) -> Value {
         loop {
             let event = self.event().await.expect("the stream has ended");
             if let Some(data) = event.lines().find_map(|line| line.strip_prefix("data: ")) {
