@@ -37,7 +37,8 @@ insert into user_data (topic, position, export, erase, obstacle) values
              ''remaining'', trim_scale(remaining)::text, ''time_in_force'', time_in_force, ''status'', status,
              ''created_at'', created_at, ''closed_at'', closed_at)
          from orders where user_id = $1 order by arrival',
-        'update orders set client_order_id = id::text where user_id = $1', null
+        -- With a space, which no client order id has: none of the user's own can be in the way.
+        'update orders set client_order_id = ''erased '' || id where user_id = $1', null
     ),
     (
         'trades', 100,

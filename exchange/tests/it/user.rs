@@ -581,6 +581,11 @@ async fn a_user_can_take_the_data_and_leave() {
     other.place("sell", "1", "110").await;
     let taken = place(&named("buy", "110", "zebra-taker")).await;
     assert_eq!(taken["status"], "filled");
+    // A name that is another order's id.
+    let mut twin = named("buy", "1", "zebra-twin");
+    twin["client_order_id"] = made["order_id"].clone();
+    let order = json!({"order_id": place(&twin).await["order_id"]});
+    accept(wallet.trader.post("/trade/cancel", &order).await, StatusCode::OK).await;
     // What could not be handled is kept, too.
     sqlx::query(
         "insert into dead_letters (consumer, event_id, lane, topic, payload, reason)
