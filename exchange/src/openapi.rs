@@ -58,7 +58,7 @@ const REFUSALS: &[(&str, &str, &[&str])] = &[
     (
         "post",
         "/account/delete",
-        &["account_not_found", "account_not_empty"],
+        &["account_not_found", "account_not_empty", "account_in_use"],
     ),
     ("get", "/account/list", &[]),
     (

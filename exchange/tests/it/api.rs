@@ -17,7 +17,7 @@ use crate::{
     stores::{Nats, Redis},
     streams::Stream,
     tokens::{decode, sign},
-    traders::{Issuer, Trader, accept},
+    traders::{Issuer, Trader, Wallet, accept},
     user::Exchange,
     whole::SECRET,
 };
@@ -545,18 +545,33 @@ async fn the_export_is_as_it_is_described() {
 
     // Somebody with something of everything.
     let world = World::start().await;
-    let mut ada = world.user("ada").await;
-    world.told(&mut ada, 5).await;
+    let (mut ada, bob) = (world.user("ada").await, world.user("bob").await);
+    let bob = Wallet {
+        trader: Trader::new(&world.by_tag["trade"], bob.token),
+        btc: bob.btc,
+        usd: bob.usd,
+    };
+    bob.place("buy", "0.1", "90000").await;
+    world.told(&mut ada, 6).await;
     let (migrated, said) = world.users.database.migrate_by(V2, "expand", &[]);
     assert!(migrated, "{said}");
     let trader = Trader::new(&world.by_tag["trade"], ada.token.clone());
+    let withdrawal = json!({"account_id": ada.usd, "amount": "1", "reference": "rent"});
+    let withdrawn = trader.post_with_key("/account/withdraw", "a-key", &withdrawal);
+    accept(withdrawn.await, StatusCode::CREATED).await;
     let freeze = json!({"account_id": ada.usd, "state": "frozen"});
     accept(trader.post("/account/update", &freeze).await, StatusCode::OK).await;
-    sqlx::query("insert into emails (user_id, seq) values ($1, 1)")
-        .bind(ada.id.parse::<Uuid>().unwrap())
-        .execute(&world.users.database.owner().await)
-        .await
-        .unwrap();
+    for insert in [
+        "insert into emails (user_id, seq) values ($1, 1)",
+        "insert into dead_letters (consumer, event_id, lane, topic, payload, reason)
+         values ('x', gen_random_uuid(), 'live', 'x', jsonb_build_object('user_id', $1), 'x')",
+    ] {
+        sqlx::query(insert)
+            .bind(ada.id.parse::<Uuid>().unwrap())
+            .execute(&world.users.database.owner().await)
+            .await
+            .unwrap();
+    }
     let operations = operations(&document());
     let export = operations
         .iter()

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::{
     servers::{Service, eventually},
     stores::Stores,
-    streams::Stream,
+    streams::{Stream, token},
     user::Exchange,
     whole::SECRET,
 };
@@ -106,7 +106,7 @@ async fn changes_of_the_password_with_a_wrong_one_are_limited_per_user() {
 async fn a_user_has_at_most_eight_event_streams_at_a_process() {
     let stores = Stores::start().await;
     let (ann, bob) = (stores.user("live").await, stores.user("live").await);
-    let [ann, bob] = [stores.token(ann, "live").await, stores.token(bob, "live").await];
+    let [ann, bob] = [token(&stores, ann).await, token(&stores, bob).await];
     let service = stores.notification(&["--role", "live"]).ready().await;
     let ask = || {
         let request = service.client.get(service.url("/notifications/stream"));
