@@ -363,9 +363,10 @@ async fn a_user_who_is_deleted_leaves_no_money_behind() {
                 );
                 // Against an order that takes the last of the money, and its withdrawal.
                 let withdrawal = json!({"account_id": wallet.usd, "amount": "1"});
+                let order = wallet.order("buy", "0.001", "100");
                 let (withdrawn, placed, gone) = tokio::join!(
                     trader.post_with_key("/account/withdraw", "all", &withdrawal),
-                    trader.post("/trade/add", &wallet.order("buy", "0.001", "100")),
+                    trader.post("/trade/add", &order),
                     users.call(Method::DELETE, "/user", Some(&user.access_token), None)
                 );
                 let statuses = [&withdrawn, &placed, &gone].map(|answer| answer.status().as_u16());
