@@ -157,7 +157,7 @@ crds-check:
 	  || { echo "error: crds/ or the chart's copy is out of date: run \`make crds\` and commit" >&2; exit 1; }
 
 .PHONY: bench
-bench: deps ## Benchmark of trading: ratios beside their floors and aims, also in target/results/trade.json; fails below a floor
+bench: deps ## Benchmarks: ratios from one run, printed and written to target/results/*.json
 	@$(MAKE) --no-print-directory $(TESTBED)
 	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --workspace --release --locked --test it -- --ignored --nocapture bench::
 
