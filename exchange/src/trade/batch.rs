@@ -190,9 +190,9 @@ impl Books {
                 ));
                 continue;
             }
-            let alone = std::slice::from_ref(submission);
+            let only = std::slice::from_ref(submission);
             let alone = self
-                .settle_together(book, alone, Instant::now() + PATIENCE_ALONE)
+                .settle_together(book, only, Instant::now() + PATIENCE_ALONE)
                 .await;
             if alone.as_ref().is_err_and(db::is_lock_timeout) {
                 locked.extend(accounts);
@@ -217,8 +217,7 @@ impl Books {
                 // A client order id was used at this moment in another book; next time it is found there.
                 Err(error)
                     if attempt < ATTEMPTS
-                        && Instant::now() < until
-                        && (db::is_retryable(&error) || is_duplicate(&error)) =>
+                        && (is_duplicate(&error) || (db::is_retryable(&error) && Instant::now() < until)) =>
                 {
                     attempt += 1;
                 }

@@ -735,6 +735,12 @@ fn text_of(value: &Value) -> String {
 async fn nothing_is_told_to_a_user_who_is_being_deleted() {
     let farewell = Farewell::prepare().await;
     let owner = &farewell.stores.owner;
+    let all = json!({"account_id": farewell.wallet.usd, "amount": "1000"});
+    let withdrawn = farewell
+        .wallet
+        .trader
+        .post_with_key("/account/withdraw", "all", &all);
+    accept(withdrawn.await, StatusCode::CREATED).await;
     farewell.stores.settled("live").await;
     let id: uuid::Uuid = farewell.ada.user_id.parse().unwrap();
     // As the deletion does it.
@@ -749,6 +755,13 @@ async fn nothing_is_told_to_a_user_who_is_being_deleted() {
             .fetch_all(owner)
             .await
             .unwrap();
+    for sql in erase {
+        sqlx::query(sqlx::AssertSqlSafe(sql))
+            .bind(id)
+            .execute(&mut *deleting)
+            .await
+            .unwrap();
+    }
     sqlx::query(
         "insert into outbox (id, lane, topic, key, payload)
          values (uuid_v7(), 'live', 'user.signed_in', 'late', jsonb_build_object('user_id', $1))",
@@ -769,13 +782,6 @@ async fn nothing_is_told_to_a_user_who_is_being_deleted() {
         waits.then_some(())
     })
     .await;
-    for sql in erase {
-        sqlx::query(sqlx::AssertSqlSafe(sql))
-            .bind(id)
-            .execute(&mut *deleting)
-            .await
-            .unwrap();
-    }
     deleting.commit().await.unwrap();
     farewell.stores.settled("live").await;
     let told: i64 = sqlx::query_scalar("select count(*) from notifications where user_id = $1")
