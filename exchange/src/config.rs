@@ -485,8 +485,7 @@ impl Problems {
     /// A file in which there must be certificates.
     fn certificates(&mut self, flag: &str, file: Option<PathBuf>) -> Option<PathBuf> {
         let file = file?;
-        let found: Result<Vec<_>, _> =
-            CertificateDer::pem_file_iter(&file).and_then(|certificates| certificates.collect());
+        let found: Result<Vec<_>, _> = CertificateDer::pem_file_iter(&file).and_then(Iterator::collect);
         match found {
             Ok(certificates) if certificates.is_empty() => {
                 self.refuse(flag, &file.display(), "holds no certificate in PEM format")

@@ -185,9 +185,12 @@ fn row(fields: &[(&str, Field)]) -> ObjectBuilder {
 }
 
 fn value(field: Field, nullable: bool) -> Schema {
-    let of = |kind: Type| match nullable {
-        true => SchemaType::from_iter([kind, Type::Null]),
-        false => SchemaType::new(kind),
+    let of = |kind: Type| {
+        if nullable {
+            SchemaType::from_iter([kind, Type::Null])
+        } else {
+            SchemaType::new(kind)
+        }
     };
     let text = |format| ObjectBuilder::new().schema_type(of(Type::String)).format(format);
     match field {

@@ -611,7 +611,7 @@ async fn the_export_is_as_it_is_described() {
                 let described = &fields[name]["type"];
                 let kinds = described
                     .as_array()
-                    .map_or(std::slice::from_ref(described), Vec::as_slice);
+                    .map_or_else(|| std::slice::from_ref(described), Vec::as_slice);
                 assert!(
                     kinds.contains(&kind.into()),
                     "{topic}.{name} is {value}: {described}"
