@@ -386,7 +386,7 @@ pub(super) async fn list_accounts(
     post, path = "/account/deposit", tag = "trade", security(("access_token" = [])), request_body = Movement,
     params(
         ("Idempotency-Key" = String, Header, description = "Repeating a request with its key gives its answer again"),
-        ("x-exchange-lane-secret" = Option<String>, Header, description = "In a test lane: the secret of the stack's test lanes"),
+        ("x-exchange-lane-secret" = Option<String>, Header, description = "In a test lane: the secret of its stack"),
     ),
     responses((status = 201, body = Transfer)),
 )]
