@@ -69,6 +69,8 @@ pub struct Caller {
     pub scopes: Vec<String>,
     /// The session that the token came from.
     pub session_id: Uuid,
+    /// When the token is over.
+    pub expires_at: OffsetDateTime,
 }
 
 impl Caller {
@@ -228,11 +230,14 @@ impl Keys {
         {
             return Err(error::UNAUTHENTICATED.into());
         }
+        let expires_at =
+            OffsetDateTime::from_unix_timestamp(claims.exp).map_err(|_| error::UNAUTHENTICATED)?;
         Ok(Caller {
             user_id: claims.sub,
             lane: claims.lane,
             scopes: claims.scope.split_whitespace().map(str::to_owned).collect(),
             session_id: claims.sid,
+            expires_at,
         })
     }
 

@@ -10,7 +10,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use crate::{
     app::App,
-    config::ConfigArgs,
+    config::{ConfigArgs, Peer},
     db,
     grant::{self, GrantArgs},
     load::{self, LoadArgs},
@@ -132,7 +132,7 @@ async fn run(command: Command, release: Release, around: Around) -> anyhow::Resu
             service::serve("trade", release, config, routes, trade::run, reach).await?;
         }
         Command::Notification(args) => {
-            let config = args.validate()?;
+            let config = args.validate_with(&[Peer::Queue, Peer::MarketData])?;
             let messages = Messages::from(&config).await?;
             let stores = messages.clone();
             let reach: Reach = Box::new(move || {
@@ -154,7 +154,7 @@ async fn run(command: Command, release: Release, around: Around) -> anyhow::Resu
         Command::Market {
             command: MarketCommand::Rebuild(args),
         } => {
-            let config = args.validate()?;
+            let config = args.validate_with(&[Peer::MarketData])?;
             telemetry::init("market", release.version, "none".to_owned());
             let db = db::pool(&config, "exchange-market-rebuild")?;
             let store = Store::new(StoreConfig::from(&config)?);

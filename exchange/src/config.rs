@@ -9,9 +9,87 @@ use std::{
 };
 
 use ipnet::IpNet;
+use lettre::{AsyncSmtpTransport, Tokio1Executor};
+use reqwest::Url;
+use rustls::pki_types::{CertificateDer, pem::PemObject};
 use secrecy::{ExposeSecret, SecretString};
+use sqlx::postgres::PgConnectOptions;
 
 use crate::mail::MailConfig;
+
+/// Something that a service works with, and reaches by a URL.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// PostgreSQL. Nothing works without it.
+    Database,
+    /// The message queue.
+    Queue,
+    /// The market-data store.
+    MarketData,
+    /// The mail server.
+    Mail,
+}
+
+impl Peer {
+    fn flag(self) -> &'static str {
+        match self {
+            Self::Database => "database-url",
+            Self::Queue => "queue-url",
+            Self::MarketData => "market-data-url",
+            Self::Mail => "mail-url",
+        }
+    }
+
+    /// What its URL looks like.
+    fn shape(self) -> &'static str {
+        match self {
+            Self::Database => "postgres://user:password@host:port/database?sslmode=verify-full",
+            Self::Queue => "nats://user:password@host:port, or tls://… for TLS",
+            Self::MarketData => "redis://user:password@host:port, or rediss://… for TLS",
+            Self::Mail => "smtps://user:password@host:port, or smtp://…?tls=required for STARTTLS",
+        }
+    }
+
+    fn schemes(self) -> &'static [&'static str] {
+        match self {
+            Self::Database => &["postgres", "postgresql"],
+            Self::Queue => &["nats", "tls"],
+            Self::MarketData => &["redis", "rediss"],
+            Self::Mail => &["smtp", "smtps"],
+        }
+    }
+
+    /// Checks a URL as the client library will read it. What is wrong is said in words that do not repeat the URL,
+    /// which holds a password; those of the libraries may.
+    fn check(self, text: &str) -> Result<(), String> {
+        let url = Url::parse(text).map_err(|error| error.to_string())?;
+        if !self.schemes().contains(&url.scheme()) {
+            return Err("it begins with the wrong scheme".to_owned());
+        }
+        // A host that is left out means a local socket to PostgreSQL only.
+        if self != Self::Database && url.host_str().is_none_or(str::is_empty) {
+            return Err("it has no host".to_owned());
+        }
+        let usable = match self {
+            Self::Database => {
+                for (name, file) in url.query_pairs() {
+                    if ["sslrootcert", "sslcert", "sslkey"].contains(&&*name) {
+                        std::fs::metadata(&*file).map_err(|error| format!("{name}={file}: {error}"))?;
+                    }
+                }
+                text.parse::<PgConnectOptions>().is_ok()
+            }
+            Self::Queue => text.parse::<async_nats::ServerAddr>().is_ok(),
+            Self::MarketData => redis::Client::open(text).is_ok(),
+            Self::Mail => AsyncSmtpTransport::<Tokio1Executor>::from_url(text).is_ok(),
+        };
+        if usable {
+            Ok(())
+        } else {
+            Err("its path or a parameter is not one that is known".to_owned())
+        }
+    }
+}
 
 /// The flags of a service. Each is also read from `EXCHANGE_<FLAG>`. Durations are written like `1h30m` or `250ms`.
 #[derive(Clone, Debug, clap::Args)]
@@ -225,21 +303,25 @@ impl Display for InvalidConfig {
 
 impl ConfigArgs {
     /// Checks everything, and reports everything that is wrong.
-    #[expect(clippy::too_many_lines, reason = "one line for each flag")]
     pub fn validate(self) -> Result<Config, InvalidConfig> {
+        self.validate_with(&[])
+    }
+
+    /// The same for what cannot work without these, beside the database.
+    #[expect(clippy::too_many_lines, reason = "one line for each flag")]
+    pub fn validate_with(self, needed: &[Peer]) -> Result<Config, InvalidConfig> {
         let mut problems = Problems(Vec::new());
-        let database = problems.store("database-url", self.database_url, self.database_url_file);
-        if database.is_none() && problems.0.is_empty() {
-            problems
-                .0
-                .push("--database-url or --database-url-file is required".to_owned());
-        }
-        let queue = problems.store("queue-url", self.queue_url, self.queue_url_file);
-        let market_data = problems.store("market-data-url", self.market_data_url, self.market_data_url_file);
-        let queue_ca_file = problems.file("queue-ca-file", self.queue_ca_file);
-        let market_data_ca_file = problems.file("market-data-ca-file", self.market_data_ca_file);
-        let mail_url = problems.store("mail-url", self.mail_url, self.mail_url_file);
-        let mail_ca_file = problems.file("mail-ca-file", self.mail_ca_file);
+        let mut url = |peer: Peer, url, file| {
+            let required = peer == Peer::Database || needed.contains(&peer);
+            problems.url(peer, required, url, file)
+        };
+        let database = url(Peer::Database, self.database_url, self.database_url_file);
+        let queue = url(Peer::Queue, self.queue_url, self.queue_url_file);
+        let market_data = url(Peer::MarketData, self.market_data_url, self.market_data_url_file);
+        let mail_url = url(Peer::Mail, self.mail_url, self.mail_url_file);
+        let queue_ca_file = problems.certificates("queue-ca-file", self.queue_ca_file);
+        let market_data_ca_file = problems.certificates("market-data-ca-file", self.market_data_ca_file);
+        let mail_ca_file = problems.certificates("mail-ca-file", self.mail_ca_file);
         let mail = problems.mail(mail_url, mail_ca_file, &self.mail_from);
         let notice_delay = problems.duration("notice-delay", &self.notice_delay);
         for (flag, word) in [("colour", &self.colour), ("revision", &self.revision)] {
@@ -248,43 +330,44 @@ impl ConfigArgs {
                     .bytes()
                     .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
             {
-                problems
-                    .0
-                    .push(format!("--{flag} {word:?}: use lower-case letters and digits"));
+                problems.refuse::<()>(flag, &format!("{word:?}"), "use lower-case letters and digits");
             }
         }
         let role = match (self.role.as_str(), self.live_url) {
             ("live", _) => Some(RoleSource::AlwaysLive),
             ("follow", Some(url)) if url.starts_with("http://") => Some(RoleSource::Ask(url)),
-            ("follow", Some(url)) => problems.add(format!("--live-url {url:?}: an http:// URL is needed")),
-            ("follow", None) => problems.add("--live-url is required unless --role is live"),
-            (other, _) => problems.add(format!("--role {other:?}: use follow or live")),
+            ("follow", Some(url)) => problems.refuse("live-url", &format!("{url:?}"), "use an http:// URL"),
+            ("follow", None) => {
+                let (live_url, role) = (named("live-url"), named("role"));
+                problems.add(format!("{live_url} is required unless {role} is live"))
+            }
+            (other, _) => problems.refuse("role", &format!("{other:?}"), "use follow or live"),
         };
         let lane_secret = match (self.lane_secret, self.lane_secret_file) {
-            (Some(_), Some(_)) => problems.add("--lane-secret and --lane-secret-file exclude each other"),
-            (Some(secret), None) => Some(SecretString::from(secret)),
-            (None, Some(path)) => problems.check("lane-secret-file", &path.display(), read_secret(&path)),
+            (Some(_), Some(_)) => problems.exclude("lane-secret"),
+            (Some(secret), None) => Some(("lane-secret", SecretString::from(secret))),
+            (None, Some(path)) => problems
+                .read("lane-secret-file", &path)
+                .map(|secret| ("lane-secret-file", secret)),
             (None, None) => None,
         };
-        if lane_secret
-            .as_ref()
-            .is_some_and(|secret| secret.expose_secret().len() < 16)
-        {
-            problems
-                .0
-                .push("the lane secret needs at least 16 characters".to_owned());
-        }
+        let lane_secret = lane_secret.and_then(|(flag, secret)| {
+            if secret.expose_secret().len() < 16 {
+                return problems.add(format!("{}: use at least 16 characters", named(flag)));
+            }
+            Some(secret)
+        });
         let proxies = self
             .trusted_proxies
             .split(',')
             .map(str::trim)
             .filter(|network| !network.is_empty());
         let trusted_proxies = proxies
-            .filter_map(|network| problems.parse("trusted-proxies", network))
+            .filter_map(|network| problems.parse("trusted-proxies", network, "10.0.0.0/8"))
             .collect();
 
-        let public_address = problems.parse("public-address", &self.public_address);
-        let admin_address = problems.parse("admin-address", &self.admin_address);
+        let public_address = problems.parse("public-address", &self.public_address, "0.0.0.0:8080");
+        let admin_address = problems.parse("admin-address", &self.admin_address, "0.0.0.0:9090");
         let database_connections = problems.positive("database-connections", &self.database_connections);
         let drain_timeout = problems.duration("drain-timeout", &self.drain_timeout);
         let termination_deadline = problems.duration("termination-deadline", &self.termination_deadline);
@@ -336,6 +419,15 @@ impl ConfigArgs {
     }
 }
 
+/// A flag and its variable: people set either.
+fn named(flag: &str) -> String {
+    format!("--{flag} ({})", variable(flag))
+}
+
+fn variable(flag: &str) -> String {
+    format!("EXCHANGE_{}", flag.to_uppercase().replace('-', "_"))
+}
+
 /// Collects what is wrong instead of stopping at the first thing.
 struct Problems(Vec<String>);
 
@@ -345,14 +437,23 @@ impl Problems {
         None
     }
 
-    fn check<T, E: Display>(&mut self, flag: &str, value: &dyn Display, result: Result<T, E>) -> Option<T> {
-        result
-            .map_err(|error| self.0.push(format!("--{flag} {value}: {error}")))
-            .ok()
+    /// Says what is wrong with a value that is no secret, or the way out.
+    fn refuse<T>(&mut self, flag: &str, value: &dyn Display, why: impl Display) -> Option<T> {
+        self.add(format!("{} {value}: {why}", named(flag)))
     }
 
-    fn parse<T: FromStr<Err: Display>>(&mut self, flag: &str, value: &str) -> Option<T> {
-        self.check(flag, &value, value.parse())
+    fn exclude<T>(&mut self, flag: &str) -> Option<T> {
+        let (value, file) = (named(flag), named(&format!("{flag}-file")));
+        self.add(format!(
+            "{value} and {file} exclude each other: leave one of them out"
+        ))
+    }
+
+    fn parse<T: FromStr<Err: Display>>(&mut self, flag: &str, value: &str, example: &str) -> Option<T> {
+        match value.parse() {
+            Ok(parsed) => Some(parsed),
+            Err(error) => self.refuse(flag, &value, format!("{error}; write something like {example}")),
+        }
     }
 
     fn positive<T: FromStr<Err: Display> + Default + PartialOrd>(
@@ -360,40 +461,74 @@ impl Problems {
         flag: &str,
         value: &str,
     ) -> Option<T> {
-        match self.parse::<T>(flag, value) {
-            Some(number) if number <= T::default() => self.add(format!("--{flag} {value}: must be positive")),
+        match self.parse::<T>(flag, value, "10") {
+            Some(number) if number <= T::default() => self.refuse(flag, &value, "must be positive"),
             parsed => parsed,
         }
     }
 
     fn duration(&mut self, flag: &str, value: &str) -> Option<Duration> {
-        let duration = self.parse::<jiff::SignedDuration>(flag, value)?;
+        let duration = self.parse::<jiff::SignedDuration>(flag, value, "1h30m or 250ms")?;
         match Duration::try_from(duration) {
             Ok(duration) if !duration.is_zero() => Some(duration),
-            _ => self.add(format!("--{flag} {value}: must be positive")),
+            _ => self.refuse(flag, &value, "must be positive"),
         }
     }
 
-    fn file(&mut self, flag: &str, file: Option<PathBuf>) -> Option<PathBuf> {
+    fn read(&mut self, flag: &str, file: &Path) -> Option<SecretString> {
+        match read_secret(file) {
+            Ok(content) => Some(content),
+            Err(error) => self.refuse(flag, &file.display(), error),
+        }
+    }
+
+    /// A file in which there must be certificates.
+    fn certificates(&mut self, flag: &str, file: Option<PathBuf>) -> Option<PathBuf> {
         let file = file?;
-        self.check(flag, &file.display(), std::fs::metadata(&file))?;
-        Some(file)
+        let found: Result<Vec<_>, _> = CertificateDer::pem_file_iter(&file).and_then(Iterator::collect);
+        match found {
+            Ok(certificates) if certificates.is_empty() => {
+                self.refuse(flag, &file.display(), "holds no certificate in PEM format")
+            }
+            Ok(_) => Some(file),
+            Err(error) => self.refuse(flag, &file.display(), error),
+        }
     }
 
     fn mail(&mut self, url: Option<StoreUrl>, ca_file: Option<PathBuf>, from: &str) -> Option<MailConfig> {
-        let from = self.parse("mail-from", from)?;
+        let from = self.parse("mail-from", from, "Exchange <no-reply@exchange.example>")?;
         url.map(|url| MailConfig { url, ca_file, from })
     }
 
-    fn store(&mut self, flag: &str, url: Option<String>, file: Option<PathBuf>) -> Option<StoreUrl> {
-        match (url, file) {
-            (Some(_), Some(_)) => self.add(format!("--{flag} and --{flag}-file exclude each other")),
-            (Some(url), None) => Some(StoreUrl::Given(SecretString::from(url))),
-            (None, Some(path)) => {
-                self.check(&format!("{flag}-file"), &path.display(), read_secret(&path))?;
-                Some(StoreUrl::File(path))
+    fn url(
+        &mut self,
+        peer: Peer,
+        required: bool,
+        given: Option<String>,
+        file: Option<PathBuf>,
+    ) -> Option<StoreUrl> {
+        let in_file = format!("{}-file", peer.flag());
+        let (place, url, store) = match (given, file) {
+            (Some(_), Some(_)) => return self.exclude(peer.flag()),
+            (None, None) if required => {
+                let (value, file) = (named(peer.flag()), named(&in_file));
+                let problem = format!("{value} or {file} is required: {}", peer.shape());
+                return self.add(problem);
             }
-            (None, None) => None,
+            (None, None) => return None,
+            (Some(url), None) => {
+                let url = SecretString::from(url);
+                (named(peer.flag()), url.clone(), StoreUrl::Given(url))
+            }
+            (None, Some(path)) => {
+                let url = self.read(&in_file, &path)?;
+                let place = format!("{} {}", named(&in_file), path.display());
+                (place, url, StoreUrl::File(path))
+            }
+        };
+        match peer.check(url.expose_secret()) {
+            Ok(()) => Some(store),
+            Err(problem) => self.add(format!("{place}: not usable, {problem}; write {}", peer.shape())),
         }
     }
 }
@@ -430,21 +565,129 @@ mod tests {
             "--colour=Blue",
             "--lane-secret=short",
             "--trusted-proxies=10.0.0.0/8, here",
+            "--queue-ca-file=/dev/null",
         ])
         .unwrap_err();
-        let said = problems.join("\n");
         let flags = [
-            "public-address",
-            "database-url-file",
-            "drain-timeout",
-            "max-body-size",
-            "colour",
-            "live-url",
+            "--public-address (EXCHANGE_PUBLIC_ADDRESS) nowhere",
+            "--database-url-file (EXCHANGE_DATABASE_URL_FILE) /does/not/exist",
+            "--drain-timeout (EXCHANGE_DRAIN_TIMEOUT) -5m: must be positive",
+            "--max-body-size (EXCHANGE_MAX_BODY_SIZE) 0: must be positive",
+            "--colour (EXCHANGE_COLOUR) \"Blue\": use lower-case",
+            "--lane-secret (EXCHANGE_LANE_SECRET): use at least 16",
+            "--trusted-proxies (EXCHANGE_TRUSTED_PROXIES) here",
+            "--queue-ca-file (EXCHANGE_QUEUE_CA_FILE) /dev/null: holds no certificate",
+            "--live-url (EXCHANGE_LIVE_URL) is required unless --role",
         ];
-        for flag in flags.iter().chain(&["trusted-proxies here", "lane secret"]) {
-            assert!(said.contains(flag), "{flag} is missing in\n{said}");
+        assert_listed(&problems, &flags);
+    }
+
+    #[test]
+    fn urls_that_nothing_can_be_reached_by_are_listed_without_their_secrets() {
+        let directory = std::env::temp_dir().join(format!("exchange-config-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let file = directory.join("mail");
+        std::fs::write(&file, "smtp://u:s3cr3t@mail.example?tls=maybe\n").unwrap();
+        let mail_file = format!("--mail-url-file={}", file.display());
+        let wrong = [
+            (
+                "--database-url=mysql://u:s3cr3t@db/x",
+                "--queue-url=s3cr3t",
+                "--market-data-url=redis://:s3cr3t@store:6379/first",
+            ),
+            (
+                "--database-url=postgres://u:s3cr3t@db:port/x",
+                "--queue-url=u:s3cr3t@queue:4222",
+                "--market-data-url=http://:s3cr3t@store",
+            ),
+            (
+                "--database-url=postgres://u:s3cr3t@db/x?sslmode=s3cr3t",
+                "--queue-url=nats://u:s3cr3t@",
+                "--market-data-url=",
+            ),
+            (
+                "--database-url=postgres://u:s3cr3t@db/x?sslrootcert=/does/not/exist",
+                "--queue-url=nats://u:s3cr3t@queue:99999",
+                "--market-data-url=rediss://:s3cr3t@store#secure",
+            ),
+        ];
+        for (database, queue, market_data) in wrong {
+            let flags = [database, queue, market_data, &mail_file, "--role=live"];
+            let InvalidConfig(problems) = validate(&flags).unwrap_err();
+            assert!(!problems.join("").contains("s3cr3t"), "{problems:#?}");
+            let named = [
+                "--database-url (EXCHANGE_DATABASE_URL): not usable",
+                "--queue-url (EXCHANGE_QUEUE_URL): not usable",
+                "--market-data-url (EXCHANGE_MARKET_DATA_URL): not usable",
+                &format!(
+                    "--mail-url-file (EXCHANGE_MAIL_URL_FILE) {}: not usable",
+                    file.display()
+                ),
+            ];
+            assert_listed(&problems, &named);
+            for shape in [
+                "write postgres://",
+                "write nats://",
+                "write redis://",
+                "write smtps://",
+            ] {
+                assert!(problems.join("").contains(shape), "{problems:#?}");
+            }
         }
-        assert_eq!(problems.len(), 8, "{said}");
+        std::fs::remove_dir_all(directory).unwrap();
+    }
+
+    #[test]
+    fn urls_of_all_kinds_are_accepted() {
+        let database = [
+            "--database-url=postgres://u:s%23@db.example:5432/x?sslmode=verify-full",
+            "--database-url=postgresql:///x?host=/run/postgresql",
+        ];
+        let queue = ["--queue-url=tls://u:p%40@queue:4222", "--queue-url=nats://[::1]"];
+        let market_data = [
+            "--market-data-url=rediss://:p@store:6379/2",
+            "--market-data-url=redis://store",
+        ];
+        let mail = [
+            "--mail-url=smtps://u:p@mail.example:465",
+            "--mail-url=smtp://mail?tls=required",
+        ];
+        for (at, database) in database.into_iter().enumerate() {
+            let flags = [database, queue[at], market_data[at], mail[at], "--role=live"];
+            let config = validate(&flags).unwrap();
+            assert!(config.queue.is_some() && config.market_data.is_some() && config.mail.is_some());
+        }
+    }
+
+    #[test]
+    fn what_is_needed_is_asked_for_together() {
+        let args = Command::parse_from(["exchange", "--role=live"]).args;
+        let needed = [Peer::Queue, Peer::MarketData];
+        let InvalidConfig(problems) = args.validate_with(&needed).unwrap_err();
+        let required = |flag: &str| {
+            let file = format!("{flag}-file");
+            format!("{} or {} is required", named(flag), named(&file))
+        };
+        let expected = ["database-url", "queue-url", "market-data-url"].map(required);
+        assert_listed(&problems, &expected.each_ref().map(String::as_str));
+    }
+
+    /// Fails unless the problems begin like this, in whatever order, and there are no others.
+    fn assert_listed(problems: &[String], beginnings: &[&str]) {
+        for beginning in beginnings {
+            let found = problems.iter().any(|problem| problem.starts_with(beginning));
+            assert!(found, "{beginning} is missing in {problems:#?}");
+        }
+        assert_eq!(problems.len(), beginnings.len(), "{problems:#?}");
+    }
+
+    #[test]
+    fn every_flag_has_the_variable_that_problems_name() {
+        for argument in <Command as clap::CommandFactory>::command().get_arguments() {
+            if let (Some(flag), Some(name)) = (argument.get_long(), argument.get_env()) {
+                assert_eq!(name.to_str().unwrap(), variable(flag));
+            }
+        }
     }
 
     #[test]

@@ -107,6 +107,12 @@ pub fn is_unavailable(error: &sqlx::Error) -> bool {
     }
 }
 
+/// Whether a lock was waited for in vain.
+pub fn is_lock_timeout(error: &sqlx::Error) -> bool {
+    let error = error.as_database_error();
+    error.is_some_and(|error| error.code().is_some_and(|code| code == "55P03"))
+}
+
 /// Whether the transaction was undone for a reason that passes: a conflict, a deadlock, a lock or time limit.
 pub fn is_retryable(error: &sqlx::Error) -> bool {
     let code = error

@@ -5,8 +5,9 @@ use std::net::{IpAddr, SocketAddr};
 use axum::{
     body::Bytes,
     extract::{ConnectInfo, FromRequest, FromRequestParts, Request, rejection::BytesRejection},
-    http::{StatusCode, header, request::Parts},
+    http::{HeaderMap, StatusCode, header, request::Parts},
 };
+use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 
 use crate::{
@@ -90,33 +91,84 @@ impl FromRequestParts<App> for ClientAddress {
             .extensions
             .get::<ConnectInfo<SocketAddr>>()
             .ok_or_else(|| ApiError::internal("the accept loop left no peer address"))?;
-        let trusted = |address: IpAddr| {
-            app.config
-                .trusted_proxies
-                .iter()
-                .any(|network| network.contains(&address))
-        };
-        let forwarded: Vec<IpAddr> = parts
-            .headers
-            .get_all("x-forwarded-for")
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .flat_map(|value| value.split(','))
-            .map_while(|address| address.trim().parse().ok())
-            .collect();
-        let mut client = peer.ip().to_canonical();
-        for address in forwarded.into_iter().rev() {
-            if !trusted(client) {
-                break;
-            }
-            client = address.to_canonical();
-        }
-        Ok(Self(client))
+        Ok(Self(client_address(
+            peer.ip(),
+            &parts.headers,
+            &app.config.trusted_proxies,
+        )))
     }
+}
+
+/// Each proxy appends the address that it was called from, so only from the right, and only as far as the proxies are ours,
+/// is the list more than the client's invention. It ends at the first entry that is no address.
+fn client_address(peer: IpAddr, headers: &HeaderMap, proxies: &[IpNet]) -> IpAddr {
+    let trusted = |address: IpAddr| proxies.iter().any(|network| network.contains(&address));
+    let values = headers.get_all("x-forwarded-for").iter().rev();
+    let mut forwarded = values.flat_map(|value| value.to_str().unwrap_or_default().rsplit(','));
+    let mut client = peer.to_canonical();
+    while trusted(client)
+        && let Some(Ok(address)) = forwarded.next().map(|entry| entry.trim().parse::<IpAddr>())
+    {
+        client = address.to_canonical();
+    }
+    client
 }
 
 fn at_path(problem: error::Problem, error: serde_path_to_error::Error<serde_json::Error>) -> ApiError {
     let path = error.path().to_string();
     let detail = ApiError::from(problem).detail(error.into_inner().to_string());
     if path == "." { detail } else { detail.field(path) }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn a_client_cannot_invent_its_address() {
+        let proxies = ["10.0.0.0/8".parse().unwrap()];
+        let client = |peer: &str, forwarded: &[&[u8]]| {
+            let mut headers = HeaderMap::new();
+            for value in forwarded {
+                headers.append("x-forwarded-for", HeaderValue::from_bytes(value).unwrap());
+            }
+            client_address(peer.parse().unwrap(), &headers, &proxies).to_string()
+        };
+        let cases: &[(&str, &[&[u8]], &str)] = &[
+            ("192.0.2.1", &[b"203.0.113.7"], "192.0.2.1"),
+            ("10.0.0.1", &[], "10.0.0.1"),
+            ("10.0.0.1", &[b"203.0.113.7"], "203.0.113.7"),
+            ("::ffff:10.0.0.1", &[b"::ffff:203.0.113.7"], "203.0.113.7"),
+            // Two proxies of ours, in one header or in two.
+            (
+                "10.0.0.1",
+                &[b"198.51.100.1, 203.0.113.7, 10.0.0.2"],
+                "203.0.113.7",
+            ),
+            (
+                "10.0.0.1",
+                &[b"198.51.100.1, 203.0.113.7", b"10.0.0.2"],
+                "203.0.113.7",
+            ),
+            // What a client has written stands before what the first proxy has appended, whatever it is.
+            ("10.0.0.1", &[b"198.51.100.1, x, 203.0.113.7"], "203.0.113.7"),
+            ("10.0.0.1", &[b"198.51.100.1, \xff, 203.0.113.7"], "10.0.0.1"),
+            (
+                "10.0.0.1",
+                &[b"198.51.100.1, \xff", b"203.0.113.7"],
+                "203.0.113.7",
+            ),
+            ("10.0.0.1", &[b"x,,, 203.0.113.7"], "203.0.113.7"),
+            // Nothing to the left of garbage is looked at.
+            ("10.0.0.1", &[b"198.51.100.1, x"], "10.0.0.1"),
+            ("10.0.0.1", &[b"198.51.100.1, 10.0.0.3, x, 10.0.0.2"], "10.0.0.2"),
+            ("10.0.0.1", &[b"198.51.100.1,"], "10.0.0.1"),
+            ("10.0.0.1", &[b"198.51.100.1", b""], "10.0.0.1"),
+        ];
+        for (peer, forwarded, expected) in cases {
+            assert_eq!(client(peer, forwarded), *expected, "{peer} {forwarded:?}");
+        }
+    }
 }

@@ -24,6 +24,9 @@ pub const KEY_HEADER: &str = "idempotency-key";
 /// The response header that marks an answer as given before.
 pub const HIT_HEADER: HeaderName = HeaderName::from_static("idempotency-hit");
 
+/// Most keys forgotten at a time.
+const PORTION: i64 = 5_000;
+
 /// The key has been used for something else.
 pub const KEY_REUSED: Problem = Problem::new(
     StatusCode::CONFLICT,
@@ -142,10 +145,18 @@ pub async fn record(
     Ok(())
 }
 
-/// Forgets keys that are older than any client may still repeat a request.
+/// Forgets keys that are older than any client may still repeat a request, in portions that are done in time.
 pub async fn forget_old(db: &PgPool) -> Result<(), sqlx::Error> {
-    sqlx::query("delete from idempotency_keys where created_at < now() - interval '30 days'")
+    loop {
+        let forgotten = sqlx::query(
+            "delete from idempotency_keys where (user_id, key) in (
+                 select user_id, key from idempotency_keys where created_at < now() - interval '30 days' limit $1)",
+        )
+        .bind(PORTION)
         .execute(db)
         .await?;
-    Ok(())
+        if forgotten.rows_affected() < PORTION.unsigned_abs() {
+            return Ok(());
+        }
+    }
 }

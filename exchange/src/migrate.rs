@@ -31,7 +31,10 @@ const LOCK: i64 = 0x6578_6368_616e_6765;
 /// How long a statement may wait for a lock, and with it everything that queues behind it.
 const LOCK_TIMEOUT: &str = "250ms";
 
-/// An instance that has not been seen for so long is gone.
+/// How often every process announces itself.
+pub(crate) const ANNOUNCE_EVERY: Duration = Duration::from_secs(10);
+
+/// An instance that has not been seen for so long is gone, if there was a database in which it could be seen.
 pub const INSTANCE_GONE_AFTER: Duration = Duration::from_secs(45);
 
 /// The flags of `exchange migrate`.
@@ -350,18 +353,24 @@ async fn apply(
 }
 
 /// Waits until no instance is seen that the contract would break.
+///
+/// After a time without a database an instance that is alive looks gone until it announces itself again. So one that has
+/// not signed off is gone only when it stays silent while we look on, for longer than it may be silent.
 async fn no_older_readers(
     connection: &mut PgConnection,
     number: i64,
     deadline: Instant,
 ) -> anyhow::Result<()> {
+    let looking_since = Instant::now();
     loop {
+        let sure = looking_since.elapsed() >= ANNOUNCE_EVERY * 2;
         let older: Vec<String> = sqlx::query_scalar(
             "select service || ' of ' || stack from instances
-             where level < $1 and seen_at > now() - make_interval(secs => $2) order by 1",
+             where level < $1 and (seen_at > now() - make_interval(secs => $2) or not $3) order by 1",
         )
         .bind(number)
         .bind(INSTANCE_GONE_AFTER.as_secs_f64())
+        .bind(sure)
         .fetch_all(&mut *connection)
         .await?;
         if older.is_empty() {
@@ -370,7 +379,7 @@ async fn no_older_readers(
         let older = older.join(", ");
         ensure!(
             Instant::now() < deadline,
-            "contract {number} would break instances that still run: {older}"
+            "contract {number} would break instances that still run, or have not signed off: {older}"
         );
         info!("contract {number} waits for older instances to end: {older}");
         tokio::time::sleep(Duration::from_secs(1)).await;

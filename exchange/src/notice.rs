@@ -67,11 +67,12 @@ async fn announce_portion(db: &PgPool) -> Result<bool, sqlx::Error> {
     let Some((revision, version, announced_to)) = release else {
         return Ok(false);
     };
+    // Locked against a deletion, which then waits for what is written here and erases it.
     let users: Vec<(Uuid,)> = sqlx::query_as(
         "select id from users
          where lane = 'live' and deleted_at is null and id > $1
            and created_at <= (select live_at from releases where revision = $2)
-         order by id limit $3",
+         order by id limit $3 for key share",
     )
     .bind(announced_to)
     .bind(&revision)

@@ -211,14 +211,17 @@ impl Writer {
                 rows.data.push(draft.data);
             }
         }
-        // Users who are gone are told nothing. The counters are locked in the order of the users, so that two
-        // workers never wait for each other.
+        // Users who are gone are told nothing, and a user who is about to go waits until this has been written and can
+        // be erased. Users and counters are locked in the order of the users, so that two workers never wait for each
+        // other.
         sqlx::query(
-            "with input as (
+            "with told as (
+                 select id from users where id = any($1) and deleted_at is null order by id for key share
+             ), input as (
                  select given.*, row_number() over (partition by given.user_id order by given.place) as nth
                  from unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::jsonb[])
                       with ordinality as given (user_id, event_id, lane, kind, title, data, place)
-                 join users on users.id = given.user_id and users.deleted_at is null
+                 join told on told.id = given.user_id
              ), counted as (
                  insert into notification_counters as counter (user_id, lane, last_seq)
                  select user_id, min(lane), count(*) from input group by user_id order by user_id
@@ -234,7 +237,7 @@ impl Writer {
              ), mailed as (
                  insert into emails (user_id, seq) select user_id, seq from written where $7 and lane = 'live'
              )
-             select pg_notify($8, user_id::text) from (select distinct user_id from written) told",
+             select pg_notify($8, user_id::text) from (select distinct user_id from written) news",
         )
         .bind(rows.users)
         .bind(rows.events)

@@ -1,18 +1,24 @@
 //! The description of the API, made from the code: every operation with each code that it can fail with.
 
+mod export;
+
 use std::collections::BTreeMap;
 
 use utoipa::{
     PartialSchema,
     openapi::{
-        Components, ContentBuilder, Info, OpenApi, PathItem, Ref, RefOr, Response, ResponseBuilder, Schema,
+        Components, ContentBuilder, HeaderBuilder, Info, ObjectBuilder, OpenApi, PathItem, Ref, RefOr,
+        Response, ResponseBuilder, Schema,
+        header::Header,
         path::Operation,
+        schema::Type,
         security::{Http, HttpAuthScheme, SecurityScheme},
     },
 };
 
 use crate::{
     error::{self, Problem, ProblemDocument},
+    idempotency::KEY_HEADER,
     market, notification,
     release::Release,
     stream, trade, user,
@@ -52,7 +58,7 @@ const REFUSALS: &[(&str, &str, &[&str])] = &[
     (
         "post",
         "/account/delete",
-        &["account_not_found", "account_not_empty"],
+        &["account_not_found", "account_not_empty", "account_in_use"],
     ),
     ("get", "/account/list", &[]),
     (
@@ -136,7 +142,26 @@ pub fn document(release: Release) -> OpenApi {
             let own = problems.iter().filter(|problem| own.contains(&problem.code));
             let failures = failures(of_shape(operation).iter().chain(own));
             operation.responses.responses.extend(failures);
+            if takes_a_key(operation) {
+                let responses = &mut operation.responses.responses;
+                if let Some(RefOr::T(created)) = responses.get_mut("201") {
+                    let hit = header(
+                        Type::Boolean,
+                        "`true` if this is the first answer once more, and nothing has happened again; else absent",
+                    );
+                    created.headers.insert("Idempotency-Hit".to_owned(), hit);
+                }
+            }
         }
+    }
+    let export = document.paths.paths.get_mut("/user/export");
+    if let Some(export) = export.and_then(|item| item.get.as_mut())
+        && let Some(RefOr::T(exported)) = export.responses.responses.get_mut("200")
+    {
+        let content = ContentBuilder::new().schema(Some(Ref::from_schema_name("Export")));
+        exported
+            .content
+            .insert("application/json".to_owned(), content.build().into());
     }
 
     let components = document.components.get_or_insert_with(Components::default);
@@ -151,6 +176,9 @@ pub fn document(release: Release) -> OpenApi {
         code.enum_values = Some(problems.iter().map(|problem| problem.code.into()).collect());
     }
     components.schemas.insert("ProblemDocument".to_owned(), schema);
+    components
+        .schemas
+        .insert("Export".to_owned(), export::schema(release).into());
     if !release.has_freezes
         && let Some(RefOr::T(Schema::Object(account))) = components.schemas.get_mut("Account")
     {
@@ -169,6 +197,22 @@ fn operations(item: &mut PathItem) -> impl Iterator<Item = (&'static str, &mut O
     operations
         .into_iter()
         .filter_map(|(method, operation)| Some((method, operation.as_mut()?)))
+}
+
+/// Whether a request may carry the key by which a repetition is known.
+fn takes_a_key(operation: &Operation) -> bool {
+    let parameters = operation.parameters.iter().flatten();
+    parameters.into_iter().any(|parameter| match parameter {
+        RefOr::T(parameter) => parameter.name.eq_ignore_ascii_case(KEY_HEADER),
+        RefOr::Ref(_) => false,
+    })
+}
+
+fn header(kind: Type, meaning: &str) -> RefOr<Header> {
+    let header = HeaderBuilder::new()
+        .schema(Some(ObjectBuilder::new().schema_type(kind)))
+        .description(Some(meaning));
+    RefOr::T(header.build())
 }
 
 /// What every operation of this shape can fail with.
@@ -201,17 +245,26 @@ fn failures<'a>(problems: impl Iterator<Item = &'a Problem>) -> BTreeMap<String,
             .or_default()
             .push(said);
     }
-    let response = |said: &[String]| {
+    let response = |status: &str, said: &[String]| {
         let content = ContentBuilder::new().schema(Some(Ref::from_schema_name("ProblemDocument")));
-        ResponseBuilder::new()
+        let mut response = ResponseBuilder::new()
             .description(said.join("\n\n"))
             .content("application/problem+json", content.build())
-            .build()
+            .build();
+        if ["429", "503"].contains(&status) {
+            let seconds = header(
+                Type::Integer,
+                "Seconds after which the same request may be sent again",
+            );
+            response.headers.insert("Retry-After".to_owned(), seconds);
+        }
+        response
     };
-    codes
-        .into_iter()
-        .map(|(status, said)| (status, RefOr::T(response(&said))))
-        .collect()
+    let responses = codes.into_iter().map(|(status, said)| {
+        let response = RefOr::T(response(&status, &said));
+        (status, response)
+    });
+    responses.collect()
 }
 
 fn description(problems: &[Problem]) -> String {

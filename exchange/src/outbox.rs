@@ -31,9 +31,9 @@ const IDLE: Duration = Duration::from_millis(100);
 const LOOK: Duration = Duration::from_secs(1);
 /// How often rows are found done, or published for too long.
 const SWEEP: Duration = Duration::from_secs(1);
-/// Rows swept at a time.
+/// Rows swept, or removed, at a time.
 const SWEEP_BATCH: i64 = 5_000;
-/// How often old rows are removed.
+/// How often old rows are looked for.
 const PRUNE: Duration = Duration::from_mins(1);
 /// How long it is remembered that an event was handled: longer than the broker keeps any message.
 const INBOX_AGE: Duration = Duration::from_hours(7 * 24);
@@ -247,8 +247,8 @@ pub async fn sweep(db: &PgPool, scope: &Scope, metrics: &MessageMetrics, stop: &
                 metrics.reopened.inc_by(reopened);
             }
             measure(db, scope, metrics).await?;
-            if *scope == Scope::Live && pruned_at.elapsed() >= PRUNE {
-                prune(db).await?;
+            // What is left of many is removed in the next passes: nothing else should wait for it.
+            if *scope == Scope::Live && pruned_at.elapsed() >= PRUNE && !prune(db).await? {
                 pruned_at = Instant::now();
             }
             Ok::<(), sqlx::Error>(())
@@ -324,30 +324,39 @@ async fn measure(db: &PgPool, scope: &Scope, metrics: &MessageMetrics) -> Result
     Ok(())
 }
 
-/// Removes events that have been done for an hour, and inbox rows that nothing can ask for any more. Under a
-/// lock, so that one process does it at a time.
-async fn prune(db: &PgPool) -> Result<(), sqlx::Error> {
+/// Removes a portion of the events that have been done for an hour, and of the inbox rows that nothing can ask for any
+/// more; says whether there may be others. Under a lock, so that one process does it at a time.
+pub async fn prune(db: &PgPool) -> Result<bool, sqlx::Error> {
     let mut transaction = db.begin().await?;
     let (mine,): (bool,) = sqlx::query_as("select pg_try_advisory_xact_lock(hashtext('outbox.prune'))")
         .fetch_one(&mut *transaction)
         .await?;
     if !mine {
-        return Ok(());
+        return Ok(false);
     }
-    sqlx::query("delete from outbox where done_at < now() - interval '1 hour'")
-        .execute(&mut *transaction)
-        .await?;
+    let events = sqlx::query(
+        "delete from outbox where id in (
+             select id from outbox where done_at < now() - interval '1 hour' limit $1)",
+    )
+    .bind(SWEEP_BATCH)
+    .execute(&mut *transaction)
+    .await?;
     // The time is in the ids of the events.
     let oldest = time::OffsetDateTime::now_utc() - INBOX_AGE;
     let oldest = uuid::Timestamp::from_unix(uuid::NoContext, oldest.unix_timestamp().unsigned_abs(), 0);
-    sqlx::query(
-        "delete from inbox
-         where consumer = any($1) and event_id < $2
-           and not exists (select from outbox where outbox.id = inbox.event_id)",
+    let handled = sqlx::query(
+        "delete from inbox where (consumer, event_id) in (
+             select consumer, event_id from inbox
+             where consumer = any($1) and event_id < $2
+               and not exists (select from outbox where outbox.id = inbox.event_id)
+             limit $3)",
     )
     .bind(["notification", "market"])
     .bind(Uuid::new_v7(oldest))
+    .bind(SWEEP_BATCH)
     .execute(&mut *transaction)
     .await?;
-    transaction.commit().await
+    transaction.commit().await?;
+    let full = |removed: u64| removed == SWEEP_BATCH.unsigned_abs();
+    Ok(full(events.rows_affected()) || full(handled.rows_affected()))
 }

@@ -41,7 +41,7 @@ const QUIET: Duration = Duration::from_secs(1);
 const BACKGROUND_END: Duration = Duration::from_secs(10);
 
 /// How often the schema is looked at, and this process announced.
-const CHECK_EVERY: Duration = Duration::from_secs(10);
+const CHECK_EVERY: Duration = migrate::ANNOUNCE_EVERY;
 
 /// The same while it is not as this process needs it.
 const RETRY_EVERY: Duration = Duration::from_millis(500);

@@ -10,7 +10,7 @@ use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use sqlx::PgConnection;
+use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 use tracing::{info, warn};
 use utoipa::ToSchema;
@@ -47,19 +47,23 @@ impl FromRequestParts<App> for Session {
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
         let caller = Caller::from_request_parts(parts, app).await?;
-        let open: bool = sqlx::query_scalar(
-            "select exists (select from sessions where id = $1 and user_id = $2 and revoked_at is null and expires_at > now())",
-        )
-        .bind(caller.session_id)
-        .bind(caller.user_id)
-        .fetch_one(&app.db)
-        .await?;
-        if open {
+        if is_open(&app.db, &caller).await? {
             Ok(Self(caller))
         } else {
             Err(error::UNAUTHENTICATED.into())
         }
     }
+}
+
+/// Whether the session that a token came from has not been ended.
+pub(crate) async fn is_open(db: &PgPool, caller: &Caller) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(
+        "select exists (select from sessions where id = $1 and user_id = $2 and revoked_at is null and expires_at > now())",
+    )
+    .bind(caller.session_id)
+    .bind(caller.user_id)
+    .fetch_one(db)
+    .await
 }
 
 #[derive(Deserialize, ToSchema)]
@@ -126,20 +130,28 @@ pub(crate) async fn login(
             .fetch_optional(&app.db)
             .await?;
     let hash = user.as_ref().and_then(|user| user.password_hash.clone());
-    let correct = app.passwords.verify(credentials.password, hash).await?;
+    let correct = app.passwords.verify(credentials.password, hash.clone()).await?;
     let user = user.filter(|_| correct).ok_or(WRONG_CREDENTIALS)?;
     by_address.forgive(&app.db).await?;
     by_account.forgive(&app.db).await?;
 
     let session_id = Uuid::now_v7();
     let mut transaction = app.db.begin().await?;
-    sqlx::query("insert into sessions (id, lane, user_id, expires_at) values ($1, $2, $3, $4)")
-        .bind(session_id)
-        .bind(&lane)
-        .bind(user.id)
-        .bind(OffsetDateTime::now_utc() + app.config.refresh_token_lifetime)
-        .execute(&mut *transaction)
-        .await?;
+    // Hashing takes its time: the password may have been changed, or the user deleted, in the meantime. The lock makes
+    // whoever is about to do so wait, and then find this session.
+    let started = sqlx::query(
+        "insert into sessions (id, lane, user_id, expires_at)
+         select $1, lane, id, $4 from users where id = $2 and password_hash = $3 and deleted_at is null for share",
+    )
+    .bind(session_id)
+    .bind(user.id)
+    .bind(hash)
+    .bind(OffsetDateTime::now_utc() + app.config.refresh_token_lifetime)
+    .execute(&mut *transaction)
+    .await?;
+    if started.rows_affected() == 0 {
+        return Err(WRONG_CREDENTIALS.into());
+    }
     let refresh_token = new_refresh_token(&mut transaction, &lane, session_id).await?;
     let event = Event {
         lane: lane.clone(),

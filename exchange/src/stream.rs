@@ -3,6 +3,9 @@
 //! PostgreSQL tells every process who has news (`notify`); the news itself is read from the table, from the
 //! client's cursor on. So a client that reads slowly costs one flag and at most one page of memory, a lost
 //! announcement costs at most one heartbeat of delay, and `Last-Event-ID` continues on any stack.
+//!
+//! A stream is allowed as long as a request would be: it ends with its access token, and when its session is ended, of
+//! which PostgreSQL tells as well; at the age of a connection at the latest.
 
 use std::{
     collections::HashMap,
@@ -21,7 +24,8 @@ use axum::{
 };
 use futures::stream::{self, Stream};
 use sqlx::{PgPool, postgres::PgListener};
-use tokio::sync::Notify;
+use time::OffsetDateTime;
+use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -32,11 +36,12 @@ use crate::{
     error::{self, ApiError},
     notification::{CHANNEL, Notification, Shared, columns},
     role::Role,
+    session,
 };
 
 /// The client's cursor.
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
-/// How often a silent stream sends a comment, and looks whether an announcement was lost.
+/// How often a silent stream sends a comment, and looks whether an announcement was lost, of news or of the session's end.
 const HEARTBEAT: Duration = Duration::from_secs(15);
 /// How soon a client should come back when its stream has ended.
 const RETRY: Duration = Duration::from_secs(1);
@@ -168,7 +173,8 @@ impl<S: Sync> FromRequestParts<S> for LastEventId {
 
 /// The caller's notifications as server-sent events: `id` is the notification's number, `event` is `notification`,
 /// `data` the notification as in the list. With `Last-Event-ID` the stream begins with what came after it, else
-/// with what comes next. The server may end a stream at any event; come back after `retry` with the last id.
+/// with what comes next. The server may end a stream at any event, and does when the access token expires or its session
+/// is ended; come back after `retry` with the last id, and with a token that is valid.
 #[utoipa::path(
     get,
     path = "/notifications/stream",
@@ -182,6 +188,11 @@ async fn follow(
     caller: Caller,
     LastEventId(last): LastEventId,
 ) -> Result<Response, ApiError> {
+    if !session::is_open(&shared.app.db, &caller).await? {
+        return Err(error::UNAUTHENTICATED.into());
+    }
+    let token_left = Duration::try_from(caller.expires_at - OffsetDateTime::now_utc()).unwrap_or_default();
+    let ends_at = Instant::now() + token_left.min(shared.app.config.max_connection_age);
     let Some(bell) = shared.hub.subscribe(caller.user_id) else {
         return Err(ApiError::from(error::TOO_MANY_REQUESTS)
             .detail("too many open event streams")
@@ -193,7 +204,8 @@ async fn follow(
     };
     let follower = Follower {
         shared,
-        user_id: caller.user_id,
+        caller,
+        ends_at,
         bell,
         cursor,
         state: Next::Begin,
@@ -222,7 +234,9 @@ async fn newest(db: &PgPool, user: Uuid) -> Result<i64, sqlx::Error> {
 /// One client's stream.
 struct Follower {
     shared: Shared,
-    user_id: Uuid,
+    caller: Caller,
+    /// When the token is over, or the connection old.
+    ends_at: Instant,
     bell: Arc<Notify>,
     cursor: i64,
     state: Next,
@@ -232,7 +246,9 @@ enum Next {
     Begin,
     Send(std::vec::IntoIter<Notification>),
     Wait,
+    /// Say good-bye.
     End,
+    Ended,
 }
 
 impl Follower {
@@ -245,9 +261,8 @@ impl Follower {
 
     async fn next(&mut self) -> Option<Event> {
         loop {
-            if self.must_end() && !matches!(self.state, Next::End) {
+            if self.must_end() && !matches!(self.state, Next::Ended) {
                 self.state = Next::End;
-                return Some(Event::default().retry(RETRY).comment("moving; come back"));
             }
             match &mut self.state {
                 Next::Begin => {
@@ -272,19 +287,29 @@ impl Follower {
                         return Some(Event::default().comment(""));
                     }
                 }
-                Next::End => return None,
+                Next::End => {
+                    self.state = Next::Ended;
+                    return Some(Event::default().retry(RETRY).comment("come back"));
+                }
+                Next::Ended => return None,
             }
         }
     }
 
-    /// Reads what is there after the cursor. A stream whose database is away ends; the client comes back.
+    /// Reads what is there after the cursor. A stream whose session has been ended, or whose database is away, ends; the
+    /// client comes back, if it may.
     async fn page(&self) -> Next {
+        match session::is_open(&self.shared.app.db, &self.caller).await {
+            Ok(true) => {}
+            Ok(false) => return Next::End,
+            Err(error) => return cannot_be_read(&error),
+        }
         let page: Result<Vec<Notification>, _> = sqlx::query_as(concat!(
             "select ",
             columns!(),
             " from notifications where user_id = $1 and seq > $2 order by seq limit $3"
         ))
-        .bind(self.user_id)
+        .bind(self.caller.user_id)
         .bind(self.cursor)
         .bind(PAGE)
         .fetch_all(&self.shared.app.db)
@@ -292,10 +317,7 @@ impl Follower {
         match page {
             Ok(page) if page.is_empty() => Next::Wait,
             Ok(page) => Next::Send(page.into_iter()),
-            Err(error) => {
-                warn!(error.message = %error, "an event stream ends: its notifications cannot be read");
-                Next::End
-            }
+            Err(error) => cannot_be_read(&error),
         }
     }
 
@@ -310,11 +332,19 @@ impl Follower {
             () = draining => false,
             () = self.shared.hub.ending.cancelled() => false,
             () = self.bell.notified() => false,
+            () = tokio::time::sleep_until(self.ends_at) => false,
             () = tokio::time::sleep(HEARTBEAT) => true,
         }
     }
 
     fn must_end(&self) -> bool {
-        self.shared.hub.ending.is_cancelled() || *self.shared.app.role.borrow() == Role::Draining
+        self.shared.hub.ending.is_cancelled()
+            || *self.shared.app.role.borrow() == Role::Draining
+            || Instant::now() >= self.ends_at
     }
+}
+
+fn cannot_be_read(error: &sqlx::Error) -> Next {
+    warn!(error.message = %error, "an event stream ends: its notifications cannot be read");
+    Next::End
 }

@@ -3,7 +3,7 @@
 //! Nobody learns from it whether an e-mail address is registered: the answers to a registration, and those to a failed
 //! log-in, are the same in status, text and time for known and unknown addresses.
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
 use axum::{
     Json,
@@ -48,7 +48,7 @@ pub const PROBLEMS: &[Problem] = &[
     LANE_REFUSED,
 ];
 
-/// How often old rows are removed.
+/// How often old rows are removed; longer than a process that can reach the database takes to announce itself.
 const HOUSEKEEPING: Duration = Duration::from_mins(1);
 
 /// The routes of the user service.
@@ -284,54 +284,70 @@ impl FromRequestParts<App> for ChosenLane {
 
 /// Removes what has expired, and the lanes of stacks that are gone, while this stack is live.
 pub async fn run(app: App, shutdown: CancellationToken) {
+    let mut housekeeping = Housekeeping::default();
     while shutdown
         .run_until_cancelled(tokio::time::sleep(HOUSEKEEPING))
         .await
         .is_some()
     {
         if *app.role.borrow() == Role::Live
-            && let Err(error) = clean_up(&app.db).await
+            && let Err(error) = housekeeping.clean_up(&app.db).await
         {
             warn!(error.message = %error, "housekeeping failed; it is tried again");
         }
     }
 }
 
-/// One round of housekeeping; nothing if another process is at it.
-pub async fn clean_up(db: &PgPool) -> Result<(), sqlx::Error> {
-    let mut transaction = db.begin().await?;
-    let first: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtext('housekeeping'))")
-        .fetch_one(&mut *transaction)
-        .await?;
-    if !first {
-        return Ok(());
-    }
-    sqlx::query("delete from rate_limits where window_ends_at < now()")
-        .execute(&mut *transaction)
-        .await?;
-    sqlx::query("delete from sessions where expires_at < now()")
-        .execute(&mut *transaction)
-        .await?;
-    sqlx::query("delete from instances where seen_at < now() - interval '1 day'")
-        .execute(&mut *transaction)
-        .await?;
-    let abandoned: Vec<String> = sqlx::query_scalar(
-        "select distinct lane from users where lane <> 'live' and not exists (
-             select from instances
-             where stack = split_part(substr(lane, 6), '.', 1) and seen_at > now() - make_interval(secs => $1)
-         )",
-    )
-    .bind(migrate::INSTANCE_GONE_AFTER.as_secs_f64())
-    .fetch_all(&mut *transaction)
-    .await?;
-    for lane in abandoned {
-        sqlx::query("select erase_lane_v1($1)")
-            .bind(&lane)
+/// What one round of housekeeping must know of the one before.
+#[derive(Debug, Default)]
+pub struct Housekeeping {
+    /// Test lanes whose stack was not seen.
+    suspects: HashSet<String>,
+}
+
+impl Housekeeping {
+    /// One round of housekeeping; nothing if another process is at it.
+    ///
+    /// A lane is erased when its stack has not been seen in two rounds in a row: after a time without a database those who
+    /// are alive look gone, until they have had the time to announce themselves.
+    pub async fn clean_up(&mut self, db: &PgPool) -> Result<(), sqlx::Error> {
+        let suspects = std::mem::take(&mut self.suspects);
+        let mut transaction = db.begin().await?;
+        let first: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtext('housekeeping'))")
+            .fetch_one(&mut *transaction)
+            .await?;
+        if !first {
+            return Ok(());
+        }
+        sqlx::query("delete from rate_limits where window_ends_at < now()")
             .execute(&mut *transaction)
             .await?;
-        info!("erased the test lane {lane}, whose stack is gone");
+        sqlx::query("delete from sessions where expires_at < now()")
+            .execute(&mut *transaction)
+            .await?;
+        sqlx::query("delete from instances where seen_at < now() - interval '1 day'")
+            .execute(&mut *transaction)
+            .await?;
+        let abandoned: Vec<String> = sqlx::query_scalar(
+            "select distinct lane from users where lane <> 'live' and not exists (
+                 select from instances
+                 where stack = split_part(substr(lane, 6), '.', 1) and seen_at > now() - make_interval(secs => $1)
+             )",
+        )
+        .bind(migrate::INSTANCE_GONE_AFTER.as_secs_f64())
+        .fetch_all(&mut *transaction)
+        .await?;
+        for lane in abandoned.iter().filter(|lane| suspects.contains(*lane)) {
+            sqlx::query("select erase_lane_v1($1)")
+                .bind(lane)
+                .execute(&mut *transaction)
+                .await?;
+            info!("erased the test lane {lane}, whose stack is gone");
+        }
+        transaction.commit().await?;
+        self.suspects = abandoned.into_iter().collect();
+        Ok(())
     }
-    transaction.commit().await
 }
 
 /// The address as it is stored and compared, or nothing if it cannot be one.

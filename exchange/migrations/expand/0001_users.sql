@@ -36,8 +36,9 @@ create table users (
     constraint users_email_unique unique (lane, email),
     constraint users_erased check ((deleted_at is null) = (email is not null and password_hash is not null))
 );
-grant select, insert on users to exchange_app;
+grant select on users to exchange_app;
 -- Not the scopes: those are given by the owner of the database.
+grant insert (id, lane, email, password_hash, display_name, locale) on users to exchange_app;
 grant update (email, password_hash, display_name, locale, updated_at, deleted_at) on users to exchange_app;
 
 create table sessions (
@@ -50,6 +51,17 @@ create table sessions (
 );
 create index sessions_user on sessions (user_id);
 grant select, insert, update, delete on sessions to exchange_app;
+
+-- However a session is ended, the event streams that were opened with its tokens look at once, wherever they are.
+create function session_ended_v1() returns trigger language plpgsql as $$
+begin
+    perform pg_notify('notifications', old.user_id::text);
+    return null;
+end $$;
+create trigger session_revoked after update of revoked_at on sessions
+    for each row when (old.revoked_at is null and new.revoked_at is not null) execute function session_ended_v1();
+create trigger session_deleted after delete on sessions
+    for each row when (old.revoked_at is null) execute function session_ended_v1();
 
 -- All refresh tokens of a session are its family: the use of one that has been used revokes them all.
 create table refresh_tokens (

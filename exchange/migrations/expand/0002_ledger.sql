@@ -63,10 +63,19 @@ create table transfers (
     id         bigint primary key,
     lane       text not null,
     kind       text not null check (kind in ('deposit', 'withdrawal', 'trade')),
-    reference  text,
     created_at timestamptz not null
 );
 create index transfers_of_test_lane on transfers (lane) where lane <> 'live';
+
+-- What people call a transfer. Not in the ledger, which keeps everything: it goes with the user whose account it is about.
+create table transfer_references (
+    transfer_id bigint primary key references transfers,
+    lane        text not null,
+    user_id     uuid not null,
+    reference   text not null
+);
+create index transfer_references_of_user on transfer_references (user_id);
+create index transfer_references_of_test_lane on transfer_references (lane) where lane <> 'live';
 
 -- What a transfer does to one account. The primary key is also the account's statement, in order.
 create table entries (

@@ -37,6 +37,21 @@ create table orders (
 ) with (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05);
 create index orders_book on orders (lane, product, side, rank, arrival) where status = 'open';
 create index orders_of_test_lane on orders (lane) where lane <> 'live';
+create index orders_open_of_user on orders (user_id) where status = 'open';
+
+-- An open order will move money in both of its accounts, whatever is in them now. The row is locked, and whoever places or
+-- fills an order has locked it too, so no order can come in between.
+create function accounts_of_open_orders_stay_v1() returns trigger language plpgsql as $$
+begin
+    if exists (select from orders
+                where user_id = new.user_id and status = 'open' and new.id in (base_account_id, quote_account_id)) then
+        raise exception 'an open order names the account %', new.id using errcode = 'restrict_violation';
+    end if;
+    return new;
+end $$;
+create trigger accounts_of_open_orders_stay before update of deleted_at on accounts
+    for each row when (old.deleted_at is null and new.deleted_at is not null)
+    execute function accounts_of_open_orders_stay_v1();
 
 create table trades (
     id             bigint primary key references transfers (id),
@@ -75,12 +90,16 @@ create table outbox (
 ) with (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05);
 create index outbox_open on outbox (created_at) where done_at is null;
 create index outbox_of_test_lane on outbox (lane) where lane <> 'live';
+-- What is about one user alone has the user's id as its key.
+create index outbox_of_user on outbox (key) where topic <> 'trade.executed';
 
 create table inbox (
     consumer text not null,
     event_id uuid not null,
+    lane     text not null,
     primary key (consumer, event_id)
 );
+create index inbox_of_test_lane on inbox (lane) where lane <> 'live';
 
 -- Answers to requests that moved value, so that a repeated request gets the first answer. Orders need no row here: an order
 -- is found by its client_order_id.

@@ -12,9 +12,12 @@ create function uuid_v7() returns uuid language sql volatile parallel safe as $$
 $$;
 
 -- Waits for the book and keeps it until the end of the transaction. Books that share a hash merely wait for each other.
-create function lock_book_v1(p_lane text, p_product text) returns void language sql volatile as $$
-    select pg_advisory_xact_lock(hashtextextended('book ' || p_lane || ' ' || p_product, 0))
-$$;
+-- Whoever has a book waits for an account no longer than a second, because the whole book waits with it.
+create function lock_book_v1(p_lane text, p_product text) returns void language plpgsql volatile as $$
+begin
+    perform pg_advisory_xact_lock(hashtextextended('book ' || p_lane || ' ' || p_product, 0));
+    perform set_config('lock_timeout', '1s', true);
+end $$;
 
 -- The exchange's own account of a kind in a currency; made when it is first needed.
 create function exchange_account_v1(p_lane text, p_kind text, p_currency text) returns uuid language plpgsql as $$
@@ -132,41 +135,61 @@ begin
         end if;
     end loop;
 
-    -- As much of each side of the book as the orders could use up, whichever of them will turn out to be covered.
-    foreach side_taken in array array['sell', 'buy'] loop
-        demand := 0;
-        limit_rank := '-infinity';
-        for i in 1 .. n loop
-            continue when o_outcome[i] <> accepted or p_sides[i] = side_taken;
-            demand := demand + p_sizes[i];
-            limit_rank := greatest(limit_rank,
-                case when p_prices[i] is null then 'infinity' when side_taken = 'sell' then p_prices[i] else -p_prices[i] end);
+    loop
+        -- As much of each side of the book as the orders could use up, whichever of them will turn out to be covered.
+        foreach side_taken in array array['sell', 'buy'] loop
+            demand := 0;
+            limit_rank := '-infinity';
+            for i in 1 .. n loop
+                continue when o_outcome[i] <> accepted or p_sides[i] = side_taken;
+                demand := demand + p_sizes[i];
+                limit_rank := greatest(limit_rank,
+                    case when p_prices[i] is null then 'infinity'
+                         when side_taken = 'sell' then p_prices[i] else -p_prices[i] end);
+            end loop;
+            continue when demand = 0;
+            supply := 0;
+            for r in
+                select id, user_id, rank, price, remaining, size - taken as rested, maker_fee_rate, base_account_id,
+                       quote_account_id
+                  from orders
+                 where lane = p_lane and product = p_product and side = side_taken and status = 'open' and rank <= limit_rank
+                 order by rank, arrival
+            loop
+                m_id := m_id || r.id; m_order := m_order || null::int; m_user := m_user || r.user_id; m_rank := m_rank || r.rank;
+                m_price := m_price || r.price; m_left := m_left || r.remaining; m_rested := m_rested || r.rested;
+                m_rate := m_rate || r.maker_fee_rate;
+                m_base := m_base || r.base_account_id; m_quote := m_quote || r.quote_account_id;
+                if side_taken = 'sell' then sells := sells || cardinality(m_id); else buys := buys || cardinality(m_id); end if;
+                supply := supply + r.remaining;
+                exit when supply >= demand;
+            end loop;
         end loop;
-        continue when demand = 0;
-        supply := 0;
-        for r in
-            select id, user_id, rank, price, remaining, size - taken as rested, maker_fee_rate, base_account_id, quote_account_id
-              from orders
-             where lane = p_lane and product = p_product and side = side_taken and status = 'open' and rank <= limit_rank
-             order by rank, arrival
-        loop
-            m_id := m_id || r.id; m_order := m_order || null::int; m_user := m_user || r.user_id; m_rank := m_rank || r.rank;
-            m_price := m_price || r.price; m_left := m_left || r.remaining; m_rested := m_rested || r.rested;
-            m_rate := m_rate || r.maker_fee_rate; m_base := m_base || r.base_account_id; m_quote := m_quote || r.quote_account_id;
-            if side_taken = 'sell' then sells := sells || cardinality(m_id); else buys := buys || cardinality(m_id); end if;
-            supply := supply + r.remaining;
-            exit when supply >= demand;
-        end loop;
-    end loop;
 
-    select array_agg(id), array_agg(user_id), array_agg(currency), array_agg(state), array_agg(balance), array_agg(hold)
-      into a_id, a_user, a_currency, a_state, a_balance, a_hold
-      from (select id, user_id, currency, state, balance, hold from accounts
-             where id = any (p_base_accounts || p_quote_accounts || m_base || m_quote) and lane = p_lane and deleted_at is null
-             order by id for no key update) locked;
-    for j in 1 .. cardinality(m_id) loop
-        m_base_at[j] := array_position(a_id, m_base[j]);
-        m_quote_at[j] := array_position(a_id, m_quote[j]);
+        select array_agg(id), array_agg(user_id), array_agg(currency), array_agg(state), array_agg(balance), array_agg(hold)
+          into a_id, a_user, a_currency, a_state, a_balance, a_hold
+          from (select id, user_id, currency, state, balance, hold from accounts
+                 where id = any (p_base_accounts || p_quote_accounts || m_base || m_quote) and lane = p_lane
+                   and deleted_at is null
+                 order by id for no key update) locked;
+        for j in 1 .. cardinality(m_id) loop
+            m_base_at[j] := array_position(a_id, m_base[j]);
+            m_quote_at[j] := array_position(a_id, m_quote[j]);
+        end loop;
+        exit when array_position(m_base_at || m_quote_at, null::int) is null;
+        -- An account cannot be deleted while an open order names it. If one is missing all the same, its order is cancelled: no
+        -- book may stand still for it. Then the book is read anew, as there may be too little of it now.
+        with cancelled as (
+            update orders o set status = 'cancelled', closed_at = now_at
+              from unnest(m_id, m_base_at, m_quote_at) as given (id, base_at, quote_at), products p
+             where o.id = given.id and (given.base_at is null or given.quote_at is null) and p.symbol = p_product
+            returning case o.side when 'sell' then o.base_account_id else o.quote_account_id end as account,
+                      order_hold_v1(o.side, o.price, o.size - o.taken, o.remaining, o.maker_fee_rate, p.quote_scale) as hold
+        )
+        update accounts a set hold = a.hold - freed.hold, version = a.version + 1, updated_at = now_at
+          from (select account, sum(hold) as hold from cancelled group by account) freed where a.id = freed.account;
+        m_id := '{}'; m_order := '{}'; m_user := '{}'; m_rank := '{}'; m_price := '{}'; m_left := '{}'; m_rested := '{}';
+        m_rate := '{}'; m_base := '{}'; m_quote := '{}'; m_base_at := '{}'; m_quote_at := '{}'; sells := '{}'; buys := '{}';
     end loop;
 
     -- Match.
@@ -442,8 +465,10 @@ begin
         change := case p_kind when 'deposit' then p_amount else -p_amount end;
         balance := balance + change;
         external_account := exchange_account_v1(p_lane, 'external', currency);
-        insert into transfers (id, lane, kind, reference, created_at)
-        values (transfer_id, p_lane, p_kind, p_reference, move_external_v1.created_at);
+        insert into transfers (id, lane, kind, created_at)
+        values (transfer_id, p_lane, p_kind, move_external_v1.created_at);
+        insert into transfer_references (transfer_id, lane, user_id, reference)
+        select move_external_v1.transfer_id, p_lane, owner_id, p_reference where p_reference is not null;
         insert into entries (account_id, transfer_id, line, lane, currency, kind, amount)
         values (p_account, move_external_v1.transfer_id, 1, p_lane, move_external_v1.currency, 'transfer', change),
                (external_account, move_external_v1.transfer_id, 2, p_lane, move_external_v1.currency, 'transfer', -change);
@@ -495,6 +520,12 @@ language sql stable security definer set search_path = public, pg_temp as $$
       from orders o left join (select taker_order_id as order_id, size from trades where lane = p_lane
                                union all select maker_order_id, size from trades where lane = p_lane) t on t.order_id = o.id
      where o.lane = p_lane group by o.id, o.size, o.remaining having coalesce(sum(t.size), 0) <> o.size - o.remaining
+    union all
+    select 'account of an open order is missing', o.id::text, 2, there.accounts
+      from orders o,
+           lateral (select count(*) as accounts from accounts a
+                     where a.id in (o.base_account_id, o.quote_account_id) and a.deleted_at is null) there
+     where o.lane = p_lane and o.status = 'open' and there.accounts <> 2
     union all
     select 'book is crossed', b.product, min(s.price), max(b.price)
       from (select product, max(price) as price from orders where lane = p_lane and side = 'buy' and status = 'open' group by 1) b

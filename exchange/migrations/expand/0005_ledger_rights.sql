@@ -4,16 +4,21 @@
 -- functions.
 revoke execute on function submit_orders_v1, cancel_order_v1, move_external_v1, audit_ledger_v1, exchange_account_v1 from public;
 grant execute on function submit_orders_v1, cancel_order_v1, move_external_v1, audit_ledger_v1 to exchange_app;
-grant select on currencies, products, accounts, transfers, entries, orders, trades to exchange_app;
+grant select on currencies, products, accounts, transfers, transfer_references, entries, orders, trades to exchange_app;
 grant insert (id, lane, user_id, currency, name), update (name, state, deleted_at, updated_at) on accounts to exchange_app;
+-- What users have called something, so that it can go with them.
+grant delete on transfer_references to exchange_app;
+grant update (client_order_id) on orders to exchange_app;
 grant select, insert, update, delete on outbox, inbox, idempotency_keys to exchange_app;
 
 -- Erasing a test lane: referring rows first.
 insert into lane_tables (table_name, position) values
-    ('trades', 100), ('entries', 110), ('transfers', 120), ('orders', 130), ('idempotency_keys', 140), ('outbox', 150),
-    ('accounts', 200);
+    ('trades', 100), ('entries', 110), ('transfer_references', 115), ('transfers', 120), ('orders', 130),
+    ('idempotency_keys', 140), ('outbox', 150), ('inbox', 160), ('accounts', 200);
 
--- A user who leaves leaves the ledger as it is: without the profile, the user's id identifies nobody.
+-- A user who leaves leaves the ledger as it is: without the profile, the user's id identifies nobody. What the user, or
+-- somebody for the user, has put into words goes: names of accounts and orders, references, keys, and events that tell of
+-- them. Events of trades are about two users, and hold ids and figures only.
 insert into user_data (topic, position, export, erase, obstacle) values
     (
         'accounts', 200,
@@ -32,12 +37,38 @@ insert into user_data (topic, position, export, erase, obstacle) values
              ''remaining'', trim_scale(remaining)::text, ''time_in_force'', time_in_force, ''status'', status,
              ''created_at'', created_at, ''closed_at'', closed_at)
          from orders where user_id = $1 order by arrival',
+        -- With a space, which no client order id has: none of the user's own can be in the way.
+        'update orders set client_order_id = ''erased '' || id where user_id = $1', null
+    ),
+    (
+        'trades', 100,
+        'select jsonb_build_object(''trade_id'', t.id::text, ''product'', t.product, ''price'', trim_scale(t.price)::text,
+             ''size'', trim_scale(t.size)::text, ''executed_at'', t.executed_at,
+             ''type'', case when taken then taker_side when taker_side = ''buy'' then ''sell'' else ''buy'' end,
+             ''role'', case when taken then ''taker'' else ''maker'' end,
+             ''fee'', trim_scale(case when taken then taker_fee else maker_fee end)::text,
+             ''order_id'', case when taken then taker_order_id else maker_order_id end)
+         from accounts a join entries e on e.account_id = a.id and e.line in (3, 4) join trades t on t.id = e.transfer_id,
+             lateral (select t.taker_user_id = $1 as taken) as role
+         where a.user_id = $1 order by t.id',
         null, null
+    ),
+    (
+        'transfer references', 115,
+        'select jsonb_build_object(''transfer_id'', transfer_id::text, ''reference'', reference)
+         from transfer_references where user_id = $1 order by transfer_id',
+        'delete from transfer_references where user_id = $1', null
+    ),
+    (
+        'events', 150,
+        'select jsonb_build_object(''topic'', topic, ''payload'', payload, ''created_at'', created_at)
+         from outbox where key = $1::text and topic <> ''trade.executed'' order by id',
+        'delete from outbox where key = $1::text and topic <> ''trade.executed''', null
     ),
     (
         'entries', 110,
         'select jsonb_build_object(''transfer_id'', e.transfer_id::text, ''account_id'', e.account_id, ''currency'', e.currency,
-             ''kind'', e.kind, ''amount'', trim_scale(e.amount)::text, ''transfer'', t.kind, ''reference'', t.reference,
+             ''kind'', e.kind, ''amount'', trim_scale(e.amount)::text, ''transfer'', t.kind,
              ''created_at'', t.created_at)
          from accounts a join entries e on e.account_id = a.id join transfers t on t.id = e.transfer_id
          where a.user_id = $1 order by e.transfer_id, e.line',

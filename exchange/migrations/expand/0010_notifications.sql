@@ -60,6 +60,7 @@ create table dead_letters (
     primary key (consumer, event_id)
 );
 create index dead_letters_of_test_lane on dead_letters (lane) where lane <> 'live';
+create index dead_letters_of_user on dead_letters ((payload ->> 'user_id'));
 
 -- The relay's queue, in the order in which events were written, and the sweep for what is published and not done.
 create index outbox_unpublished on outbox (id) where published_at is null and done_at is null;
@@ -71,7 +72,7 @@ create index trades_by_time on trades using brin (executed_at) with (pages_per_r
 
 grant select, insert, update, delete on notification_counters, notifications, emails to exchange_app;
 grant select, insert, update on releases to exchange_app;
-grant select, insert on dead_letters to exchange_app;
+grant select, insert, delete on dead_letters to exchange_app;
 grant select, insert, update, delete on outbox, inbox to exchange_app;
 
 insert into lane_tables (table_name, position) values
@@ -96,4 +97,10 @@ insert into user_data (topic, position, export, erase) values
         'notification_counters', 101,
         'select jsonb_build_object(''notifications'', last_seq) from notification_counters where user_id = $1',
         'delete from notification_counters where user_id = $1'
+    ),
+    (
+        'dead letters', 120,
+        'select jsonb_build_object(''topic'', topic, ''payload'', payload, ''created_at'', created_at)
+         from dead_letters where payload ->> ''user_id'' = $1::text order by created_at',
+        'delete from dead_letters where payload ->> ''user_id'' = $1::text'
     );

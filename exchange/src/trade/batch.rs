@@ -12,7 +12,7 @@ use std::{
 use prometheus_client::metrics::histogram::Histogram;
 use sqlx::PgPool;
 use time::OffsetDateTime;
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::Instant};
 use uuid::Uuid;
 
 use crate::{
@@ -32,6 +32,13 @@ const MOST_WAITING: usize = 2048;
 
 /// Attempts at a transaction that was undone for a passing reason.
 const ATTEMPTS: usize = 4;
+
+/// How long a transaction is tried again, and how long the orders of one that failed are tried alone: others wait behind
+/// them. An account that is locked costs each attempt a second (see `lock_book_v1`).
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long one of those orders is tried again: not after it has waited for an account.
+const PATIENCE_ALONE: Duration = Duration::from_millis(500);
 
 /// An order as the settlement function takes it.
 #[derive(Clone, Debug)]
@@ -161,10 +168,10 @@ impl Books {
         Some(batch)
     }
 
-    /// The answers to a batch. If it fails for another reason than a lost database, each order is tried alone: one of
-    /// them may be at fault.
+    /// The answers to a batch. If it fails for another reason than a lost database, each order is tried alone, as long as
+    /// there is time: one of them may be at fault.
     async fn settle(&self, book: &Book, batch: &[Submission]) -> Vec<Result<Settled, ApiError>> {
-        let error = match self.settle_together(book, batch).await {
+        let error = match self.settle_together(book, batch, Instant::now() + PATIENCE).await {
             Ok(settled) => return settled.into_iter().map(Ok).collect(),
             Err(error) => error,
         };
@@ -173,8 +180,23 @@ impl Books {
             return batch.iter().map(|_| Err(error.clone())).collect();
         }
         let mut results = Vec::with_capacity(batch.len());
+        let until = Instant::now() + PATIENCE;
+        let mut locked = HashSet::new();
         for submission in batch {
-            let alone = self.settle_together(book, std::slice::from_ref(submission)).await;
+            let accounts = [submission.base_account_id, submission.quote_account_id];
+            if Instant::now() >= until || accounts.iter().any(|account| locked.contains(account)) {
+                results.push(Err(
+                    ApiError::from(UNAVAILABLE).retry_after(Duration::from_secs(1))
+                ));
+                continue;
+            }
+            let only = std::slice::from_ref(submission);
+            let alone = self
+                .settle_together(book, only, Instant::now() + PATIENCE_ALONE)
+                .await;
+            if alone.as_ref().is_err_and(db::is_lock_timeout) {
+                locked.extend(accounts);
+            }
             results.push(alone.map_err(ApiError::from).and_then(|settled| {
                 let settled = settled.into_iter().next();
                 settled.ok_or_else(|| ApiError::internal("an order was not answered"))
@@ -183,12 +205,20 @@ impl Books {
         results
     }
 
-    async fn settle_together(&self, book: &Book, batch: &[Submission]) -> Result<Vec<Settled>, sqlx::Error> {
+    async fn settle_together(
+        &self,
+        book: &Book,
+        batch: &[Submission],
+        until: Instant,
+    ) -> Result<Vec<Settled>, sqlx::Error> {
         let mut attempt = 1;
         loop {
             match self.call(book, batch).await {
                 // A client order id was used at this moment in another book; next time it is found there.
-                Err(error) if attempt < ATTEMPTS && (db::is_retryable(&error) || is_duplicate(&error)) => {
+                Err(error)
+                    if attempt < ATTEMPTS
+                        && (is_duplicate(&error) || (db::is_retryable(&error) && Instant::now() < until)) =>
+                {
                     attempt += 1;
                 }
                 result => return result,

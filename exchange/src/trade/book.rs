@@ -49,6 +49,8 @@ pub enum Outcome {
     Cancelled(&'static str),
     /// Not covered: nothing has happened.
     InsufficientFunds,
+    /// One of its accounts is closed: nothing has happened.
+    AccountNotFound,
 }
 
 /// One trade of an arriving order.
@@ -73,6 +75,8 @@ pub struct Account {
     pub balance: Amount,
     /// What open orders have reserved of it.
     pub hold: Amount,
+    /// Whether it has been deleted.
+    pub closed: bool,
 }
 
 impl Account {
@@ -80,6 +84,7 @@ impl Account {
     pub const EMPTY: Self = Self {
         balance: Amount::ZERO,
         hold: Amount::ZERO,
+        closed: false,
     };
 
     fn available(self) -> Result<Amount, OutOfRange> {
@@ -157,6 +162,9 @@ impl Book {
     pub fn submit(&mut self, order: &NewOrder) -> Result<(Outcome, Vec<Fill>), OutOfRange> {
         let number = self.orders;
         self.orders += 1;
+        if self.account(order.user, Side::Sell).closed || self.account(order.user, Side::Buy).closed {
+            return Ok((Outcome::AccountNotFound, Vec::new()));
+        }
         if !self.is_covered(order)? {
             return Ok((Outcome::InsufficientFunds, Vec::new()));
         }
@@ -218,6 +226,17 @@ impl Book {
         let account = self.account(order.user, order.side);
         account.hold = account.hold.minus(hold)?;
         Ok(true)
+    }
+
+    /// Deletes an account that is empty and that no resting order names. Says whether it is one.
+    pub fn close(&mut self, user: u32, side: Side) -> bool {
+        let named = self.resting.iter().any(|order| order.user == user);
+        let account = self.account(user, side);
+        if named || *account != Account::EMPTY {
+            return false;
+        }
+        account.closed = true;
+        true
     }
 
     /// The best prices at which somebody buys, and sells.

@@ -37,7 +37,7 @@ const LONGEST_REFERENCE: usize = 128;
 pub(super) enum AccountState {
     /// It may.
     Active,
-    /// No new orders and no withdrawals. Orders that are open stay open.
+    /// No new orders and no withdrawals. Orders that are open stay open, and may be filled.
     Frozen,
 }
 
@@ -302,7 +302,7 @@ fn name_taken(error: sqlx::Error) -> ApiError {
     }
 }
 
-/// Closes an empty account. Its entries stay in the ledger; its name is free again.
+/// Closes an empty account that no open order names. Its entries stay in the ledger; its name is free again.
 #[utoipa::path(
     post, path = "/account/delete", tag = "trade", security(("access_token" = [])), request_body = AccountChoice,
     responses((status = 204)),
@@ -326,6 +326,18 @@ pub(super) async fn delete_account(
     let account = found.ok_or_else(|| refused("account_not_found", Some("account_id")))?;
     if !account.balance.is_zero() || !account.hold.is_zero() {
         return Err(refused("account_not_empty", Some("account_id")));
+    }
+    // Read after the lock, which whoever places or fills an order takes too.
+    let in_use: bool = sqlx::query_scalar(
+        "select exists (select from orders
+                        where user_id = $1 and status = 'open' and $2 in (base_account_id, quote_account_id))",
+    )
+    .bind(caller.user_id)
+    .bind(account.id)
+    .fetch_one(&mut *transaction)
+    .await?;
+    if in_use {
+        return Err(refused("account_in_use", Some("account_id")));
     }
     sqlx::query("update accounts set deleted_at = now(), updated_at = now() where id = $1")
         .bind(account.id)
@@ -372,7 +384,10 @@ pub(super) async fn list_accounts(
 /// Credits money that has come in. For callers with the scope `treasury`; in a test lane, for whoever holds its secret.
 #[utoipa::path(
     post, path = "/account/deposit", tag = "trade", security(("access_token" = [])), request_body = Movement,
-    params(("Idempotency-Key" = String, Header, description = "Repeating a request with its key gives its answer again")),
+    params(
+        ("Idempotency-Key" = String, Header, description = "Repeating a request with its key gives its answer again"),
+        ("x-exchange-lane-secret" = Option<String>, Header, description = "In a test lane: the secret of its stack"),
+    ),
     responses((status = 201, body = Transfer)),
 )]
 pub(super) async fn deposit(

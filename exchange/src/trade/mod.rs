@@ -113,6 +113,7 @@ pub const PROBLEMS: &[Problem] = &[
     conflict("account_frozen", "The account is frozen."),
     conflict("account_exists", "There is an account of this currency and name."),
     conflict("account_not_empty", "The account has a balance or a hold."),
+    conflict("account_in_use", "An open order names the account."),
     conflict("insufficient_funds", "The account has not enough available."),
     conflict("order_filled", "The order has been filled."),
     Problem::new(

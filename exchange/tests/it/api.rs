@@ -1,17 +1,25 @@
 //! The API as a whole: its description is current, and every route has a rule and keeps to it.
 
-use std::{collections::BTreeMap, fmt::Write, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write,
+    path::Path,
+};
 
+use ed25519_dalek::SigningKey;
 use exchange::release;
-use reqwest::{Method, Response};
+use reqwest::{Method, Response, StatusCode};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use crate::{
-    servers::{Database, Postgres, Service, eventually},
+    servers::{Database, Postgres, Service, V1, V2, eventually},
     stores::{Nats, Redis},
-    traders::{Issuer, Trader},
+    streams::Stream,
+    tokens::{decode, sign},
+    traders::{Issuer, Trader, Wallet, accept},
     user::Exchange,
+    whole::SECRET,
 };
 
 /// Who may use a route.
@@ -83,7 +91,7 @@ pub(crate) fn operations(document: &Value) -> Vec<Operation> {
 pub(crate) struct World {
     by_tag: BTreeMap<&'static str, Service>,
     users: Exchange,
-    treasury: Trader,
+    pub(crate) treasury: Trader,
     _stores: (Nats, Redis),
 }
 
@@ -91,12 +99,14 @@ impl World {
     pub(crate) async fn start() -> Self {
         let database = Database::migrated(Postgres::shared()).await;
         let stores = (Nats::start(), Redis::start(None));
+        let secret = ["--lane-secret", SECRET];
         let unlimited = [
             "--login-attempts-per-account=1000000",
             "--login-attempts-per-address=1000000",
         ];
+        let users = [&unlimited[..], &secret].concat();
         let (queue, market) = (stores.0.url(), stores.1.url());
-        let market = ["--market-data-url", &market];
+        let market = [&secret[..], &["--market-data-url", &market]].concat();
         let both = [&market[..], &["--queue-url", &queue]].concat();
         let start = |service, flags: &[&str]| Service::live(service, &database, flags);
         let trade = start("trade", &market).ready().await;
@@ -104,7 +114,7 @@ impl World {
         Self {
             treasury: issuer.caller(&trade, &["treasury"]).await,
             by_tag: BTreeMap::from([
-                ("user", start("user", &unlimited).ready().await),
+                ("user", start("user", &users).ready().await),
                 ("trade", trade),
                 ("market", start("trade", &market).ready().await),
                 ("notification", start("notification", &both).ready().await),
@@ -416,7 +426,7 @@ async fn every_route_keeps_to_its_rule() {
                 let status = world.send(&operation, &input, Some(&bob.token)).await.status();
                 assert_eq!(status, 403, "{route}");
             }
-            // They end the session or the user; `user` looks into them, and `streams` into the one without an end.
+            // They end the session or the user; `user` looks into them. The one without an end has a test of its own.
             Rule::Own if ["/logout", "/user", "/notifications/stream"].contains(&&*operation.path) => {}
             Rule::Own => {
                 // His own things may be his to use; each of hers in their place does not exist.
@@ -445,6 +455,195 @@ async fn every_route_keeps_to_its_rule() {
         }
     }
     assert!(foreign >= 8, "only {foreign} things of others were asked for");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_stream_is_opened_by_an_access_token_and_shows_what_is_its_users_own() {
+    let world = World::start().await;
+    let (mut ada, mut bob) = (world.user("ada").await, world.user("bob").await);
+    world.told(&mut ada, 5).await;
+    world.told(&mut bob, 5).await;
+    let service = &world.by_tag["notification"];
+
+    let credentials = json!({"email": "ada@example.org", "password": "correct horse battery"});
+    let log_in = world.users.call(Method::POST, "/login", None, Some(credentials));
+    let tokens = accept(log_in.await, StatusCode::OK).await;
+    let [header, claims, _] = ada.token.split('.').collect::<Vec<_>>()[..] else {
+        panic!("{}", ada.token)
+    };
+    let owner = world.users.database.owner().await;
+    let seed: Vec<u8> = sqlx::query_scalar("select private_key from signing_keys")
+        .fetch_one(&owner)
+        .await
+        .unwrap();
+    let key = SigningKey::from_bytes(&seed.try_into().unwrap());
+    let of_another_kind = |part: &str, field: &str, value: &str| {
+        let [mut header, mut claims] = [decode(header), decode(claims)];
+        let part = if part == "header" {
+            &mut header
+        } else {
+            &mut claims
+        };
+        part[field] = value.into();
+        sign(&key, &header, &claims)
+    };
+    let open = async |token: &str| {
+        let request = service.client.get(service.url("/notifications/stream"));
+        let request = request.header("last-event-id", "0").bearer_auth(token);
+        request.send().await.unwrap().status()
+    };
+    assert_eq!(open(&of_another_kind("header", "typ", "at+jwt")).await, 200);
+    for (token, what) in [
+        (text(&tokens["refresh_token"]), "a refresh token"),
+        (SECRET.to_owned(), "the secret of the test lanes"),
+        (of_another_kind("header", "typ", "JWT"), "an identity token"),
+        (
+            of_another_kind("claims", "aud", "elsewhere"),
+            "a token for another audience",
+        ),
+        ("a.b.c".to_owned(), "noise"),
+    ] {
+        assert_eq!(open(&token).await, 401, "{what}");
+    }
+
+    // From the first on: a stranger's stream has the stranger's own numbers, without a gap.
+    let mut stream = Stream::open(service, &bob.token, Some(0)).await;
+    let mut shown = Vec::new();
+    for number in 1..=bob.notification {
+        let notification = stream.notification().await;
+        assert_eq!(notification["id"], number);
+        shown.push(notification.to_string());
+    }
+    // And while it is open: what she is told first does not come before what he is told then.
+    world.treasury.deposit(&ada.usd, "7").await;
+    let next = ada.notification + 1;
+    world.told(&mut ada, next).await;
+    world.treasury.deposit(&bob.usd, "8").await;
+    let notification = stream.notification().await;
+    assert_eq!(notification["data"]["amount"], "8");
+    shown.push(notification.to_string());
+    let shown = shown.join("\n");
+    for (his, hers) in [(&bob.btc, &ada.btc), (&bob.usd, &ada.usd)] {
+        assert!(shown.contains(his) && !shown.contains(hers), "{shown}");
+    }
+    assert!(!shown.contains(&ada.id), "{shown}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_export_is_as_it_is_described() {
+    for (release, binary) in [(release::V1, V1), (release::V2, V2)] {
+        let database = Database::migrated_by(binary, Postgres::shared()).await;
+        let registered: Vec<String> = sqlx::query_scalar("select topic from user_data")
+            .fetch_all(&database.owner().await)
+            .await
+            .unwrap();
+        let document = serde_json::to_value(exchange::openapi::document(release)).unwrap();
+        let described = document["components"]["schemas"]["Export"]["properties"].as_object();
+        let described: BTreeSet<String> = described.unwrap().keys().cloned().collect();
+        assert_eq!(described, registered.into_iter().collect());
+    }
+
+    // Somebody with something of everything.
+    let world = World::start().await;
+    let (mut ada, bob) = (world.user("ada").await, world.user("bob").await);
+    let bob = Wallet {
+        trader: Trader::new(&world.by_tag["trade"], bob.token),
+        btc: bob.btc,
+        usd: bob.usd,
+    };
+    bob.place("buy", "0.1", "90000").await;
+    world.told(&mut ada, 6).await;
+    let (migrated, said) = world.users.database.migrate_by(V2, "expand", &[]);
+    assert!(migrated, "{said}");
+    let trader = Trader::new(&world.by_tag["trade"], ada.token.clone());
+    let withdrawal = json!({"account_id": ada.usd, "amount": "1", "reference": "rent"});
+    let withdrawn = trader.post_with_key("/account/withdraw", "a-key", &withdrawal);
+    accept(withdrawn.await, StatusCode::CREATED).await;
+    let freeze = json!({"account_id": ada.usd, "state": "frozen"});
+    accept(trader.post("/account/update", &freeze).await, StatusCode::OK).await;
+    for insert in [
+        "insert into emails (user_id, seq) values ($1, 1)",
+        "insert into dead_letters (consumer, event_id, lane, topic, payload, reason)
+         values ('x', gen_random_uuid(), 'live', 'x', jsonb_build_object('user_id', $1), 'x')",
+    ] {
+        sqlx::query(insert)
+            .bind(ada.id.parse::<Uuid>().unwrap())
+            .execute(&world.users.database.owner().await)
+            .await
+            .unwrap();
+    }
+    let operations = operations(&document());
+    let export = operations
+        .iter()
+        .find(|operation| operation.path == "/user/export");
+    let nothing = Input {
+        parameters: BTreeMap::new(),
+        body: None,
+    };
+    let answer = world.send(export.unwrap(), &nothing, Some(&ada.token)).await;
+    let exported = accept(answer, StatusCode::OK).await;
+    let schema = &export.unwrap().description["responses"]["200"]["content"]["application/json"]["schema"];
+    let document = document();
+    let schema = document
+        .pointer(schema["$ref"].as_str().unwrap().trim_start_matches('#'))
+        .unwrap();
+    for (topic, rows) in exported.as_object().unwrap() {
+        let rows = rows.as_array().unwrap();
+        assert!(!rows.is_empty(), "nothing of {topic} is tried");
+        let fields = schema["properties"][topic]["items"]["properties"]
+            .as_object()
+            .unwrap();
+        for row in rows {
+            let row = row.as_object().unwrap();
+            assert!(
+                row.keys().eq(fields.keys()),
+                "{topic}: {row:?}, and described: {fields:?}"
+            );
+            for (name, value) in row {
+                let kind = match value {
+                    Value::Null => "null",
+                    Value::String(_) => "string",
+                    Value::Number(_) => "integer",
+                    Value::Array(_) => "array",
+                    Value::Object(_) => "object",
+                    Value::Bool(_) => "boolean",
+                };
+                let described = &fields[name]["type"];
+                let kinds = described
+                    .as_array()
+                    .map_or_else(|| std::slice::from_ref(described), Vec::as_slice);
+                assert!(
+                    kinds.contains(&kind.into()),
+                    "{topic}.{name} is {value}: {described}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn what_answers_carry_beside_their_bodies_is_described() {
+    let document = document();
+    let mut repeatable = 0;
+    for operation in operations(&document) {
+        let responses = &operation.description["responses"];
+        let takes_a_key = operation
+            .parameters()
+            .iter()
+            .any(|(place, ..)| place.1 == "Idempotency-Key");
+        let hit = &responses["201"]["headers"]["Idempotency-Hit"];
+        assert_eq!(hit.is_object(), takes_a_key, "{}", operation.path);
+        repeatable += usize::from(takes_a_key);
+        for status in ["429", "503"] {
+            let described = &responses[status];
+            assert!(
+                described.is_null() || described["headers"]["Retry-After"].is_object(),
+                "{}: {described}",
+                operation.path
+            );
+        }
+    }
+    assert_eq!(repeatable, 3);
 }
 
 impl Input {

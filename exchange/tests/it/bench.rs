@@ -1,10 +1,14 @@
 //! How many trades a second the trade service settles, against `pgbench` calling the same SQL on the same database.
 //!
-//! A benchmark, not a test: `cargo test --release -p exchange --test it -- --ignored --nocapture bench::`. Both sides
-//! place the same random orders, one per request or transaction, in rounds that take turns, so that what disturbs the
-//! machine disturbs both. Prints ratios and writes `target/results/trade.json`.
+//! A benchmark, not a test: `make bench`. Both sides place the same random orders, one per request or transaction, in
+//! rounds that take turns, so that what disturbs the machine disturbs both. Prints ratios beside their floors and aims,
+//! writes `target/results/trade.json`, and fails below a floor.
 
 use std::{
+    cmp::Ordering::{Equal, Greater},
+    collections::BTreeMap,
+    fmt::Write as _,
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::Command,
     sync::{
@@ -21,7 +25,7 @@ use hyper_util::rt::TokioIo;
 use rand::RngExt;
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use tokio::{net::TcpStream, task::JoinSet};
+use tokio::{net::TcpStream, sync::Barrier, task::JoinSet};
 use uuid::Uuid;
 
 use crate::{
@@ -40,6 +44,108 @@ const CONNECTIONS: u32 = 64;
 const ROUNDS: usize = 3;
 /// Length of a round.
 const ROUND: Duration = Duration::from_secs(6);
+/// Clients that send the same order under the same key at the same time.
+const TWINS: usize = 20;
+
+/// What a ratio should be.
+struct Goal {
+    name: &'static str,
+    /// Below this the run fails.
+    floor: Option<f64>,
+    aim: f64,
+    more_is_better: bool,
+}
+
+const GOALS: [Goal; 4] = [
+    Goal {
+        name: "uniform_ratio",
+        floor: Some(0.5),
+        aim: 0.8,
+        more_is_better: true,
+    },
+    Goal {
+        name: "hot_ratio",
+        floor: Some(0.8),
+        aim: 2.0,
+        more_is_better: true,
+    },
+    Goal {
+        name: "p99_ratio_at_half_load",
+        floor: None,
+        aim: 2.5,
+        more_is_better: false,
+    },
+    Goal {
+        name: "login_storm_p99_ratio",
+        floor: None,
+        aim: 2.0,
+        more_is_better: false,
+    },
+];
+
+/// The ratios beside what they should be; and those below their floors, which fail the run.
+fn judge(results: &Value) -> (String, Vec<String>) {
+    let mut table = format!("{:<24}{:>8}{:>8}{:>8}\n", "", "result", "floor", "aim");
+    let mut failures = Vec::new();
+    for goal in &GOALS {
+        let result = results[goal.name].as_f64().unwrap_or(f64::NAN);
+        let floor = goal
+            .floor
+            .map_or_else(|| "-".to_owned(), |floor| floor.to_string());
+        let sign = if goal.more_is_better { "≥" } else { "≤" };
+        let reached = if goal.more_is_better {
+            result >= goal.aim
+        } else {
+            result <= goal.aim
+        };
+        // Also what is not a number.
+        let below = goal
+            .floor
+            .filter(|floor| !matches!(result.partial_cmp(floor), Some(Equal | Greater)));
+        let verdict = match (below, reached) {
+            (Some(_), _) => "BELOW THE FLOOR",
+            (None, true) => "as aimed at",
+            (None, false) => "short of the aim",
+        };
+        writeln!(
+            table,
+            "{:<24}{result:>8.2}{floor:>8}{:>8}  {verdict}",
+            goal.name,
+            format!("{sign} {}", goal.aim),
+        )
+        .unwrap();
+        failures.extend(below.map(|floor| format!("{} is {result}, its floor is {floor}", goal.name)));
+    }
+    (table, failures)
+}
+
+#[test]
+fn a_run_below_a_floor_fails_and_one_short_of_an_aim_does_not() {
+    let mut results = json!({
+        "uniform_ratio": 0.5, "hot_ratio": 0.8, "p99_ratio_at_half_load": 9.0, "login_storm_p99_ratio": 1.5,
+    });
+    let (table, failures) = judge(&results);
+    assert_eq!(failures, Vec::<String>::new());
+    let verdicts: Vec<&str> = table
+        .lines()
+        .skip(1)
+        .map(|line| line.rsplit("  ").next().unwrap())
+        .collect();
+    let short = "short of the aim";
+    assert_eq!(verdicts, [short, short, short, "as aimed at"], "{table}");
+
+    results["uniform_ratio"] = json!(0.49);
+    results["hot_ratio"] = json!(null);
+    let (table, failures) = judge(&results);
+    assert_eq!(
+        failures,
+        [
+            "uniform_ratio is 0.49, its floor is 0.5",
+            "hot_ratio is NaN, its floor is 0.8"
+        ]
+    );
+    assert_eq!(table.matches("BELOW THE FLOOR").count(), 2, "{table}");
+}
 
 /// The order that both sides place: the side at random, always at one price, so that about every order trades.
 const ORDER: &str = r"\set u random(1, 1000)
@@ -92,6 +198,44 @@ struct Bench {
 struct Round {
     trades_per_s: f64,
     latencies_us: Vec<u64>,
+    cost: Cost,
+}
+
+/// What trades have cost: what has been used of the processors, and how many transactions there were.
+#[derive(Clone, Copy)]
+struct Cost {
+    postgresql_us_per_trade: f64,
+    service_us_per_trade: f64,
+    /// Of the service; nothing without it.
+    orders_per_batch: f64,
+}
+
+impl Cost {
+    fn json(self) -> Value {
+        json!({
+            "postgresql_cpu_us_per_trade": self.postgresql_us_per_trade.round(),
+            "service_cpu_us_per_trade": self.service_us_per_trade.round(),
+            "orders_per_batch": ratio(self.orders_per_batch, 1.0),
+        })
+    }
+}
+
+/// What has been counted so far.
+struct Counted {
+    at: Instant,
+    trades: u64,
+    postgresql: Duration,
+    service: Duration,
+    orders: f64,
+    batches: f64,
+}
+
+/// What both sides have done in turns: trades per second in the middle of the rounds, and the cost of one of them.
+struct Compared {
+    http: f64,
+    pgbench: f64,
+    http_cost: Cost,
+    pgbench_cost: Cost,
 }
 
 /// What trading is like while everybody logs in.
@@ -112,15 +256,16 @@ impl Round {
 }
 
 impl Bench {
-    async fn start() -> Self {
-        let postgres = Postgres::start(&[
+    async fn start(settings: &[&str]) -> Self {
+        let common = [
             "-c",
             "shared_buffers=512MB",
             "-c",
             "max_wal_size=8GB",
             "-c",
             "checkpoint_timeout=30min",
-        ]);
+        ];
+        let postgres = Postgres::start(&[&common[..], settings].concat());
         let database = Database::migrated(&postgres).await;
         let owner = database.owner().await;
         sqlx::raw_sql(DATA).execute(&owner).await.unwrap();
@@ -153,6 +298,41 @@ impl Bench {
         u64::try_from(trades).unwrap()
     }
 
+    async fn counted(&self) -> Counted {
+        let page = self.service.admin("/metrics").await.text().await.unwrap();
+        let metric = |name: &str| {
+            let mut lines = page.lines();
+            let value = lines.find_map(|line| line.strip_prefix(name)).unwrap_or("0");
+            value.trim().parse().unwrap()
+        };
+        Counted {
+            trades: self.trades().await,
+            orders: metric("order_batch_size_sum"),
+            batches: metric("order_batch_size_count"),
+            postgresql: self.postgres.server.cpu(),
+            service: self.service.cpu(),
+            at: Instant::now(),
+        }
+    }
+
+    /// What a round gave that has just ended.
+    async fn round_since(&self, before: &Counted, latencies_us: Vec<u64>) -> Round {
+        let elapsed = before.at.elapsed();
+        let (service, postgresql) = (self.service.cpu(), self.postgres.server.cpu());
+        let after = self.counted().await;
+        let trades = float(after.trades - before.trades);
+        let per_trade = |used: Duration| used.as_secs_f64() * 1e6 / trades;
+        Round {
+            trades_per_s: trades / elapsed.as_secs_f64(),
+            latencies_us,
+            cost: Cost {
+                postgresql_us_per_trade: per_trade(postgresql.saturating_sub(before.postgresql)),
+                service_us_per_trade: per_trade(service.saturating_sub(before.service)),
+                orders_per_batch: (after.orders - before.orders) / (after.batches - before.batches).max(1.0),
+            },
+        }
+    }
+
     /// Empties the queue of events, which nobody relays here, and tidies up what the last round left.
     async fn tidy(&self) {
         sqlx::raw_sql("truncate outbox")
@@ -169,7 +349,7 @@ impl Bench {
     /// pgbench as the services' role, as fast as it can or at a rate.
     async fn pgbench(&self, products: u32, rate: Option<f64>) -> Round {
         self.tidy().await;
-        let before = self.trades().await;
+        let before = self.counted().await;
         let mut command = Command::new(postgres_binary("pgbench"));
         command
             .current_dir(&self.directory)
@@ -187,39 +367,34 @@ impl Bench {
             .arg(format!("--define=products={products}"))
             .args(rate.map(|rate| format!("--rate={rate}")))
             .arg(&self.database.app_url);
-        let start = Instant::now();
         let output = tokio::task::spawn_blocking(move || command.output().unwrap())
             .await
             .unwrap();
-        let elapsed = start.elapsed();
+        let mut round = self.round_since(&before, Vec::new()).await;
         assert!(
             output.status.success(),
             "{}",
             String::from_utf8_lossy(&output.stderr)
         );
-        let mut latencies_us = Vec::new();
         for entry in std::fs::read_dir(&self.directory).unwrap().flatten() {
             if entry.file_name().to_string_lossy().starts_with("round.") {
                 let log = std::fs::read_to_string(entry.path()).unwrap();
                 // client, transaction, latency in microseconds (from the intended start when there is a rate), …
-                latencies_us.extend(
+                round.latencies_us.extend(
                     log.lines()
                         .map(|line| line.split(' ').nth(2).unwrap().parse::<u64>().unwrap()),
                 );
                 std::fs::remove_file(entry.path()).unwrap();
             }
         }
-        Round {
-            trades_per_s: float(self.trades().await - before) / elapsed.as_secs_f64(),
-            latencies_us,
-        }
+        round
     }
 
     /// Clients of the service on kept-alive connections, as fast as they can or at a rate. Latencies are from the
     /// intended start.
     async fn http(&self, products: u32, rate: Option<f64>) -> Round {
         self.tidy().await;
-        let before = self.trades().await;
+        let before = self.counted().await;
         let (start, scheduled_us) = (Instant::now(), Arc::new(AtomicU64::new(0)));
         let mut clients = JoinSet::new();
         for _ in 0..CONNECTIONS {
@@ -229,10 +404,7 @@ impl Bench {
                 Arc::clone(&scheduled_us),
             );
             clients.spawn(async move {
-                let stream = TcpStream::connect(address).await.unwrap();
-                stream.set_nodelay(true).unwrap();
-                let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();
-                tokio::spawn(connection);
+                let mut sender = connect(address).await;
                 let mut latencies = Vec::new();
                 loop {
                     let intended = match rate {
@@ -262,22 +434,81 @@ impl Bench {
             });
         }
         let latencies_us = clients.join_all().await.into_iter().flatten().collect();
-        let elapsed = start.elapsed();
-        Round {
-            trades_per_s: float(self.trades().await - before) / elapsed.as_secs_f64(),
-            latencies_us,
+        self.round_since(&before, latencies_us).await
+    }
+
+    /// The most that both sides do, in turns.
+    async fn compare(&self, products: u32) -> Compared {
+        let (mut http, mut pgbench) = (Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            pgbench.push(self.pgbench(products, None).await);
+            http.push(self.http(products, None).await);
+        }
+        let rates = |rounds: &[Round]| rounds.iter().map(|round| round.trades_per_s).collect::<Vec<_>>();
+        let (http_rates, pgbench_rates) = (rates(&http), rates(&pgbench));
+        eprintln!("{products} products: HTTP {http_rates:.0?}, pgbench {pgbench_rates:.0?} trades/s");
+        Compared {
+            http: median(http_rates),
+            pgbench: median(pgbench_rates),
+            http_cost: cost(&http),
+            pgbench_cost: cost(&pgbench),
         }
     }
 
-    /// The most that both sides do, in turns: trades per second of HTTP and of pgbench.
-    async fn compare(&self, products: u32) -> (f64, f64) {
-        let (mut http, mut pgbench) = (Vec::new(), Vec::new());
-        for _ in 0..ROUNDS {
-            pgbench.push(self.pgbench(products, None).await.trades_per_s);
-            http.push(self.http(products, None).await.trades_per_s);
+    /// One hot product, while clients beside send the same order under the same key all at once, again and again.
+    async fn with_twins(&self) -> Round {
+        let together = Arc::new(Barrier::new(TWINS));
+        let first = Uuid::new_v4().as_u128();
+        let mut twins = JoinSet::new();
+        for _ in 0..TWINS {
+            let (address, token) = (self.service.public, self.tokens[0].clone());
+            let together = Arc::clone(&together);
+            twins.spawn(async move {
+                let mut sender = connect(address).await;
+                for number in 0.. {
+                    together.wait().await;
+                    let order = order_of(
+                        1,
+                        1,
+                        "buy",
+                        1,
+                        Uuid::from_u128(first.wrapping_add(number)),
+                        &token,
+                    );
+                    let response = sender.send_request(order).await.unwrap();
+                    assert_eq!(response.status(), 201);
+                    response.into_body().collect().await.unwrap();
+                }
+            });
         }
-        eprintln!("{products} products: HTTP {http:.0?}, pgbench {pgbench:.0?} trades/s");
-        (median(http), median(pgbench))
+        let round = self.http(1, None).await;
+        assert!(twins.try_join_next().is_none(), "a twin has ended");
+        twins.shutdown().await;
+        round
+    }
+
+    /// What the service's connections are doing while it is not over: of all looks at a connection at work, the share of
+    /// each thing that it waited for.
+    async fn watch(&self, over: &AtomicBool) -> Value {
+        let mut seen: BTreeMap<String, u64> = BTreeMap::new();
+        while !over.load(Ordering::Relaxed) {
+            let now: Vec<(String,)> = sqlx::query_as(
+                "select coalesce(wait_event_type || ' ' || wait_event, 'running') from pg_stat_activity
+                 where application_name like 'exchange-trade%' and state = 'active'",
+            )
+            .fetch_all(&self.owner)
+            .await
+            .unwrap();
+            for (doing,) in now {
+                *seen.entry(doing).or_default() += 1;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let all = float(seen.values().sum());
+        let shares = seen
+            .into_iter()
+            .map(|(doing, times)| (doing, ratio(float(times), all).into()));
+        Value::Object(shares.collect())
     }
 
     /// Resident memory of trade and notification service in MiB at a rate, with the queue and the market data that
@@ -335,37 +566,72 @@ impl Bench {
     }
 }
 
+async fn connect(address: SocketAddr) -> http1::SendRequest<Full<Bytes>> {
+    let stream = TcpStream::connect(address).await.unwrap();
+    stream.set_nodelay(true).unwrap();
+    let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    sender
+}
+
+/// An order at random.
 fn order(products: u32, tokens: &[String]) -> Request<Full<Bytes>> {
     let mut random = rand::rng();
     let user = random.random_range(1..=USERS);
     let product = random.random_range(1..=products);
     let action = if random.random() { "buy" } else { "sell" };
     let size = random.random_range(1..=10);
+    order_of(
+        user,
+        product,
+        action,
+        size,
+        Uuid::new_v4(),
+        &tokens[user as usize - 1],
+    )
+}
+
+fn order_of(user: u32, product: u32, action: &str, size: u32, id: Uuid, token: &str) -> Request<Full<Bytes>> {
     let body = format!(
         r#"{{"type":"{action}","product":"C{product:02}-USD","size":"0.{size:02}","price":"100","client_order_id":"{id}","base_account_id":"00000000-0000-4000-8{product:03x}-{user:012x}","quote_account_id":"00000000-0000-4000-8000-{user:012x}"}}"#,
-        id = Uuid::new_v4(),
     );
     Request::post("/trade/add")
         .header("host", "exchange")
         .header("content-type", "application/json")
-        .header("authorization", format!("Bearer {}", tokens[user as usize - 1]))
+        .header("authorization", format!("Bearer {token}"))
         .body(Full::from(body))
         .unwrap()
+}
+
+/// The cost of a trade in the middle of the rounds.
+fn cost(rounds: &[Round]) -> Cost {
+    let of = |value: fn(&Cost) -> f64| median(rounds.iter().map(|round| value(&round.cost)).collect());
+    Cost {
+        postgresql_us_per_trade: of(|cost| cost.postgresql_us_per_trade),
+        service_us_per_trade: of(|cost| cost.service_us_per_trade),
+        orders_per_batch: of(|cost| cost.orders_per_batch),
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "a benchmark of some minutes: make bench"]
 async fn trades_per_second() {
-    let bench = Bench::start().await;
+    let bench = Bench::start(&[]).await;
     // Plans, caches and the shape of the books settle first.
     bench.pgbench(PRODUCTS, None).await;
     bench.http(PRODUCTS, None).await;
 
-    let (uniform, uniform_pgbench) = bench.compare(PRODUCTS).await;
-    let (hot, hot_pgbench) = bench.compare(1).await;
+    let uniform = bench.compare(PRODUCTS).await;
+    let hot = bench.compare(1).await;
+    let mut with_twins = Vec::new();
+    for _ in 0..ROUNDS {
+        with_twins.push(bench.with_twins().await);
+    }
+    let twins_cost = cost(&with_twins);
+    let with_twins = median(with_twins.iter().map(|round| round.trades_per_s).collect());
 
     // Orders per second; every order trades about once, so this is half of what the service can do.
-    let rate = uniform.min(uniform_pgbench) / 2.0;
+    let rate = uniform.http.min(uniform.pgbench) / 2.0;
     let (mut of_http, mut of_pgbench) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         of_pgbench.push(bench.pgbench(PRODUCTS, Some(rate)).await.p99_ms());
@@ -376,16 +642,28 @@ async fn trades_per_second() {
     let storm = bench.login_storm(rate).await;
     let (trade_memory_mib, notification_memory_mib) = bench.memory_mib(rate).await;
     assert_clean(&bench.owner, "live").await;
+    std::fs::remove_dir_all(&bench.directory).unwrap();
+    drop(bench);
+    let profile = profile().await;
 
     let results = json!({
-        "uniform_ratio": ratio(uniform, uniform_pgbench),
-        "hot_ratio": ratio(hot, hot_pgbench),
+        "uniform_ratio": ratio(uniform.http, uniform.pgbench),
+        "hot_ratio": ratio(hot.http, hot.pgbench),
         "p99_ratio_at_half_load": ratio(half_load_p99, reference_p99),
         "login_storm_p99_ratio": ratio(storm.stormy_p99_ms, storm.calm_p99_ms),
-        "uniform_trades_per_s": uniform.round(),
-        "uniform_pgbench_trades_per_s": uniform_pgbench.round(),
-        "hot_trades_per_s": hot.round(),
-        "hot_pgbench_trades_per_s": hot_pgbench.round(),
+        "uniform_trades_per_s": uniform.http.round(),
+        "uniform_pgbench_trades_per_s": uniform.pgbench.round(),
+        "hot_trades_per_s": hot.http.round(),
+        "hot_pgbench_trades_per_s": hot.pgbench.round(),
+        "hot_trades_per_s_beside_a_repeated_key": with_twins.round(),
+        "cost": {
+            "uniform": uniform.http_cost.json(),
+            "uniform_pgbench": uniform.pgbench_cost.json(),
+            "hot": hot.http_cost.json(),
+            "hot_pgbench": hot.pgbench_cost.json(),
+            "hot_beside_a_repeated_key": twins_cost.json(),
+        },
+        "profile": profile,
         "half_load_orders_per_s": rate.round(),
         "half_load_p99_ms": ratio(half_load_p99, 1.0),
         "half_load_pgbench_p99_ms": ratio(reference_p99, 1.0),
@@ -407,9 +685,58 @@ async fn trades_per_second() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/results/trade.json");
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     std::fs::write(path, serde_json::to_vec_pretty(&results).unwrap()).unwrap();
-    eprintln!("{results:#}");
+    let (table, failures) = judge(&results);
+    eprintln!("{results:#}\n\n{table}");
+    assert!(failures.is_empty(), "{}", failures.join("; "));
+}
+
+/// Where the time goes with uniform orders: statements by their time, nested ones within it, and what connections wait
+/// for. In a run of its own, because watching takes time.
+async fn profile() -> Value {
+    let settings = [
+        "-c",
+        "shared_preload_libraries=pg_stat_statements",
+        "-c",
+        "pg_stat_statements.track=all",
+    ];
+    let bench = Bench::start(&settings).await;
+    sqlx::raw_sql("create extension pg_stat_statements")
+        .execute(&bench.owner)
+        .await
+        .unwrap();
+    bench.http(PRODUCTS, None).await;
+    bench.tidy().await;
+    sqlx::raw_sql("select pg_stat_statements_reset()")
+        .execute(&bench.owner)
+        .await
+        .unwrap();
+    let before = bench.trades().await;
+    let over = AtomicBool::new(false);
+    let round = async {
+        bench.http(PRODUCTS, None).await;
+        over.store(true, Ordering::Relaxed);
+    };
+    let (waits, ()) = tokio::join!(bench.watch(&over), round);
+    let trades = float(bench.trades().await - before);
+    let statements: Vec<(f64, i64, bool, String)> = sqlx::query_as(
+        r"select total_exec_time, calls, toplevel, left(regexp_replace(query, '\s+', ' ', 'g'), 80)
+          from pg_stat_statements join pg_database on pg_database.oid = dbid and datname = current_database()
+          where query !~* 'vacuum|checkpoint|truncate|pg_stat_|count\(\*\) from trades'
+          order by total_exec_time desc limit 14",
+    )
+    .fetch_all(&bench.owner)
+    .await
+    .unwrap();
     std::fs::remove_dir_all(&bench.directory).unwrap();
-    drop(bench.postgres);
+    let statements = statements.into_iter().map(|(ms, calls, top_level, statement)| {
+        json!({
+            "us_per_trade": (ms * 1000.0 / trades).round(),
+            "calls_per_trade": ratio(float(calls.unsigned_abs()), trades),
+            "nested": !top_level,
+            "statement": statement,
+        })
+    });
+    json!({"statements": statements.collect::<Vec<_>>(), "waits": waits})
 }
 
 fn machine() -> Value {

@@ -2,6 +2,8 @@
 
 use std::{path::Path, time::Duration};
 
+use exchange::outbox;
+
 use base64::{Engine, prelude::BASE64_STANDARD};
 use sqlx::{AssertSqlSafe, PgPool};
 use tokio::{
@@ -179,4 +181,40 @@ async fn after_twenty_seconds_without_a_database_everything_is_as_before() {
     for _ in 0..20 {
         assert_eq!(status(&service).await, 401);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn old_events_are_removed_in_portions() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let owner = database.owner().await;
+    sqlx::raw_sql(
+        "insert into outbox (id, lane, topic, key, payload, published_at, done_at)
+         select gen_random_uuid(), 'live', 'user.signed_in', '', '{}', now(), now() - interval '2 hours'
+         from generate_series(1, 12000);
+         insert into outbox (id, lane, topic, key, payload, published_at, done_at)
+         values ('01890000-0000-7000-8000-000000000000', 'live', 'user.signed_in', '', '{}', now(), now());
+         insert into inbox (consumer, event_id, lane)
+         select 'notification', overlay(gen_random_uuid()::text placing '01890000-0000-7' from 1)::uuid, 'live'
+         from generate_series(1, 12000)
+         union all select 'market', '01890000-0000-7000-8000-000000000000', 'live'
+         union all select 'notification', uuid_v7(), 'live'",
+    )
+    .execute(&owner)
+    .await
+    .unwrap();
+    let left = || {
+        sqlx::query_as::<_, (i64, i64)>("select (select count(*) from outbox), (select count(*) from inbox)")
+    };
+    let mut before = left().fetch_one(&owner).await.unwrap();
+    let service = PgPool::connect(&database.app_url).await.unwrap();
+    while outbox::prune(&service).await.unwrap() {
+        let after = left().fetch_one(&owner).await.unwrap();
+        assert!(
+            before.0 - after.0 <= 5000 && before.1 - after.1 <= 5000,
+            "{before:?}, {after:?}"
+        );
+        before = after;
+    }
+    // One was done just now, one belongs to it, and one is young.
+    assert_eq!(left().fetch_one(&owner).await.unwrap(), (1, 2));
 }

@@ -1,6 +1,7 @@
 //! Whole stacks under load while parts of them die or are replaced: afterwards the audit finds nothing.
 
 use std::{
+    ffi::OsStr,
     net::SocketAddr,
     process::Command,
     sync::{Arc, Mutex},
@@ -15,8 +16,9 @@ use tokio::{
 };
 
 use crate::{
+    queue::metric,
     servers::{Database, Postgres, Service, V1, eventually, temporary_directory},
-    stores::Stores,
+    stores::{Nats, Stores},
     traders::accept,
     whole::{SECRET, Stack, assert_discreet, text},
 };
@@ -75,7 +77,7 @@ impl Fronts {
     }
 
     /// Runs `exchange load`, and returns what it wrote and what it said.
-    async fn load(&self, flags: &[&str]) -> (Value, String) {
+    async fn load(&self, flags: &[impl AsRef<OsStr>]) -> (Value, String) {
         let json = temporary_directory("load").join("load.json");
         let [user, trade, notification] = self.0.each_ref().map(Front::url);
         let mut load = Command::new(V1);
@@ -100,6 +102,69 @@ async fn orders(stores: &Stores, more_than: i64) {
         (stores.count("select count(*) from orders").await > more_than).then_some(())
     })
     .await;
+}
+
+/// Flags of a load in the live lane that knows the ledger: who credits its deposits, and the database.
+async fn treasury(stores: &Stores, users: &Service) -> Vec<String> {
+    let treasurer = json!({"email": "bank@example.org", "password": "correct horse battery"});
+    // A client of its own, which goes: a stack that drains would wait for the end of its idle connection.
+    let registration = crate::servers::client().post(users.url("/register"));
+    let registered = registration.json(&treasurer).send().await.unwrap();
+    accept(registered, StatusCode::ACCEPTED).await;
+    let mut grant = Command::new(V1);
+    grant
+        .args(["grant", "treasury", "--email", "Bank@example.org"])
+        .args(["--database-url", &stores.database.owner_url]);
+    let granted = grant.output().unwrap();
+    assert!(granted.status.success(), "{}", text(&granted));
+    let password = temporary_directory("treasury").join("password");
+    std::fs::write(&password, "correct horse battery").unwrap();
+    let flags = [
+        "--treasury-email",
+        "bank@example.org",
+        "--treasury-password-file",
+        password.to_str().unwrap(),
+        "--database-url",
+        &stores.database.owner_url,
+    ];
+    flags.map(str::to_owned).to_vec()
+}
+
+/// A live stack that has its own stores and takes a short load in the live lane, in which messages and market data are
+/// those of real users.
+struct Live {
+    stores: Stores,
+    stack: Stack,
+    fronts: Fronts,
+    flags: Vec<String>,
+}
+
+impl Live {
+    async fn start() -> Self {
+        let stores = Stores::start().await;
+        let stack = Stack::start(&stores, &GREEN).await;
+        let fronts = Fronts::of(&stack).await;
+        let mut flags = treasury(&stores, &stack.user).await;
+        let load = [
+            "--rate",
+            "60",
+            "--duration",
+            "8s",
+            "--connections",
+            "4",
+            "--traders",
+            "4",
+            "--idle-connections",
+            "0",
+        ];
+        flags.extend(load.map(str::to_owned));
+        Self {
+            stores,
+            stack,
+            fronts,
+            flags,
+        }
+    }
 }
 
 fn assert_audited(result: &Value) {
@@ -201,6 +266,158 @@ async fn postgresql_is_away_for_twenty_seconds_in_mid_load_and_the_audit_is_clea
     assert_discreet(&stack.services());
 }
 
+/// What stops whoever marks events as published, in the transaction that does it.
+const HOLD_THE_MARK: &str = "
+    create function hold_the_mark() returns trigger language plpgsql as $$
+    begin
+        if new.published_at is not null then
+            perform pg_advisory_xact_lock_shared(7);
+        end if;
+        return new;
+    end $$;
+    create trigger hold_the_mark before update of published_at on outbox
+        for each row execute function hold_the_mark()";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_relay_is_killed_between_publish_and_mark_in_mid_load_and_the_audit_is_clean() {
+    let Live {
+        stores,
+        mut stack,
+        fronts,
+        flags,
+    } = Live::start().await;
+    let killing = async {
+        orders(&stores, 100).await;
+        let mut holder = stores.owner.acquire().await.unwrap();
+        sqlx::query("select pg_advisory_lock(7)")
+            .execute(&mut *holder)
+            .await
+            .unwrap();
+        sqlx::raw_sql(HOLD_THE_MARK).execute(&stores.owner).await.unwrap();
+        let held = eventually("the relay is about to mark", || async {
+            let waiting: Option<(i32,)> = sqlx::query_as(
+                "select pid from pg_locks join pg_database on oid = database
+                 where datname = current_database() and locktype = 'advisory' and classid = 0 and objid = 7 and not granted",
+            )
+            .fetch_optional(&stores.owner)
+            .await
+            .unwrap();
+            waiting
+        })
+        .await;
+        stack.notification.signal("KILL");
+        // Its connection would go on without it.
+        sqlx::query("select pg_terminate_backend($1)")
+            .bind(held.0)
+            .execute(&stores.owner)
+            .await
+            .unwrap();
+        let stream = stores.nats.stream("exchange-live").await.unwrap();
+        let published = stream["state"]["messages"].as_i64().unwrap();
+        let marked = stores
+            .count("select count(*) from outbox where published_at is not null")
+            .await;
+        assert!(published > marked, "{published} published, {marked} marked");
+        sqlx::raw_sql("drop function hold_the_mark() cascade")
+            .execute(&stores.owner)
+            .await
+            .unwrap();
+        drop(holder.detach());
+        let flags = [&["--lane-secret", SECRET], &GREEN[..]].concat();
+        stack.notification = stores.notification(&flags).ready().await;
+        fronts.point_at(&stack);
+    };
+    let ((result, _), ()) = tokio::join!(fronts.load(&flags), killing);
+    assert_audited(&result);
+    stores.settled("live").await;
+    stores.assert_told_once("live").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_brokers_store_is_deleted_in_mid_load_and_the_audit_is_clean() {
+    let Live {
+        mut stores,
+        stack,
+        fronts,
+        flags,
+    } = Live::start().await;
+    let deletion = async {
+        orders(&stores, 100).await;
+        let port = stores.nats.port();
+        stores.nats.server.signal("KILL");
+        stores.nats = Nats::start_on(port, None);
+    };
+    let ((result, _), ()) = tokio::join!(fronts.load(&flags), deletion);
+    assert_audited(&result);
+    stores.settled("live").await;
+    stores.assert_told_once("live").await;
+    let log = stack.notification.log();
+    let made = log
+        .lines()
+        .filter(|line| line.contains("the stream was created") && line.contains(r#""exchange-live""#));
+    assert_eq!(made.count(), 2, "{log}");
+    assert_eq!(metric(&stack.notification, "messages_dead_total").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_is_delivered_again_in_mid_load_and_the_audit_is_clean() {
+    let Live {
+        stores,
+        stack,
+        fronts,
+        flags,
+    } = Live::start().await;
+    let redelivery = async {
+        orders(&stores, 200).await;
+        let handled = stores.count("select count(*) from inbox").await;
+        assert!(handled > 50, "{handled}");
+        // A new consumer of the same name begins at the first message.
+        let jetstream = stores.nats.jetstream().await;
+        for consumer in ["notification", "market"] {
+            jetstream
+                .delete_consumer_from_stream(consumer, "exchange-live")
+                .await
+                .unwrap();
+        }
+        eventually("all messages have come again", || async {
+            let again = metric(&stack.notification, "messages_duplicates_total").await;
+            (again >= handled.unsigned_abs()).then_some(())
+        })
+        .await;
+    };
+    let ((result, _), ()) = tokio::join!(fronts.load(&flags), redelivery);
+    assert_audited(&result);
+    stores.settled("live").await;
+    stores.assert_told_once("live").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_market_data_are_flushed_in_mid_load_and_the_audit_is_clean() {
+    let Live {
+        stores,
+        stack,
+        fronts,
+        flags,
+    } = Live::start().await;
+    let flush = async {
+        orders(&stores, 100).await;
+        stores.complete_market_data().await;
+        stores.flush_market_data().await;
+    };
+    let ((result, _), ()) = tokio::join!(fronts.load(&flags), flush);
+    assert_audited(&result);
+    stores.settled("live").await;
+    let kept = stores.complete_market_data().await;
+    let trades = stores.count("select count(*) from trades").await;
+    let ticks = kept.iter().filter(|line| line.contains(":ticks:")).count();
+    assert_eq!(i64::try_from(ticks).unwrap(), trades.min(1000));
+    // They are those that follow from the trades, and nothing else.
+    drop(stack);
+    stores.flush_market_data().await;
+    stores.rebuild_market_data();
+    assert_eq!(stores.redis.dump().await, kept);
+}
+
 async fn has_role(stack: &Stack, role: &str) {
     for service in stack.services() {
         eventually(&format!("it is {role}"), || async {
@@ -242,41 +459,24 @@ async fn a_stack_is_replaced_under_load_and_nobody_notices() {
     let mut green = follow("green", "two").await;
     has_role(&green, "Standby").await;
 
-    let treasurer = json!({"email": "bank@example.org", "password": "correct horse battery"});
-    {
-        // A client of its own, which goes: blue would wait for the end of its idle connection.
-        let registration = crate::servers::client().post(blue.user.url("/register"));
-        let registered = registration.json(&treasurer).send().await.unwrap();
-        accept(registered, StatusCode::ACCEPTED).await;
-    }
-    let mut grant = Command::new(V1);
-    grant
-        .args(["grant", "treasury", "--email", "Bank@example.org"])
-        .args(["--database-url", &stores.database.owner_url]);
-    let granted = grant.output().unwrap();
-    assert!(granted.status.success(), "{}", text(&granted));
-    let password = temporary_directory("treasury").join("password");
-    std::fs::write(&password, "correct horse battery").unwrap();
-    let flags = [
-        "--treasury-email",
-        "bank@example.org",
-        "--treasury-password-file",
-        password.to_str().unwrap(),
-        "--rate",
-        "50",
-        "--duration",
-        "20s",
-        "--connections",
-        "4",
-        "--traders",
-        "4",
-        "--idle-connections",
-        "2",
-        "--slow-percent",
-        "3",
-        "--database-url",
-        &stores.database.owner_url,
-    ];
+    let mut flags = treasury(&stores, &blue.user).await;
+    flags.extend(
+        [
+            "--rate",
+            "50",
+            "--duration",
+            "20s",
+            "--connections",
+            "4",
+            "--traders",
+            "4",
+            "--idle-connections",
+            "2",
+            "--slow-percent",
+            "3",
+        ]
+        .map(str::to_owned),
+    );
     let replacing = async {
         orders(&stores, 200).await;
         fronts.point_at(&green);

@@ -16,6 +16,8 @@ mod examples;
 #[cfg(test)]
 mod hostile;
 #[cfg(test)]
+mod limits;
+#[cfg(test)]
 mod migrate;
 #[cfg(test)]
 mod queries;

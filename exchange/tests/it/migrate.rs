@@ -288,32 +288,74 @@ async fn every_table_of_users_can_be_exported_and_every_lane_erased() {
         .await
         .unwrap();
     assert_eq!(with_column("lane").await.unwrap(), registered);
-    let exports: Vec<String> = sqlx::query_scalar("select export from user_data")
-        .fetch_all(&owner)
-        .await
-        .unwrap();
-    let exports: Vec<&str> = exports
+    let service = sqlx::PgPool::connect(&database.app_url).await.unwrap();
+    let topics: Vec<(String, Option<String>, Option<String>)> =
+        sqlx::query_as("select export, erase, obstacle from user_data")
+            .fetch_all(&owner)
+            .await
+            .unwrap();
+    // Each statement is one that the services' role may run.
+    for (export, erase, obstacle) in &topics {
+        for sql in [Some(export), erase.as_ref(), obstacle.as_ref()]
+            .into_iter()
+            .flatten()
+        {
+            let run = sqlx::query(sqlx::AssertSqlSafe(sql.clone())).bind(uuid::Uuid::now_v7());
+            run.execute(&service)
+                .await
+                .unwrap_or_else(|error| panic!("{error}: {sql}"));
+        }
+    }
+    let exports: Vec<&str> = topics
         .iter()
-        .flat_map(|sql| sql.split(|c: char| !c.is_alphanumeric() && c != '_'))
+        .flat_map(|(export, ..)| export.split(|c: char| !c.is_alphanumeric() && c != '_'))
         .collect();
-    for table in with_column("user_id").await.unwrap() {
+    // Tables that name users, in columns or in what they keep of events.
+    let of_users: Vec<String> = sqlx::query_scalar(
+        "select distinct table_name::text from information_schema.columns
+         join information_schema.tables using (table_schema, table_name)
+         where table_schema = 'public' and table_type = 'BASE TABLE'
+           and (column_name like '%user_id' or column_name = 'payload') order by 1",
+    )
+    .fetch_all(&owner)
+    .await
+    .unwrap();
+    assert!(
+        ["dead_letters", "outbox", "trades"]
+            .iter()
+            .all(|table| of_users.iter().any(|of_users| of_users == table))
+    );
+    for table in of_users {
         assert!(
             exports.contains(&table.as_str()),
             "rows of {table} are not exported"
         );
     }
-    // Not even the role of the services can erase the live lane, or change scopes.
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_services_role_cannot_do_what_no_service_does() {
+    let database = Database::migrated(Postgres::shared()).await;
     let service = sqlx::PgPool::connect(&database.app_url).await.unwrap();
-    for forbidden in [
-        "select erase_lane_v1('live')",
-        "select erase_lane_v1(null)",
-        "delete from users",
-        "update users set scopes = '{treasury}'",
-        "update user_data set export = 'select 1'",
+    let (no_right, not_live) = ("42501", "23514");
+    for (forbidden, code) in [
+        ("select erase_lane_v1('live')", not_live),
+        ("select erase_lane_v1(null)", not_live),
+        ("delete from users", no_right),
+        ("update users set scopes = '{treasury}'", no_right),
+        (
+            "insert into users (id, lane, email, password_hash, scopes)
+             values (gen_random_uuid(), 'live', 'a@b', 'x', '{treasury}')",
+            no_right,
+        ),
+        ("update user_data set export = 'select 1'", no_right),
+        ("insert into lane_tables values ('users', 1)", no_right),
     ] {
-        assert!(
-            sqlx::query(forbidden).execute(&service).await.is_err(),
-            "{forbidden}"
+        let error = sqlx::query(forbidden).execute(&service).await.unwrap_err();
+        assert_eq!(
+            error.as_database_error().unwrap().code().unwrap(),
+            code,
+            "{forbidden}: {error}"
         );
     }
 }
@@ -324,7 +366,11 @@ async fn the_live_stack_erases_the_lanes_of_stacks_that_are_gone() {
     let owner = database.owner().await;
     let now = "now()";
     let long_ago = "now() - interval '1 hour'";
-    for (stack, seen) in [("blue-alive", now), ("green-gone", long_ago)] {
+    for (stack, seen) in [
+        ("blue-alive", now),
+        ("blue-silent", long_ago),
+        ("green-gone", long_ago),
+    ] {
         let sql = format!("insert into instances values (gen_random_uuid(), 'user', '{stack}', 1, {seen})");
         sqlx::raw_sql(sqlx::AssertSqlSafe(sql))
             .execute(&owner)
@@ -334,6 +380,7 @@ async fn the_live_stack_erases_the_lanes_of_stacks_that_are_gone() {
     for lane in [
         "live",
         "test-blue-alive.1",
+        "test-blue-silent.1",
         "test-green-gone.1",
         "test-green-never.1",
     ] {
@@ -345,14 +392,49 @@ async fn the_live_stack_erases_the_lanes_of_stacks_that_are_gone() {
         .await
         .unwrap();
     }
-    exchange::user::clean_up(&sqlx::PgPool::connect(&database.app_url).await.unwrap())
+    let service = sqlx::PgPool::connect(&database.app_url).await.unwrap();
+    let mut housekeeping = exchange::user::Housekeeping::default();
+    let left = || sqlx::query_scalar::<_, String>("select lane from users order by 1").fetch_all(&owner);
+    housekeeping.clean_up(&service).await.unwrap();
+    assert_eq!(left().await.unwrap().len(), 5, "nobody had time to speak up");
+    // There was no database for a while, and nobody could be seen.
+    sqlx::query("update instances set seen_at = now() where stack = 'blue-silent'")
+        .execute(&owner)
         .await
         .unwrap();
-    let left: Vec<String> = sqlx::query_scalar("select lane from users order by 1")
-        .fetch_all(&owner)
+    housekeeping.clean_up(&service).await.unwrap();
+    assert_eq!(
+        left().await.unwrap(),
+        ["live", "test-blue-alive.1", "test-blue-silent.1"]
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_contract_waits_for_instances_that_could_not_be_seen() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let mut connection = migrator(&database).await;
+    let level = release::V1.level + 1;
+    let contract = [file(level, "create table contracted ()")];
+    let expand = [file(level, "create table newer ()")];
+    bring_forward(&mut connection, Phase::Expand, &expand, soon())
         .await
         .unwrap();
-    assert_eq!(left, ["live", "test-blue-alive.1"]);
+    let service = Service::live("user", &database, &[]).ready().await;
+    // As after a time without a database.
+    let unseen = "update instances set seen_at = now() - interval '1 hour'";
+    sqlx::query(unseen).execute(&mut connection).await.unwrap();
+    let refused = bring_forward(&mut connection, Phase::Contract, &contract, soon())
+        .await
+        .unwrap_err();
+    assert!(refused.to_string().contains("user of blue-local"), "{refused}");
+
+    // One that stays silent is gone.
+    service.signal("STOP");
+    sqlx::query(unseen).execute(&mut connection).await.unwrap();
+    let patiently = Instant::now() + Duration::from_mins(1);
+    bring_forward(&mut connection, Phase::Contract, &contract, patiently)
+        .await
+        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,8 +6,8 @@ use sqlx::{AssertSqlSafe, Executor, PgPool, SqlSafeStr};
 
 use crate::servers::{Database, Postgres, V2};
 
-/// Put together while the service runs: by `personal` from what it knows of each table, of which a test of `migrate`
-/// runs every one, and by `migrate` from its files.
+/// Not written in the source: those of `personal` stand in the table `user_data`, of which a test of `migrate` runs every
+/// one, and those of `migrate` in its files.
 const MADE: &str = "AssertSqlSafe(";
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,11 @@
 //! Events reach users and the market data once, whatever breaks on the way.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
+
+use exchange::market::Interval;
+use rust_decimal::Decimal;
+use serde_json::{Value, json};
+use time::{OffsetDateTime, Time};
 
 use crate::{
     servers::{Service, eventually},
@@ -20,7 +25,8 @@ const STANDBY: [&str; 8] = [
 ];
 const LIVE: [&str; 2] = ["--role", "live"];
 
-async fn metric(service: &Service, name: &str) -> u64 {
+/// The value of a metric.
+pub(crate) async fn metric(service: &Service, name: &str) -> u64 {
     let page = service.admin("/metrics").await.text().await.unwrap();
     let line = page
         .lines()
@@ -149,45 +155,116 @@ async fn market_data_comes_back_equal() {
         stores.trade("live", ann, bob, price * 7 % 31 + 1, "0.123").await;
     }
     stores.settled("live").await;
-    let complete = |dump: &[String]| dump.iter().any(|line| line == "exchange:live:complete");
-    let before = eventually("the store is complete", || async {
-        let dump = stores.redis.dump().await;
-        complete(&dump).then_some(dump)
-    })
-    .await;
+    let before = stores.complete_market_data().await;
     assert!(before.len() > 50 + 3, "{before:?}");
 
-    let flush = async || {
-        let mut connection = stores.redis.connect().await;
-        redis::cmd("FLUSHALL").exec_async(&mut connection).await.unwrap();
-    };
-    flush().await;
-    eventually("the service has rebuilt it", || async {
-        complete(&stores.redis.dump().await).then_some(())
-    })
-    .await;
-    assert_eq!(stores.redis.dump().await, before);
+    stores.flush_market_data().await;
+    assert_eq!(stores.complete_market_data().await, before);
 
     drop(service);
-    flush().await;
-    let output = std::process::Command::new(crate::servers::binary())
-        .args([
-            "market",
-            "rebuild",
-            "--role",
-            "live",
-            "--database-url",
-            &stores.database.app_url,
-        ])
-        .args(["--market-data-url", &stores.redis.url()])
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    stores.flush_market_data().await;
+    stores.rebuild_market_data();
     assert_eq!(stores.redis.dump().await, before);
+}
+
+/// The candles of trades, given as seconds, price and size in the order in which they happened.
+fn candles_of(trades: &[(i64, u32, &str)], interval: Interval) -> Vec<Value> {
+    let mut candles: BTreeMap<i64, Vec<(Decimal, Decimal)>> = BTreeMap::new();
+    for (at, price, size) in trades {
+        let trade = (Decimal::from(*price), size.parse().unwrap());
+        candles
+            .entry(at - at % interval.seconds())
+            .or_default()
+            .push(trade);
+    }
+    let candles = candles.iter().map(|(start, trades)| {
+        let text = |number: Decimal| number.normalize().to_string();
+        let prices = || trades.iter().map(|(price, _)| *price);
+        json!({
+            "start": start, "open": text(trades[0].0), "close": text(trades.last().unwrap().0),
+            "high": text(prices().max().unwrap()), "low": text(prices().min().unwrap()),
+            "volume": text(trades.iter().map(|(_, size)| size).sum()),
+            "quote_volume": text(trades.iter().map(|(price, size)| price * size).sum()),
+            "trades": trades.len(),
+        })
+    });
+    candles.collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_read_the_candles_that_follow_from_the_trades() {
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let morning = Time::from_hms(10, 0, 0).unwrap();
+    let before_yesterday = OffsetDateTime::now_utc() - Duration::from_hours(48);
+    let ten = before_yesterday.replace_time(morning).unix_timestamp();
+    let day = Interval::Day.seconds();
+    let trades = [
+        (ten, 100, "0.5"),
+        (ten + 59, 120, "1"),
+        (ten + 60, 90, "0.25"),
+        (ten + 3599, 80, "2"),
+        (ten + 3600, 130, "0.001"),
+        (ten + day, 70, "3"),
+        (ten + day, 75, "0.1"),
+    ];
+    for (at, price, size) in trades {
+        let at = OffsetDateTime::from_unix_timestamp(at).unwrap();
+        stores.trade_at(at, "live", ann, bob, price, size).await;
+    }
+    let notification = stores.notification(&LIVE).ready().await;
+    let market = ["--market-data-url", &stores.redis.url()];
+    let trade = Service::live("trade", &stores.database, &market).ready().await;
+    stores.settled("live").await;
+    stores.complete_market_data().await;
+
+    let ask = async |query: &str, token: Option<&str>| {
+        let url = trade.url(&format!("/market/candles?product={query}"));
+        let mut request = trade.client.get(url);
+        if let Some(token) = token {
+            request = request.bearer_auth(token);
+        }
+        let answer = request.send().await.unwrap();
+        (answer.status().as_u16(), answer.json::<Value>().await.unwrap())
+    };
+    for (interval, name, from, to) in [
+        (Interval::Minute, "1m", ten, ten + 3601),
+        // The first moment counts, the last does not.
+        (Interval::Minute, "1m", ten, ten + 60),
+        (Interval::Minute, "1m", ten + 1, ten + 3600),
+        (Interval::Hour, "1h", ten, ten + day + 1),
+        (Interval::Hour, "1h", ten + 3600, ten + day),
+        (Interval::Day, "1d", ten - day, ten + 3 * day),
+    ] {
+        let query = format!("BTC-USD&interval={name}&from={from}&to={to}");
+        let mut expected = candles_of(&trades, interval);
+        expected.retain(|candle| (from..to).contains(&candle["start"].as_i64().unwrap()));
+        assert!(!expected.is_empty());
+        assert_eq!(
+            ask(&query, None).await,
+            (200, json!({"candles": expected})),
+            "{query}"
+        );
+    }
+    let all = json!({"candles": candles_of(&trades, Interval::Hour)});
+    assert_eq!(ask("BTC-USD&interval=1h", None).await, (200, all));
+
+    let nothing = (200, json!({"candles": []}));
+    assert_eq!(ask("ETH-USD&interval=1h", None).await, nothing);
+    let tester = stores.user("test-blue-abc.run").await;
+    let token = stores.token(tester, "test-blue-abc.run").await;
+    assert_eq!(ask("BTC-USD&interval=1h", Some(&token)).await, nothing);
+    for wrong in [
+        "interval=2h".to_owned(),
+        "from=1".to_owned(),
+        format!("interval=1m&from={ten}&to={}", ten + 60 * 1001),
+        format!("interval=1m&from={ten}&to={}", ten - 1),
+    ] {
+        let (status, problem) = ask(&format!("BTC-USD&{wrong}"), None).await;
+        let refused = (400, &json!("invalid_parameter"));
+        assert_eq!((status, &problem["code"]), refused, "{wrong}");
+    }
+    drop(notification);
 }
 
 #[tokio::test(flavor = "multi_thread")]

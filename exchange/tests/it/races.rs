@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use reqwest::StatusCode;
+use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 use uuid::Uuid;
@@ -17,6 +17,7 @@ use uuid::Uuid;
 use crate::{
     servers::{Database, Postgres, Service, eventually},
     traders::{Issuer, Trader, accept, assert_clean},
+    user::Exchange,
 };
 
 /// How long the long races run.
@@ -289,6 +290,97 @@ async fn a_deleted_account_has_no_money() {
         }
     }
     assert_clean(&arena.database.owner().await, "live").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_account_is_named_by_no_open_order() {
+    let arena = Arena::on(Postgres::shared()).await;
+    let [one, other] = arena.trader().await;
+    let mut bidding = one.wallet(&arena.treasury, "0", "10000").await;
+    let [seller, _] = arena.trader().await;
+    let seller = seller.wallet(&arena.treasury, "100", "0").await;
+    let (mut rested, mut deleted) = (0, 0);
+    for round in 0..40 {
+        // Against resting, and then against the fill of what rests.
+        let bid = bidding.order("buy", "0.1", "100");
+        let choice = json!({"account_id": bidding.btc});
+        let (placed, gone) = tokio::join!(
+            one.post("/trade/add", &bid),
+            other.post("/account/delete", &choice)
+        );
+        match (placed.status().as_u16(), gone.status().as_u16()) {
+            (201, 409) => {
+                assert_eq!(accept(gone, StatusCode::CONFLICT).await["code"], "account_in_use");
+                rested += 1;
+                let ask = seller.order("sell", "0.1", "100");
+                let (filled, gone) = tokio::join!(
+                    seller.trader.post("/trade/add", &ask),
+                    other.post("/account/delete", &choice)
+                );
+                assert_eq!(accept(filled, StatusCode::CREATED).await["status"], "filled");
+                assert_eq!(gone.status(), StatusCode::CONFLICT);
+                let withdrawal = json!({"account_id": bidding.btc, "amount": "0.1"});
+                let withdrawn = one
+                    .post_with_key("/account/withdraw", &format!("{round}"), &withdrawal)
+                    .await;
+                accept(withdrawn, StatusCode::CREATED).await;
+            }
+            (404, 204) => {
+                deleted += 1;
+                bidding.btc = one.account("BTC").await;
+            }
+            both => panic!("{both:?}"),
+        }
+    }
+    assert_eq!(rested + deleted, 40);
+    assert_eq!(arena.deadlocks().await, 0);
+    assert_clean(&arena.database.owner().await, "live").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_who_is_deleted_leaves_no_money_behind() {
+    let arena = Arena::on(Postgres::shared()).await;
+    let users = Exchange::over(arena.database.clone(), &[]).await;
+    let owner = arena.database.owner().await;
+    let (mut left, mut stayed) = (0, 0);
+    for round in 0..24 {
+        let user = users.user(&format!("user{round}@example.org")).await;
+        let trader = Trader::new(&arena.services[round % 2], user.access_token.clone());
+        let wallet = trader.wallet(&arena.treasury, "0", "0").await;
+        let deposit = json!({"account_id": wallet.usd, "amount": "1"});
+        let key = Uuid::now_v7().to_string();
+        let (deposited, gone) = tokio::join!(
+            arena.treasury.post_with_key("/account/deposit", &key, &deposit),
+            users.call(Method::DELETE, "/user", Some(&user.access_token), None)
+        );
+        match (deposited.status().as_u16(), gone.status().as_u16()) {
+            (404, 204) => left += 1,
+            (201, 409) => {
+                stayed += 1;
+                assert_eq!(
+                    accept(gone, StatusCode::CONFLICT).await["code"],
+                    "accounts_not_empty"
+                );
+                // Against an order that takes the last of the money, and its withdrawal.
+                let withdrawal = json!({"account_id": wallet.usd, "amount": "1"});
+                let order = wallet.order("buy", "0.001", "100");
+                let (withdrawn, placed, gone) = tokio::join!(
+                    trader.post_with_key("/account/withdraw", "all", &withdrawal),
+                    trader.post("/trade/add", &order),
+                    users.call(Method::DELETE, "/user", Some(&user.access_token), None)
+                );
+                let statuses = [&withdrawn, &placed, &gone].map(|answer| answer.status().as_u16());
+                assert!(
+                    [[201, 409, 204], [201, 404, 204], [201, 409, 409], [409, 201, 409]].contains(&statuses),
+                    "{statuses:?}"
+                );
+            }
+            both => panic!("{both:?}"),
+        }
+    }
+    assert_eq!(left + stayed, 24);
+    assert_eq!(arena.deadlocks().await, 0);
+    assert_clean(&owner, "live").await;
 }
 
 /// PostgreSQL is killed while orders are being committed, and started again on the same files.

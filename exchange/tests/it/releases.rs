@@ -184,9 +184,11 @@ async fn version_2_comes_under_load_beside_version_1_and_replaces_it() {
     let leftover = Service::start_by(&mut Command::new(V1), "trade", &stores.database, &BLUE)
         .ready()
         .await;
+    leftover.signal("STOP");
     sqlx::query(forget).execute(&stores.owner).await.unwrap();
-    let (contracted, said) = stores.database.migrate_by(V2, "contract", &["--deadline=5s"]);
+    let (contracted, said) = stores.database.migrate_by(V2, "contract", &["--deadline=1m"]);
     assert!(contracted, "{said}");
+    leftover.signal("CONT");
     let newcomer = Service::start_by(&mut Command::new(V1), "trade", &stores.database, &BLUE);
     for left_behind in [&leftover, &newcomer] {
         eventually("version 1 knows that it is too old", || async {

@@ -32,6 +32,8 @@ enum Step {
     Batch(Vec<NewOrder>),
     /// The cancelling of the order with this number, counted round the ones placed so far.
     Cancel(usize),
+    /// The deletion of the account out of which this user pays for such orders.
+    Close(u32, Side),
 }
 
 fn order() -> impl Strategy<Value = NewOrder> {
@@ -54,19 +56,21 @@ fn order() -> impl Strategy<Value = NewOrder> {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let batch = proptest::collection::vec(order(), 1..10).prop_map(Step::Batch);
-    let step = prop_oneof![5 => batch, 1 => (0_usize..100).prop_map(Step::Cancel)];
+    let close = (0..USERS, any::<bool>())
+        .prop_map(|(user, buys)| Step::Close(user, if buys { Side::Buy } else { Side::Sell }));
+    let step = prop_oneof![10 => batch, 2 => (0_usize..100).prop_map(Step::Cancel), 3 => close];
     proptest::collection::vec(step, 1..14)
 }
 
-/// What a user begins with: little enough that some orders are not covered.
-fn wallet() -> Wallet {
+/// What a user begins with: little enough that some orders are not covered, and some accounts are empty.
+fn wallet(user: u32) -> Wallet {
     let with = |amount: &str| Account {
         balance: amount.parse().unwrap(),
-        hold: Amount::ZERO,
+        ..Account::EMPTY
     };
     Wallet {
-        base: with("0.0003"),
-        quote: with("0.0003"),
+        base: with(if user == 0 { "0" } else { "0.0003" }),
+        quote: with(if user == 1 { "0" } else { "0.0003" }),
     }
 }
 
@@ -93,10 +97,11 @@ impl<'a> Lane<'a> {
     async fn new(db: &'a PgPool) -> Self {
         let name = format!("test-blue-rules.{}", Uuid::now_v7().simple());
         let mut users = Vec::new();
-        for _ in 0..USERS {
+        for number in 0..USERS {
             let user = Uuid::now_v7();
+            let wallet = wallet(number);
             let mut accounts = Vec::new();
-            for currency in ["BTC", "USD"] {
+            for (currency, begins_with) in [("BTC", wallet.base), ("USD", wallet.quote)] {
                 let account = Uuid::now_v7();
                 sqlx::query("insert into accounts (id, lane, user_id, currency, name) values ($1, $2, $3, $4, 'main')")
                     .bind(account)
@@ -106,16 +111,20 @@ impl<'a> Lane<'a> {
                     .execute(db)
                     .await
                     .unwrap();
+                accounts.push(account);
+                if begins_with == Account::EMPTY {
+                    continue;
+                }
                 let (outcome,): (String,) = sqlx::query_as(
-                    "select outcome from move_external_v1($1, 'deposit', $2, null, 0.0003, null, null)",
+                    "select outcome from move_external_v1($1, 'deposit', $2, null, $3, null, null)",
                 )
                 .bind(&name)
                 .bind(account)
+                .bind(begins_with.balance)
                 .fetch_one(db)
                 .await
                 .unwrap();
                 assert_eq!(outcome, "posted");
-                accounts.push(account);
             }
             users.push((user, accounts[0], accounts[1]));
         }
@@ -181,6 +190,24 @@ impl<'a> Lane<'a> {
         before.is_some_and(|(status,)| status == "open")
     }
 
+    /// Deletes an account, which the database refuses if there is something in it, or an open order names it.
+    async fn close(&self, user: u32, side: Side) -> bool {
+        let (_, base, quote) = self.users[user as usize];
+        let closed =
+            sqlx::query("update accounts set deleted_at = now() where id = $1 and deleted_at is null")
+                .bind(if side == Side::Sell { base } else { quote })
+                .execute(self.db)
+                .await;
+        match closed {
+            Ok(closed) => closed.rows_affected() == 1,
+            Err(error) => {
+                let code = error.as_database_error().unwrap().code().unwrap();
+                assert!(["23514", "23001"].contains(&&*code), "{error}");
+                false
+            }
+        }
+    }
+
     /// The trades of an answer; each with the number of the resting order and its fee from the table of trades.
     async fn fills(&self, answered: &Answered) -> Vec<Fill> {
         let mut fills = Vec::new();
@@ -206,15 +233,17 @@ impl<'a> Lane<'a> {
     async fn wallets(&self) -> BTreeMap<u32, Wallet> {
         let mut wallets = BTreeMap::new();
         for (number, (user, ..)) in (0..).zip(&self.users) {
-            let accounts: Vec<(Amount, Amount)> =
-                sqlx::query_as("select balance, hold from accounts where user_id = $1 order by currency")
-                    .bind(user)
-                    .fetch_all(self.db)
-                    .await
-                    .unwrap();
+            let accounts: Vec<(Amount, Amount, bool)> = sqlx::query_as(
+                "select balance, hold, deleted_at is not null from accounts where user_id = $1 order by currency",
+            )
+            .bind(user)
+            .fetch_all(self.db)
+            .await
+            .unwrap();
             let account = |at: usize| Account {
                 balance: accounts[at].0,
                 hold: accounts[at].1,
+                closed: accounts[at].2,
             };
             let wallet = Wallet {
                 base: account(0),
@@ -244,7 +273,7 @@ async fn compare(db: &PgPool, steps: Vec<Step>) -> Result<(), TestCaseError> {
         taker_fee_rate: Decimal::new(2, 3),
         quote_scale: 8,
     };
-    let mut book = Book::new(market, (0..USERS).map(|user| (user, wallet())).collect());
+    let mut book = Book::new(market, (0..USERS).map(|user| (user, wallet(user))).collect());
     let mut lane = Lane::new(db).await;
     for step in steps {
         match step {
@@ -262,6 +291,7 @@ async fn compare(db: &PgPool, steps: Vec<Step>) -> Result<(), TestCaseError> {
                         Outcome::Open => "open",
                         Outcome::Cancelled(reason) => reason,
                         Outcome::InsufficientFunds => "refused: insufficient_funds",
+                        Outcome::AccountNotFound => "refused: account_not_found",
                     };
                     prop_assert_eq!(actual, expected, "{:?}", order);
                     prop_assert_eq!(lane.fills(&answered).await, fills, "{:?}", order);
@@ -273,6 +303,9 @@ async fn compare(db: &PgPool, steps: Vec<Step>) -> Result<(), TestCaseError> {
                 }
                 let number = choice % lane.orders.len();
                 prop_assert_eq!(lane.cancel(number).await, book.cancel(number).unwrap());
+            }
+            Step::Close(user, side) => {
+                prop_assert_eq!(lane.close(user, side).await, book.close(user, side));
             }
         }
         prop_assert_eq!(lane.wallets().await, book.wallets.clone());

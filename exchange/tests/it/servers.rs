@@ -86,13 +86,8 @@ impl Server {
         // Stopped, it has no more children: one that is born meanwhile would hold PostgreSQL's shared memory, and the new
         // server would refuse to start beside it.
         self.signal("STOP");
-        let children = format!("/proc/{0}/task/{0}/children", self.pid);
-        let children = std::fs::read_to_string(children).unwrap();
-        let pids: Vec<String> = children
-            .split_whitespace()
-            .map(str::to_owned)
-            .chain([self.pid.to_string()])
-            .collect();
+        let mut pids = self.children();
+        pids.push(self.pid.to_string());
         // Without looking at the outcome: a child may have ended by itself.
         let _ = Command::new("kill").arg("-KILL").args(&pids).output().unwrap();
         let deadline = Instant::now() + START;
@@ -124,6 +119,22 @@ impl Server {
         output(Command::new("kill").args([format!("-{name}"), self.pid.to_string()]));
     }
 
+    /// What the server and its children have used of the processors so far, also children that have ended.
+    pub(crate) fn cpu(&self) -> Duration {
+        let children = self.children();
+        let running = children
+            .iter()
+            .map(|pid| processor_time(pid, 2))
+            .sum::<Duration>();
+        processor_time(&self.pid.to_string(), 4) + running
+    }
+
+    fn children(&self) -> Vec<String> {
+        let children = format!("/proc/{0}/task/{0}/children", self.pid);
+        let children = std::fs::read_to_string(children).unwrap();
+        children.split_whitespace().map(str::to_owned).collect()
+    }
+
     /// Waits until the server accepts connections.
     pub(crate) fn await_port(&self, port: u16) {
         let deadline = Instant::now() + START;
@@ -144,6 +155,17 @@ fn runs(pid: &str) -> bool {
     stat.rsplit(')')
         .next()
         .is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with(['Z', 'X']))
+}
+
+/// The first fields of what the kernel has counted for a process: its own time as user and in the kernel, then that of
+/// the children that it has waited for. Nothing for a process that is gone.
+fn processor_time(pid: &str, fields: usize) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name, in brackets, may hold anything.
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    let ticks = after_name.split_whitespace().skip(11).take(fields);
+    let ticks = ticks.map(|ticks| ticks.parse::<u64>().unwrap()).sum::<u64>();
+    Duration::from_millis(ticks * 10)
 }
 
 fn read_pid(pids: &mut impl BufRead) -> i32 {
@@ -464,6 +486,11 @@ impl Service {
     /// Sends a signal such as `TERM`.
     pub(crate) fn signal(&self, name: &str) {
         output(Command::new("kill").args([format!("-{name}"), self.child.id().to_string()]));
+    }
+
+    /// What the process has used of the processors so far.
+    pub(crate) fn cpu(&self) -> Duration {
+        processor_time(&self.child.id().to_string(), 2)
     }
 
     /// Resident memory, in MiB.

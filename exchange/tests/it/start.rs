@@ -6,7 +6,7 @@ use tokio::{
 };
 
 use crate::{
-    servers::{Database, Postgres, Service, client, eventually, free_port},
+    servers::{Database, Postgres, Service, client, eventually, free_port, temporary_directory},
     stores::{Nats, Redis},
 };
 
@@ -126,4 +126,45 @@ fn a_wrong_configuration_is_refused_with_every_problem() {
     for problem in ["--database-url", "--colour", "--drain-timeout", "--live-url"] {
         assert!(said.contains(problem), "{problem} is missing in {said}");
     }
+}
+
+#[test]
+fn stores_that_are_missing_or_cannot_be_reached_by_their_urls_are_all_named_at_once() {
+    let directory = temporary_directory("urls");
+    let mail = directory.join("mail");
+    std::fs::write(&mail, "http://user:s3cr3t@mail.example").unwrap();
+    let start = |service: &[&str], settings: &[(&str, &str)]| {
+        let output = std::process::Command::new(crate::servers::binary())
+            .args(service)
+            .env("EXCHANGE_ROLE", "live")
+            .envs(settings.iter().copied())
+            .output()
+            .unwrap();
+        assert!(!output.status.success());
+        let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        assert!(!said.contains("s3cr3t"), "{said}");
+        said
+    };
+    let names = |said: &str| {
+        let lines = said.lines().filter_map(|line| line.split(['(', ')']).nth(1));
+        lines.map(str::to_owned).collect::<Vec<_>>()
+    };
+    let unusable = [
+        ("EXCHANGE_DATABASE_URL", "postgres://user:s3cr3t@db:port/exchange"),
+        ("EXCHANGE_QUEUE_URL", "s3cr3t"),
+        ("EXCHANGE_MARKET_DATA_URL", "redis://:s3cr3t@"),
+        ("EXCHANGE_MAIL_URL_FILE", mail.to_str().unwrap()),
+    ];
+    let said = start(&["notification"], &unusable);
+    assert_eq!(names(&said), unusable.map(|(name, _)| name), "{said}");
+    let needed = [
+        "EXCHANGE_DATABASE_URL",
+        "EXCHANGE_QUEUE_URL",
+        "EXCHANGE_MARKET_DATA_URL",
+    ];
+    let said = start(&["notification"], &[]);
+    assert_eq!(names(&said), needed, "{said}");
+    let said = start(&["market", "rebuild"], &[]);
+    assert_eq!(names(&said), [needed[0], needed[2]], "{said}");
+    std::fs::remove_dir_all(directory).unwrap();
 }

@@ -7,6 +7,7 @@ use redis::AsyncCommands;
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::servers::{Database, Server, Service, binary, eventually, free_port, temporary_directory};
@@ -287,6 +288,20 @@ impl Stores {
 
     /// A trade as the settlement writes it, as far as messages are concerned.
     pub(crate) async fn trade(&self, lane: &str, buyer: Uuid, seller: Uuid, price: u32, size: &str) -> i64 {
+        let now = OffsetDateTime::now_utc();
+        self.trade_at(now, lane, buyer, seller, price, size).await
+    }
+
+    /// The same at another time.
+    pub(crate) async fn trade_at(
+        &self,
+        at: OffsetDateTime,
+        lane: &str,
+        buyer: Uuid,
+        seller: Uuid,
+        price: u32,
+        size: &str,
+    ) -> i64 {
         let mut transaction = self.owner.begin().await.unwrap();
         let (id,): (i64,) = sqlx::query_as(
             "with transferred as (
@@ -302,7 +317,7 @@ impl Stores {
         sqlx::query(
             "insert into trades (id, lane, product, price, size, taker_side, taker_user_id, taker_order_id,
                                  taker_fee, maker_user_id, maker_order_id, maker_fee, executed_at)
-             values ($1, $2, 'BTC-USD', $3, $4::numeric, 'buy', $5, $6, 0.2, $7, $8, 0.1, clock_timestamp())",
+             values ($1, $2, 'BTC-USD', $3, $4::numeric, 'buy', $5, $6, 0.2, $7, $8, 0.1, $9)",
         )
         .bind(id)
         .bind(lane)
@@ -312,6 +327,7 @@ impl Stores {
         .bind(orders.0)
         .bind(seller)
         .bind(orders.1)
+        .bind(at)
         .execute(&mut *transaction)
         .await
         .unwrap();
@@ -367,6 +383,34 @@ impl Stores {
         .await
         .unwrap();
         assert!(wrong.is_empty(), "not told once: {wrong:?}");
+    }
+
+    /// Loses the market data.
+    pub(crate) async fn flush_market_data(&self) {
+        let mut connection = self.redis.connect().await;
+        redis::cmd("FLUSHALL").exec_async(&mut connection).await.unwrap();
+    }
+
+    /// Waits until the live market data are complete, and returns everything in the store.
+    pub(crate) async fn complete_market_data(&self) -> Vec<String> {
+        eventually("the market data are complete", || async {
+            let dump = self.redis.dump().await;
+            let complete = dump.iter().any(|line| line == "exchange:live:complete");
+            complete.then_some(dump)
+        })
+        .await
+    }
+
+    /// Runs `exchange market rebuild`.
+    pub(crate) fn rebuild_market_data(&self) {
+        let output = Command::new(binary())
+            .args(["market", "rebuild", "--role", "live"])
+            .args(["--database-url", &self.database.app_url])
+            .args(["--market-data-url", &self.redis.url()])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
     }
 
     /// An access token of a user.

@@ -8,30 +8,52 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
+use reqwest::Method;
 use serde_json::Value;
 use uuid::Uuid;
 
 use crate::{
     servers::{Service, eventually},
     stores::Stores,
+    user::{Exchange, PASSWORD},
 };
 
 /// A client of an event stream, with what it has read and not yet looked at.
-struct Stream {
+pub(crate) struct Stream {
     response: reqwest::Response,
     buffer: String,
 }
 
+/// Asks for a stream.
+async fn ask(service: &Service, token: &str, last: Option<i64>) -> reqwest::Response {
+    let mut request = service
+        .client
+        .get(service.url("/notifications/stream"))
+        .bearer_auth(token);
+    if let Some(last) = last {
+        request = request.header("last-event-id", last);
+    }
+    request.send().await.unwrap()
+}
+
+/// A token whose session is open.
+pub(crate) async fn token(stores: &Stores, user: Uuid) -> String {
+    let token = stores.token(user, "live").await;
+    let claims = BASE64_URL_SAFE_NO_PAD.decode(token.split('.').nth(1).unwrap());
+    let claims: Value = serde_json::from_slice(&claims.unwrap()).unwrap();
+    sqlx::query("insert into sessions (id, lane, user_id, expires_at) values ($1, 'live', $2, now() + interval '1 hour')")
+        .bind(claims["sid"].as_str().unwrap().parse::<Uuid>().unwrap())
+        .bind(user)
+        .execute(&stores.owner)
+        .await
+        .unwrap();
+    token
+}
+
 impl Stream {
-    async fn open(service: &Service, token: &str, last: Option<i64>) -> Self {
-        let mut request = service
-            .client
-            .get(service.url("/notifications/stream"))
-            .bearer_auth(token);
-        if let Some(last) = last {
-            request = request.header("last-event-id", last);
-        }
-        let response = request.send().await.unwrap();
+    pub(crate) async fn open(service: &Service, token: &str, last: Option<i64>) -> Self {
+        let response = ask(service, token, last).await;
         assert_eq!(response.status(), 200);
         assert_eq!(response.headers()["content-type"], "text/event-stream");
         Self {
@@ -57,8 +79,22 @@ impl Stream {
         }
     }
 
+    /// Reads to the end, which must be said: the last event tells when to come back.
+    async fn end(&mut self) {
+        let read = async {
+            let mut last = String::new();
+            while let Some(event) = self.event().await {
+                last = event;
+            }
+            last
+        };
+        let last = tokio::time::timeout(Duration::from_secs(40), read).await;
+        let last = last.expect("the stream does not end");
+        assert!(last.contains("retry: 1000"), "{last}");
+    }
+
     /// The next notification.
-    async fn notification(&mut self) -> Value {
+    pub(crate) async fn notification(&mut self) -> Value {
         loop {
             let event = self.event().await.expect("the stream has ended");
             if let Some(data) = event.lines().find_map(|line| line.strip_prefix("data: ")) {
@@ -75,7 +111,7 @@ impl Stream {
 async fn a_stream_shows_what_any_stack_writes_and_goes_on_at_another() {
     let stores = Stores::start().await;
     let (ann, bob) = (stores.user("live").await, stores.user("live").await);
-    let token = stores.token(ann, "live").await;
+    let token = token(&stores, ann).await;
     // Blue is live and consumes; the client is connected to green.
     let blue = stores.notification(&["--role", "live"]).ready().await;
     let standby = [
@@ -157,7 +193,7 @@ async fn draining_ends_streams_at_an_event_and_stops_consuming() {
         &url,
     ];
     let service = stores.notification(&flags).ready().await;
-    let mut stream = Stream::open(&service, &stores.token(ann, "live").await, None).await;
+    let mut stream = Stream::open(&service, &token(&stores, ann).await, None).await;
     stream.event().await.unwrap();
     stores.trade("live", ann, bob, 1, "1").await;
     assert_eq!(stream.notification().await["id"], 1);
@@ -170,16 +206,12 @@ async fn draining_ends_streams_at_an_event_and_stops_consuming() {
     })
     .await;
     let draining = Instant::now();
-    let mut last = String::new();
-    while let Some(event) = stream.event().await {
-        last = event;
-    }
+    stream.end().await;
     assert!(
         draining.elapsed() < Duration::from_secs(5),
         "{:?}",
         draining.elapsed()
     );
-    assert!(last.contains("retry:"), "{last}");
 
     eventually("it consumes nothing", || async {
         let stack: Value = service.admin("/stack").await.json().await.unwrap();
@@ -201,11 +233,106 @@ async fn draining_ends_streams_at_an_event_and_stops_consuming() {
     stores.assert_told_once("live").await;
 }
 
+/// Sooner than a heartbeat, which would notice everything.
+const AT_ONCE: Duration = Duration::from_secs(10);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_ends_with_its_token_and_goes_on_with_the_next() {
+    let stores = Stores::start().await;
+    let users = Exchange::over(stores.database.clone(), &["--access-token-lifetime=8s"]).await;
+    let service = stores.notification(&["--role", "live"]).ready().await;
+    let ann = users.user("ann@example.org").await;
+    let opened = Instant::now();
+    let mut stream = Stream::open(&service, &ann.access_token, Some(0)).await;
+    assert_eq!(stream.notification().await["kind"], "sign_in");
+    stream.end().await;
+    assert!(opened.elapsed() < AT_ONCE, "{:?}", opened.elapsed());
+    assert_eq!(ask(&service, &ann.access_token, Some(1)).await.status(), 401);
+
+    let body = serde_json::json!({"refresh_token": ann.refresh_token});
+    let next = users.call(Method::POST, "/token/refresh", None, Some(body)).await;
+    let next: Value = next.json().await.unwrap();
+    let id: Uuid = ann.user_id.parse().unwrap();
+    stores.trade("live", id, stores.user("live").await, 7, "1").await;
+    let mut stream = Stream::open(&service, next["access_token"].as_str().unwrap(), Some(1)).await;
+    let notification = stream.notification().await;
+    assert_eq!(
+        (&notification["id"], &notification["kind"]),
+        (&2.into(), &"trade".into())
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_becomes_no_older_than_a_connection() {
+    let stores = Stores::start().await;
+    let service = stores.notification(&["--role", "live", "--max-connection-age", "2s"]);
+    let service = service.ready().await;
+    let ann = stores.user("live").await;
+    let token = token(&stores, ann).await;
+    let opened = Instant::now();
+    Stream::open(&service, &token, None).await.end().await;
+    assert!((Duration::from_secs(2)..AT_ONCE).contains(&opened.elapsed()));
+    Stream::open(&service, &token, None).await.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_ends_with_its_session() {
+    let stores = Stores::start().await;
+    let users = Exchange::over(stores.database.clone(), &[]).await;
+    let service = stores.notification(&["--role", "live"]).ready().await;
+    let here = users.user("ann@example.org").await;
+    let mut there = users.log_in("ann@example.org").await;
+    stores.settled("live").await;
+    let mut kept = Stream::open(&service, &here.access_token, None).await;
+    kept.event().await.unwrap();
+    let change = serde_json::json!({
+        "current_password": PASSWORD, "new_password": "another password",
+    });
+    let back = serde_json::json!({
+        "current_password": "another password", "new_password": PASSWORD,
+    });
+    // Ended by its owner, by the owner from elsewhere, and by the use of a token that was stolen.
+    for round in 0..4 {
+        let mut stream = Stream::open(&service, &there.access_token, None).await;
+        stream.event().await.unwrap();
+        let begun = Instant::now();
+        let refresh = || Some(serde_json::json!({"refresh_token": there.refresh_token}));
+        let (path, token, body) = match round {
+            0 => ("/logout", Some(&there.access_token), None),
+            1 => ("/password", Some(&here.access_token), Some(change.clone())),
+            2 => ("/password", Some(&here.access_token), Some(back.clone())),
+            _ => ("/token/refresh", None, refresh()),
+        };
+        let token = token.map(String::as_str);
+        let done = users.call(Method::POST, path, token, body).await;
+        assert!(done.status().is_success(), "{path}: {}", done.status());
+        if round == 3 {
+            let again = users.call(Method::POST, path, token, refresh()).await;
+            assert_eq!(again.status(), 401);
+        }
+        stream.end().await;
+        assert!(begun.elapsed() < AT_ONCE, "{path}: {:?}", begun.elapsed());
+        assert_eq!(ask(&service, &there.access_token, None).await.status(), 401);
+        let password = if round == 1 { "another password" } else { PASSWORD };
+        let body = serde_json::json!({"email": "ann@example.org", "password": password});
+        let login = users.call(Method::POST, "/login", None, Some(body)).await;
+        there = login.json().await.unwrap();
+        assert_eq!(kept.notification().await["kind"], "sign_in");
+    }
+    let begun = Instant::now();
+    let gone = users
+        .call(Method::DELETE, "/user", Some(&here.access_token), None)
+        .await;
+    assert_eq!(gone.status(), 204);
+    kept.end().await;
+    assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn pages_are_stable_and_reading_is_remembered() {
     let stores = Stores::start().await;
     let (ann, bob) = (stores.user("live").await, stores.user("live").await);
-    let token = stores.token(ann, "live").await;
+    let token = token(&stores, ann).await;
     let service = stores.notification(&["--role", "live"]).ready().await;
     for price in 1..=5 {
         stores.trade("live", ann, bob, price, "1").await;

@@ -13,11 +13,11 @@ fn encode(value: &Value) -> String {
     BASE64_URL_SAFE_NO_PAD.encode(value.to_string())
 }
 
-fn decode(part: &str) -> Value {
+pub(crate) fn decode(part: &str) -> Value {
     serde_json::from_slice(&BASE64_URL_SAFE_NO_PAD.decode(part).unwrap()).unwrap()
 }
 
-fn sign(key: &SigningKey, header: &Value, claims: &Value) -> String {
+pub(crate) fn sign(key: &SigningKey, header: &Value, claims: &Value) -> String {
     let signed = format!("{}.{}", encode(header), encode(claims));
     let signature = key.sign(signed.as_bytes()).to_bytes();
     format!("{signed}.{}", BASE64_URL_SAFE_NO_PAD.encode(signature))

@@ -1,13 +1,15 @@
 //! The trade service through its API.
 
+use std::time::{Duration, Instant};
+
 use exchange::lane::Lane;
 use reqwest::StatusCode;
-use serde_json::json;
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::{
     servers::{Database, Postgres, Service, eventually},
-    traders::{Issuer, Trader, accept, assert_clean},
+    traders::{Issuer, Trader, Wallet, accept, assert_clean},
 };
 
 /// A running trade service, its treasury, and who issues tokens.
@@ -250,6 +252,180 @@ async fn nothing_new_is_traded_from_a_frozen_account_or_in_a_halted_product() {
         ["1", "0", "100", "0"],
         "a refused order has moved something"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_rests_in_the_book_is_filled_whatever_its_owner_does_with_the_accounts() {
+    let exchange = Exchange::start().await;
+    let trader = async || exchange.issuer.trader(&exchange.service).await;
+    let bidding = trader().await.wallet(&exchange.treasury, "0", "1000").await;
+    let asking = trader().await.wallet(&exchange.treasury, "2", "0").await;
+    let bid = bidding.place("buy", "1", "100").await;
+    assert_eq!(bid["status"], "open");
+    assert_eq!(asking.place("sell", "1", "200").await["status"], "open");
+
+    // The account that the order will fill is as empty as one can be, and needed all the same.
+    let delete = async |wallet: &Wallet, account: &str| {
+        let choice = json!({"account_id": account});
+        wallet.trader.post("/account/delete", &choice).await
+    };
+    for (wallet, account) in [(&bidding, &bidding.btc), (&asking, &asking.usd)] {
+        let problem = accept(delete(wallet, account).await, StatusCode::CONFLICT).await;
+        assert_eq!(
+            (&problem["code"], &problem["field"]),
+            (&json!("account_in_use"), &json!("account_id"))
+        );
+    }
+    // A frozen account is one from which nothing new is traded.
+    for (wallet, accounts) in [
+        (&bidding, [&bidding.btc, &bidding.usd]),
+        (&asking, [&asking.btc, &asking.usd]),
+    ] {
+        for account in accounts {
+            let freeze = json!({"account_id": account, "state": "frozen"});
+            accept(
+                wallet.trader.post("/account/update", &freeze).await,
+                StatusCode::OK,
+            )
+            .await;
+        }
+    }
+    let other = trader().await.wallet(&exchange.treasury, "1", "1000").await;
+    assert_eq!(other.place("sell", "0.4", "100").await["status"], "filled");
+    assert_eq!(other.place("buy", "1", "200").await["status"], "filled");
+    assert_eq!(bidding.balances().await, ["0.4", "0", "959.96", "60.06"]);
+    assert_eq!(asking.balances().await, ["1", "0", "199.8", "0"]);
+
+    // When no order names it any more, it can go.
+    let leaving = trader().await.wallet(&exchange.treasury, "0", "1000").await;
+    let bid = leaving.place("buy", "1", "90").await;
+    assert_eq!(
+        delete(&leaving, &leaving.btc).await.status(),
+        StatusCode::CONFLICT
+    );
+    let order = json!({"order_id": bid["order_id"]});
+    accept(leaving.trader.post("/trade/cancel", &order).await, StatusCode::OK).await;
+    assert_eq!(
+        delete(&leaving, &leaving.btc).await.status(),
+        StatusCode::NO_CONTENT
+    );
+    assert_clean(&exchange.database.owner().await, "live").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_whose_account_is_missing_does_not_hold_up_its_book() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let trader = async || exchange.issuer.trader(&exchange.service).await;
+    let mut gone = Vec::new();
+    for price in ["103", "102"] {
+        let wallet = trader().await.wallet(&exchange.treasury, "0", "1000").await;
+        wallet.place("buy", "1", price).await;
+        gone.push(wallet);
+    }
+    let bidding = trader().await.wallet(&exchange.treasury, "0", "1000").await;
+    bidding.place("buy", "1", "101").await;
+
+    // The database refuses it, whoever asks, unless its guards are off.
+    let tombstone = "update accounts set deleted_at = now() where id = any($1)";
+    let accounts: Vec<Uuid> = gone.iter().map(|wallet| wallet.btc.parse().unwrap()).collect();
+    let refused = sqlx::query(tombstone).bind(&accounts).execute(&owner).await;
+    assert_eq!(
+        refused.unwrap_err().as_database_error().unwrap().code().unwrap(),
+        "23001"
+    );
+    let mut unguarded = owner.begin().await.unwrap();
+    sqlx::query("set local session_replication_role = replica")
+        .execute(&mut *unguarded)
+        .await
+        .unwrap();
+    sqlx::query(tombstone)
+        .bind(&accounts)
+        .execute(&mut *unguarded)
+        .await
+        .unwrap();
+    unguarded.commit().await.unwrap();
+    let found: Vec<(String,)> = sqlx::query_as("select problem from audit_ledger_v1('live')")
+        .fetch_all(&owner)
+        .await
+        .unwrap();
+    let missing = ("account of an open order is missing".to_owned(),);
+    assert_eq!(found, [missing.clone(), missing]);
+
+    let asking = trader().await.wallet(&exchange.treasury, "1", "0").await;
+    let ask = asking.place("sell", "1", "100").await;
+    assert_eq!(ask["trades"][0]["price"], "101", "{ask}");
+    let left: Vec<(String,)> = sqlx::query_as(
+        "select status || ' ' || trim_scale(hold) from orders join accounts on accounts.id = quote_account_id
+         where base_account_id = any($1)",
+    )
+    .bind(&accounts)
+    .fetch_all(&owner)
+    .await
+    .unwrap();
+    let cancelled = ("cancelled 0".to_owned(),);
+    assert_eq!(left, [cancelled.clone(), cancelled]);
+    assert_clean(&owner, "live").await;
+}
+
+/// Somebody may keep an account locked for long; the others in the book have better things to do than to wait for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_locked_account_does_not_hold_up_its_book() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let trader = async || exchange.issuer.trader(&exchange.service).await;
+    let stuck = trader().await.wallet(&exchange.treasury, "0", "1000").await;
+    let mut others = Vec::new();
+    for _ in 0..8 {
+        others.push(trader().await.wallet(&exchange.treasury, "0", "1000").await);
+    }
+    let mut lock = owner.begin().await.unwrap();
+    sqlx::query("select from accounts where id = $1 for update")
+        .bind(stuck.usd.parse::<Uuid>().unwrap())
+        .execute(&mut *lock)
+        .await
+        .unwrap();
+    let begun = Instant::now();
+    let order = stuck.order("buy", "1", "100");
+    let waiting = {
+        let (trader, order) = (stuck.trader.clone(), order.clone());
+        tokio::spawn(async move { trader.post("/trade/add", &order).await })
+    };
+    eventually("it has the book", || async {
+        let waits: bool = sqlx::query_scalar(
+            "select exists (select from pg_locks join pg_stat_activity using (pid)
+                            where not granted and query like '%submit_orders%' and datname = current_database())",
+        )
+        .fetch_one(&owner)
+        .await
+        .ok()?;
+        waits.then_some(())
+    })
+    .await;
+    // One of them comes with another order of the one who is stuck: together they fail, alone each has its own answer.
+    let again = stuck.order("buy", "1", "100");
+    let orders = others.iter().map(|wallet| wallet.order("buy", "1", "100"));
+    let orders: Vec<Value> = orders.collect();
+    let placing = others
+        .iter()
+        .zip(&orders)
+        .map(|(wallet, order)| wallet.trader.post("/trade/add", order));
+    let (placed, refused) = tokio::join!(
+        futures::future::join_all(placing),
+        stuck.trader.post("/trade/add", &again)
+    );
+    for answer in placed {
+        assert_eq!(accept(answer, StatusCode::CREATED).await["status"], "open");
+    }
+    for answer in [waiting.await.unwrap(), refused] {
+        assert_eq!(answer.headers()["retry-after"], "1");
+        let problem = accept(answer, StatusCode::SERVICE_UNAVAILABLE).await;
+        assert_eq!(problem["code"], "unavailable");
+    }
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    lock.rollback().await.unwrap();
+    accept(stuck.trader.post("/trade/add", &order).await, StatusCode::CREATED).await;
+    assert_clean(&owner, "live").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -529,7 +705,7 @@ async fn the_ledger_is_append_only_and_the_services_write_it_by_functions_only()
     let service = sqlx::PgPool::connect(&exchange.database.app_url).await.unwrap();
     let entry = |amounts: &str| {
         format!(
-            "with t as (insert into transfers select nextval('transfer_ids'), 'live', 'deposit', null, now() returning id)
+            "with t as (insert into transfers select nextval('transfer_ids'), 'live', 'deposit', now() returning id)
              insert into entries select a.id, currval('transfer_ids'), row_number() over (), 'live', 'USD', 'transfer', amount
              from accounts a, unnest(array[{amounts}]) as amount where a.id = '{}'",
             wallet.usd
@@ -556,7 +732,7 @@ async fn the_ledger_is_append_only_and_the_services_write_it_by_functions_only()
     }
     for sql in [
         "update accounts set balance = balance + 1".to_owned(),
-        "insert into transfers values (1, 'live', 'deposit', null, now())".to_owned(),
+        "insert into transfers values (1, 'live', 'deposit', now())".to_owned(),
         entry("1.0, -1.0"),
         "delete from orders".to_owned(),
         "update products set status = 'halted'".to_owned(),
@@ -639,13 +815,18 @@ async fn a_test_lane_meets_nobody_and_can_be_erased() {
 async fn a_live_service_audits_the_ledger_and_forgets_old_keys() {
     let database = Database::migrated(Postgres::shared()).await;
     let owner = database.owner().await;
-    // A balance out of nothing, and a key that nobody will repeat.
+    // A balance out of nothing, and keys that nobody will repeat: more than are removed at a time.
     sqlx::raw_sql(
         "insert into accounts (id, lane, user_id, currency, name, balance)
          values (gen_random_uuid(), 'live', gen_random_uuid(), 'USD', 'main', 5);
          insert into idempotency_keys (user_id, key, lane, request_hash, created_at)
-         values (gen_random_uuid(), 'old', 'live', '', now() - interval '31 days'),
-                (gen_random_uuid(), 'new', 'live', '', now() - interval '29 days')",
+         values (gen_random_uuid(), 'new', 'live', '', now() - interval '29 days');
+         insert into idempotency_keys (user_id, key, lane, request_hash, created_at)
+         select gen_random_uuid(), 'old', 'live', '', now() - interval '31 days' from generate_series(1, 12000);
+         create function few() returns trigger language plpgsql as
+         'begin if (select count(*) > 5000 from gone) then raise exception ''too many at a time''; end if; return null; end';
+         create trigger few after delete on idempotency_keys
+             referencing old table as gone for each statement execute function few()",
     )
     .execute(&owner)
     .await
@@ -666,7 +847,7 @@ async fn a_live_service_audits_the_ledger_and_forgets_old_keys() {
             .then_some(())
     })
     .await;
-    eventually("the old key is forgotten", || async {
+    eventually("the old keys are forgotten", || async {
         let keys: Vec<(String,)> = sqlx::query_as("select key from idempotency_keys")
             .fetch_all(&owner)
             .await

@@ -5,9 +5,14 @@ use std::time::Instant;
 use reqwest::{Method, Response, StatusCode};
 use serde_json::{Value, json};
 
-use crate::servers::{Database, Postgres, Service, eventually};
+use crate::{
+    servers::{Database, Postgres, Service, eventually},
+    stores::Stores,
+    traders::{Issuer, Trader, Wallet, accept, assert_clean},
+};
 
-const PASSWORD: &str = "correct horse battery";
+/// Of all users here.
+pub(crate) const PASSWORD: &str = "correct horse battery";
 const LANE_SECRET: &str = "0123456789abcdef0123";
 
 /// A user service and its database.
@@ -83,7 +88,8 @@ pub(crate) struct Tokens {
     pub(crate) user_id: String,
     /// For requests.
     pub(crate) access_token: String,
-    refresh_token: String,
+    /// For the next ones.
+    pub(crate) refresh_token: String,
 }
 
 impl Tokens {
@@ -305,7 +311,14 @@ async fn guessing_is_limited_per_address_behind_trusted_proxies_only() {
     assert_eq!(guess(3, "203.0.113.7").await, 429);
     // What stands before the last untrusted address is the client's own invention.
     assert_eq!(guess(4, "198.51.100.1, 203.0.113.7").await, 429);
-    assert_eq!(guess(5, "203.0.113.8").await, 401);
+    assert_eq!(guess(5, "198.51.100.2, x, 203.0.113.7").await, 429);
+    assert_eq!(guess(6, "198.51.100.3,, 203.0.113.7, 10.1.1.1").await, 429);
+    assert_eq!(guess(7, "203.0.113.8").await, 401);
+    // A proxy that passes garbage on answers for it.
+    for number in 8..11 {
+        assert_eq!(guess(number, "198.51.100.4, x").await, 401);
+    }
+    assert_eq!(guess(11, "198.51.100.5, x").await, 429);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -393,74 +406,390 @@ async fn a_new_password_ends_the_other_sessions() {
     assert_eq!(new.status(), 200);
 }
 
+/// Hashing takes its time, and in that time the password may be changed, or the user be deleted.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_user_can_take_the_data_and_leave() {
+async fn a_log_in_that_was_under_way_does_not_outlive_its_password() {
     let exchange = Exchange::start(&[]).await;
-    let ada = exchange.user("ada@example.org").await;
-    exchange.user("bob@example.org").await;
-    let token = Some(ada.access_token.as_str());
-    let text = exchange
-        .call(Method::GET, "/user/export", token, None)
-        .await
-        .text()
+    let owner = exchange.database.owner().await;
+    let exchange = &exchange;
+    for (email, change) in [
+        ("ada@example.org", "update users set password_hash = 'another'"),
+        (
+            "bob@example.org",
+            "update users set email = null, password_hash = null, deleted_at = now()",
+        ),
+    ] {
+        exchange.register(email).await;
+        let mut changing = owner.begin().await.unwrap();
+        sqlx::query("lock table sessions in share mode")
+            .execute(&mut *changing)
+            .await
+            .unwrap();
+        let body = json!({"email": email, "password": PASSWORD});
+        let changed = async {
+            eventually("the password has been found right", || async {
+                let waits: bool = sqlx::query_scalar(
+                    "select exists (select from pg_stat_activity where wait_event_type = 'Lock'
+                         and query like 'insert into sessions%' and datname = current_database())",
+                )
+                .fetch_one(&owner)
+                .await
+                .unwrap();
+                waits.then_some(())
+            })
+            .await;
+            let change = format!("{change} where email = '{email}'");
+            sqlx::raw_sql(sqlx::AssertSqlSafe(change))
+                .execute(&mut *changing)
+                .await
+                .unwrap();
+            changing.commit().await.unwrap();
+        };
+        let (answer, ()) = tokio::join!(exchange.post("/login", body), changed);
+        problem(answer, 401, "wrong_credentials").await;
+    }
+    let sessions: i64 = sqlx::query_scalar("select count(*) from sessions")
+        .fetch_one(&owner)
         .await
         .unwrap();
-    let export: Value = serde_json::from_str(&text).unwrap();
-    assert_eq!(export["profile"][0]["email"], "ada@example.org");
-    assert_eq!(export["sessions"].as_array().unwrap().len(), 1);
-    assert!(
-        !text.contains("bob@example.org") && !text.contains("argon2"),
-        "{text}"
-    );
+    assert_eq!(sessions, 0);
+}
 
-    // An obstacle, such as a balance that is left, stands in the way.
-    let owner = exchange.database.owner().await;
-    let obstacle = "insert into user_data (topic, position, export, obstacle) values
-        ('test', 1, 'select null::jsonb where false', 'select exists (select from users where id = $1 and locale = ''en'')')";
-    sqlx::query(obstacle).execute(&owner).await.unwrap();
-    problem(
-        exchange.call(Method::DELETE, "/user", token, None).await,
-        409,
-        "accounts_not_empty",
+/// All services, and a user who has put a word that nobody else uses wherever there is room for words.
+struct Farewell {
+    stores: Stores,
+    users: Exchange,
+    trade: Service,
+    _notification: Service,
+    treasury: Trader,
+    ada: Tokens,
+    wallet: Wallet,
+}
+
+const WORD: &str = "zebra";
+
+impl Farewell {
+    async fn prepare() -> Self {
+        let stores = Stores::start().await;
+        let users = Exchange::over(stores.database.clone(), &[]).await;
+        let trade = Service::live("trade", &stores.database, &[]).ready().await;
+        let notification = stores.notification(&["--role", "live"]).ready().await;
+        let treasury = Issuer::new(&stores.database)
+            .await
+            .caller(&trade, &["treasury"])
+            .await;
+        let ada = users.user("zebra@example.org").await;
+        let words = json!({"display_name": "zebra profile"});
+        let profile = users
+            .call(Method::PATCH, "/profile", Some(&ada.access_token), Some(words))
+            .await;
+        assert_eq!(profile.status(), 200);
+        let trader = Trader::new(&trade, ada.access_token.clone());
+        let mut accounts = Vec::new();
+        for currency in ["BTC", "USD"] {
+            let account = json!({"currency": currency, "name": format!("zebra {currency}")});
+            let added = accept(trader.post("/account/add", &account).await, StatusCode::CREATED).await;
+            accounts.push(added["account_id"].as_str().unwrap().to_owned());
+        }
+        let [btc, usd] = accounts.try_into().unwrap();
+        let wallet = Wallet { trader, btc, usd };
+        let deposit = json!({"account_id": wallet.usd, "amount": "1000", "reference": "zebra deposit"});
+        let deposited = treasury.post_with_key("/account/deposit", "one", &deposit).await;
+        accept(deposited, StatusCode::CREATED).await;
+        Self {
+            stores,
+            users,
+            trade,
+            _notification: notification,
+            treasury,
+            ada,
+            wallet,
+        }
+    }
+
+    async fn export(&self, token: &str) -> (Value, String) {
+        let exported = self
+            .users
+            .call(Method::GET, "/user/export", Some(token), None)
+            .await;
+        assert_eq!(exported.status(), 200);
+        let text = exported.text().await.unwrap();
+        (serde_json::from_str(&text).unwrap(), text)
+    }
+
+    async fn delete(&self) -> Response {
+        let token = Some(self.ada.access_token.as_str());
+        self.users.call(Method::DELETE, "/user", token, None).await
+    }
+
+    /// Everything of the ledger that has to stay as it is.
+    async fn ledger(&self) -> Vec<String> {
+        sqlx::query_scalar(
+            "select 'entry ' || entries::text from entries
+             union all select 'trade ' || trades::text from trades
+             union all select 'transfer ' || transfers::text from transfers
+             union all select id || ' ' || balance || ' ' || hold from accounts order by 1",
+        )
+        .fetch_all(&self.stores.owner)
+        .await
+        .unwrap()
+    }
+
+    /// The tables in which the word stands somewhere.
+    async fn tables_with_the_word(&self) -> Vec<String> {
+        let owner = &self.stores.owner;
+        let tables: Vec<String> = sqlx::query_scalar(
+            "select table_name::text from information_schema.tables
+             where table_schema = 'public' and table_type = 'BASE TABLE' order by 1",
+        )
+        .fetch_all(owner)
+        .await
+        .unwrap();
+        let mut found = Vec::new();
+        for table in tables {
+            let sql = format!("select exists (select from {table} as line where line::text like '%{WORD}%')");
+            let stands: bool = sqlx::query_scalar(sqlx::AssertSqlSafe(sql))
+                .fetch_one(owner)
+                .await
+                .unwrap();
+            if stands {
+                found.push(table);
+            }
+        }
+        found
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_can_take_the_data_and_leave() {
+    let farewell = Farewell::prepare().await;
+    let (stores, users, wallet) = (&farewell.stores, &farewell.users, &farewell.wallet);
+    let owner = &stores.owner;
+    let bob = users.user("bob@example.org").await;
+    let other = Trader::new(&farewell.trade, bob.access_token.clone());
+    let other = other.wallet(&farewell.treasury, "2", "1000").await;
+    let named = |side: &str, price: &str, name: &str| {
+        let mut order = wallet.order(side, "1", price);
+        order["client_order_id"] = json!(name);
+        order
+    };
+    let place = async |order: &Value| {
+        accept(wallet.trader.post("/trade/add", order).await, StatusCode::CREATED).await
+    };
+    let made = place(&named("buy", "100", "zebra-maker")).await;
+    let theirs = other.place("sell", "1", "100").await;
+    other.place("sell", "1", "110").await;
+    let taken = place(&named("buy", "110", "zebra-taker")).await;
+    assert_eq!(taken["status"], "filled");
+    // A name that is another order's id.
+    let mut twin = named("buy", "1", "zebra-twin");
+    twin["client_order_id"] = made["order_id"].clone();
+    let order = json!({"order_id": place(&twin).await["order_id"]});
+    accept(wallet.trader.post("/trade/cancel", &order).await, StatusCode::OK).await;
+    // What could not be handled is kept, too.
+    sqlx::query(
+        "insert into dead_letters (consumer, event_id, lane, topic, payload, reason)
+         select 'notification', gen_random_uuid(), 'live', 'account.changed',
+                jsonb_build_object('user_id', id, 'name', 'zebra letter'), 'for a test'
+         from users where email = 'zebra@example.org'",
     )
-    .await;
-    exchange
-        .call(Method::PATCH, "/profile", token, Some(json!({"locale": "fr"})))
-        .await;
-    assert_eq!(
-        exchange.call(Method::DELETE, "/user", token, None).await.status(),
-        204
-    );
+    .execute(owner)
+    .await
+    .unwrap();
+    stores.settled("live").await;
 
+    let (export, text) = farewell.export(&farewell.ada.access_token).await;
+    assert_eq!(export["profile"][0]["email"], "zebra@example.org");
+    assert_eq!(export["sessions"].as_array().unwrap().len(), 1);
+    let trades = export["trades"].as_array().unwrap();
+    let facts = |trade: &Value| ["role", "type", "fee"].map(|fact| trade[fact].as_str().unwrap().to_owned());
+    assert_eq!(trades.len(), 2, "{text}");
+    assert_eq!(facts(&trades[0]), ["maker", "buy", "0.1"]);
+    assert_eq!(facts(&trades[1]), ["taker", "buy", "0.22"]);
+    assert_eq!(
+        [&trades[0]["order_id"], &trades[1]["order_id"]],
+        [&made["order_id"], &taken["order_id"]]
+    );
+    for topic in [
+        "accounts",
+        "orders",
+        "entries",
+        "notifications",
+        "events",
+        "dead letters",
+    ] {
+        assert!(
+            export[topic].as_array().is_some_and(|rows| !rows.is_empty()),
+            "{topic}: {text}"
+        );
+    }
+    for word in [
+        "zebra BTC",
+        "zebra deposit",
+        "zebra-maker",
+        "zebra profile",
+        "zebra letter",
+    ] {
+        assert!(text.contains(word), "{word} is not in {text}");
+    }
+    for foreign in [
+        "bob@example.org",
+        "argon2",
+        &bob.user_id,
+        &text_of(&theirs["order_id"]),
+    ] {
+        assert!(!text.contains(foreign), "{foreign} is in {text}");
+    }
+
+    // There is something left.
+    problem(farewell.delete().await, 409, "accounts_not_empty").await;
+    let balances = wallet.balances().await;
+    for (account, amount) in [(&wallet.btc, &balances[0]), (&wallet.usd, &balances[2])] {
+        let all = json!({"account_id": account, "amount": amount, "reference": "zebra withdrawal"});
+        let key = format!("zebra-{amount}");
+        let withdrawn = wallet.trader.post_with_key("/account/withdraw", &key, &all).await;
+        accept(withdrawn, StatusCode::CREATED).await;
+    }
+    stores.settled("live").await;
+    let with_words = farewell.tables_with_the_word().await;
+    assert_eq!(
+        with_words,
+        [
+            "accounts",
+            "dead_letters",
+            "idempotency_keys",
+            "notifications",
+            "orders",
+            "outbox",
+            "transfer_references",
+            "users"
+        ]
+    );
+    let ledger = farewell.ledger().await;
+    assert_eq!(farewell.delete().await.status(), 204);
+    assert_eq!(farewell.tables_with_the_word().await, [""; 0]);
+    assert_eq!(farewell.ledger().await, ledger);
+    assert_clean(owner, "live").await;
+
+    // What is told about the user afterwards reaches nobody.
+    let id = farewell.ada.user_id.clone();
+    sqlx::query(
+        "insert into outbox (id, lane, topic, key, payload)
+         values (uuid_v7(), 'live', 'user.signed_in', $1, jsonb_build_object('user_id', $1))",
+    )
+    .bind(&id)
+    .execute(owner)
+    .await
+    .unwrap();
+    stores.settled("live").await;
+    let told: Vec<(bool, i64)> = sqlx::query_as(
+        "select user_id::text = $1, count(*) from notifications where user_id::text in ($1, $2) group by 1",
+    )
+    .bind(&id)
+    .bind(&bob.user_id)
+    .fetch_all(owner)
+    .await
+    .unwrap();
+    assert!(told.len() == 1 && !told[0].0 && told[0].1 >= 4, "{told:?}");
+
+    let token = Some(farewell.ada.access_token.as_str());
     problem(
-        exchange.call(Method::GET, "/profile", token, None).await,
+        users.call(Method::GET, "/profile", token, None).await,
         401,
         "unauthenticated",
     )
     .await;
-    let login = exchange
+    let login = users
         .post(
             "/login",
-            json!({"email": "ada@example.org", "password": PASSWORD}),
+            json!({"email": "zebra@example.org", "password": PASSWORD}),
         )
         .await;
     problem(login, 401, "wrong_credentials").await;
     let left: Vec<(Option<String>, Option<String>, Option<String>)> =
         sqlx::query_as("select email, display_name, password_hash from users where deleted_at is not null")
-            .fetch_all(&owner)
+            .fetch_all(owner)
             .await
             .unwrap();
     assert_eq!(left, [(None, None, None)]);
     // Other services take the token until it expires, but nothing new begins with it.
-    let trade = Service::live("trade", &exchange.database, &[]).ready().await;
-    let account = trade
-        .client
-        .post(trade.url("/account/add"))
-        .bearer_auth(&ada.access_token)
-        .json(&json!({"currency": "USD", "name": "main"}));
-    problem(account.send().await.unwrap(), 401, "unauthenticated").await;
-    // The address is free again.
-    exchange.user("ada@example.org").await;
+    let account = json!({"currency": "USD", "name": "main"});
+    problem(
+        wallet.trader.post("/account/add", &account).await,
+        401,
+        "unauthenticated",
+    )
+    .await;
+    // Bob has everything that was his, and the address is free again.
+    let (export, _) = farewell.export(&bob.access_token).await;
+    assert_eq!(export["trades"].as_array().unwrap().len(), 2);
+    users.user("zebra@example.org").await;
+}
+
+fn text_of(value: &Value) -> String {
+    value.as_str().unwrap().to_owned()
+}
+
+/// A notification that is being written when its user is deleted.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_told_to_a_user_who_is_being_deleted() {
+    let farewell = Farewell::prepare().await;
+    let owner = &farewell.stores.owner;
+    let all = json!({"account_id": farewell.wallet.usd, "amount": "1000"});
+    let withdrawn = farewell
+        .wallet
+        .trader
+        .post_with_key("/account/withdraw", "all", &all);
+    accept(withdrawn.await, StatusCode::CREATED).await;
+    farewell.stores.settled("live").await;
+    let id: uuid::Uuid = farewell.ada.user_id.parse().unwrap();
+    // As the deletion does it.
+    let mut deleting = owner.begin().await.unwrap();
+    sqlx::query("select from users where id = $1 for update")
+        .bind(id)
+        .execute(&mut *deleting)
+        .await
+        .unwrap();
+    let erase: Vec<String> =
+        sqlx::query_scalar("select erase from user_data where erase is not null order by position, topic")
+            .fetch_all(owner)
+            .await
+            .unwrap();
+    for sql in erase {
+        sqlx::query(sqlx::AssertSqlSafe(sql))
+            .bind(id)
+            .execute(&mut *deleting)
+            .await
+            .unwrap();
+    }
+    sqlx::query(
+        "insert into outbox (id, lane, topic, key, payload)
+         values (uuid_v7(), 'live', 'user.signed_in', 'late', jsonb_build_object('user_id', $1))",
+    )
+    .bind(id)
+    .execute(owner)
+    .await
+    .unwrap();
+    eventually("the notification is being written, or has been", || async {
+        let waits: bool = sqlx::query_scalar(
+            "select exists (select from pg_stat_activity where wait_event_type = 'Lock'
+                 and query like '%insert into notifications%' and datname = current_database())
+                 or exists (select from inbox join outbox on id = event_id where key = 'late')",
+        )
+        .fetch_one(owner)
+        .await
+        .unwrap();
+        waits.then_some(())
+    })
+    .await;
+    deleting.commit().await.unwrap();
+    farewell.stores.settled("live").await;
+    let told: i64 = sqlx::query_scalar("select count(*) from notifications where user_id = $1")
+        .bind(id)
+        .fetch_one(owner)
+        .await
+        .unwrap();
+    assert_eq!(told, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
