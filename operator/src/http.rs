@@ -1,7 +1,5 @@
 //! `/metrics`, `/livez` and `/readyz`.
 
-use std::time::Duration;
-
 use axum::{
     Router,
     extract::State,
@@ -12,10 +10,7 @@ use axum::{
 use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    metrics::Metrics,
-    watch::{Heard, WEDGED},
-};
+use crate::{metrics::Metrics, watch::Heard};
 
 /// What is told about a process.
 #[derive(Clone)]
@@ -55,13 +50,7 @@ async fn metrics(State(health): State<Health>) -> Response {
 
 /// Not alive if a watch has been silent for so long that beginning it anew must have failed twice.
 async fn livez(State(health): State<Health>) -> Response {
-    let silent: Vec<(&'static str, Duration)> = health
-        .heard
-        .ages()
-        .into_iter()
-        .filter(|(_, age)| *age > WEDGED)
-        .collect();
-    match silent.first() {
+    match health.heard.wedged() {
         None => "alive".into_response(),
         Some((kind, age)) => {
             let text = format!("the watch of {kind} has been silent for {} s", age.as_secs());
@@ -80,5 +69,90 @@ async fn readyz(State(health): State<Health>) -> Response {
             "the API server has not answered yet",
         )
             .into_response()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use futures::StreamExt;
+    use k8s_openapi::api::core::v1::Service;
+    use kube::{Client, client::Body};
+    use tower_test::mock;
+
+    use super::*;
+    use crate::watch::Watches;
+
+    /// Asked over the network, as the kubelet does it.
+    async fn ask(port: u16, path: &str) -> (u16, String) {
+        let answer = reqwest::get(format!("http://127.0.0.1:{port}{path}"))
+            .await
+            .unwrap();
+        (answer.status().as_u16(), answer.text().await.unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_process_is_ready_when_it_has_reached_the_api_server_and_alive_until_a_watch_is_wedged() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let heard = Heard::with_patience(Duration::from_millis(100), Duration::from_millis(300));
+        let (reach, reached) = watch::channel(false);
+        let (metrics, stop) = (Metrics::new(), CancellationToken::new());
+        let health = Health {
+            metrics: metrics.clone(),
+            heard: heard.clone(),
+            reached,
+        };
+        let served = tokio::spawn(serve(listener, health, stop.clone()));
+
+        assert_eq!(
+            ask(port, "/readyz").await,
+            (503, "the API server has not answered yet".to_owned())
+        );
+        reach.send_replace(true);
+        assert_eq!(ask(port, "/readyz").await, (200, "ready".to_owned()));
+        // Standing by, it watches nothing.
+        assert_eq!(ask(port, "/livez").await, (200, "alive".to_owned()));
+
+        // An API server that takes requests and never answers.
+        let (service, _unanswered) = mock::pair::<http::Request<Body>, http::Response<Body>>();
+        let watches = Watches {
+            client: Client::new(service, "ns"),
+            namespace: None,
+            metrics,
+            heard,
+        };
+        let mut events = watches.events::<Service>("Service", "").boxed();
+        tokio::spawn(async move { while events.next().await.is_some() {} });
+        assert_eq!(ask(port, "/livez").await, (200, "alive".to_owned()));
+        let wedged = async {
+            loop {
+                let (code, text) = ask(port, "/livez").await;
+                if code != 200 {
+                    return (code, text);
+                }
+            }
+        };
+        let (code, text) = tokio::time::timeout(Duration::from_secs(10), wedged)
+            .await
+            .unwrap();
+        assert_eq!(code, 503);
+        assert!(
+            text.starts_with("the watch of Service has been silent for"),
+            "{text}"
+        );
+        assert_eq!(ask(port, "/readyz").await.0, 200);
+        let (code, page) = ask(port, "/metrics").await;
+        assert_eq!(code, 200);
+        let age = page
+            .lines()
+            .find(|line| line.contains("watch_age") && line.contains("Service"))
+            .and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+        assert!(age.is_some_and(|age| age > 0.2), "{page}");
+
+        stop.cancel();
+        served.await.unwrap().unwrap();
     }
 }

@@ -20,15 +20,25 @@ use tracing_subscriber::{
 pub fn init() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,kube=warn"));
     tracing_subscriber::registry()
-        .with(Ecs.with_filter(filter))
+        .with(Ecs(print).with_filter(filter))
         .init();
 }
 
-struct Ecs;
+fn print(line: &str) {
+    // Nobody is left to tell when standard output is gone.
+    let _ = std::io::stdout().lock().write_all(line.as_bytes());
+}
+
+/// Hands each line on.
+struct Ecs<P>(P);
 
 struct Fields(Map<String, Value>);
 
-impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Ecs {
+impl<S, P> Layer<S> for Ecs<P>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    P: Fn(&str) + 'static,
+{
     fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
         let mut fields = Fields(Map::new());
         attributes.record(&mut fields);
@@ -65,8 +75,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Ecs {
         line.set("service.version", env!("CARGO_PKG_VERSION"));
         let mut text = Value::Object(line.0).to_string();
         text.push('\n');
-        // Nobody is left to tell when standard output is gone.
-        let _ = std::io::stdout().lock().write_all(text.as_bytes());
+        (self.0)(&text);
     }
 }
 
@@ -95,5 +104,60 @@ impl Visit for Fields {
 
     fn record_bool(&mut self, field: &Field, value: bool) {
         self.set(field.name(), value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use tracing::{info, info_span, warn};
+
+    use super::*;
+
+    /// What is logged meanwhile, line by line.
+    fn logged(work: impl FnOnce()) -> Vec<Value> {
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        let sink = Arc::clone(&lines);
+        let layer = Ecs(move |line: &str| sink.lock().unwrap().push(line.to_owned()));
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), work);
+        let lines = lines.lock().unwrap();
+        lines
+            .iter()
+            .map(|line| {
+                assert_eq!(line.matches('\n').count(), 1, "{line:?} is not one line");
+                serde_json::from_str(line).unwrap()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn each_line_is_an_object_with_the_names_that_log_stores_know() {
+        let lines = logged(|| {
+            let pass = info_span!("pass", labels.namespace = "prod", labels.name = "exchange");
+            let _pass = pass.enter();
+            let _other = info_span!("library", url = "/secret").entered();
+            info!(labels.phase = "Live", count = 3, "Testing -> Live");
+            warn!(error.message = "two\nlines", "it failed");
+        });
+        let expected = [
+            ("/message", Value::from("Testing -> Live")),
+            ("/log.level", "info".into()),
+            ("/log.logger", "exchange_operator::telemetry::tests".into()),
+            ("/service.name", "exchange-operator".into()),
+            ("/labels.namespace", "prod".into()),
+            ("/labels.name", "exchange".into()),
+            ("/labels.phase", "Live".into()),
+            ("/count", 3.into()),
+        ];
+        for (pointer, value) in expected {
+            assert_eq!(lines[0].pointer(pointer), Some(&value), "{}", lines[0]);
+        }
+        assert!(lines[0].get("url").is_none(), "a span of somebody else's");
+        let at = lines[0]["@timestamp"].as_str().unwrap();
+        at.parse::<Timestamp>().unwrap();
+        assert_eq!(lines[1]["error.message"], "two\nlines");
+        assert_eq!(lines[1]["log.level"], "warn");
+        assert_eq!(lines.len(), 2);
     }
 }

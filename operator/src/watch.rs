@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     fmt::Debug,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -30,32 +30,57 @@ use crate::{api::ExchangeDeployment, metrics::Metrics};
 /// Silence after which a watch is begun anew.
 const SILENCE: Duration = Duration::from_mins(5);
 /// Silence after which the process is not alive: beginning anew has not helped.
-pub const WEDGED: Duration = Duration::from_mins(12);
+const WEDGED: Duration = Duration::from_mins(12);
 
-/// When each watch was heard of last.
-#[derive(Clone, Debug, Default)]
-pub struct Heard(Arc<Mutex<BTreeMap<&'static str, Instant>>>);
+/// When each watch was heard of last, and what is thought of its silence.
+#[derive(Clone, Debug)]
+pub struct Heard {
+    last: Arc<Mutex<BTreeMap<&'static str, Instant>>>,
+    silence: Duration,
+    wedged: Duration,
+}
+
+impl Default for Heard {
+    fn default() -> Self {
+        Self::with_patience(SILENCE, WEDGED)
+    }
+}
 
 impl Heard {
+    /// Watches are begun anew after one silence, and given up after the other.
+    pub(crate) fn with_patience(silence: Duration, wedged: Duration) -> Self {
+        Self {
+            last: Arc::default(),
+            silence,
+            wedged,
+        }
+    }
+
+    fn last(&self) -> MutexGuard<'_, BTreeMap<&'static str, Instant>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn now(&self, kind: &'static str) {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(kind, Instant::now());
+        self.last().insert(kind, Instant::now());
     }
 
     /// How long each has been silent.
     pub fn ages(&self) -> Vec<(&'static str, Duration)> {
-        let heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let heard = self.last();
         heard
             .iter()
             .map(|(kind, since)| (*kind, since.elapsed()))
             .collect()
     }
 
+    /// A watch that has been silent for so long that beginning it anew must have failed twice, and for how long.
+    pub fn wedged(&self) -> Option<(&'static str, Duration)> {
+        self.ages().into_iter().find(|(_, age)| *age > self.wedged)
+    }
+
     /// Nothing is watched any more.
     pub fn forget(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.last().clear();
     }
 }
 
@@ -105,9 +130,12 @@ impl Watches {
                         );
                         watcher(api, config.clone()).default_backoff().boxed()
                     });
-                    match tokio::time::timeout(SILENCE, events.next()).await {
+                    match tokio::time::timeout(this.heard.silence, events.next()).await {
                         Ok(Some(Ok(event))) => {
-                            this.heard.now(kind);
+                            // That it begins, a watch says before the API server has said anything.
+                            if !matches!(event, Event::Init) {
+                                this.heard.now(kind);
+                            }
                             return Some((event, running));
                         }
                         Ok(Some(Err(error))) => {
@@ -146,5 +174,136 @@ impl Watches {
                 }
                 Event::Init | Event::InitDone => None,
             })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{Request, Response};
+    use k8s_openapi::api::{apps::v1::Deployment, core::v1::Service};
+    use kube::client::Body;
+    use serde_json::json;
+    use tower_test::mock;
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_millis(500);
+
+    /// Paths of the requests of watches, each with when it came.
+    type Asked = Arc<Mutex<Vec<(String, Instant)>>>;
+
+    /// Watches on an API server that gives these answers, or none.
+    fn watches(
+        heard: Heard,
+        answer: impl Fn(&str) -> Option<(u16, serde_json::Value)> + Send + 'static,
+    ) -> (Watches, Asked) {
+        let (service, mut requests) = mock::pair::<Request<Body>, Response<Body>>();
+        let asked = Asked::default();
+        let noted = Arc::clone(&asked);
+        tokio::spawn(async move {
+            let mut unanswered = Vec::new();
+            while let Some((request, send)) = requests.next_request().await {
+                let asks = request.uri().to_string();
+                noted.lock().unwrap().push((asks.clone(), Instant::now()));
+                match answer(&asks) {
+                    Some((code, body)) => {
+                        let body = Body::from(body.to_string().into_bytes());
+                        send.send_response(Response::builder().status(code).body(body).unwrap());
+                    }
+                    None => unanswered.push(send),
+                }
+            }
+        });
+        let watches = Watches {
+            client: Client::new(service, "ns"),
+            namespace: None,
+            metrics: Metrics::new(),
+            heard,
+        };
+        (watches, asked)
+    }
+
+    fn follow(watches: &Watches, kind: &'static str) {
+        let mut events: Pin<Box<dyn Stream<Item = ()> + Send>> = match kind {
+            "Service" => watches.events::<Service>(kind, "").map(drop).boxed(),
+            _ => watches.events::<Deployment>(kind, "").map(drop).boxed(),
+        };
+        tokio::spawn(async move { while events.next().await.is_some() {} });
+    }
+
+    async fn until(what: &str, holds: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !holds() {
+            assert!(Instant::now() < deadline, "{what}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_silent_watch_is_begun_anew_and_at_last_is_wedged() {
+        let heard = Heard::with_patience(Duration::from_millis(100), Duration::from_millis(350));
+        let (watches, asked) = watches(heard.clone(), |_| None);
+        follow(&watches, "Service");
+        assert_eq!(heard.wedged(), None);
+        until("it is begun anew", || asked.lock().unwrap().len() >= 3).await;
+        until("it is wedged", || heard.wedged().is_some()).await;
+        assert_eq!(heard.wedged().unwrap().0, "Service");
+        heard.forget();
+        assert_eq!(heard.wedged(), None, "who does not lead watches nothing");
+    }
+
+    #[tokio::test]
+    async fn an_api_server_that_refuses_is_no_reason_to_be_started_anew() {
+        let heard = Heard::with_patience(Duration::from_secs(9), Duration::from_secs(3));
+        let refusal = json!({"kind": "Status", "status": "Failure", "message": "no", "code": 503});
+        let (watches, asked) = watches(heard.clone(), move |_| Some((503, refusal.clone())));
+        let begun = Instant::now();
+        follow(&watches, "Service");
+        until("four answers", || asked.lock().unwrap().len() >= 4).await;
+        assert!(begun.elapsed() > Duration::from_secs(2), "it does not hold back");
+        assert_eq!(heard.wedged(), None);
+        let page = watches.metrics.encode().unwrap();
+        let failed = page
+            .lines()
+            .find(|line| line.contains("watch") && line.contains("Service"));
+        assert!(failed.is_some_and(|line| !line.ends_with(" 0")), "{page}");
+    }
+
+    #[tokio::test]
+    async fn a_watch_that_fails_holds_no_other_back() {
+        let heard = Heard::default();
+        let (watches, asked) = watches(heard, |asks| {
+            let one = json!({"metadata": {"name": "one", "namespace": "ns", "labels": {"app.kubernetes.io/instance": "it"}}});
+            match asks {
+                _ if asks.contains("/services") => {
+                    Some((500, json!({"kind": "Status", "status": "Failure", "code": 500})))
+                }
+                _ if asks.contains("watch=") => None,
+                _ => Some((200, json!({"metadata": {"resourceVersion": "1"}, "items": [one]}))),
+            }
+        });
+        follow(&watches, "Service");
+        let services = || {
+            let asked = asked.lock().unwrap();
+            asked
+                .iter()
+                .filter(|(asks, _)| asks.contains("/services"))
+                .count()
+        };
+        until("the first failure", || services() > 0).await;
+        let mut owners = watches.owners::<Deployment>("Deployment", "").boxed();
+        let owner = tokio::time::timeout(SOON, owners.next()).await.unwrap().unwrap();
+        assert_eq!(
+            (owner.name.as_str(), owner.namespace.as_deref()),
+            ("it", Some("ns"))
+        );
+        let gaps = || {
+            let asked = asked.lock().unwrap();
+            let at = asked.iter().filter(|(asks, _)| asks.contains("/services"));
+            let at: Vec<Instant> = at.map(|(_, at)| *at).collect();
+            at.windows(2).map(|pair| pair[1] - pair[0]).collect::<Vec<_>>()
+        };
+        until("three gaps", || gaps().len() >= 3).await;
+        assert!(gaps()[2] > gaps()[0], "{:?}", gaps());
     }
 }

@@ -36,48 +36,48 @@ fn complaints(schema: &Value, object: &Value, old: Option<&Value>) -> Vec<String
     found
 }
 
+/// The API server's words, as its library of OpenAPI has them: `schema.rs` of the tests on a cluster holds both to it.
 fn limits(schema: &Value, value: &Value, path: &str, found: &mut Vec<String>) {
-    let mut complain = |what: String| found.push(format!("{}: {what}", path.trim_start_matches('.')));
-    let limit = |name: &str| schema.get(name).and_then(Value::as_f64);
-    #[expect(clippy::cast_precision_loss, reason = "lengths in this test are small")]
+    let path = path.trim_start_matches('.');
+    let mut complain = |what: String| found.push(format!("{path}{what}"));
+    let limit = |name: &str| schema.get(name).and_then(Value::as_u64);
     let size = match value {
-        Value::String(text) => Some((text.chars().count() as f64, "Length")),
-        Value::Array(items) => Some((items.len() as f64, "Items")),
-        Value::Object(map) => Some((map.len() as f64, "Properties")),
+        Value::String(text) => Some((text.chars().count(), "Length")),
+        Value::Array(items) => Some((items.len(), "Items")),
         _ => None,
     };
     if let Some((size, what)) = size {
-        if limit(&format!("max{what}")).is_some_and(|max| size > max) {
-            complain(format!(
-                "more than {} {what}",
-                limit(&format!("max{what}")).unwrap()
-            ));
+        let size = u64::try_from(size).unwrap();
+        if let Some(max) = limit(&format!("max{what}")).filter(|max| size > *max) {
+            complain(match what {
+                "Length" => format!(": Too long: may not be more than {max} bytes"),
+                _ => format!(": Too many: {size}: must have at most {max} items"),
+            });
         }
-        if limit(&format!("min{what}")).is_some_and(|min| size < min) {
-            complain(format!(
-                "fewer than {} {what}",
-                limit(&format!("min{what}")).unwrap()
-            ));
+        if let Some(min) = limit(&format!("min{what}")).filter(|min| size < *min) {
+            complain(match what {
+                "Length" => format!(" in body should be at least {min} chars long"),
+                _ => format!(" in body should have at least {min} items"),
+            });
         }
     }
     if let Some(number) = value.as_f64() {
-        if limit("maximum").is_some_and(|max| number > max) {
-            complain(format!(
-                "should be less than or equal to {}",
-                limit("maximum").unwrap()
-            ));
+        let limit = |name: &str| schema.get(name).and_then(Value::as_f64);
+        if let Some(max) = limit("maximum").filter(|max| number > *max) {
+            complain(format!(" in body should be less than or equal to {max}"));
         }
-        if limit("minimum").is_some_and(|min| number < min) {
-            complain(format!(
-                "should be greater than or equal to {}",
-                limit("minimum").unwrap()
-            ));
+        if let Some(min) = limit("minimum").filter(|min| number < *min) {
+            complain(format!(" in body should be greater than or equal to {min}"));
         }
     }
     if let Some(allowed) = schema.get("enum").and_then(Value::as_array)
         && !allowed.contains(value)
     {
-        complain(format!("supported values: {}", Value::Array(allowed.clone())));
+        let allowed: Vec<String> = allowed.iter().map(ToString::to_string).collect();
+        let allowed = allowed.join(", ");
+        complain(format!(
+            ": Unsupported value: {value}: supported values: {allowed}"
+        ));
     }
     let shape = match value {
         Value::String(_) => "string",
@@ -90,7 +90,7 @@ fn limits(schema: &Value, value: &Value, path: &str, found: &mut Vec<String>) {
     if let Some(kind) = schema.get("type").and_then(Value::as_str)
         && kind != shape
     {
-        complain(format!("must be of type {kind}"));
+        complain(format!(" in body must be of type {kind}: \"{shape}\""));
     }
     for name in schema
         .get("required")
@@ -98,8 +98,10 @@ fn limits(schema: &Value, value: &Value, path: &str, found: &mut Vec<String>) {
         .into_iter()
         .flatten()
     {
-        if value.is_object() && value.get(name.as_str().unwrap()).is_none() {
-            complain(format!("{}: Required value", name.as_str().unwrap()));
+        let name = name.as_str().unwrap();
+        if value.is_object() && value.get(name).is_none() {
+            let dot = if path.is_empty() { "" } else { "." };
+            complain(format!("{dot}{name}: Required value"));
         }
     }
     for (name, schema) in schema

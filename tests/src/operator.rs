@@ -116,6 +116,14 @@ impl<'a> Leader<'a> {
         self.signal(Signal::SIGCONT)
     }
 
+    /// Ends its process as a power failure would. The kubelet starts the container again, the first time at once.
+    ///
+    /// # Errors
+    /// If it has ended before.
+    pub fn crash(self) -> Result<()> {
+        self.signal(Signal::SIGKILL)
+    }
+
     /// Ends its process as a power failure would, and replaces its pod, so that the next kill does not find its restarts
     /// delayed.
     ///

@@ -149,11 +149,11 @@ pub fn superfluous(granted: &BTreeSet<Right>, deeds: &Deeds, excused: &[(&str, &
         .collect()
 }
 
-/// Excuses for what is not granted at all: the list has outlived the role.
-pub fn stale<'a>(granted: &BTreeSet<Right>, excused: &[(&'a str, &str)]) -> Vec<&'a str> {
-    let granted: BTreeSet<String> = granted.iter().map(ToString::to_string).collect();
+/// Excuses that the list is better off without: for what is not granted at all, or is seen to be used.
+pub fn stale<'a>(granted: &BTreeSet<Right>, deeds: &Deeds, excused: &[(&'a str, &str)]) -> Vec<&'a str> {
+    let left: BTreeSet<String> = granted.difference(&deeds.used).map(ToString::to_string).collect();
     let all = excused.iter().map(|(right, _)| *right);
-    all.filter(|right| !granted.contains(*right)).collect()
+    all.filter(|right| !left.contains(*right)).collect()
 }
 
 #[cfg(test)]
@@ -253,7 +253,11 @@ mod tests {
             superfluous(&granted, &deeds, &excused),
             ["get pods", "update exchangedeployments/status.exchange.dev"]
         );
-        assert!(stale(&granted, &excused).is_empty());
-        assert_eq!(stale(&granted, &[("watch secrets", "none")]), ["watch secrets"]);
+        assert!(stale(&granted, &deeds, &excused).is_empty());
+        let needless = [("watch secrets", "not granted"), ("get services", "used")];
+        assert_eq!(
+            stale(&granted, &deeds, &needless),
+            ["watch secrets", "get services"]
+        );
     }
 }

@@ -7,14 +7,26 @@
     reason = "a story that does not go on as told fails its test"
 )]
 
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::{
+    collections::BTreeSet,
+    io::{BufRead, BufReader},
+    path::PathBuf,
+    process::Child,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    thread,
+    time::Duration,
+};
 
 use serde_json::{Value, json};
 
 use crate::{
-    exchange::{Exchange, Images, Load, NAME, PATIENCE, Watch, is_current, phase_of, text},
+    exchange::{
+        Exchange, Images, Load, NAME, PATIENCE, Watch, busybox_image, is_current, phase_of, restricted_pod,
+        set, text,
+    },
     kubectl::{Namespace, Session},
     operator,
+    sandbox::wait_until,
 };
 
 /// Requests a second: enough to notice whatever is cut off.
@@ -75,6 +87,7 @@ impl Ground {
     /// An exchange that is live with this declaration.
     pub fn live<'a>(&'a self, namespace: &'a Namespace<'_>, declare: impl Fn(&mut Value)) -> Story<'a> {
         let exchange = Exchange::install(&self.session, &namespace.name, &self.images).unwrap();
+        let told = Told::of(&self.session, &namespace.name, NAME);
         let mut declaration = exchange.declaration("1.0.0");
         declare(&mut declaration);
         exchange.release(&declaration).unwrap();
@@ -85,9 +98,11 @@ impl Ground {
             exchange,
             watch,
             declaration,
+            told,
             generation: 1,
         };
         story.watch.until_phase("Live", "1.0.0", PATIENCE).unwrap();
+        story.told.course(&RELEASED);
         story
     }
 }
@@ -105,6 +120,8 @@ pub struct Story<'a> {
     pub watch: Watch,
     /// What was declared last.
     pub declaration: Value,
+    /// What the operator tells of it.
+    pub told: Told,
     generation: i64,
 }
 
@@ -141,10 +158,11 @@ impl<'a> Story<'a> {
             .unwrap();
     }
 
-    /// A release that ends where it should, and the traffic with it.
+    /// A release that ends where it should, and the traffic with it, with nothing told but its course.
     pub fn goes_live(&mut self) {
         let before = self.revision("live");
         self.goes_live_after(&before);
+        self.told.course(&RELEASED);
     }
 
     /// The same for one that may have the traffic already, instead of this revision.
@@ -202,6 +220,25 @@ impl<'a> Story<'a> {
         self.session.kubectl(&args).unwrap()
     }
 
+    /// Runs the plugin as a person would, as `kubectl exchange …`. Its exit code, and what it says.
+    pub fn plugin(&self, args: &str) -> (i32, String) {
+        let told = self.session.shell(&format!(
+            "PATH='{}':$PATH; kubectl exchange {args} --namespace {} 2>&1; echo \"exit code $?\"",
+            built().display(),
+            self.namespace
+        ));
+        let told = told.unwrap();
+        let (text, code) = told.trim_end().rsplit_once("exit code ").unwrap();
+        (code.parse().unwrap(), text.to_owned())
+    }
+
+    /// The same, which has to succeed.
+    pub fn person(&self, args: &str) -> String {
+        let (code, text) = self.plugin(args);
+        assert_eq!(code, 0, "kubectl exchange {args}: {text}");
+        text
+    }
+
     /// The phases since a sighting, each once.
     pub fn phases_since(&self, sighting: usize) -> Vec<String> {
         let phases = self.watch.sightings()[sighting..].iter();
@@ -218,6 +255,289 @@ impl<'a> Story<'a> {
     }
 }
 
+/// Of a release in which nothing went wrong, its Events.
+pub const RELEASED: [&str; 4] = ["ReleaseStarted", "Promoting", "Promoted", "Verified"];
+/// The Events by which a release tells how far it is. What else is told - of the old stack's end, of migrations, of repairs -
+/// comes beside them, at a time of its own.
+const COURSE: [&str; 12] = [
+    "Adopted",
+    "Promoted",
+    "Promoting",
+    "ReleaseFailed",
+    "ReleaseStarted",
+    "Resumed",
+    "Reverted",
+    "RollbackImpossible",
+    "RolledBack",
+    "RollingBack",
+    "Stopped",
+    "Verified",
+];
+/// How long an Event may come after the status that it is about.
+const NEWS: Duration = Duration::from_secs(20);
+
+/// An Event: when it was told, the object that counts it, and its reason.
+type News = (String, String, String);
+
+/// The Kubernetes Events of an exchange, each as it was told. Those of one reason are counted up in one object, so that their
+/// order is only seen while they come.
+#[derive(Debug)]
+pub struct Told {
+    heard: Arc<Mutex<Heard>>,
+    /// How much of the course has been compared.
+    known: usize,
+}
+
+#[derive(Debug, Default)]
+struct Heard {
+    news: BTreeSet<News>,
+    child: Option<Child>,
+    enough: bool,
+}
+
+impl Told {
+    /// Listens from now on to what is told of an ExchangeDeployment, also of one that does not exist yet.
+    pub fn of(session: &Session, namespace: &str, name: &str) -> Self {
+        let heard = Arc::new(Mutex::new(Heard::default()));
+        let (session, namespace) = (session.clone(), namespace.to_owned());
+        let about = format!("involvedObject.kind=ExchangeDeployment,involvedObject.name={name}");
+        let all = Arc::clone(&heard);
+        thread::spawn(move || {
+            // A watch ends when the API server is away. The next one begins with all there is.
+            while let Some(output) = listen(&all, &session, &namespace, &about) {
+                let events =
+                    serde_json::Deserializer::from_reader(BufReader::new(output)).into_iter::<Value>();
+                for event in events.map_while(Result::ok) {
+                    locked(&all).news.insert(news(&event));
+                }
+                thread::sleep(Duration::from_millis(500));
+            }
+        });
+        Self { heard, known: 0 }
+    }
+
+    /// The reasons of all Events so far, in the order in which they were told.
+    pub fn reasons(&self) -> Vec<String> {
+        let heard = locked(&self.heard);
+        heard.news.iter().map(|(_, _, reason)| reason.clone()).collect()
+    }
+
+    fn new_course(&self) -> Vec<String> {
+        let mut course = self.reasons();
+        course.retain(|reason| COURSE.contains(&reason.as_str()));
+        course.split_off(self.known)
+    }
+
+    /// Asserts that this and nothing else was told of the course of releases since it was asked last.
+    pub fn course(&mut self, expected: &[&str]) {
+        let _ = wait_until("the news", NEWS, || self.new_course().len() >= expected.len());
+        let course = self.new_course();
+        assert_eq!(course, expected, "all: {:?}", self.reasons());
+        self.known += course.len();
+    }
+
+    /// The same where the operator was disturbed: the last of it was told, and all that was told in this order. What was on
+    /// its lips when it was killed, nobody tells.
+    pub fn course_with_gaps(&mut self, expected: &[&str]) {
+        let last = expected.last().copied();
+        let _ = wait_until("the news", NEWS, || {
+            self.new_course().last().map(String::as_str) == last
+        });
+        let course = self.new_course();
+        let mut left = expected.iter();
+        let in_order = course.iter().all(|reason| left.any(|next| next == reason));
+        let complete = course.last().map(String::as_str) == last;
+        assert!(in_order && complete, "{course:?} instead of {expected:?}");
+        self.known += course.len();
+    }
+
+    /// What is told so far of the course is not compared: a leader of before that wakes up may tell what nobody waits for.
+    pub fn forget(&mut self) {
+        self.known += self.new_course().len();
+    }
+
+    /// Waits until this was told, at any time.
+    pub fn has(&self, reason: &str) {
+        let told = || self.reasons().iter().any(|it| it == reason);
+        let waited = wait_until(reason, NEWS, told);
+        assert!(waited.is_ok(), "{reason} was not told: {:?}", self.reasons());
+    }
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        let mut heard = locked(&self.heard);
+        heard.enough = true;
+        if let Some(child) = &mut heard.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Begins to watch, unless it is enough.
+fn listen(
+    heard: &Mutex<Heard>,
+    session: &Session,
+    namespace: &str,
+    about: &str,
+) -> Option<std::process::ChildStdout> {
+    let mut heard = locked(heard);
+    if heard.enough {
+        return None;
+    }
+    if let Some(mut old) = heard.child.take() {
+        let _ = old.wait();
+    }
+    let args = [
+        "get",
+        "events",
+        "--namespace",
+        namespace,
+        "--watch",
+        "--output=json",
+    ];
+    let mut child = session
+        .follow(&[&args[..], &["--field-selector", about]].concat())
+        .ok()?;
+    let output = child.stdout.take();
+    heard.child = Some(child);
+    output
+}
+
+fn locked(heard: &Mutex<Heard>) -> MutexGuard<'_, Heard> {
+    heard.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn news(event: &Value) -> News {
+    let first = text(event, "/eventTime");
+    let again = text(event, "/series/lastObservedTime");
+    let at = if again.is_empty() { first } else { again };
+    (
+        at.to_owned(),
+        text(event, "/metadata/uid").to_owned(),
+        text(event, "/reason").to_owned(),
+    )
+}
+
+/// Somebody who asks every live Service several times a second, each time by its name on a new connection: other clients keep
+/// theirs, and do not notice what becomes of an address.
+#[derive(Debug)]
+pub struct Prober<'a> {
+    session: &'a Session,
+    namespace: &'a str,
+}
+
+/// What became of the questions to a service.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Answers {
+    /// Answered.
+    pub given: u32,
+    /// Not answered.
+    pub missed: u32,
+}
+
+impl<'a> Prober<'a> {
+    const POD: &'static str = "prober";
+
+    /// Begins to ask. All services have to be live.
+    pub fn start(story: &Story<'a>) -> Self {
+        let ask = format!(
+            "while true; do for service in {}; do \
+             if printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nc -w 2 {NAME}-$service 80 2>&1 | grep -q HTTP/1; \
+             then echo $service given; else echo $service missed; fi; done; sleep 0.1; done",
+            SERVICES.join(" ")
+        );
+        let mut pod = restricted_pod(Self::POD, &busybox_image());
+        set(&mut pod, "/spec/containers/0/command", json!(["sh", "-c", ask]));
+        set(&mut pod, "/spec/terminationGracePeriodSeconds", json!(0));
+        let (session, namespace) = (story.session, story.namespace);
+        session.apply(namespace, &pod).unwrap();
+        let prober = Self { session, namespace };
+        wait_until("the first answers", PATIENCE, || {
+            SERVICES.iter().all(|service| prober.answers(service).given > 0)
+        })
+        .unwrap();
+        prober
+    }
+
+    /// What became of its questions to a service so far.
+    pub fn answers(&self, service: &str) -> Answers {
+        let log = ["logs", Self::POD, "--namespace", self.namespace];
+        let mut answers = Answers::default();
+        for line in self.session.kubectl(&log).unwrap_or_default().lines() {
+            match line.split_once(' ') {
+                Some((of, "given")) if of == service => answers.given += 1,
+                Some((of, "missed")) if of == service => answers.missed += 1,
+                _ => {}
+            }
+        }
+        answers
+    }
+
+    /// Waits until each service has answered some more, so that nothing of before is still to come.
+    pub fn goes_on(&self) {
+        let given = || SERVICES.map(|service| self.answers(service).given);
+        let before = given();
+        wait_until("answers of all services", PATIENCE, || {
+            given()
+                .iter()
+                .zip(before)
+                .all(|(now, before)| *now >= before + 10)
+        })
+        .unwrap();
+    }
+}
+
+impl Drop for Prober<'_> {
+    fn drop(&mut self) {
+        let delete = [
+            "delete",
+            "pod",
+            Self::POD,
+            "--wait=false",
+            "--namespace",
+            self.namespace,
+        ];
+        let _ = self.session.kubectl(&delete);
+    }
+}
+
+/// Every rendered stack that was ever there at the same time as others: the most at once.
+#[derive(Debug)]
+pub struct Stacks {
+    child: Child,
+}
+
+impl Stacks {
+    /// Counts from now on.
+    pub fn count(story: &Story<'_>) -> Self {
+        let args = ["get", "controllerrevisions", "--namespace", story.namespace];
+        let ours = format!("--selector=app.kubernetes.io/instance={NAME}");
+        let watch = ["--watch", "--output-watch-events", "--no-headers", &ours];
+        let child = story.session.follow(&[&args[..], &watch].concat()).unwrap();
+        Self { child }
+    }
+
+    /// The most that were there at once.
+    pub fn at_most(mut self) -> usize {
+        let _ = self.child.kill();
+        let output = self.child.stdout.take().unwrap();
+        let (mut there, mut most) = (BTreeSet::new(), 0);
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            let mut words = line.split_whitespace().map(str::to_owned);
+            match (words.next().as_deref(), words.next()) {
+                (Some("DELETED"), Some(name)) => drop(there.remove(&name)),
+                (_, Some(name)) => drop(there.insert(name)),
+                _ => {}
+            }
+            most = most.max(there.len());
+        }
+        let _ = self.child.wait();
+        most
+    }
+}
+
 /// Ends the load: nothing may have failed. Returns the stacks that have answered.
 pub fn end_well(load: Load<'_>) -> Vec<String> {
     let (table, report) = load.end().unwrap();
@@ -231,6 +551,19 @@ pub fn end_well(load: Load<'_>) -> Vec<String> {
         .keys()
         .cloned()
         .collect()
+}
+
+/// Where the plugin is: `make images` builds it, or cargo beside the tests.
+fn built() -> PathBuf {
+    let debug = std::env::current_exe().unwrap();
+    let debug = debug.parent().and_then(|deps| deps.parent()).unwrap();
+    let all = [debug.with_file_name("release"), debug.to_owned()];
+    let there = all.into_iter().find(|it| it.join("kubectl-exchange").exists());
+    assert!(
+        there.is_some(),
+        "no kubectl-exchange: `make images`, or `cargo build --workspace --bins`"
+    );
+    there.unwrap()
 }
 
 /// A release without another version: one more variable.

@@ -12,14 +12,14 @@
 use std::{thread::sleep, time::Duration};
 
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use testbed::{
-    exchange::{PATIENCE, is_current, phase_of, text},
+    exchange::{PATIENCE, is_current, phase_of, text, token},
     gate::{Gate, Hold, Moment, Write},
     kubectl::Namespace,
     operator::{self, Leader},
     sandbox::wait_until,
-    story::{Ground, SERVICES, Story, end_well, note},
+    story::{Ground, RELEASED, SERVICES, Story, end_well, note},
     supervisor,
 };
 
@@ -32,14 +32,24 @@ struct Point {
     name: &'static str,
 }
 
-/// A release has three Jobs, and moves three Services.
-const POINTS: [Point; 5] = [
+/// A release has three Jobs, and moves three Services. The last three are about more than a release that goes on by itself:
+/// an approval, a way back, and the end of the stack before, whose colour the next release needs.
+const POINTS: [Point; 8] = [
     point("Migrating", "create jobs", 0, "-expand-"),
     point("Provisioning", "create deployments", 1, ""),
     point("Testing", "create jobs", 1, "-smoke-"),
-    point("Promoting", "update services", 1, "exchange-trade"),
+    PROMOTING,
     point("Verifying", "create jobs", 2, "-verify-"),
+    point(
+        "AwaitingPromotion",
+        "update exchangedeployments/status",
+        0,
+        "exchange",
+    ),
+    point("RollingBack", "update services", 1, "exchange-trade"),
+    point("Retiring", "delete deployments", 0, "exchange-"),
 ];
+const PROMOTING: Point = point("Promoting", "update services", 1, "exchange-trade");
 
 const fn point(phase: &'static str, of: &'static str, number: usize, name: &'static str) -> Point {
     Point {
@@ -59,41 +69,104 @@ fn points() -> impl Iterator<Item = &'static Point> {
         .filter(move |point| every || matches!(point.phase, "Testing" | "Promoting"))
 }
 
+impl Point {
+    /// Whether the candidate has not got the traffic yet.
+    fn before_the_swap(&self) -> bool {
+        !matches!(self.phase, "Promoting" | "Verifying" | "RollingBack")
+    }
+
+    fn is_here(&self, object: &Value) -> bool {
+        match self.phase {
+            "Retiring" => text(object, "/status/previous/state") == "Retiring",
+            phase => phase_of(object) == phase,
+        }
+    }
+}
+
 /// A release that is stopped at a point.
 struct Stopped {
     write: Write,
-    /// What was live before it, and its attempt: each release counts one up.
+    /// What was live before it, and the last attempt: each release counts one up.
     before: (String, u64),
+    /// It was live, and is on its way back.
+    back: bool,
 }
 
 /// Declares another release, and stops it at this point.
 fn release_up_to(point: &Point, story: &mut Story<'_>, gate: &Gate<'_>, name: &str) -> Stopped {
-    let attempt = story.last()["status"]["live"]["attempt"].as_u64().unwrap();
+    let attempt = story.last()["status"]["attempt"].as_u64().unwrap();
     let before = (story.revision("live"), attempt);
     let hold = Hold {
         of: point.of.to_owned(),
         number: point.number,
     };
-    gate.hold(&hold).unwrap();
-    story.declare(|spec| note(spec, &format!("{name}, {}", point.phase)));
+    let promotion = match point.phase {
+        "AwaitingPromotion" => "Manual",
+        _ => "Automatic",
+    };
+    let declare = |story: &mut Story<'_>| {
+        story.declare(|spec| {
+            spec["rollout"]["promotion"] = json!(promotion);
+            note(spec, &format!("{name}, {}", point.phase));
+        });
+    };
+    match point.phase {
+        "AwaitingPromotion" => {
+            declare(story);
+            story.reaches(point.phase);
+            gate.hold(&hold).unwrap();
+            let candidate = token(story.last(), "candidate");
+            story.exchange.ask("promote", &candidate).unwrap();
+        }
+        "RollingBack" => {
+            declare(story);
+            story.goes_live();
+            gate.hold(&hold).unwrap();
+            let live = token(story.last(), "live");
+            story.exchange.ask("rollback", &live).unwrap();
+        }
+        _ => {
+            gate.hold(&hold).unwrap();
+            declare(story);
+        }
+    }
     let write = gate.until_held(PATIENCE).unwrap();
     assert!(
         write.name.contains(point.name),
         "{}: {write} was held",
         point.phase
     );
-    story.reaches(point.phase);
-    Stopped { write, before }
+    story
+        .watch
+        .until(point.phase, PATIENCE, |object| {
+            is_current(object) && point.is_here(object)
+        })
+        .unwrap();
+    Stopped {
+        write,
+        before,
+        back: point.phase == "RollingBack",
+    }
 }
 
-/// The release has come to its end as if nothing had been: in its first attempt.
+/// The release has come to its end as if nothing had been: in its first attempt. What was told of it was told in the right
+/// order; what the operator had on its lips when it was disturbed may be missing.
 fn ends_as_if_nothing_had_been(story: &mut Story<'_>, stopped: &Stopped) {
     let (revision, attempt) = &stopped.before;
+    if stopped.back {
+        story.reaches("Held");
+        story.all_point_at(revision);
+        assert_eq!(story.revision("live"), *revision);
+        assert_eq!(story.last_outcome().0, "RolledBack");
+        story.told.course_with_gaps(&["RollingBack", "RolledBack"]);
+        return;
+    }
     story.goes_live_after(revision);
     let status = &story.last()["status"];
     assert_eq!(status["live"]["attempt"], attempt + 1, "{status:#}");
     let (outcome, _, _) = story.last_outcome();
     assert_eq!(outcome, "Verified", "{:#}", story.last()["status"]["history"]);
+    story.told.course_with_gaps(&RELEASED);
 }
 
 #[test]
@@ -132,7 +205,10 @@ fn an_old_leader_wakes_up() {
         old.is_succeeded().unwrap();
         ends_as_if_nothing_had_been(&mut story, &stopped);
         // Newer still, so that what the old one has in mind is wrong.
-        story.declare(|spec| note(spec, &format!("after {}", point.phase)));
+        story.declare(|spec| {
+            spec["rollout"]["promotion"] = json!("Automatic");
+            note(spec, &format!("after {}", point.phase));
+        });
         story.goes_live();
 
         let versions = |story: &Story<'_>| {
@@ -147,6 +223,7 @@ fn an_old_leader_wakes_up() {
         };
         let before = versions(&story);
         old.resume().unwrap();
+        story.told.forget();
         wait_until("the old leader to notice", PATIENCE, || {
             let log = ["logs", &old.pod, "--namespace", operator::OPERATOR_NAMESPACE];
             ground
@@ -157,6 +234,7 @@ fn an_old_leader_wakes_up() {
         .unwrap();
         assert_eq!(versions(&story), before, "the old leader has written");
         operator::recovers(&ground.session).unwrap();
+        story.told.forget();
     }
     assert_eq!(end_well(load).len(), 1 + 2 * points().count());
 }
@@ -173,7 +251,7 @@ fn the_api_server_is_away() {
     let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
     let load = story.trade();
     for point in points() {
-        release_up_to(point, &mut story, &gate, "away");
+        let stopped = release_up_to(point, &mut story, &gate, "away");
         let server = |signal| supervisor::signal(cluster, "kube-apiserver", signal).unwrap();
         server(Signal::SIGSTOP);
         // It answers nobody for this long: that is what the story is about.
@@ -192,17 +270,7 @@ fn the_api_server_is_away() {
             })
         })
         .unwrap();
-        let declared = story.declaration["spec"]["services"]["trade"]["env"][0]["value"].clone();
-        story
-            .watch
-            .until("the release to be live", PATIENCE, |object| {
-                is_current(object)
-                    && phase_of(object) == "Live"
-                    && object["spec"]["services"]["trade"]["env"][0]["value"] == declared
-            })
-            .unwrap();
-        story.all_point_at(&story.revision("live"));
-        assert_eq!(story.last_outcome().0, "Verified");
+        ends_as_if_nothing_had_been(&mut story, &stopped);
         operator::recovers(&ground.session).unwrap();
     }
     assert_eq!(end_well(load).len(), 1 + points().count());
@@ -226,7 +294,10 @@ fn a_newer_version_arrives() {
             "candidate"
         };
         let overtaken = story.revision(stack);
-        story.declare(|spec| note(spec, &format!("newer than {}", point.phase)));
+        story.declare(|spec| {
+            spec["rollout"]["promotion"] = json!("Automatic");
+            note(spec, &format!("newer than {}", point.phase));
+        });
         gate.decide(true).unwrap();
         story
             .watch
@@ -239,6 +310,13 @@ fn a_newer_version_arrives() {
             .unwrap();
         story.all_point_at(&story.revision("live"));
         assert_eq!(story.last_outcome().0, "Verified");
+        // What has the traffic already is finished first, and what is on its way back comes back first.
+        let overtaken: &[&str] = match point.phase {
+            "RollingBack" => &["RollingBack", "RolledBack"],
+            _ if point.before_the_swap() => &["ReleaseStarted"],
+            _ => &RELEASED,
+        };
+        story.told.course(&[overtaken, &RELEASED].concat());
         let rendered = [
             "get",
             "controllerrevisions",
@@ -264,7 +342,7 @@ fn a_service_of_the_candidate_dies_in_the_middle_of_the_swap() {
     let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
     let first = story.revision("live");
     let load = story.trade();
-    release_up_to(&POINTS[3], &mut story, &gate, "dies");
+    release_up_to(&PROMOTING, &mut story, &gate, "dies");
     let candidate = story.revision("candidate");
     assert_eq!(story.selector("user")["exchange.dev/revision"], candidate);
     let quota = json!({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"},
@@ -285,6 +363,9 @@ fn a_service_of_the_candidate_dies_in_the_middle_of_the_swap() {
     story.all_point_at(&first);
     assert_eq!(text(story.last(), "/status/rejected/reason"), "PromotionFailed");
     assert!(text(&story.condition("Stalled"), "/message").contains("notification"));
+    story
+        .told
+        .course(&["ReleaseStarted", "Promoting", "RollingBack", "RolledBack"]);
     story.kubectl(&["delete", "resourcequota", "none"]);
     end_well(load);
 }

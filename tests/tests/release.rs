@@ -1,30 +1,42 @@
 //! Releases on a cluster, told as stories: what is declared, what goes wrong, where the exchange ends. Clients trade all the
 //! while where the story is not about their being cut off. `make e2e` runs them.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use serde_json::{Value, json};
 use testbed::{
     exchange::{Exchange, NAME, PATIENCE, phase_of, text, token},
-    kubectl::Namespace,
+    kubectl::{Namespace, Session},
+    operator::{self, OPERATOR, OPERATOR_NAMESPACE},
     sandbox::wait_until,
-    story::{Ground, Story, end_well, note},
+    story::{Ground, Prober, RELEASED, SERVICES, Stacks, Story, Told, end_well, note},
 };
 
 fn nothing(_: &mut Value) {}
 
 /// With Helm, as a person would: the first deployment goes through every gate, `--wait` and `kubectl wait` believe it only
-/// then, and the next version follows by itself.
+/// then, and the next version follows by itself, under the eyes of clients.
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn helm_installs_an_exchange_and_upgrades_it() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "helm").unwrap();
-    Exchange::install(&ground.session, &namespace.name, &ground.images).unwrap();
+    let stores_beside = Exchange::install(&ground.session, &namespace.name, &ground.images).unwrap();
+    let mut told = Told::of(&ground.session, &namespace.name, "shop");
+    // Clients know the exchange by the name that it has everywhere else.
+    for service in SERVICES {
+        let address = format!("shop-{service}.{}.svc.cluster.local", namespace.name);
+        let alias = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": format!("{NAME}-{service}")},
+                           "spec": {"type": "ExternalName", "externalName": address}});
+        ground.session.apply(&namespace.name, &alias).unwrap();
+    }
     let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/exchange");
     let image = format!("image={}/exchange", ground.images.prefix);
     let quick = "services.user.replicas=1,services.trade.replicas=1,services.notification.replicas=1,\
-                 rollout.verification.duration=5s,rollout.verification.maxLatencyP99=2s,rollout.retention=10m,\
+                 rollout.verification.duration=5s,rollout.verification.maxLatencyP99=20s,rollout.retention=10m,\
                  rollout.drainTimeout=30s";
     // The stores are a release of their own, of the name that the exchange's Secrets have.
     let stores = "database.secretRef.name=exchange-db,database.migrationSecretRef.name=exchange-db,\
@@ -75,6 +87,9 @@ fn helm_installs_an_exchange_and_upgrades_it() {
             "{job} has not run: {jobs}"
         );
     }
+    told.course(&RELEASED);
+    stores_beside.make_treasury().unwrap();
+    let load = stores_beside.start_load(20).unwrap();
 
     helm("2.0.0", &[]).unwrap();
     ground
@@ -86,6 +101,7 @@ fn helm_installs_an_exchange_and_upgrades_it() {
         get("{.status.live.colour} {.status.previous.version}"),
         "green 1.0.0"
     );
+    told.course(&RELEASED);
 
     // A version that is given up fails the upgrade, and says so.
     let refusal = helm("9.9.9", &["--wait", "--set", "rollout.progressDeadline=15s"])
@@ -93,6 +109,8 @@ fn helm_installs_an_exchange_and_upgrades_it() {
         .to_string();
     assert!(refusal.contains("Failed"), "{refusal}");
     assert_eq!(get("{.status.phase} {.status.live.version}"), "Failed 2.0.0");
+    told.course(&["ReleaseStarted", "ReleaseFailed"]);
+    assert_eq!(end_well(load).len(), 2);
 }
 
 /// Whatever is wrong with a version: it is found before the swap, the live one serves on, and the message says what.
@@ -127,6 +145,7 @@ fn what_fails_before_the_swap_touches_nothing() {
     assert_eq!(story.condition("Stalled")["reason"], "ProgressDeadlineExceeded");
     let phases = story.phases_since(begun);
     assert!(!phases.iter().any(|phase| phase == "Promoting"), "{phases:?}");
+    story.told.course(&["ReleaseStarted", "ReleaseFailed"]);
 
     // Another one ends whenever it starts.
     story.declare(|spec| {
@@ -145,6 +164,7 @@ fn what_fails_before_the_swap_touches_nothing() {
         text(story.last(), "/status/rejected/reason"),
         "ProgressDeadlineExceeded"
     );
+    story.told.course(&["ReleaseStarted", "ReleaseFailed"]);
 
     // A test of the user's says no.
     story.declare(|spec| {
@@ -158,6 +178,7 @@ fn what_fails_before_the_swap_touches_nothing() {
     story.all_point_at(&good);
     assert_eq!(text(story.last(), "/status/rejected/reason"), "SmokeTestFailed");
     assert!(text(&story.condition("Stalled"), "/message").contains("the test no failed"));
+    story.told.course(&["ReleaseStarted", "ReleaseFailed"]);
 
     // Tried again, it fails again, as another attempt.
     let attempt = story.last()["status"]["attempt"].as_u64().unwrap();
@@ -172,6 +193,7 @@ fn what_fails_before_the_swap_touches_nothing() {
         })
         .unwrap();
     story.all_point_at(&good);
+    story.told.course(&["ReleaseStarted", "ReleaseFailed"]);
 
     // Declared as it was, all is well.
     story.declaration = story.exchange.declaration("1.0.0");
@@ -179,6 +201,7 @@ fn what_fails_before_the_swap_touches_nothing() {
     story.reaches("Live");
     assert_eq!(story.revision("live"), good);
     assert_eq!(story.condition("Ready")["status"], "True");
+    story.told.course(&[]);
     assert_eq!(end_well(load).len(), 1, "somebody else has answered");
 }
 
@@ -212,6 +235,13 @@ fn what_fails_under_load_goes_back_by_itself() {
     let phases = story.phases_since(begun);
     let moved = ["Promoting", "Verifying", "RollingBack", "Held"];
     assert!(phases.ends_with(&moved.map(str::to_owned)), "{phases:?}");
+    story.told.course(&[
+        "ReleaseStarted",
+        "Promoting",
+        "Promoted",
+        "RollingBack",
+        "RolledBack",
+    ]);
     let (table, report) = load.end().unwrap();
     let failures = report["summary"]["failures"].as_object().unwrap();
     assert!(failures.keys().all(|failure| failure == "status 500"), "{table}");
@@ -255,6 +285,7 @@ fn what_fails_under_load_goes_back_by_itself() {
     story.reaches("Held");
     assert_eq!(story.revision("live"), first);
     assert_eq!(story.last()["status"]["history"], history, "there was a release");
+    story.told.course(&[]);
 }
 
 /// After the retention there is nothing to go back to at once: the old version is released as every other one.
@@ -286,6 +317,7 @@ fn after_the_retention_the_way_back_is_a_release() {
     let one_stack = || story.kubectl(&rendered).lines().count() == 1;
     wait_until("the rendered stack to be gone", PATIENCE, one_stack).unwrap();
     assert_eq!(story.condition("RollbackAvailable")["status"], "False");
+    story.told.has("Retiring");
 
     // Asked for all the same, nothing happens: the next release finds everything as it was.
     story
@@ -342,6 +374,23 @@ fn an_approval_is_for_one_stack_and_attempt() {
     });
     assert!(moved.is_err(), "it did not wait");
     story.all_point_at(&first);
+    story.told.course(&["ReleaseStarted"]);
+    // What the plugin says of it, to people and to scripts.
+    let (code, tree) = story.plugin("status --wait --timeout 1s");
+    assert_eq!(code, 3, "{tree}");
+    for line in [
+        "candidate: 1.0.0 in green",
+        "Testing",
+        "AwaitingPromotion",
+        "approval",
+    ] {
+        assert!(tree.contains(line), "no {line}: {tree}");
+    }
+    let explained = story.person("explain");
+    assert!(
+        explained.contains("kubectl exchange promote exchange: the traffic goes to 1.0.0"),
+        "{explained}"
+    );
 
     // Another declaration takes its place: the approval of the first comes too late.
     story.declare(|spec| note(spec, "two"));
@@ -353,21 +402,38 @@ fn an_approval_is_for_one_stack_and_attempt() {
         .unwrap();
     let two = token(story.last(), "candidate");
     story.exchange.ask("promote", &one).unwrap();
-    story.exchange.ask("promote", &two).unwrap();
+    story.person("promote");
+    let (code, tree) = story.plugin("status --wait --timeout 4m");
+    assert_eq!(code, 0, "{tree}");
     story.reaches("Live");
     assert_eq!(token(story.last(), "live"), two);
     story.all_point_at(&story.revision("live"));
+    story
+        .told
+        .course(&["ReleaseStarted", "Promoting", "Promoted", "Verified"]);
 
     // Aborted: what is live serves on.
     story.declare(|spec| note(spec, "three"));
     story.reaches("AwaitingPromotion");
-    story
-        .exchange
-        .ask("abort", &token(story.last(), "candidate"))
-        .unwrap();
+    story.person("abort");
+    let (code, tree) = story.plugin("status --wait --timeout 4m");
+    assert_eq!(code, 2, "{tree}");
     story.reaches("Failed");
-    assert_eq!(story.last_outcome().1, "Aborted");
+    let (_, reason, by) = story.last_outcome();
+    assert_eq!(reason, "Aborted");
+    assert_ne!(by, "unverified");
+    let history = story.person("history");
+    assert!(
+        history
+            .lines()
+            .any(|line| line.contains("Aborted") && line.ends_with(&by)),
+        "{history}"
+    );
+    let (code, refusal) = story.plugin("promote");
+    assert_eq!(code, 1, "{refusal}");
+    assert!(refusal.contains("promote makes no sense now"), "{refusal}");
     assert_eq!(token(story.last(), "live"), two);
+    story.told.course(&["ReleaseStarted", "ReleaseFailed"]);
     assert_eq!(end_well(load).len(), 2);
 }
 
@@ -379,22 +445,27 @@ fn the_way_back_needs_no_pod_of_the_new_stack() {
     let namespace = Namespace::new(&ground.session, "dead").unwrap();
     let mut story = ground.live(&namespace, nothing);
     let first = story.revision("live");
+    let load = story.trade();
     story.declare(|spec| note(spec, "dead"));
     story.goes_live();
     let second = story.revision("live");
+    assert_eq!(load.progress().failed, 0, "before anybody has died");
 
     let quota = json!({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}});
     ground.session.apply(story.namespace, &quota).unwrap();
     let selector = format!("--selector=exchange.dev/revision={second},app.kubernetes.io/component");
     story.kubectl(&["delete", "pods", "--force", "--grace-period=0", &selector]);
+    let is = |object: &Value, field: &str, value: &str| {
+        let conditions = object["status"]["conditions"].as_array();
+        conditions.is_some_and(|all| {
+            all.iter()
+                .any(|it| it["type"] == "Available" && it[field] == value)
+        })
+    };
     story
         .watch
         .until("the outage to be seen", PATIENCE, |object| {
-            let conditions = object["status"]["conditions"]
-                .as_array()
-                .cloned()
-                .unwrap_or_default();
-            conditions.iter().any(|it| it["reason"] == "NoEndpoints")
+            is(object, "reason", "NoEndpoints")
         })
         .unwrap();
 
@@ -418,16 +489,116 @@ fn the_way_back_needs_no_pod_of_the_new_stack() {
     assert!(took < Duration::from_secs(15), "it took {took:?}");
     story
         .watch
-        .until("clients to be served", PATIENCE, |object| {
-            let conditions = object["status"]["conditions"]
-                .as_array()
-                .cloned()
-                .unwrap_or_default();
-            conditions
-                .iter()
-                .any(|it| it["type"] == "Available" && it["status"] == "True")
+        .until("the exchange to be available", PATIENCE, |object| {
+            is(object, "status", "True")
         })
         .unwrap();
+    story.told.course(&["RollingBack", "RolledBack"]);
+
+    // What the dead had in flight is lost, and nobody answered for a while. Then everybody is served again.
+    let served = || {
+        let before = load.progress();
+        let on = || load.progress().requests >= before.requests + 200;
+        wait_until("200 requests", PATIENCE, on).unwrap();
+        load.progress().failed == before.failed
+    };
+    wait_until("clients to be served", PATIENCE, served).unwrap();
+    let (table, report) = load.end().unwrap();
+    namespace.note("requests_failed", report["summary"]["failed"].clone());
+    assert_eq!(report["audit"]["findings"], json!([]), "{table}");
+    let failures = report["summary"]["failures"].as_object().unwrap();
+    let unanswered = |failure: &String| failure == "status 503" || !failure.starts_with("status ");
+    assert!(failures.keys().all(unanswered), "{table}");
+    assert_eq!(
+        report["summary"]["stacks"].as_object().unwrap().len(),
+        2,
+        "{table}"
+    );
+}
+
+/// Two colours, never three stacks: the one that is retained goes first, with the settings that were copied for it, and only
+/// then the next one comes.
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn a_new_release_takes_the_colour_of_the_retained_stack() {
+    let ground = Ground::shared();
+    let namespace = Namespace::new(&ground.session, "retained").unwrap();
+    ground.session.apply(&namespace.name, &settings("old")).unwrap();
+    let mut story = ground.live(&namespace, refer_to_settings);
+    let stacks = Stacks::count(&story);
+    let load = story.trade();
+    let copies = || story_copies(&ground, &namespace.name);
+    let of_the_first = copies();
+    assert_eq!(of_the_first.len(), 1, "{of_the_first:?}");
+
+    ground.session.apply(&namespace.name, &settings("new")).unwrap();
+    story.declare(|spec| note(spec, "second"));
+    story.goes_live();
+    let second = story.revision("live");
+    story
+        .watch
+        .until("the first stack to be retained", PATIENCE, |object| {
+            text(object, "/status/previous/state") == "Retained"
+        })
+        .unwrap();
+    assert_eq!(story.condition("RollbackAvailable")["status"], "True");
+    assert!(
+        copies().is_superset(&of_the_first),
+        "the way back has lost its settings"
+    );
+
+    let begun = story.watch.sightings().len();
+    story.declare(|spec| note(spec, "third"));
+    story
+        .watch
+        .until("the way back to be closed", PATIENCE, |object| {
+            let conditions = object["status"]["conditions"].as_array().unwrap();
+            conditions
+                .iter()
+                .any(|it| it["type"] == "RollbackAvailable" && it["reason"] == "ColourNeeded")
+        })
+        .unwrap();
+    assert_eq!(story.condition("RollbackAvailable")["status"], "False");
+    assert_eq!(phase_of(story.last()), "Pending");
+    story.goes_live();
+    story.told.has("Retiring");
+    for (_, object) in &story.watch.sightings()[begun..] {
+        let candidate = !object["status"]["candidate"].is_null() && phase_of(object) != "Pending";
+        let both = candidate && !object["status"]["previous"].is_null();
+        assert!(!both, "{:#}", object["status"]);
+    }
+    assert_eq!(story.revision("previous"), second);
+    assert!(
+        copies().is_disjoint(&of_the_first),
+        "the settings of the first are left"
+    );
+    assert_eq!(stacks.at_most(), 2, "stacks at once");
+    assert_eq!(end_well(load).len(), 3);
+}
+
+fn settings(value: &str) -> Value {
+    json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"level": value}})
+}
+
+fn refer_to_settings(declaration: &mut Value) {
+    declaration["spec"]["services"]["user"]["env"] = json!([
+        {"name": "LEVEL", "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "level"}}}
+    ]);
+}
+
+/// The copies of ConfigMaps that the operator has made.
+fn story_copies(ground: &Ground, namespace: &str) -> BTreeSet<String> {
+    let selector = "--selector=app.kubernetes.io/managed-by=exchange-operator";
+    let args = [
+        "get",
+        "configmaps",
+        "--output=name",
+        selector,
+        "--namespace",
+        namespace,
+    ];
+    let names = ground.session.kubectl(&args).unwrap();
+    names.lines().map(str::to_owned).collect()
 }
 
 /// The content of what a spec refers to is part of the release, and a rollback brings it back.
@@ -436,13 +607,8 @@ fn the_way_back_needs_no_pod_of_the_new_stack() {
 fn a_rollback_brings_back_the_settings() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "settings").unwrap();
-    let settings = |value: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"level": value}});
     ground.session.apply(&namespace.name, &settings("old")).unwrap();
-    let mut story = ground.live(&namespace, |declaration| {
-        declaration["spec"]["services"]["user"]["env"] = json!([
-            {"name": "LEVEL", "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "level"}}}
-        ]);
-    });
+    let mut story = ground.live(&namespace, refer_to_settings);
     let load = story.trade();
     let level = |story: &Story<'_>| {
         let colour = text(story.last(), "/status/live/colour");
@@ -462,94 +628,138 @@ fn a_rollback_brings_back_the_settings() {
     story.goes_live();
     assert_eq!(level(&story), "new");
 
-    story
-        .exchange
-        .ask("rollback", &token(story.last(), "live"))
-        .unwrap();
+    story.person("rollback");
     story.reaches("Held");
     assert_eq!(story.revision("live"), first);
     assert_eq!(level(&story), "old");
     story.all_point_at(&first);
     assert_eq!(story.last_outcome().0, "RolledBack");
+    story.told.course(&["RollingBack", "RolledBack"]);
     assert_eq!(end_well(load).len(), 2);
 }
 
 /// What others do to its children is put right; an object that lost its children finds them again; deleted, nothing is left.
+/// Clients notice only what was done to the very address that they ask.
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn what_others_break_is_put_right() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "repairs").unwrap();
-    let mut story = ground.live(&namespace, nothing);
+    ground.session.apply(&namespace.name, &settings("old")).unwrap();
+    let mut story = ground.live(&namespace, |declaration| {
+        refer_to_settings(declaration);
+        declaration["spec"]["services"]["notification"]["autoscaling"] =
+            json!({"minReplicas": 1, "maxReplicas": 1});
+    });
     let revision = story.revision("live");
+    let load = story.trade();
+    let prober = Prober::start(&story);
+    let get = |object: &str, path: &str| ground.session.get(&namespace.name, object, path);
     let repaired = |what: &str, holds: &mut dyn FnMut() -> bool| {
         wait_until(what, PATIENCE, holds).unwrap_or_else(|error| {
-            let told = ground.session.circumstances(story.namespace);
-            assert!(told.is_empty(), "{error:#}\n{told}");
+            panic!("{error:#}\n{}", ground.session.circumstances(&namespace.name));
         });
     };
 
-    let elsewhere = r#"{"spec": {"selector": {"exchange.dev/revision": "elsewhere"}}}"#;
-    story.kubectl(&[
-        "patch",
-        "service",
-        "exchange-trade",
-        "--type=merge",
-        "--patch",
-        elsewhere,
-    ]);
-    repaired("the selector", &mut || {
-        story.selector("trade")["exchange.dev/revision"] == revision
-    });
-
-    let workload = format!("deployment/{NAME}-blue-notification-{revision}");
+    let name = format!("{NAME}-blue-notification-{revision}");
+    let (workload, budget, scaler) = (
+        format!("deployment/{name}"),
+        format!("poddisruptionbudget/{name}"),
+        format!("horizontalpodautoscaler/{name}"),
+    );
+    let patch = |object: &str, patch: &str| {
+        let args = ["patch", object, "--type=merge", "--patch", patch];
+        let place = ["--namespace", &namespace.name];
+        ground.session.kubectl(&[&args[..], &place].concat()).unwrap()
+    };
+    patch(&budget, r#"{"spec": {"maxUnavailable": 0}}"#);
+    patch(&scaler, r#"{"spec": {"maxReplicas": 5}}"#);
     story.kubectl(&["set", "image", &workload, "notification=exchange.local/foreign:1"]);
-    let image = "{.spec.template.spec.containers[0].image}";
     repaired("the image", &mut || {
-        story
-            .session
-            .get(story.namespace, &workload, image)
-            .unwrap()
-            .ends_with("/exchange:1.0.0")
+        let image = "{.spec.template.spec.containers[0].image}";
+        get(&workload, image).unwrap().ends_with("/exchange:1.0.0")
+    });
+    repaired("the budget", &mut || {
+        get(&budget, "{.spec.maxUnavailable}").unwrap() == "1"
+    });
+    repaired("the autoscaler", &mut || {
+        get(&scaler, "{.spec.maxReplicas}").unwrap() == "1"
     });
     story.kubectl(&["rollout", "status", &workload, "--timeout=120s"]);
 
     // Without its children, and created again as it was: it finds what is live, and releases from there.
-    let load = story.trade();
     story.kubectl(&["delete", "exd", NAME, "--cascade=orphan", "--wait"]);
-    let uid = |story: &Story<'_>| {
-        story
-            .session
-            .get(story.namespace, "exd/exchange", "{.metadata.uid}")
-            .unwrap()
-    };
     story.declare(nothing);
     story.watch = story.exchange.watch().unwrap();
     story.reaches("Live");
     assert_eq!(story.revision("live"), revision);
-    let new = uid(&story);
-    let owner = "{.metadata.ownerReferences[0].uid}";
-    let adopted = || {
-        story
-            .session
-            .get(story.namespace, "service/exchange-trade", owner)
-            .is_ok_and(|uid| uid == new)
-    };
-    wait_until("the live Service to be adopted", PATIENCE, adopted).unwrap();
+    let new = get("exd/exchange", "{.metadata.uid}").unwrap();
+    let copies = story_copies(&ground, &namespace.name);
+    assert_eq!(copies.len(), 1, "{copies:?}");
+    for child in copies
+        .iter()
+        .map(String::as_str)
+        .chain(["service/exchange-trade"])
+    {
+        repaired(child, &mut || {
+            get(child, "{.metadata.ownerReferences[0].uid}").is_ok_and(|uid| uid == new)
+        });
+    }
+    story.told.course(&["Adopted"]);
     story.declare(|spec| note(spec, "adopted"));
     story.goes_live();
-    assert_eq!(end_well(load).len(), 2);
-
-    // After the trading: its address is another one now, and names are cached for half a minute.
     let revision = story.revision("live");
+    prober.goes_on();
+    for service in SERVICES {
+        assert_eq!(prober.answers(service).missed, 0, "the {service} service");
+    }
+    assert_eq!(load.progress().failed, 0, "before the traffic was led astray");
+
+    // A selector that leads nowhere: for as long as that takes, its service answers nobody who is not connected already.
+    patch(
+        "service/exchange-trade",
+        r#"{"spec": {"selector": {"exchange.dev/revision": "elsewhere"}}}"#,
+    );
+    repaired("the selector", &mut || {
+        story.selector("trade")["exchange.dev/revision"] == revision
+    });
+    prober.goes_on();
+    for service in ["user", "notification"] {
+        assert_eq!(prober.answers(service).missed, 0, "the {service} service");
+    }
+    let missed = prober.answers("trade").missed;
+    prober.goes_on();
+    assert_eq!(prober.answers("trade").missed, missed, "the selector is right");
+    let (table, report) = load.end().unwrap();
+    assert_eq!(report["audit"]["findings"], json!([]), "{table}");
+    assert_eq!(report["closed_without_notice"], 0, "{table}");
+    let failures = report["summary"]["failures"].as_object().unwrap();
+    let refused = |failure: &String| failure.starts_with("connect");
+    assert!(failures.keys().all(refused), "{table}");
+    assert_eq!(
+        report["summary"]["stacks"].as_object().unwrap().len(),
+        2,
+        "{table}"
+    );
+
+    // Made again, the Service has another address, and names are cached for half a minute: until then nobody is served who
+    // asks for the old one.
     story.kubectl(&["delete", "service", "exchange-user"]);
     let path = "{.spec.selector.exchange\\.dev/revision}";
     repaired("the live Service", &mut || {
-        story
-            .session
-            .get(story.namespace, "service/exchange-user", path)
-            .is_ok_and(|found| found == revision)
+        get("service/exchange-user", path).is_ok_and(|found| found == revision)
     });
+    prober.goes_on();
+    let missed = prober.answers("user").missed;
+    prober.goes_on();
+    assert_eq!(prober.answers("user").missed, missed, "the new address is known");
+    assert_eq!(
+        prober.answers("notification").missed,
+        0,
+        "the notification service"
+    );
+    story.told.course(&[]);
+    drop(prober);
 
     story.kubectl(&["delete", "exd", NAME, "--wait"]);
     let kinds = "services,deployments,jobs,controllerrevisions,poddisruptionbudgets,horizontalpodautoscalers,\
@@ -569,6 +779,7 @@ fn nobody_signs_for_somebody_else() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "signed").unwrap();
     let mut story = ground.live(&namespace, nothing);
+    let load = story.trade();
     story.declare(|spec| note(spec, "signed"));
     story.goes_live();
     let leave = format!("exchange.dev/rollback={}", token(story.last(), "live"));
@@ -599,6 +810,8 @@ fn nobody_signs_for_somebody_else() {
         (outcome.as_str(), reason.as_str(), by.as_str()),
         ("RolledBack", "RolledBack", "alice")
     );
+    story.told.course(&["RollingBack", "RolledBack"]);
+    assert_eq!(end_well(load).len(), 2);
     // Her signature does not sign what somebody else asks for afterwards.
     let retry = format!("exchange.dev/retry={}", token(story.last(), "rejected"));
     let args = ["annotate", "exd", NAME, &retry, "--namespace", story.namespace];
@@ -609,4 +822,94 @@ fn nobody_signs_for_somebody_else() {
         .unwrap_err()
         .to_string();
     assert!(refusal.contains("it is bob who asks"), "{refusal}");
+}
+
+/// The operator of the whole cluster, at rest while this lives.
+struct AtRest<'a>(&'a Session);
+
+impl<'a> AtRest<'a> {
+    fn send(session: &'a Session) -> Self {
+        let rest = Self(session);
+        rest.scale(0).unwrap();
+        let selector = format!("--selector=app.kubernetes.io/instance={OPERATOR}");
+        let pods = [
+            "get",
+            "pods",
+            "--output=name",
+            &selector,
+            "--namespace",
+            OPERATOR_NAMESPACE,
+        ];
+        let gone = || session.kubectl(&pods).is_ok_and(|pods| pods.is_empty());
+        wait_until("its pods to go", PATIENCE, gone).unwrap();
+        rest
+    }
+
+    fn scale(&self, replicas: usize) -> anyhow::Result<String> {
+        let (deployment, replicas) = (format!("deployment/{OPERATOR}"), format!("--replicas={replicas}"));
+        self.0
+            .kubectl(&["scale", &deployment, &replicas, "--namespace", OPERATOR_NAMESPACE])
+    }
+}
+
+impl Drop for AtRest<'_> {
+    fn drop(&mut self) {
+        let _ = self.scale(2);
+    }
+}
+
+/// Without any right outside one namespace: it releases there, and nothing elsewhere. Uninstalled, it leaves the definition and
+/// the exchange, and another operator goes on.
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn an_operator_of_one_namespace_looks_after_that_one() {
+    let ground = Ground::alone();
+    let (namespace, elsewhere) = (
+        Namespace::new(&ground.session, "one").unwrap(),
+        Namespace::new(&ground.session, "elsewhere").unwrap(),
+    );
+    let rest = AtRest::send(&ground.session);
+    let repository = format!("image.repository={}/exchange-operator", ground.images.prefix);
+    let tag = format!("image.tag={}", ground.images.tag);
+    let watched = format!("watchNamespace={}", namespace.name);
+    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/exchange-operator");
+    let place = ["--namespace", namespace.name.as_str()];
+    let mut install = vec![
+        "upgrade",
+        "--install",
+        "only",
+        chart,
+        "--set",
+        &repository,
+        "--set",
+        &tag,
+    ];
+    install.extend(["--set", &watched, "--set", "replicas=1", "--take-ownership"]);
+    install.extend(["--wait", "--timeout", "180s"]);
+    ground.session.helm(&[&install[..], &place].concat()).unwrap();
+
+    let mut story = ground.live(&namespace, nothing);
+    let load = story.trade();
+    let away = story.exchange.declaration("1.0.0");
+    ground.session.apply(&elsewhere.name, &away).unwrap();
+    let first = story.revision("live");
+
+    ground
+        .session
+        .helm(&[&["uninstall", "only", "--wait"], &place[..]].concat())
+        .unwrap();
+    let definition = "crd/exchangedeployments.exchange.dev";
+    ground.session.kubectl(&["get", definition]).unwrap();
+    story.all_point_at(&first);
+    let seen = ground
+        .session
+        .get(&elsewhere.name, "exd/exchange", "{.status.conditions}")
+        .unwrap();
+    assert!(seen.is_empty(), "it has looked elsewhere: {seen}");
+
+    drop(rest);
+    operator::recovers(&ground.session).unwrap();
+    story.declare(|spec| note(spec, "another operator"));
+    story.goes_live();
+    assert_eq!(end_well(load).len(), 2);
 }

@@ -5,18 +5,18 @@ use std::{fs, path::Path};
 use serde_json::{Value, json};
 
 /// The repository's root.
-pub fn repository() -> &'static Path {
+pub(crate) fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
 }
 
 /// An object of `examples/`.
-pub fn example(name: &str) -> Value {
+pub(crate) fn example(name: &str) -> Value {
     let text = fs::read_to_string(repository().join("examples").join(name)).unwrap();
     serde_yaml::from_str(&text).unwrap()
 }
 
 /// Merges a patch into a value; null removes.
-pub fn merge(target: &mut Value, patch: &Value) {
+pub(crate) fn merge(target: &mut Value, patch: &Value) {
     match patch {
         Value::Object(patch) => {
             if !target.is_object() {
@@ -36,17 +36,17 @@ pub fn merge(target: &mut Value, patch: &Value) {
 }
 
 /// An object that is refused.
-pub struct Invalid {
+pub(crate) struct Invalid {
     /// What is wrong with it.
-    pub name: &'static str,
+    pub(crate) name: &'static str,
     /// Right, but for that.
-    pub object: Value,
+    pub(crate) object: Value,
     /// Part of what the person reads who applies it.
-    pub message: &'static str,
+    pub(crate) message: &'static str,
 }
 
 /// All of them.
-pub fn objects() -> Vec<Invalid> {
+pub(crate) fn objects() -> Vec<Invalid> {
     let service = |patch: Value| json!({"spec": {"services": {"trade": patch}}});
     let rollout = |patch: Value| json!({"spec": {"rollout": patch}});
     let cases = [
@@ -73,12 +73,12 @@ pub fn objects() -> Vec<Invalid> {
         (
             "no version",
             json!({"spec": {"version": null}}),
-            "spec: version: Required value",
+            "spec.version: Required value",
         ),
         (
             "empty version",
             json!({"spec": {"version": ""}}),
-            "spec.version: fewer than 1 Length",
+            "spec.version in body should be at least 1 chars long",
         ),
         (
             "spaces",
@@ -108,22 +108,22 @@ pub fn objects() -> Vec<Invalid> {
         (
             "no database",
             json!({"spec": {"database": null}}),
-            "spec: database: Required value",
+            "spec.database: Required value",
         ),
         (
             "no queue",
             json!({"spec": {"queue": null}}),
-            "spec: queue: Required value",
+            "spec.queue: Required value",
         ),
         (
             "no market data",
             json!({"spec": {"marketData": null}}),
-            "spec: marketData: Required value",
+            "spec.marketData: Required value",
         ),
         (
             "empty secret name",
             json!({"spec": {"queue": {"secretRef": {"name": ""}}}}),
-            "fewer than 1 Length",
+            "spec.queue.secretRef.name in body should be at least 1 chars long",
         ),
         (
             "one secret for both",
@@ -143,7 +143,7 @@ pub fn objects() -> Vec<Invalid> {
         (
             "replicas as text",
             service(json!({"replicas": "3"})),
-            "must be of type integer",
+            "spec.services.trade.replicas in body must be of type integer",
         ),
         (
             "limits crossed",
@@ -190,7 +190,7 @@ pub fn objects() -> Vec<Invalid> {
         (
             "long value",
             service(json!({"env": [{"name": "A", "value": "x".repeat(8193)}]})),
-            "more than 8192 Length",
+            "spec.services.trade.env[0].value: Too long: may not be more than 8192 bytes",
         ),
         (
             "envFrom nothing",
@@ -225,12 +225,12 @@ pub fn objects() -> Vec<Invalid> {
         (
             "colour",
             rollout(json!({"colour": "Red"})),
-            r#"supported values: ["Auto","Blue","Green"]"#,
+            r#"Unsupported value: "Red": supported values: "Auto", "Blue", "Green""#,
         ),
         (
             "promotion",
             rollout(json!({"promotion": "Maybe"})),
-            r#"supported values: ["Automatic","Manual"]"#,
+            r#"Unsupported value: "Maybe": supported values: "Automatic", "Manual""#,
         ),
         (
             "deadline",
@@ -300,7 +300,7 @@ pub fn objects() -> Vec<Invalid> {
         (
             "no command",
             rollout(json!({"smokeTests": [{"name": "a", "command": []}]})),
-            "fewer than 1 Items",
+            "spec.rollout.smokeTests[0].command in body should have at least 1 items",
         ),
         (
             "test timeout",
@@ -321,13 +321,13 @@ pub fn objects() -> Vec<Invalid> {
 }
 
 /// The status of an exchange that is live.
-pub fn live() -> Value {
+pub(crate) fn live() -> Value {
     json!({"status": {"attempt": 1, "epoch": 1, "phase": "Live", "live": {
         "colour": "blue", "revision": "12345678", "version": "1.4.0", "attempt": 1, "since": "2026-01-01T00:00:00Z"}}})
 }
 
 /// Changes that are refused once it is live, and their messages.
-pub fn changes() -> Vec<(Value, &'static str)> {
+pub(crate) fn changes() -> Vec<(Value, &'static str)> {
     vec![
         (
             json!({"spec": {"database": {"secretRef": {"name": "other"}}}}),

@@ -21,7 +21,11 @@ use exchange_operator::{
 };
 use futures::{StreamExt as _, stream};
 use jiff::Timestamp;
-use k8s_openapi::api::{authentication::v1::SelfSubjectReview, batch::v1::Job, core::v1::Pod};
+use k8s_openapi::api::{
+    authentication::v1::SelfSubjectReview,
+    batch::v1::Job,
+    core::v1::{Event, Pod},
+};
 use kube::{
     Api, Client, Config, ResourceExt as _,
     api::{ListParams, Patch, PatchParams, PostParams},
@@ -40,6 +44,8 @@ const GIVEN_UP: u8 = 2;
 const TIMED_OUT: u8 = 3;
 /// How often times are shown anew while nothing happens.
 const REFRESH: Duration = Duration::from_secs(5);
+/// After a question that the API server did not answer.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// Looks at an exchange and its release, and asks for what people can ask for.
 #[derive(Parser)]
@@ -128,7 +134,7 @@ async fn main() -> ExitCode {
     match run(Cli::parse()).await {
         Ok(code) => code,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            complain(&format!("{error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -146,7 +152,7 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Status(args) => return cluster.status(&args).await,
         Command::Explain(Name { name }) => {
             let object = cluster.object(name.as_deref()).await?;
-            let view = view::view(&object, &[], &[]);
+            let view = view::view(&object, &[], &[], &[]);
             print(&view::explain(&object, &view, Timestamp::now()))?;
         }
         Command::History(Name { name }) => print(&view::history(&cluster.object(name.as_deref()).await?))?,
@@ -158,6 +164,10 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Resume(Name { name }) => cluster.ask(Action::Resume, name.as_deref()).await?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn complain(what: &str) {
+    let _ = writeln!(std::io::stderr(), "error: {what}");
 }
 
 fn print(text: &str) -> anyhow::Result<()> {
@@ -228,27 +238,51 @@ impl Cluster {
             Api::<Pod>::namespaced(self.client.clone(), &self.namespace),
             Api::<Job>::namespaced(self.client.clone(), &self.namespace),
         );
-        let (object, pods, jobs) =
-            tokio::try_join!(self.objects.get(name), pods.list(&children), jobs.list(&children))?;
-        Ok(view::view(&object, &pods.items, &jobs.items))
+        let (object, pods, jobs, told) = tokio::try_join!(
+            self.objects.get(name),
+            pods.list(&children),
+            jobs.list(&children),
+            self.told(name)
+        )?;
+        Ok(view::view(&object, &pods.items, &jobs.items, &told))
+    }
+
+    /// The Events of the object. Who may not read them sees fewer times.
+    async fn told(&self, name: &str) -> kube::Result<Vec<Event>> {
+        let about = format!("involvedObject.kind=ExchangeDeployment,involvedObject.name={name}");
+        let events = Api::<Event>::namespaced(self.client.clone(), &self.namespace);
+        match events.list(&ListParams::default().fields(&about)).await {
+            Ok(list) => Ok(list.items),
+            Err(kube::Error::Api(status)) if status.code == 403 => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
     }
 
     // ---- status -----------------------------------------------------------------------------------------------
 
     async fn status(&self, args: &Status) -> anyhow::Result<ExitCode> {
-        let name = self.object(args.name.name.as_deref()).await?.name_any();
+        let named = args.name.name.as_deref();
         if !args.wait && !args.watch {
+            let name = self.object(named).await?.name_any();
             show(&self.look(&name).await?, args.output)?;
             return Ok(ExitCode::SUCCESS);
         }
-        let following = self.follow(&name, args);
+        let following = async {
+            let name = patiently(|| self.object(named)).await?.name_any();
+            self.follow(&name, args).await
+        };
         let Some(limit) = args.timeout else {
             return following.await;
         };
         if let Ok(code) = time::timeout(limit.into(), following).await {
             return code;
         }
-        show(&self.look(&name).await?, args.output)?;
+        let last = async { self.look(&self.object(named).await?.name_any()).await };
+        match time::timeout(REFRESH, last).await {
+            Ok(Ok(view)) => show(&view, args.output)?,
+            Ok(Err(error)) => complain(&format!("{error:#}")),
+            Err(_) => complain("the API server does not answer"),
+        }
         Ok(ExitCode::from(TIMED_OUT))
     }
 
@@ -261,7 +295,7 @@ impl Cluster {
         let pods = watcher(pods, of_children).default_backoff().map(drop);
         let mut happens = stream::select(object.boxed(), pods.boxed());
         loop {
-            let view = self.look(name).await?;
+            let view = patiently(|| self.look(name)).await?;
             if args.watch {
                 if stdout().is_terminal() {
                     print("\x1b[2J\x1b[H")?;
@@ -317,6 +351,32 @@ impl Cluster {
     }
 }
 
+/// Asks again after what may pass by itself, for as long as somebody waits.
+async fn patiently<T, F: Future<Output = anyhow::Result<T>>>(ask: impl Fn() -> F) -> anyhow::Result<T> {
+    let mut told = false;
+    loop {
+        match ask().await {
+            Err(error) if passes(&error) => {
+                if !told {
+                    complain(&format!("{error:#}; asking again"));
+                }
+                told = true;
+                time::sleep(AGAIN).await;
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Whether an error may pass by itself: no answer, or one that does not say no.
+fn passes(error: &anyhow::Error) -> bool {
+    match error.downcast_ref::<kube::Error>() {
+        Some(kube::Error::Api(status)) => status.code == 429 || status.code >= 500,
+        Some(kube::Error::Service(_) | kube::Error::HyperError(_)) => true,
+        _ => false,
+    }
+}
+
 /// Until something happens, but not longer than times may stand still on the screen.
 async fn quiet(something: impl Future) {
     let _ = time::timeout(REFRESH, something).await;
@@ -342,6 +402,7 @@ const fn verdict(view: &View) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory as _;
+    use kube::client::Body;
 
     use super::*;
 
@@ -360,8 +421,81 @@ mod tests {
             ("awaiting_promotion", None),
             ("suspended_other", None),
         ] {
-            let view = view::view(&view::tests::object(object), &[], &[]);
+            let view = view::view(&view::tests::object(object), &[], &[], &[]);
             assert_eq!(verdict(&view), expected, "{object}");
+        }
+    }
+
+    /// A cluster whose API server answers questions about the object in this order, the last one for ever, and has nothing
+    /// beside it.
+    fn cluster(answers: Vec<(u16, Value)>) -> Cluster {
+        let (service, mut requests) = tower_test::mock::pair::<http::Request<Body>, http::Response<Body>>();
+        tokio::spawn(async move {
+            let (mut answers, mut last) = (answers.into_iter(), (500, Value::Null));
+            while let Some((request, send)) = requests.next_request().await {
+                let query = request.uri().query().unwrap_or_default();
+                let (code, body) = if query.contains("watch=true") {
+                    (503, json!({"kind": "Status", "status": "Failure", "code": 503}))
+                } else if request.uri().path().ends_with("/exchangedeployments/exchange") {
+                    last = answers.next().unwrap_or(last);
+                    last.clone()
+                } else {
+                    (200, json!({"metadata": {}, "items": []}))
+                };
+                let body = Body::from(body.to_string().into_bytes());
+                send.send_response(http::Response::builder().status(code).body(body).unwrap());
+            }
+        });
+        let client = Client::new(service, "prod");
+        Cluster {
+            objects: Api::namespaced(client.clone(), "prod"),
+            client,
+            namespace: "prod".to_owned(),
+        }
+    }
+
+    fn waiting(timeout: &str) -> Status {
+        Status {
+            name: Name {
+                name: Some("exchange".to_owned()),
+            },
+            watch: false,
+            wait: true,
+            timeout: Some(timeout.parse().unwrap()),
+            output: Some(Output::Json),
+        }
+    }
+
+    fn refusal(code: u16) -> (u16, Value) {
+        let reason = if code == 404 { "NotFound" } else { "" };
+        let status =
+            json!({"kind": "Status", "status": "Failure", "reason": reason, "message": "no", "code": code});
+        (code, status)
+    }
+
+    #[tokio::test]
+    async fn who_waits_does_not_give_up_because_of_an_api_server_that_is_away_for_a_moment() {
+        let live = serde_json::to_value(view::tests::object("live")).unwrap();
+        let begin = (200, live.clone());
+        let cluster = cluster(vec![refusal(500), begin, refusal(503), refusal(429), (200, live)]);
+        let code = cluster.status(&waiting("30s")).await.unwrap();
+        assert_eq!(format!("{code:?}"), format!("{:?}", ExitCode::SUCCESS));
+    }
+
+    #[tokio::test]
+    async fn who_waits_in_vain_for_an_api_server_is_told_that_the_time_is_over() {
+        let code = cluster(vec![refusal(503)]).status(&waiting("2s")).await.unwrap();
+        assert_eq!(format!("{code:?}"), format!("{:?}", ExitCode::from(TIMED_OUT)));
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_says_no_ends_the_wait() {
+        for (code, says) in [(403, "no"), (404, "there is no ExchangeDeployment exchange")] {
+            let error = cluster(vec![refusal(code)])
+                .status(&waiting("30s"))
+                .await
+                .unwrap_err();
+            assert!(format!("{error:#}").contains(says), "{error:#}");
         }
     }
 

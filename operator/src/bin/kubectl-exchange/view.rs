@@ -5,11 +5,14 @@ use std::fmt::Write as _;
 use exchange_operator::{
     api::{ExchangeDeployment, Service},
     resources::{ATTEMPT, COLOUR, JOB, REVISION},
-    status::{ExchangeDeploymentStatus as Status, Phase, Stack, token},
+    status::{ExchangeDeploymentStatus as Status, HistoryEntry, Outcome, Phase, Reason, Stack, token},
 };
 use jiff::{SignedDuration, Timestamp, Unit};
 use k8s_openapi::{
-    api::{batch::v1::Job, core::v1::Pod},
+    api::{
+        batch::v1::Job,
+        core::v1::{Event, Pod},
+    },
     apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta},
 };
 use serde::Serialize;
@@ -46,8 +49,20 @@ pub(crate) struct StackView {
     pub(crate) stack: Stack,
     pub(crate) attempt: u32,
     pub(crate) note: String,
+    /// Of the release that it is about: where it has been, and how long.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) phases: Vec<PhaseView>,
     pub(crate) services: Vec<ServiceView>,
     pub(crate) gates: Vec<Gate>,
+}
+
+/// A phase of a release, as far as is known of it.
+#[derive(Debug, Serialize)]
+pub(crate) struct PhaseView {
+    pub(crate) phase: Phase,
+    pub(crate) began: Timestamp,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) ended: Option<Timestamp>,
 }
 
 /// The pods of a service of a stack.
@@ -93,8 +108,8 @@ pub(crate) fn condition<'a>(status: &'a Status, kind: &str) -> Option<&'a Condit
     status.conditions.iter().find(|it| it.type_ == kind)
 }
 
-/// Puts together what the cluster says. `pods` and `jobs` are those of this exchange.
-pub(crate) fn view(object: &ExchangeDeployment, pods: &[Pod], jobs: &[Job]) -> View {
+/// Puts together what the cluster says. `pods`, `jobs` and `told` are those of this exchange.
+pub(crate) fn view(object: &ExchangeDeployment, pods: &[Pod], jobs: &[Job], told: &[Event]) -> View {
     let status = object.status.clone().unwrap_or_default();
     let is = |kind| condition(&status, kind).is_some_and(|it| it.status == "True");
     let current =
@@ -107,6 +122,7 @@ pub(crate) fn view(object: &ExchangeDeployment, pods: &[Pod], jobs: &[Job]) -> V
             stack: stack.clone(),
             attempt,
             note,
+            phases: phases(object, &status, jobs, told, (stack, attempt)),
             services: services(pods, stack),
             gates: gates(object, &status, jobs, stack, attempt),
         });
@@ -211,6 +227,123 @@ fn pod_view(pod: &Pod) -> PodView {
     }
 }
 
+/// The stack and attempt that the phase is about.
+fn release(status: &Status) -> Option<(&Stack, u32)> {
+    let rejected = status
+        .rejected
+        .as_ref()
+        .filter(|_| matches!(status.phase, Phase::Failed | Phase::Held))
+        .map(|it| (&it.stack, it.attempt));
+    let candidate = status.candidate.as_ref().map(|it| (&it.stack, it.attempt));
+    let live = status.live.as_ref().map(|it| (&it.stack, it.attempt));
+    candidate.or(rejected).or(live)
+}
+
+/// The phases of the release that a stack and attempt are about, if they are. Only the present one is in the status: when
+/// the others began is in the history, the Jobs and the Events, for as long as those are kept.
+fn phases(
+    object: &ExchangeDeployment,
+    status: &Status,
+    jobs: &[Job],
+    told: &[Event],
+    (stack, attempt): (&Stack, u32),
+) -> Vec<PhaseView> {
+    if release(status) != Some((stack, attempt)) {
+        return Vec::new();
+    }
+    let job = |name: &str| job_of(jobs, stack, attempt, name).map(|job| gate(name, job));
+    let expand = job("expand");
+    let own = object
+        .spec
+        .rollout
+        .smoke_tests
+        .iter()
+        .map(|test| test.name.as_str());
+    let tests: Vec<Gate> = ["smoke"].into_iter().chain(own).filter_map(job).collect();
+    let tested = tests.iter().filter_map(|test| test.ended).max();
+    let manual = object.spec.rollout.promotion == exchange_operator::api::Promotion::Manual;
+    let entry = |holds: &dyn Fn(&HistoryEntry) -> bool| {
+        let mine = status
+            .history
+            .iter()
+            .find(|it| it.stack == *stack && it.attempt == attempt && holds(it));
+        mine.map(|it| it.at)
+    };
+    let ended_as = |outcome: Outcome| entry(&|it| it.outcome == outcome);
+    // Given up in the middle of the swap, it went back; before it, there was nowhere to go.
+    let turned = |it: &HistoryEntry| {
+        let middle = matches!(it.reason, Some(Reason::PromotionFailed | Reason::RolledBack));
+        it.outcome == Outcome::RolledBack || it.outcome == Outcome::Failed && middle
+    };
+    let migrated = expand.as_ref().and_then(|it| it.began);
+    let promoted = ended_as(Outcome::Promoted);
+    // The latest Event of a reason may be another release's.
+    let started = last(told, "ReleaseStarted").filter(|at| migrated.is_none_or(|next| *at <= next));
+    let promoting = last(told, "Promoting")
+        .filter(|at| tested.is_some_and(|tested| tested <= *at))
+        .filter(|at| promoted.is_none_or(|next| *at <= next));
+    let back = entry(&turned);
+    let known = [
+        (Phase::Pending, started),
+        (Phase::Migrating, migrated),
+        (Phase::Provisioning, expand.as_ref().and_then(|it| it.ended)),
+        (Phase::Testing, tests.iter().filter_map(|test| test.began).min()),
+        (Phase::AwaitingPromotion, tested.filter(|_| manual)),
+        (Phase::Promoting, promoting),
+        (Phase::Verifying, promoted),
+        (Phase::Live, ended_as(Outcome::Verified)),
+        (
+            Phase::Failed,
+            entry(&|it| it.outcome == Outcome::Failed && !turned(it)),
+        ),
+        (Phase::RollingBack, back),
+        (
+            Phase::Held,
+            last(told, "RolledBack").filter(|at| back.is_some_and(|back| back <= *at)),
+        ),
+    ];
+    let mut begins: Vec<(Phase, Timestamp)> = known
+        .into_iter()
+        .filter_map(|(phase, began)| Some((phase, began?)))
+        .filter(|(phase, began)| {
+            *phase != status.phase && status.phase_since.is_none_or(|since| *began <= since)
+        })
+        .collect();
+    begins.extend(status.phase_since.map(|since| (status.phase, since)));
+    begins.sort_by_key(|(_, began)| *began);
+    let ends = begins.iter().skip(1).map(|(_, began)| Some(*began)).chain([None]);
+    let all = begins
+        .iter()
+        .zip(ends)
+        .map(|(&(phase, began), ended)| PhaseView { phase, began, ended });
+    // Where a release comes to rest is no part of the way.
+    all.filter(|it| !matches!(it.phase, Phase::Live | Phase::Failed | Phase::Held))
+        .collect()
+}
+
+/// When something was told last.
+fn last(told: &[Event], reason: &str) -> Option<Timestamp> {
+    let times = told
+        .iter()
+        .filter(|it| it.reason.as_deref() == Some(reason))
+        .filter_map(|it| {
+            let again = it
+                .series
+                .as_ref()
+                .and_then(|series| series.last_observed_time.as_ref());
+            again.or(it.event_time.as_ref()).map(|it| it.0)
+        });
+    times.max()
+}
+
+fn job_of<'a>(jobs: &'a [Job], stack: &Stack, attempt: u32, name: &str) -> Option<&'a Job> {
+    jobs.iter().find(|job| {
+        of_stack(&job.metadata, stack)
+            && label(&job.metadata, ATTEMPT) == Some(attempt.to_string().as_str())
+            && label(&job.metadata, JOB) == Some(name)
+    })
+}
+
 /// The gates of a candidate, in the order in which they are passed; of other stacks, those whose Jobs are still there.
 fn gates(
     object: &ExchangeDeployment,
@@ -220,13 +353,7 @@ fn gates(
     attempt: u32,
 ) -> Vec<Gate> {
     let mut gates = Vec::new();
-    let job = |name: &str| {
-        jobs.iter().find(|job| {
-            of_stack(&job.metadata, stack)
-                && label(&job.metadata, ATTEMPT) == Some(attempt.to_string().as_str())
-                && label(&job.metadata, JOB) == Some(name)
-        })
-    };
+    let job = |name: &str| job_of(jobs, stack, attempt, name);
     let candidate = status.candidate.as_ref().filter(|it| it.stack == *stack);
     let released = candidate.filter(|_| !matches!(status.phase, Phase::RollingBack));
     let by_job = |name: &str| match job(name) {
@@ -339,6 +466,14 @@ pub(crate) fn tree(view: &View, now: Timestamp) -> String {
             token(&stack.stack, stack.attempt)
         );
         let mut lines: Vec<String> = Vec::new();
+        if !stack.phases.is_empty() {
+            lines.push("phases".to_owned());
+        }
+        for phase in &stack.phases {
+            let mark = if phase.ended.is_some() { "✓" } else { "…" };
+            let took = span(phase.ended.unwrap_or(now).duration_since(phase.began));
+            lines.push(format!("  {mark} {} {took}", phase.phase));
+        }
         for service in &stack.services {
             let ready = service.pods.iter().filter(|pod| pod.ready).count();
             lines.push(format!(
@@ -541,6 +676,23 @@ pub(crate) mod tests {
         .unwrap()
     }
 
+    /// What the operator has told of a release that began a while before its present phase, and of one before that.
+    fn told(object: &ExchangeDeployment) -> Vec<Event> {
+        let since = object
+            .status
+            .as_ref()
+            .and_then(|status| status.phase_since)
+            .unwrap();
+        let before = |seconds: i64| {
+            let at = since - SignedDuration::from_secs(seconds);
+            at.strftime("%H:%M:%S").to_string()
+        };
+        vec![
+            event("ReleaseStarted", &before(3_600), Some(&before(90))),
+            event("Promoting", &before(3_500), None),
+        ]
+    }
+
     fn now() -> Timestamp {
         "2026-01-01T02:20:00Z".parse().unwrap()
     }
@@ -583,22 +735,88 @@ pub(crate) mod tests {
     fn the_tree_shows_stacks_pods_and_gates() {
         let object = object("testing");
         let (pods, jobs) = cluster(&object);
-        insta::assert_snapshot!("tree", tree(&view(&object, &pods, &jobs), now()));
+        insta::assert_snapshot!("tree", tree(&view(&object, &pods, &jobs, &told(&object)), now()));
     }
 
     #[test]
     fn the_tree_of_each_phase_says_what_it_is_about() {
         for name in ["new", "stale", "awaiting_promotion", "live", "held", "failed"] {
-            let text = tree(&view(&object(name), &[], &[]), now());
+            let text = tree(&view(&object(name), &[], &[], &[]), now());
             insta::assert_snapshot!(format!("tree-{name}"), text);
         }
+    }
+
+    /// At a time of day.
+    fn day(time: &str) -> Timestamp {
+        format!("2026-01-01T{time}Z").parse().unwrap()
+    }
+
+    fn event(reason: &str, first: &str, again: Option<&str>) -> Event {
+        let micro = |time: &str| day(time).to_string();
+        let series = again.map(|again| json!({"count": 2, "lastObservedTime": micro(again)}));
+        serde_json::from_value(json!({
+            "metadata": {}, "involvedObject": {}, "reason": reason, "eventTime": micro(first), "series": series,
+        }))
+        .unwrap()
+    }
+
+    /// Each phase of the live version's release, with its seconds.
+    fn way(events: &[Event]) -> Vec<(String, i64)> {
+        let object = object("live");
+        let live = object.status.clone().unwrap().live.unwrap();
+        let jobs = [
+            ("expand", "02:15:00", "02:15:04"),
+            ("smoke", "02:15:20", "02:15:30"),
+        ]
+        .map(|(name, began, ended)| {
+            let mut job =
+                serde_json::to_value(job(&live.stack, live.attempt, name, Some("Complete"))).unwrap();
+            job["status"]["startTime"] = json!(day(began).to_string());
+            job["status"]["conditions"][0]["lastTransitionTime"] = json!(day(ended).to_string());
+            serde_json::from_value(job).unwrap()
+        });
+        let view = view(&object, &[], &jobs, events);
+        let live = &view.stacks[0];
+        assert!(view.stacks[1].phases.is_empty(), "of another release");
+        let seconds = |it: &PhaseView| it.ended.unwrap().duration_since(it.began).as_secs();
+        live.phases
+            .iter()
+            .map(|it| (it.phase.to_string(), seconds(it)))
+            .collect()
+    }
+
+    #[test]
+    fn each_phase_lasts_until_the_next_begins() {
+        let told = [
+            event("ReleaseStarted", "00:00:01", Some("02:14:58")),
+            event("Promoting", "00:00:40", Some("02:15:31")),
+        ];
+        let expected = [
+            ("Pending", 2),
+            ("Migrating", 4),
+            ("Provisioning", 16),
+            ("Testing", 11),
+            ("Promoting", 7),
+            ("Verifying", 60),
+        ];
+        assert_eq!(way(&told), expected.map(|(phase, took)| (phase.to_owned(), took)));
+    }
+
+    #[test]
+    fn what_was_told_of_another_release_counts_for_nothing() {
+        let told = [
+            event("ReleaseStarted", "02:40:00", None),
+            event("Promoting", "00:00:40", None),
+        ];
+        let phases: Vec<String> = way(&told).into_iter().map(|(phase, _)| phase).collect();
+        assert_eq!(phases, ["Migrating", "Provisioning", "Testing", "Verifying"]);
     }
 
     #[test]
     fn machines_read_the_same() {
         let object = object("testing");
         let (pods, jobs) = cluster(&object);
-        insta::assert_yaml_snapshot!("view", view(&object, &pods, &jobs));
+        insta::assert_yaml_snapshot!("view", view(&object, &pods, &jobs, &told(&object)));
     }
 
     #[test]
@@ -607,7 +825,7 @@ pub(crate) mod tests {
             let object = object(name);
             insta::assert_snapshot!(
                 format!("explain-{name}"),
-                explain(&object, &view(&object, &[], &[]), now())
+                explain(&object, &view(&object, &[], &[], &[]), now())
             );
         }
     }

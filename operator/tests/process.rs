@@ -1,0 +1,247 @@
+//! The operator as a process, on an API server that says only what the test wants: what the kubelet is told, what is in its
+//! log, and how it ends.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+use std::{
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Router,
+    body::Bytes,
+    extract::State,
+    http::{Method, StatusCode, Uri},
+    response::{IntoResponse, Response},
+};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/ns/leases";
+
+/// An API server with nothing but one Lease.
+#[derive(Default)]
+struct Server {
+    /// Every request is answered with an error.
+    away: bool,
+    lease: Value,
+    version: u64,
+}
+
+type Shared = Arc<Mutex<Server>>;
+
+async fn answer(State(server): State<Shared>, method: Method, uri: Uri, body: Bytes) -> Response {
+    let refusal = |code: StatusCode| {
+        let reason = if code == StatusCode::NOT_FOUND {
+            "NotFound"
+        } else {
+            ""
+        };
+        let status = json!({"kind": "Status", "status": "Failure", "reason": reason, "message": "as the test wants",
+                            "code": code.as_u16()});
+        (code, status.to_string()).into_response()
+    };
+    if server.lock().unwrap().away {
+        return refusal(StatusCode::INTERNAL_SERVER_ERROR);
+    }
+    if uri.path().starts_with(LEASES) {
+        let mut server = server.lock().unwrap();
+        if method == Method::GET {
+            return match &server.lease {
+                Value::Null => refusal(StatusCode::NOT_FOUND),
+                lease => lease.to_string().into_response(),
+            };
+        }
+        server.version += 1;
+        let mut lease: Value = serde_json::from_slice(&body).unwrap();
+        lease["metadata"]["resourceVersion"] = json!(server.version.to_string());
+        server.lease = lease;
+        return server.lease.to_string().into_response();
+    }
+    if uri.query().is_some_and(|query| query.contains("watch=true")) {
+        // Nothing ever happens.
+        std::future::pending::<()>().await;
+    }
+    json!({"metadata": {"resourceVersion": "1"}, "items": []})
+        .to_string()
+        .into_response()
+}
+
+/// An operator called `me` that runs on such a server.
+struct World {
+    server: Shared,
+    operator: Child,
+    port: u16,
+}
+
+impl World {
+    async fn start(name: &str, server: Server) -> Self {
+        let server = Arc::new(Mutex::new(server));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let api = listener.local_addr().unwrap();
+        let router = Router::new().fallback(answer).with_state(Arc::clone(&server));
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        let kubeconfig = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "test",
+            "clusters": [{"name": "test", "cluster": {"server": format!("http://{api}")}}],
+            "users": [{"name": "test", "user": {}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+        });
+        let file = std::env::temp_dir().join(format!("exchange-operator-{name}-{}", std::process::id()));
+        std::fs::write(&file, kubeconfig.to_string()).unwrap();
+        // Free when it was asked for.
+        let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = free.local_addr().unwrap().port();
+        drop(free);
+        let operator = Command::new(env!("CARGO_BIN_EXE_exchange-operator"))
+            .args(["run", "--identity", "me", "--lease-namespace", "ns"])
+            .args(["--listen", &format!("127.0.0.1:{port}")])
+            .env("KUBECONFIG", &file)
+            .env_remove("RUST_LOG")
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Self {
+            server,
+            operator,
+            port,
+        }
+    }
+
+    /// What a probe is told; nothing while nobody listens.
+    async fn probe(&self, path: &str) -> Option<(u16, String)> {
+        let answer = reqwest::get(format!("http://127.0.0.1:{}{path}", self.port))
+            .await
+            .ok()?;
+        Some((answer.status().as_u16(), answer.text().await.ok()?))
+    }
+
+    async fn until_probed(&self, path: &str, code: u16) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let probed = self.probe(path).await;
+            if probed.as_ref().is_some_and(|(is, _)| *is == code) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{path}: {probed:?} instead of {code}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    fn holder(&self) -> String {
+        let server = self.server.lock().unwrap();
+        let holder = server
+            .lease
+            .pointer("/spec/holderIdentity")
+            .and_then(Value::as_str);
+        holder.unwrap_or_default().to_owned()
+    }
+
+    /// Tells it to end, and waits until it has: how it ended, how long that took, and its whole log.
+    async fn terminate(mut self) -> (ExitStatus, Duration, Vec<Value>) {
+        let (begun, pid) = (Instant::now(), self.operator.id().to_string());
+        assert!(
+            Command::new("kill")
+                .args(["-TERM", &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
+        let output = self.operator.stdout.take().unwrap();
+        let log = tokio::task::spawn_blocking(move || std::io::read_to_string(output).unwrap());
+        let log = tokio::time::timeout(Duration::from_secs(60), log)
+            .await
+            .unwrap()
+            .unwrap();
+        let status = self.operator.wait().unwrap();
+        let lines = log
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")));
+        (status, begun.elapsed(), lines.collect())
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = self.operator.kill();
+        let _ = self.operator.wait();
+    }
+}
+
+fn says(log: &[Value], message: &str) -> bool {
+    log.iter().any(|line| line["message"] == message)
+}
+
+#[tokio::test]
+async fn told_to_end_a_leader_gives_up_its_lease() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let away = Server {
+        away: true,
+        ..Server::default()
+    };
+    let world = World::start("leader", away).await;
+    // An API server that is away is no reason to be started anew, and none to be counted on.
+    world.until_probed("/readyz", 503).await;
+    world.until_probed("/livez", 200).await;
+    world.server.lock().unwrap().away = false;
+    world.until_probed("/readyz", 200).await;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while world.holder() != "me" {
+        assert!(Instant::now() < deadline, "it does not lead");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    world.until_probed("/livez", 200).await;
+
+    let server = Arc::clone(&world.server);
+    let (status, took, log) = world.terminate().await;
+    assert!(status.success(), "{status}");
+    assert!(took < Duration::from_secs(10), "it took {took:?}");
+    assert_eq!(server.lock().unwrap().lease["spec"]["holderIdentity"], "");
+    for line in &log {
+        for field in ["@timestamp", "log.level", "log.logger", "message", "service.name"] {
+            assert!(line[field].is_string(), "no {field}: {line}");
+        }
+    }
+    for message in [
+        "this operator leads",
+        "the operator is told to end",
+        "the lease is given up",
+    ] {
+        assert!(says(&log, message), "{message}: {log:#?}");
+    }
+    assert_eq!(log.last().unwrap()["message"], "the operator has ended");
+}
+
+#[tokio::test]
+async fn who_stands_by_is_ready_and_leaves_the_lease_alone() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let server = Server {
+        lease: json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
+                      "metadata": {"name": "exchange-operator", "namespace": "ns", "resourceVersion": "0"},
+                      "spec": {"holderIdentity": "another", "leaseDurationSeconds": 4}}),
+        ..Server::default()
+    };
+    let world = World::start("stand-by", server).await;
+    // The other one renews it.
+    let renewed = Arc::clone(&world.server);
+    let renewing = tokio::spawn(async move {
+        loop {
+            {
+                let mut server = renewed.lock().unwrap();
+                server.version += 1;
+                let version = server.version.to_string();
+                server.lease["metadata"]["resourceVersion"] = json!(version);
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    });
+    world.until_probed("/readyz", 200).await;
+    world.until_probed("/livez", 200).await;
+    let (status, _, log) = world.terminate().await;
+    renewing.abort();
+    assert!(status.success(), "{status}");
+    assert!(!says(&log, "this operator leads"), "{log:#?}");
+    assert!(!says(&log, "the lease is given up"), "{log:#?}");
+}
