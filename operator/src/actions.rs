@@ -275,7 +275,9 @@ impl Turn<'_> {
                 });
             }
         }
-        for (job, seen) in &self.seen.jobs {
+        // What is being adopted changes: it is looked at again before it is removed.
+        let adopted = |stack| kept.contains(stack) && self.stack(stack).is_some_and(|it| !it.owned);
+        for (job, seen) in self.seen.jobs.iter().filter(|(job, _)| !adopted(&job.stack)) {
             if !self.needs(job) && seen.state != JobState::Running {
                 actions.push(Action::DeleteJob(job.clone(), seen.fence.clone()));
             }

@@ -178,7 +178,9 @@ impl Turn<'_> {
             return;
         }
         let can = |stack: &Stack| self.stack(stack).is_some_and(StackSeen::serves);
+        // What the API server refuses to move back it refuses to move forward, too.
         if self.overdue()
+            && self.seen.refused.is_none()
             && !to.as_ref().is_some_and(can)
             && self.stack(&left.stack).is_some_and(StackSeen::complete)
         {

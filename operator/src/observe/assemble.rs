@@ -365,12 +365,12 @@ pub(super) fn see_live<'a>(
 }
 
 /// Sees an object of ours that has lost the labels by which it is found: it is put right as whatever is not as rendered.
-pub(super) fn see_lost(
+pub(super) fn see_lost<'a>(
     meta: &ObjectMeta,
     (stack, service): (&Stack, Service),
     part: Part,
-    seen: &mut Observed,
-) -> &mut ServiceSeen {
+    seen: &'a mut Observed,
+) -> &'a mut ServiceSeen {
     let there = seen.stacks.entry(stack.clone()).or_default();
     let there = there.services.entry(service).or_default();
     let (fence, intact) = (fence(meta), false);

@@ -509,21 +509,24 @@ impl World {
     /// One undisturbed operator, until it has nothing to do for a while.
     pub(crate) fn settle(&mut self) -> Result<(), String> {
         let mut still = 0;
+        // Who is refused tries again and again.
+        let banned = self.ban.is_some();
+        let calm = if banned { 80 } else { 8 };
         for _ in 0..3000 {
             let before = self.writes;
             self.step(0, View::Fresh)?;
             self.round();
-            still = if self.writes == before && self.operators[0].idle() {
+            still = if self.writes == before && (banned || self.operators[0].idle()) {
                 still + 1
             } else {
                 0
             };
-            if still > 8 {
+            if still > calm {
                 // Past every deadline, retention and drain.
                 self.wait(4000);
                 self.round();
                 let before = self.writes;
-                for _ in 0..10 {
+                for _ in 0..calm + 2 {
                     self.step(0, View::Fresh)?;
                     self.round();
                 }

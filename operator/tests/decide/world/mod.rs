@@ -648,7 +648,7 @@ impl World {
                 old.phase
             ));
         }
-        if self.status.live.is_some() {
+        if self.status.live.is_some() || self.status.epoch > 0 {
             self.orphaned = false;
         }
         if new.rejected.is_some() && new.rejected != old.rejected {
@@ -656,6 +656,7 @@ impl World {
         }
         if let (Some(was), None) = (&old.rejected, &new.rejected)
             && matches!(old.phase, Phase::Failed | Phase::Held)
+            && was.stack.revision == self.revision
             && self.given_up == self.declarations
             && self.requests.retry != Some(token(&was.stack, was.attempt))
         {
