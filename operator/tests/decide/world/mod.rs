@@ -1017,7 +1017,8 @@ impl World {
             }
         }
         let moving = matches!(self.status.phase, Phase::Promoting | Phase::RollingBack);
-        if !moving {
+        // Who was asleep while the object was created again writes what was right before: to where the traffic is.
+        if !moving && !self.orphaned {
             let live = self.status.live.as_ref().map(|live| &live.stack);
             if to != live {
                 return Err(format!(
