@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use crate::{
     api::Service,
-    decide::{SHORT_OF_ENDPOINTS, Turn, declared_replicas, of},
+    decide::{SHORT_OF_ENDPOINTS, Turn},
     observe::{Job, JobKind, JobState, Part},
     plan::{Action, Intent},
     status::{Phase, PreviousState, Stack},
@@ -17,12 +17,17 @@ const CONTRACTS_KEPT: u32 = 10;
 impl Turn<'_> {
     pub(crate) fn actions(&self) -> Vec<Action> {
         let mut actions = Vec::new();
-        if self.seen.taken.is_empty() {
-            self.move_traffic(&mut actions);
-            for stack in self.kept() {
-                self.keep(&stack, &mut actions);
-            }
+        let free = self.seen.taken.is_empty();
+        self.move_traffic(&mut actions);
+        // Under a name that belongs to somebody else nothing is begun; what has, or has had, the traffic is kept.
+        let candidate = self.next.candidate.as_ref().filter(|_| !free).map(|it| &it.stack);
+        for stack in self.kept().iter().filter(|stack| Some(*stack) != candidate) {
+            self.keep(stack, &mut actions);
+        }
+        if free || self.next.candidate.is_none() {
             self.run_jobs(&mut actions);
+        }
+        if free {
             self.remove(&mut actions);
         }
         actions
@@ -37,7 +42,9 @@ impl Turn<'_> {
         };
         for service in Service::ALL {
             let Some(seen) = self.seen.live.get(&service) else {
-                actions.push(Action::CreateLive { service });
+                if self.seen.taken.is_empty() || to.is_some() {
+                    actions.push(Action::CreateLive { service });
+                }
                 continue;
             };
             let right = match intent {
@@ -144,7 +151,9 @@ impl Turn<'_> {
                     && seen
                         .and_then(|seen| seen.service(service))
                         .is_some_and(|seen| seen.replicas != replicas);
-                let autoscaled = live.is_some() && self.autoscaled(service);
+                let autoscaled = live
+                    .and_then(|live| live.scale.as_ref())
+                    .is_some_and(|scale| scale.of(service).autoscaling.is_some());
                 match there {
                     Some(there) if part == Part::Autoscaler && !autoscaled => actions.push(Action::Delete {
                         stack: stack.clone(),
@@ -166,31 +175,26 @@ impl Turn<'_> {
         }
     }
 
-    pub(crate) fn autoscaled(&self, service: Service) -> bool {
-        self.spec.services.get(service).autoscaling.is_some()
-    }
-
     /// Replicas of a kept stack. A count that came with another revision waits for that revision's promotion.
     pub(crate) fn replicas(&self, stack: &Stack, service: Service) -> u32 {
-        let is_live = self.next.live.as_ref().is_some_and(|live| live.stack == *stack);
+        let live = self.next.live.as_ref().filter(|live| live.stack == *stack);
+        let moving = matches!(self.next.phase, Phase::Promoting | Phase::RollingBack);
+        let Some(scale) = live.filter(|_| !moving).and_then(|live| live.scale.as_ref()) else {
+            return self.wanted(stack, service);
+        };
+        let scale = scale.of(service);
         let seen = self
             .stack(stack)
             .and_then(|seen| seen.service(service))
             .map_or(0, |seen| seen.replicas);
-        if !is_live || matches!(self.next.phase, Phase::Promoting | Phase::RollingBack) {
-            return self.wanted(stack, service);
-        }
-        let declared = u32::try_from(self.spec.services.get(service).replicas).unwrap_or(1);
-        let applies = self.declared().is_some_and(|declared| {
-            let changed = self.next.rejected.as_ref().is_some_and(|rejected| {
-                self.rejects(declared)
-                    && of(rejected.replicas, service) != of(declared_replicas(self.spec), service)
-            });
-            changed || (self.reached(declared) && self.next.rejected.is_none())
-        });
-        match (seen, applies && !self.autoscaled(service)) {
-            (0, _) | (_, true) => declared,
-            (seen, false) => seen,
+        let declared = u32::try_from(scale.replicas).unwrap_or(1);
+        match seen {
+            0 => declared,
+            // An autoscaler's business.
+            seen if scale.autoscaling.is_some() => seen,
+            // Another count is declared already: what there is too much is not taken away before.
+            seen if scale.replicas != self.spec.services.get(service).replicas => seen.max(declared),
+            _ => declared,
         }
     }
 
@@ -271,7 +275,9 @@ impl Turn<'_> {
                 });
             }
         }
-        for (job, seen) in &self.seen.jobs {
+        // What is being adopted changes: it is looked at again before it is removed.
+        let adopted = |stack| kept.contains(stack) && self.stack(stack).is_some_and(|it| !it.owned);
+        for (job, seen) in self.seen.jobs.iter().filter(|(job, _)| !adopted(&job.stack)) {
             if !self.needs(job) && seen.state != JobState::Running {
                 actions.push(Action::DeleteJob(job.clone(), seen.fence.clone()));
             }

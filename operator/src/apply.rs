@@ -33,11 +33,11 @@ use crate::{
     guard,
     metrics::Metrics,
     observe::{
-        Fence, Job, Part,
+        Fence, Job, Part, is_nobodys, is_ours,
         read::{Look, Reader, builder, selector},
     },
     plan::Action,
-    resources::{COLOUR, MANAGER, REVISION},
+    resources::{ATTEMPT, COLOUR, MANAGER, REVISION},
     revision::{Source, hex},
     status::{ExchangeDeploymentStatus as Status, Stack},
 };
@@ -165,7 +165,10 @@ impl Writer {
     ) -> Result<(), Error> {
         let builder = builder(&look.object);
         let object = match part {
-            Part::Autoscaler => builder.autoscaler(&look.object.spec, stack, service),
+            Part::Autoscaler => {
+                let live = look.seen.status.live.as_ref().filter(|live| live.stack == *stack);
+                live.and_then(|live| builder.autoscaler(live, service))
+            }
             _ => look
                 .material
                 .rendered
@@ -198,9 +201,10 @@ impl Writer {
     }
 
     async fn unrender(&self, look: &Look, stack: &Stack, fence: &Fence) -> Result<(), Error> {
-        self.delete_all::<ConfigMap>(look, stack).await?;
-        self.delete_all::<Secret>(look, stack).await?;
-        self.delete_all::<ServiceAccount>(look, stack).await?;
+        // As they were seen: under the same names there may be those of a stack that was made again since.
+        for piece in look.material.pieces.get(stack).into_iter().flatten() {
+            self.delete(&piece.kind, look, &piece.name, &piece.fence).await?;
+        }
         let name = builder(&look.object).stack_name(stack);
         let kind = ApiResource::erase::<ControllerRevision>(&());
         self.delete(&kind, look, &name, fence).await
@@ -230,7 +234,7 @@ impl Writer {
         object: Value,
     ) -> Result<(), Error> {
         match self.create::<K>(look, object).await {
-            Err(Error::Api { source, .. }) if already_exists(&source) => Ok(()),
+            Err(error) if already_exists(&error) => Ok(()),
             done => done,
         }
     }
@@ -240,7 +244,47 @@ impl Writer {
         let name = object.name_any();
         let (api, params) = (self.objects(kind, look), post());
         let created = api.create(&params, &object);
-        self.limited("create", &kind.kind, &name, created).await.map(drop)
+        let created = self.limited("create", &kind.kind, &name, created).await;
+        match created {
+            Err(error) if already_exists(&error) => self.reclaim(kind, look, &object, error).await,
+            done => done.map(drop),
+        }
+    }
+
+    /// A name that is taken. An object of ours that has lost the labels by which it is found gets them back, and is seen
+    /// at the next look; one that has them was created by another operator since this one has looked.
+    async fn reclaim(
+        &self,
+        kind: &ApiResource,
+        look: &Look,
+        object: &DynamicObject,
+        refusal: Error,
+    ) -> Result<(), Error> {
+        let (namespace, name) = (builder(&look.object).namespace, object.name_any());
+        let Some(there) = self.reader.named(kind, namespace, &name).await? else {
+            return Err(refusal);
+        };
+        // The rest of an attempt before may be there.
+        let has = |(key, value): (&String, &String)| {
+            let there = there.labels().get(key);
+            there == Some(value) || (key == ATTEMPT && there.is_some())
+        };
+        let ours = is_ours(&there.metadata, builder(&look.object).uid);
+        let labelled = object.labels().iter().all(has);
+        if !ours && !(labelled && is_nobodys(&there.metadata)) {
+            let kind = Box::new(kind.clone());
+            return Err(Error::Taken { kind, name });
+        }
+        // Services are found by their names.
+        if labelled || kind.kind == "Service" || there.metadata.deletion_timestamp.is_some() {
+            return Err(refusal);
+        }
+        let patch = json!({"metadata": {
+            "uid": there.uid(),
+            "resourceVersion": there.resource_version(),
+            "labels": object.labels(),
+        }});
+        self.merge(kind, look, &name, &patch).await
     }
 
     async fn patch(
@@ -311,6 +355,10 @@ impl Writer {
             "resourceVersion": *fence.resource_version,
             "ownerReferences": builder(&look.object).owner(),
         }});
+        self.merge(kind, look, name, &patch).await
+    }
+
+    async fn merge(&self, kind: &ApiResource, look: &Look, name: &str, patch: &Value) -> Result<(), Error> {
         let (api, params) = (
             self.objects(kind, look),
             PatchParams {
@@ -318,7 +366,7 @@ impl Writer {
                 ..PatchParams::default()
             },
         );
-        let patch = Patch::Merge(&patch);
+        let patch = Patch::Merge(patch);
         let patched = api.patch_metadata(name, &params, &patch);
         self.limited("patch", &kind.kind, name, patched).await.map(drop)
     }
@@ -333,19 +381,6 @@ impl Writer {
             if !owned {
                 self.own(&kind, look, &name, &fence).await?;
             }
-        }
-        Ok(())
-    }
-
-    /// Deletes all objects of a kind that belong to a stack, each as it is now.
-    async fn delete_all<K: Resource<DynamicType = ()>>(
-        &self,
-        look: &Look,
-        stack: &Stack,
-    ) -> Result<(), Error> {
-        let kind = ApiResource::erase::<K>(&());
-        for (name, fence, _) in self.all(&kind, look, stack).await? {
-            self.delete(&kind, look, &name, &fence).await?;
         }
         Ok(())
     }
@@ -433,8 +468,11 @@ fn take_over(owners: &mut Option<Vec<OwnerReference>>, ours: Option<Vec<OwnerRef
     owners.extend(ours.unwrap_or_default());
 }
 
-fn already_exists(error: &kube::Error) -> bool {
-    matches!(error, kube::Error::Api(status) if status.is_already_exists())
+fn already_exists(error: &Error) -> bool {
+    let Error::Api { source, .. } = error else {
+        return false;
+    };
+    matches!(&**source, kube::Error::Api(status) if status.is_already_exists())
 }
 
 fn dynamic(object: Value) -> Result<DynamicObject, Error> {

@@ -139,9 +139,17 @@ impl Context {
         }
         let done = self.act(&mut look, &plan.actions, remembered).await;
         self.tell(&look, &plan.events).await;
-        done?;
         let status = &look.seen.status;
-        remembered.memory.known = Some((status.phase, status.attempt));
+        let memory = &mut remembered.memory;
+        // What is refused for good has been tried as well: somebody has to be told, and the deadline to pass.
+        if done.as_ref().err().is_none_or(Error::lasts) {
+            memory.known = Some((status.phase, status.attempt));
+            memory.refused = done.as_ref().err().and_then(Error::refusal);
+        }
+        if let Err(Error::Taken { kind, name }) = &done {
+            memory.taken.push(((**kind).clone(), name.clone()));
+        }
+        done?;
         let wait = if plan.actions.is_empty() {
             plan.requeue
         } else {
@@ -165,9 +173,18 @@ impl Context {
         {
             remembered.moving = Some((epoch, Instant::now()));
         }
+        let mut refused = None;
         for action in actions {
-            self.writer.act(look, action).await?;
-            debug!("{action:?}");
+            let all_or_none = matches!(action, plan::Action::Point { .. });
+            match self.writer.act(look, action).await {
+                Ok(()) => debug!("{action:?}"),
+                // Trying the others will not make it worse, and nothing makes it better.
+                Err(error) if error.lasts() && !all_or_none => _ = refused.get_or_insert(error),
+                Err(error) => return Err(error),
+            }
+        }
+        if let Some(error) = refused {
+            return Err(error);
         }
         if let (Some((_, intent)), Some((_, since))) = (moves, remembered.moving) {
             self.metrics.swapped(intent, since.elapsed());

@@ -17,9 +17,10 @@ use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
     observe::{Declared, Job, JobKind, JobState, Observed, Part, StackSeen},
     plan::{Event, Plan},
+    release::Found,
     status::{
         Candidate, ExchangeDeploymentStatus as Status, HistoryEntry, Live, Outcome, Phase, PreviousState,
-        Reason, Rejected, Replicas, Stack, token,
+        Reason, Rejected, Scale, Stack, token,
     },
 };
 
@@ -28,7 +29,7 @@ pub const QUIET: SignedDuration = SignedDuration::from_secs(5);
 /// How long what is left of a release that was given up is kept for its logs.
 pub const KEPT_FOR_LOGS: SignedDuration = SignedDuration::from_mins(10);
 /// How long a swap waits for a stack that is short of some of its endpoints. A swap back then does with fewer, one forward
-/// is given up.
+/// is given up; and so is what has been swapped to and has no endpoints for so long while it is verified.
 pub const SHORT_OF_ENDPOINTS: SignedDuration = SignedDuration::from_secs(10);
 /// Entries in the history.
 pub const HISTORY: usize = 20;
@@ -51,35 +52,34 @@ pub fn decide(spec: &Spec, seen: &Observed, now: Timestamp) -> Plan {
         next: seen.status.clone(),
         events: Vec::new(),
     };
-    turn.stop_or_resume();
-    turn.adopt();
-    match turn.next.phase {
-        Phase::Promoting => turn.promoting(),
-        Phase::RollingBack => turn.rolling_back(),
-        Phase::Verifying => turn.verifying(),
-        _ => turn.releasing(),
+    if let Ok(declared) = &seen.declared {
+        turn.next.gates.clone_from(&declared.gates);
     }
-    turn.old_stack();
-    turn.contract();
+    turn.stop_or_resume();
+    let found = Found::by(spec, seen);
+    let undecided = matches!(found, Found::Undecided(_));
+    if !undecided {
+        turn.adopt(found);
+        match turn.next.phase {
+            Phase::Promoting => turn.promoting(),
+            Phase::RollingBack => turn.rolling_back(),
+            Phase::Verifying => turn.verifying(),
+            _ => turn.releasing(),
+        }
+        turn.old_stack();
+        turn.contract();
+        turn.scale();
+    }
     turn.next.observed_generation = Some(seen.generation);
     crate::report::report(spec, seen, &mut turn.next, now);
-    let actions = turn.actions();
+    let actions = if undecided { Vec::new() } else { turn.actions() };
     let changed = turn.next != seen.status;
-    let requeue = turn.requeue(changed);
+    let requeue = turn.requeue(changed, undecided);
     Plan {
         status: changed.then_some(turn.next),
         actions,
         events: turn.events,
         requeue,
-    }
-}
-
-/// Replicas as declared.
-pub fn declared_replicas(spec: &Spec) -> Replicas {
-    Replicas {
-        user: spec.services.user.replicas,
-        trade: spec.services.trade.replicas,
-        notification: spec.services.notification.replicas,
     }
 }
 
@@ -156,8 +156,13 @@ impl Turn<'_> {
     /// Whether the phase has lasted too long. Judged only when this operator has seen the phase before, so that the time
     /// in which none looked is not held against a release that only had to be looked at.
     pub(crate) fn overdue(&self) -> bool {
+        self.watched() && self.elapsed() >= signed(self.spec.rollout.progress_deadline)
+    }
+
+    /// Whether this operator has seen the whole of the phase before, and could do what was to be done.
+    pub(crate) fn watched(&self) -> bool {
         let same = self.next.phase == self.seen.status.phase && self.next.attempt == self.seen.status.attempt;
-        same && self.seen.seen_before && self.elapsed() >= signed(self.spec.rollout.progress_deadline)
+        same && self.seen.seen_before
     }
 
     pub(crate) fn enter(&mut self, phase: Phase) {
@@ -204,7 +209,8 @@ impl Turn<'_> {
     pub(crate) fn rejects(&self, declared: &Declared) -> bool {
         self.next.rejected.as_ref().is_some_and(|rejected| {
             rejected.stack.revision == declared.revision
-                && rejected.gates == declared.gates
+                // Of what was adopted nobody knows the gates.
+                && (rejected.gates.is_empty() || rejected.gates == declared.gates)
                 && self
                     .spec
                     .rollout
@@ -235,11 +241,12 @@ impl Turn<'_> {
         self.stack(stack).is_some_and(|seen| {
             seen.rendered.is_some()
                 && Service::ALL.iter().all(|service| {
+                    let parts = seen.service(*service).map(|seen| &seen.parts);
+                    let intact = |part| parts.and_then(|it| it.get(&part)).is_some_and(|it| it.intact);
                     seen.ready(*service) >= self.wanted(stack, *service)
-                        && seen
-                            .service(*service)
-                            .and_then(|seen| seen.parts.get(&Part::Workload))
-                            .is_some_and(|workload| workload.intact)
+                        && [Part::ColourService, Part::Budget, Part::Workload]
+                            .into_iter()
+                            .all(intact)
                 })
         })
     }
@@ -319,6 +326,7 @@ impl Turn<'_> {
             version,
             attempt,
             gates,
+            ..
         } = candidate;
         self.next.rejected = Some(Rejected {
             stack,
@@ -327,7 +335,7 @@ impl Turn<'_> {
             gates,
             reason,
             message,
-            replicas: declared_replicas(self.spec),
+            scale: Some(Scale::declared(self.spec)),
             until: later(self.now, KEPT_FOR_LOGS),
         });
     }
@@ -344,19 +352,8 @@ impl Turn<'_> {
             let (Some(live), Some(previous)) = (self.next.live.take(), self.next.previous.take()) else {
                 return;
             };
-            let gates = self.next.rejected.take().map_or_else(
-                || {
-                    self.declared()
-                        .map_or_else(String::new, |declared| declared.gates.clone())
-                },
-                |rejected| rejected.gates,
-            );
-            let left = Candidate {
-                stack: live.stack,
-                version: live.version,
-                attempt: live.attempt,
-                gates,
-            };
+            self.next.rejected = None;
+            let left = self.left(live);
             self.remember(
                 named(&left),
                 Outcome::RolledBack,
@@ -374,6 +371,8 @@ impl Turn<'_> {
                 since: self.now,
                 verified: previous.verified,
                 contracted: previous.contracted,
+                unserved_since: None,
+                scale: previous.scale,
             });
         }
         self.next.epoch += 1;
@@ -384,6 +383,49 @@ impl Turn<'_> {
             .as_ref()
             .map_or_else(|| "nothing".to_owned(), |live| live.version.clone());
         self.tell(true, "RollingBack", format!("the traffic goes back to {to}"));
+    }
+
+    /// A stack that has been live and is given up, with the gates that are declared now: the same declaration is not tried
+    /// again by itself.
+    pub(crate) fn left(&self, live: Live) -> Candidate {
+        Candidate {
+            stack: live.stack,
+            version: live.version,
+            attempt: live.attempt,
+            gates: self.next.gates.clone(),
+            approved_by: None,
+        }
+    }
+
+    /// How many pods the live stack has is as declared for it. What came with another revision waits for that one to be
+    /// promoted; what has been changed since a release was given up was meant for what is live.
+    pub(crate) fn scale(&mut self) {
+        let now = Scale::declared(self.spec);
+        let declared = self.declared();
+        let reached = declared.is_some_and(|it| self.reached(it)) && self.next.rejected.is_none();
+        let given_up = declared
+            .filter(|it| self.rejects(it))
+            .and(self.next.rejected.as_ref());
+        let before = given_up.and_then(|it| it.scale.clone());
+        let Some(live) = &mut self.next.live else {
+            return;
+        };
+        let scale = live.scale.get_or_insert_with(|| now.clone());
+        for service in Service::ALL {
+            let (now, before) = (now.of(service), before.as_ref().map(|it| it.of(service)));
+            let scale = scale.of_mut(service);
+            if reached || before.is_some_and(|it| it.replicas != now.replicas) {
+                scale.replicas = now.replicas;
+            }
+            if reached || before.is_some_and(|it| it.autoscaling != now.autoscaling) {
+                scale.autoscaling.clone_from(&now.autoscaling);
+            }
+        }
+    }
+
+    /// What the API server does not accept may be the cause.
+    pub(crate) fn blamed(&self, message: &str) -> String {
+        format!("{message}{}", crate::report::refused(self.seen, &self.next))
     }
 
     /// A rollback that somebody has asked for: of exactly the stack that is to be left.
@@ -397,9 +439,12 @@ impl Turn<'_> {
         meant
     }
 
-    pub(crate) fn requeue(&self, changed: bool) -> time::Duration {
+    pub(crate) fn requeue(&self, changed: bool, undecided: bool) -> time::Duration {
         if changed {
             return time::Duration::ZERO;
+        }
+        if undecided {
+            return time::Duration::from_secs(10);
         }
         let steady = matches!(
             self.next.phase,
@@ -434,14 +479,6 @@ pub(crate) fn named(candidate: &Candidate) -> (Stack, String, u32) {
         candidate.version.clone(),
         candidate.attempt,
     )
-}
-
-pub(crate) const fn of(replicas: Replicas, service: Service) -> i32 {
-    match service {
-        Service::User => replicas.user,
-        Service::Trade => replicas.trade,
-        Service::Notification => replicas.notification,
-    }
 }
 
 pub(crate) fn signed(duration: Duration) -> SignedDuration {

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use crate::guard::Refusal;
+use kube::api::ApiResource;
+
+use crate::{guard::Refusal, observe::pods::short};
 
 /// Why a pass ended before its end.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +29,14 @@ pub enum Error {
     /// What was planned is not right any more.
     #[error("refused to write: {0}")]
     Refused(#[from] Refusal),
+    /// A name that is needed belongs to somebody else.
+    #[error("{}/{name} belongs to somebody else", kind.kind)]
+    Taken {
+        /// Of which kind it is.
+        kind: Box<ApiResource>,
+        /// Its name.
+        name: String,
+    },
     /// An object of ours is not what we wrote.
     #[error("{0} cannot be read: {1}")]
     Unreadable(String, String),
@@ -72,7 +82,7 @@ impl Error {
         match self {
             Self::Refused(_) => Class::Conflict,
             Self::Timeout { .. } => Class::Transient,
-            Self::Unreadable(..) => Class::Invalid,
+            Self::Unreadable(..) | Self::Taken { .. } => Class::Invalid,
             Self::Api { source, .. } => match &**source {
                 kube::Error::Api(status) => match status.code {
                     // Not found: what should be written or deleted has gone.
@@ -85,6 +95,23 @@ impl Error {
                 _ => Class::Transient,
             },
         }
+    }
+
+    /// What the API server does not accept and will not accept next time either, and what it said.
+    pub fn refusal(&self) -> Option<String> {
+        let Self::Api { doing, source } = self else {
+            return None;
+        };
+        let said = match &**source {
+            kube::Error::Api(status) => status.message.clone(),
+            other => other.to_string(),
+        };
+        self.lasts().then(|| short(&format!("{doing}: {said}")))
+    }
+
+    /// Whether it ends only when somebody does something about it.
+    pub fn lasts(&self) -> bool {
+        matches!(self.class(), Class::Forbidden | Class::Invalid)
     }
 
     /// The whole chain of causes, for people.

@@ -7,7 +7,6 @@
 
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
-    decide::declared_replicas,
     observe::{Observed, Part, Target},
     plan::{Action, Intent},
     status::{ExchangeDeploymentStatus as Status, Stack},
@@ -40,6 +39,9 @@ pub enum Refusal {
     /// Pods are left behind a colour Service: some data planes would cut their connections.
     #[error("{0} still has pods")]
     PodsLeft(Stack),
+    /// Nothing is recorded that says that the traffic is not where it should be.
+    #[error("the {0} service has traffic, and nothing is recorded")]
+    HasTraffic(Service),
     /// The object is being deleted.
     #[error("the object is being deleted")]
     Deleting,
@@ -64,6 +66,19 @@ pub fn check(spec: &Spec, record: &Status, action: &Action, seen: &Observed) -> 
             intent,
             ..
         } => endpoints(to, *service, *epoch, *intent, seen),
+        Action::Point {
+            service,
+            to: None,
+            intent: Intent::Repair,
+            ..
+        } if record.attempt == 0 => {
+            let served = seen.live.get(service).is_some_and(|it| !it.endpoints.is_empty());
+            if served {
+                Err(Refusal::HasTraffic(*service))
+            } else {
+                Ok(())
+            }
+        }
         // The one thing that may go while its stack stays.
         Action::Delete {
             part: Part::Autoscaler,
@@ -152,12 +167,7 @@ fn enough(
         .get(stack)
         .and_then(|stack| stack.service(service))
         .map_or(0, |seen| seen.replicas);
-    let declared = declared_replicas(spec);
-    let declared = match service {
-        Service::User => declared.user,
-        Service::Trade => declared.trade,
-        Service::Notification => declared.notification,
-    };
+    let declared = spec.services.get(service).replicas;
     let least = if is_live {
         has.min(u32::try_from(declared).unwrap_or(1))
     } else {

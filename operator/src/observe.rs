@@ -15,6 +15,9 @@ pub mod read;
 
 use std::{collections::BTreeMap, sync::Arc};
 
+pub use assemble::Piece;
+pub(crate) use assemble::{is_nobodys, is_ours};
+
 use crate::{
     api::Service,
     status::{ExchangeDeploymentStatus, Stack},
@@ -51,6 +54,8 @@ pub struct Observed {
     pub jobs: BTreeMap<Job, JobSeen>,
     /// Names that are needed and belong to somebody else.
     pub taken: Vec<String>,
+    /// What the API server did not accept when this operator last did what was to be done, and what it said.
+    pub refused: Option<String>,
     /// The stack that answered a row of new connections to every live Service, if all answers were the same.
     pub answers: Option<Stack>,
     /// The live stack's own figures since its swap, as far as they could be read.

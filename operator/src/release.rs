@@ -1,42 +1,132 @@
 //! The phases of a release, and what becomes of the stack that was live before.
 
+use std::collections::BTreeMap;
+
 use crate::{
-    api::{Promotion, Service},
+    api::{ExchangeDeploymentSpec as Spec, Promotion, Service},
     decide::{QUIET, Turn, signed},
-    observe::{Declared, Job, JobKind, JobState, Target},
+    observe::{Declared, Job, JobKind, JobState, Observed, StackSeen, Target},
     resources::job_word,
     status::{
         Candidate, Colour, Contract, Live, Outcome, Phase, Previous, PreviousState, Reason, Stack, token,
     },
 };
 
-impl Turn<'_> {
-    /// An object that was deleted without its children and created again finds its stacks as they were.
-    pub(crate) fn adopt(&mut self) {
-        if self.next.live.is_some() || self.next.attempt > 0 || self.next.epoch > 0 {
-            return;
+/// What an object of which nothing is recorded finds: it was deleted without its children and created again.
+pub(crate) enum Found {
+    /// Nothing has traffic, or something is recorded.
+    Nothing,
+    /// One stack has the traffic.
+    Live(Stack),
+    /// The traffic was being moved to one stack from another.
+    Moving { to: Stack, from: Stack },
+    /// Something has traffic, and what should have it cannot be said; why, and what to do.
+    Undecided(String),
+}
+
+impl Found {
+    pub(crate) fn by(spec: &Spec, seen: &Observed) -> Self {
+        let record = &seen.status;
+        if record.live.is_some() || record.attempt > 0 || record.epoch > 0 {
+            return Self::Nothing;
         }
-        let mut targets = self.seen.live.values().map(|live| &live.target);
-        let Some(Target::Stack(first)) = targets.next() else {
-            return;
+        // Where the traffic goes, and the last move that has sent it there.
+        let mut moves: BTreeMap<&Stack, u32> = BTreeMap::new();
+        for live in seen.live.values() {
+            let stacks = match &live.target {
+                Target::Stack(stack) => std::slice::from_ref(stack),
+                Target::Foreign => &live.endpoints,
+                Target::Nothing => &[],
+            };
+            for stack in stacks.iter().filter(|stack| seen.stacks.contains_key(stack)) {
+                let last = moves.entry(stack).or_default();
+                *last = (*last).max(live.epoch);
+            }
+        }
+        let Some(last) = moves.values().max().copied() else {
+            return Self::Nothing;
         };
-        let all = self.seen.live.len() == Service::ALL.len() && targets.all(|target| target.is(Some(first)));
-        let Some(stack) = self.stack(first).filter(|stack| all && stack.rendered.is_some()) else {
-            return;
+        let mut latest = moves
+            .iter()
+            .filter(|(_, epoch)| **epoch == last)
+            .map(|(it, _)| *it);
+        let points_at = |stack| seen.live.values().filter(move |it| it.target.is(Some(stack)));
+        // No move of the operator's, but somebody's decision.
+        let decided = |stack| last > 0 || points_at(stack).count() == Service::ALL.len();
+        let to = latest.next().filter(|to| latest.next().is_none() && decided(to));
+        let Some(to) = to else {
+            let stacks: Vec<String> = moves.keys().map(ToString::to_string).collect();
+            let stacks = stacks.join(" and ");
+            return Self::Undecided(format!(
+                "the live Services point at {stacks}, and nothing is recorded that says which should be live: \
+                 point all three at one stack, and it is taken over"
+            ));
         };
-        let live = Live {
-            stack: first.clone(),
-            version: stack.version.clone(),
-            attempt: stack.attempt,
-            since: self.now,
-            verified: true,
-            contracted: false,
+        let is = |stack: &Stack, what: fn(&StackSeen) -> bool| seen.stacks.get(stack).is_some_and(what);
+        let declared = seen.declared.as_ref().ok().map(|declared| &declared.revision);
+        let known =
+            |stack: &Stack| is(stack, |it| it.rendered.is_some()) || declared == Some(&stack.revision);
+        let (to, from) = match moves.keys().find(|stack| **stack != to) {
+            // The move cannot be finished, but taken back.
+            Some(from) if !is(to, StackSeen::serves) && is(from, StackSeen::serves) && known(from) => {
+                (*from, Some(to))
+            }
+            from => (to, from.copied()),
+        };
+        if !known(to) {
+            return Self::Undecided(format!(
+                "the live Services point at {to}, whose ControllerRevision is lost: declare exactly what it runs \
+                 instead of {}, and it is taken over",
+                spec.version
+            ));
+        }
+        match from.cloned() {
+            Some(from) => Self::Moving { to: to.clone(), from },
+            None => Self::Live(to.clone()),
+        }
+    }
+}
+
+impl Turn<'_> {
+    /// Takes over what was found. Nobody knows whether it had been verified.
+    pub(crate) fn adopt(&mut self, found: Found) {
+        let (stack, from) = match found {
+            Found::Nothing | Found::Undecided(_) => return,
+            Found::Live(stack) => (stack, None),
+            Found::Moving { to, from } => (to, Some(from)),
         };
         self.next.attempt = self.highest_attempt();
         self.next.epoch = self.seen.live.values().map(|live| live.epoch).max().unwrap_or(0);
+        let live = self.found(&stack);
         self.tell(false, "Adopted", format!("{} was found to be live", live.version));
         self.next.live = Some(live);
-        self.enter(Phase::Live);
+        if let Some(from) = from {
+            let from = self.found(&from);
+            self.next.candidate = Some(self.left(from));
+            self.next.epoch += 1;
+            return self.enter(Phase::RollingBack);
+        }
+        let mut others = self.seen.stacks.iter().filter(|(other, _)| **other != stack);
+        if let Some((other, _)) = others.find(|(_, seen)| seen.pods() > 0) {
+            // It may have had the traffic before, and still have connections.
+            let other = self.found(other);
+            self.next.previous = Some(self.leaves(other, false));
+        }
+        self.arrive();
+    }
+
+    fn found(&self, stack: &Stack) -> Live {
+        let seen = self.stack(stack).filter(|seen| seen.rendered.is_some());
+        Live {
+            stack: stack.clone(),
+            version: seen.map_or_else(|| self.spec.version.clone(), |seen| seen.version.clone()),
+            attempt: seen.map_or(self.next.attempt, |seen| seen.attempt),
+            since: self.now,
+            verified: false,
+            contracted: false,
+            unserved_since: None,
+            scale: None,
+        }
     }
 
     pub(crate) fn highest_attempt(&self) -> u32 {
@@ -64,7 +154,8 @@ impl Turn<'_> {
         let Some(declared) = self.declared().cloned() else {
             return;
         };
-        if self.stopped() {
+        // A name that belongs to somebody else: what is recorded goes on, nothing else is begun.
+        if self.stopped() || !self.seen.taken.is_empty() {
             return;
         }
         self.reconsider(&declared);
@@ -103,6 +194,9 @@ impl Turn<'_> {
         let again =
             asked == Some(token(&rejected.stack, rejected.attempt)) && asked != self.next.handled.retry;
         if again {
+            let what = (rejected.stack.clone(), rejected.version.clone(), rejected.attempt);
+            let by = self.asker();
+            self.remember(what, Outcome::Retried, None, &by);
             self.next.handled.retry = asked;
         }
         if again || !self.rejects(declared) {
@@ -143,6 +237,7 @@ impl Turn<'_> {
             version,
             attempt,
             gates,
+            approved_by: None,
         });
         self.next.phase = Phase::Pending;
         self.next.phase_since = Some(self.clock());
@@ -193,6 +288,11 @@ impl Turn<'_> {
         let approved =
             self.seen.requests.promote.is_some() && self.seen.requests.promote == Some(token(stack, attempt));
         let manual = self.spec.rollout.promotion == Promotion::Manual;
+        // Who signs something else later has not approved this.
+        let approver = candidate.approved_by.clone().or_else(|| Some(self.asker()));
+        if let Some(candidate) = &mut self.next.candidate {
+            candidate.approved_by = approver.filter(|_| manual && approved);
+        }
         if !self.tested(stack, attempt) {
             self.enter(Phase::Testing);
             let message = self
@@ -248,7 +348,7 @@ impl Turn<'_> {
 
     pub(crate) fn in_time(&mut self, reason: Reason, message: &str) {
         if self.overdue() {
-            self.fail(reason, message.to_owned(), "operator");
+            self.fail(reason, self.blamed(message), "operator");
         }
     }
 

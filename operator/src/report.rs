@@ -11,7 +11,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
     decide::{later, signed},
-    observe::{JobKind, JobState, Observed, StackSeen},
+    observe::{Job, JobKind, JobState, Observed, StackSeen},
+    release::Found,
     status::{Candidate, ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack, token},
 };
 
@@ -32,8 +33,13 @@ fn verdict(is: bool, reason: impl fmt::Display, message: impl Into<String>) -> V
 
 /// Sets all conditions. The time of a transition changes only when a condition turns.
 pub fn report(spec: &Spec, seen: &Observed, status: &mut Status, now: Timestamp) {
-    let story = format!("{}{}", story(spec, seen, status), times(spec, status));
-    let stalled = stalled(spec, seen, status);
+    let story = format!(
+        "{}{}{}",
+        story(spec, seen, status),
+        times(spec, status),
+        refused(seen, status)
+    );
+    let stalled = stalled(spec, seen, status, now);
     let arrived = arrived(spec, seen, status);
     let waiting = !arrived && !matches!(status.phase, Phase::Failed | Phase::Held);
     let ready = arrived && stalled.is_none();
@@ -98,12 +104,36 @@ fn word(status: &Status, arrived: bool) -> String {
     status.phase.to_string()
 }
 
+/// What the API server does not accept, as the end of a sentence.
+pub(crate) fn refused(seen: &Observed, status: &Status) -> String {
+    // It was about what was to be done then.
+    let same = seen.status.phase == status.phase && seen.status.attempt == status.attempt;
+    let refused = seen.refused.as_ref().filter(|_| same);
+    refused.map_or_else(String::new, |it| format!("; the API server refuses to {it}"))
+}
+
 /// Why nothing goes on without somebody's help.
-fn stalled(spec: &Spec, seen: &Observed, status: &Status) -> Option<Verdict> {
+fn stalled(spec: &Spec, seen: &Observed, status: &Status, now: Timestamp) -> Option<Verdict> {
     if !seen.taken.is_empty() {
         let names = seen.taken.join(", ");
         let message = format!("{names} belongs to somebody else: rename or delete it, or rename this object");
         return Some(verdict(true, "NameTaken", message));
+    }
+    if let Found::Undecided(why) = Found::by(spec, seen) {
+        return Some(verdict(true, "AdoptionUndecided", why));
+    }
+    let endless = matches!(status.phase, Phase::Pending | Phase::RollingBack);
+    let deadline = status
+        .phase_since
+        .filter(|_| endless && status.stopped_since.is_none());
+    let deadline = deadline.map(|since| later(since, signed(spec.rollout.progress_deadline)));
+    if let Some(refused) = seen
+        .refused
+        .as_ref()
+        .filter(|_| deadline.is_some_and(|it| now >= it))
+    {
+        let message = format!("the API server refuses to {refused}; nothing goes on before that");
+        return Some(verdict(true, "WriteRefused", message));
     }
     if let Err(missing) = &seen.declared {
         return Some(verdict(true, "ReferenceMissing", missing.clone()));
@@ -276,33 +306,33 @@ fn candidate_ready(seen: &Observed, status: &Status) -> Verdict {
     }
 }
 
+/// The try that the gates are told about: the one under way, or the one that was given up.
+fn judged(status: &Status) -> Option<(&Stack, u32)> {
+    let given_up = matches!(status.phase, Phase::Failed | Phase::Held);
+    let candidate = status.candidate.as_ref().map(|it| (&it.stack, it.attempt));
+    let rejected = status.rejected.as_ref().filter(|_| given_up);
+    candidate.or_else(|| rejected.map(|it| (&it.stack, it.attempt)))
+}
+
 fn schema_ready(seen: &Observed, status: &Status) -> Verdict {
-    let job = |kind: JobKind| {
-        seen.jobs.iter().rev().find(|(job, _)| {
-            let candidate = status
-                .candidate
-                .as_ref()
-                .is_some_and(|it| it.stack == job.stack && it.attempt == job.attempt);
-            let live = status
-                .live
-                .as_ref()
-                .is_some_and(|it| it.stack == job.stack && it.attempt == job.attempt);
-            job.kind == kind && (candidate || live)
-        })
+    let job = |kind: JobKind, (stack, attempt): (&Stack, u32)| {
+        let job = Job {
+            kind,
+            stack: stack.clone(),
+            attempt,
+        };
+        seen.jobs.get(&job).map(|seen| &seen.state)
     };
-    if let Some((_, seen)) = job(JobKind::Contract)
-        && let JobState::Failed(why) = &seen.state
-    {
+    let judged = judged(status);
+    let live = status.live.as_ref().map(|it| (&it.stack, it.attempt));
+    if let Some(JobState::Failed(why)) = live.and_then(|it| job(JobKind::Contract, it)) {
         return verdict(
             false,
             "ContractFailed",
             format!("the contract migration of the live version failed: {why}"),
         );
     }
-    match (
-        job(JobKind::Expand).map(|(_, seen)| &seen.state),
-        &status.candidate,
-    ) {
+    match (judged.or(live).and_then(|it| job(JobKind::Expand, it)), judged) {
         (Some(JobState::Passed), _) => verdict(true, "Expanded", "the schema is expanded"),
         (Some(JobState::Failed(why)), _) => verdict(false, "MigrationFailed", why.clone()),
         (Some(JobState::Running), _) => verdict(false, "Migrating", "the expand migration runs"),
@@ -313,12 +343,9 @@ fn schema_ready(seen: &Observed, status: &Status) -> Verdict {
 }
 
 fn tests_passed(spec: &Spec, seen: &Observed, status: &Status) -> Verdict {
-    let attempt = status
-        .candidate
-        .as_ref()
-        .map(|it| (&it.stack, it.attempt))
-        .or_else(|| status.live.as_ref().map(|it| (&it.stack, it.attempt)));
-    let Some((stack, attempt)) = attempt else {
+    let live = status.live.as_ref().map(|it| (&it.stack, it.attempt));
+    let judged = judged(status);
+    let Some((stack, attempt)) = judged.or(live) else {
         return verdict(false, "NoCandidate", "there is no candidate");
     };
     let mut kinds = vec![JobKind::Smoke];
@@ -337,7 +364,7 @@ fn tests_passed(spec: &Spec, seen: &Observed, status: &Status) -> Verdict {
         .iter()
         .filter(|kind| of_attempt(kind).is_some_and(|(_, seen)| seen.state == JobState::Passed));
     let passed = passed.count();
-    if status.candidate.is_none() || passed == kinds.len() {
+    if judged.is_none() || passed == kinds.len() {
         return verdict(
             true,
             "TestsPassed",

@@ -16,7 +16,7 @@ use crate::{
     api::{ExchangeDeploymentSpec as Spec, SecretKey, Service, ServiceSpec},
     observe::{Job, JobKind, Part},
     revision::{Source, hex, sources},
-    status::Stack,
+    status::{Live, Stack},
 };
 
 /// Field manager of every write.
@@ -515,14 +515,14 @@ impl Builder<'_> {
         own.collect()
     }
 
-    /// The autoscaler of a live stack's service, where one is declared.
-    pub fn autoscaler(&self, spec: &Spec, stack: &Stack, service: Service) -> Option<Value> {
-        let declared = spec.services.get(service).autoscaling.as_ref()?;
-        let name = self.workload_name(stack, service);
+    /// The autoscaler of a live stack's service, where one is declared for it.
+    pub fn autoscaler(&self, live: &Live, service: Service) -> Option<Value> {
+        let declared = live.scale.as_ref()?.of(service).autoscaling.as_ref()?;
+        let name = self.workload_name(&live.stack, service);
         Some(json!({
             "apiVersion": "autoscaling/v2",
             "kind": "HorizontalPodAutoscaler",
-            "metadata": self.metadata(&name, &self.service_labels(stack, service, &spec.version)),
+            "metadata": self.metadata(&name, &self.service_labels(&live.stack, service, &live.version)),
             "spec": {
                 "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name},
                 "minReplicas": declared.min_replicas,

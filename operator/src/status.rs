@@ -17,6 +17,8 @@ use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::api::{Autoscaling, ExchangeDeploymentSpec, Service, ServiceSpec};
+
 /// One of the two places where a stack can run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -117,6 +119,9 @@ pub struct ExchangeDeploymentStatus {
     /// The contract migration that runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub contract: Option<Contract>,
+    /// Hash of the gates that were declared when that could last be said: a missing reference does not change them.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub gates: String,
     /// Number of the last attempt. Never reset.
     #[serde(default)]
     pub attempt: u32,
@@ -176,6 +181,13 @@ pub struct Live {
     /// Whether its contract migration has come to an end.
     #[serde(default)]
     pub contracted: bool,
+    /// Since when, while it is verified, a service of it has had no ready endpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Time>")]
+    pub unserved_since: Option<Timestamp>,
+    /// Replicas and autoscaling that are declared for it. What has come with another revision waits for that one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<Scale>,
 }
 
 /// The stack that is being built, tested or promoted.
@@ -191,6 +203,9 @@ pub struct Candidate {
     pub attempt: u32,
     /// Hash of the declared gates: another declaration of them is another attempt.
     pub gates: String,
+    /// Who approved it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub approved_by: Option<String>,
 }
 
 /// What becomes of the stack that was live before.
@@ -233,6 +248,9 @@ pub struct Previous {
     /// Until when it is retained, if its colour is not needed before.
     #[schemars(with = "Time")]
     pub until: Timestamp,
+    /// Replicas and autoscaling that were declared for it: what it has again when it is live again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<Scale>,
 }
 
 /// A release that was given up.
@@ -252,25 +270,76 @@ pub struct Rejected {
     pub reason: Reason,
     /// Why, as a sentence.
     pub message: String,
-    /// Replicas that were declared with it. They wait for its promotion; only what has been changed since then applies
-    /// to the stack that is live.
-    #[serde(default)]
-    pub replicas: Replicas,
+    /// Replicas and autoscaling that were declared with it. They wait for its promotion; only what has been changed since
+    /// then applies to the stack that is live.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<Scale>,
     /// Until when what is left of it is kept for its logs.
     #[schemars(with = "Time")]
     pub until: Timestamp,
 }
 
-/// Replicas per service.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+/// How many pods each service has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-pub struct Replicas {
-    /// Of the user service.
-    pub user: i32,
-    /// Of the trade service.
-    pub trade: i32,
-    /// Of the notification service.
-    pub notification: i32,
+pub struct Scale {
+    /// The user service.
+    pub user: ServiceScale,
+    /// The trade service.
+    pub trade: ServiceScale,
+    /// The notification service.
+    pub notification: ServiceScale,
+}
+
+/// How many pods a service has: a number, or what its autoscaler makes of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceScale {
+    /// Declared replicas.
+    pub replicas: i32,
+    /// Declared autoscaling.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autoscaling: Option<Autoscaling>,
+}
+
+impl Scale {
+    /// As it is declared.
+    pub fn declared(spec: &ExchangeDeploymentSpec) -> Self {
+        let of = |service| {
+            let ServiceSpec {
+                replicas,
+                autoscaling,
+                ..
+            } = spec.services.get(service);
+            ServiceScale {
+                replicas: *replicas,
+                autoscaling: autoscaling.clone(),
+            }
+        };
+        Self {
+            user: of(Service::User),
+            trade: of(Service::Trade),
+            notification: of(Service::Notification),
+        }
+    }
+
+    /// Of one service.
+    pub const fn of(&self, service: Service) -> &ServiceScale {
+        match service {
+            Service::User => &self.user,
+            Service::Trade => &self.trade,
+            Service::Notification => &self.notification,
+        }
+    }
+
+    /// Of one service, to be changed.
+    pub const fn of_mut(&mut self, service: Service) -> &mut ServiceScale {
+        match service {
+            Service::User => &mut self.user,
+            Service::Trade => &mut self.trade,
+            Service::Notification => &mut self.notification,
+        }
+    }
 }
 
 /// Why a release was given up.
@@ -348,6 +417,8 @@ pub enum Outcome {
     RolledBack,
     /// It was removed.
     Retired,
+    /// Somebody asked for another attempt after it had been given up.
+    Retried,
 }
 
 /// One line of the history.
@@ -369,7 +440,7 @@ pub struct HistoryEntry {
     /// Why, if there is more to say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<Reason>,
-    /// Who asked for it: the value of the annotation `exchange.dev/by`, or `operator`.
+    /// Who asked for it or approved it: the value of the annotation `exchange.dev/by`; else `operator`, or `spec`.
     pub by: String,
 }
 

@@ -5,11 +5,13 @@
 
 use std::time;
 
+use jiff::Timestamp;
+
 use crate::{
     api::Service,
     decide::{KEPT_FOR_LOGS, SHORT_OF_ENDPOINTS, Turn, later, named, signed},
     observe::{JobKind, JobState, StackSeen},
-    status::{Candidate, Live, Outcome, Phase, Previous, PreviousState, Reason, Stack},
+    status::{Candidate, Live, Outcome, Phase, Previous, PreviousState, Reason, Scale, Stack},
 };
 
 impl Turn<'_> {
@@ -30,7 +32,7 @@ impl Turn<'_> {
                 format!("the {service} service of the new stack lost its endpoints during the swap");
             self.roll_back(Some((Reason::PromotionFailed, message)), "operator");
         } else if self.overdue() {
-            let message = "the swap was not finished in time".to_owned();
+            let message = self.blamed("the swap was not finished in time");
             self.roll_back(Some((Reason::PromotionFailed, message)), "operator");
         }
     }
@@ -83,9 +85,16 @@ impl Turn<'_> {
             "Promoted",
             format!("{} has all the traffic", candidate.version),
         );
-        self.remember(named(&candidate), Outcome::Promoted, None, "operator");
+        let by = candidate.approved_by.as_deref().unwrap_or("operator");
+        self.remember(named(&candidate), Outcome::Promoted, None, by);
         self.next.candidate = None;
         let old = self.next.live.take();
+        let declared = self.declared().map(|declared| &declared.revision);
+        let scale = if declared == Some(&candidate.stack.revision) {
+            Some(Scale::declared(self.spec))
+        } else {
+            old.as_ref().and_then(|old| old.scale.clone())
+        };
         self.next.previous = old.map(|old| self.leaves(old, !forced));
         self.next.live = Some(Live {
             stack: candidate.stack,
@@ -94,6 +103,8 @@ impl Turn<'_> {
             since: self.now,
             verified: false,
             contracted: false,
+            unserved_since: None,
+            scale,
         });
         self.enter(if forced { Phase::Held } else { Phase::Verifying });
     }
@@ -112,6 +123,7 @@ impl Turn<'_> {
             attempt,
             verified,
             contracted,
+            scale,
             ..
         } = live;
         Previous {
@@ -125,6 +137,7 @@ impl Turn<'_> {
             since,
             idle_since: None,
             until: later(since, kept),
+            scale,
         }
     }
 
@@ -152,6 +165,8 @@ impl Turn<'_> {
                 since: self.now,
                 verified: false,
                 contracted: false,
+                unserved_since: None,
+                scale: None,
             };
             self.next.previous = Some(self.leaves(left, false));
             self.tell(false, "RolledBack", "the traffic is back".to_owned());
@@ -163,7 +178,9 @@ impl Turn<'_> {
             return;
         }
         let can = |stack: &Stack| self.stack(stack).is_some_and(StackSeen::serves);
+        // What the API server refuses to move back it refuses to move forward, too.
         if self.overdue()
+            && self.seen.refused.is_none()
             && !to.as_ref().is_some_and(can)
             && self.stack(&left.stack).is_some_and(StackSeen::complete)
         {
@@ -183,7 +200,13 @@ impl Turn<'_> {
         if self.leave(&live) {
             return;
         }
-        let verdict = self.verdict(&live);
+        let since = self
+            .without_endpoints(&live.stack)
+            .map(|_| live.unserved_since.unwrap_or(self.now));
+        if let Some(live) = &mut self.next.live {
+            live.unserved_since = since;
+        }
+        let verdict = self.verdict(&live, since);
         let way_back = self
             .next
             .previous
@@ -212,26 +235,12 @@ impl Turn<'_> {
             }
             Some(Err(message)) => {
                 // Nothing to go back to: an exchange with errors is better than none.
-                let gates = self
-                    .declared()
-                    .map_or_else(String::new, |declared| declared.gates.clone());
-                let Live {
-                    stack,
-                    version,
-                    attempt,
-                    ..
-                } = live;
                 self.tell(true, "VerificationFailed", message.clone());
-                self.reject(
-                    Candidate {
-                        stack,
-                        version,
-                        attempt,
-                        gates,
-                    },
-                    Reason::VerificationFailed,
-                    message,
-                );
+                let left = self.left(live);
+                self.reject(left, Reason::VerificationFailed, message);
+                if let Some(live) = &mut self.next.live {
+                    live.unserved_since = None;
+                }
                 self.enter(Phase::Held);
             }
             None => {}
@@ -267,9 +276,32 @@ impl Turn<'_> {
         false
     }
 
-    /// How the verification has ended, if it has.
-    pub(crate) fn verdict(&self, live: &Live) -> Option<Result<(), String>> {
+    /// A service of a stack that has no ready endpoint.
+    fn without_endpoints(&self, stack: &Stack) -> Option<Service> {
+        let ready = |service| self.stack(stack).map_or(0, |seen| seen.ready(service));
+        Service::ALL.into_iter().find(|service| ready(*service) == 0)
+    }
+
+    /// Whether clients of every live Service reach this stack.
+    fn serves(&self, stack: &Stack) -> bool {
+        let reached = |service| {
+            self.seen
+                .live
+                .get(service)
+                .is_some_and(|it| it.endpoints.contains(stack))
+        };
+        self.without_endpoints(stack).is_none() && Service::ALL.iter().all(reached)
+    }
+
+    /// How the verification has ended, if it has. What does not serve is not verified, whatever was measured before.
+    fn verdict(&self, live: &Live, unserved: Option<Timestamp>) -> Option<Result<(), String>> {
         let limits = &self.spec.rollout.verification;
+        let too_long = |since| self.now.duration_since(since) >= SHORT_OF_ENDPOINTS && self.watched();
+        if let Some(service) = self.without_endpoints(&live.stack)
+            && unserved.is_some_and(too_long)
+        {
+            return Some(Err(format!("the {service} service has no ready endpoints")));
+        }
         for (service, figures) in &self.seen.figures {
             if figures.requests < u64::try_from(limits.min_requests).unwrap_or(u64::MAX) {
                 continue;
@@ -291,10 +323,15 @@ impl Turn<'_> {
             Some(JobState::Failed(why)) => Some(Err(format!(
                 "the smoke test through the live address failed: {why}"
             ))),
-            Some(JobState::Passed) if self.elapsed() >= signed(limits.duration) => Some(Ok(())),
+            Some(JobState::Passed) if self.serves(&live.stack) => {
+                (self.elapsed() >= signed(limits.duration)).then_some(Ok(()))
+            }
+            Some(JobState::Passed) if self.overdue() => {
+                Some(Err(self.blamed("its traffic had not reached it in time")))
+            }
             Some(JobState::Passed) => None,
             _ if self.overdue() => Some(Err(
-                "the smoke test through the live address was not done in time".to_owned(),
+                self.blamed("the smoke test through the live address was not done in time")
             )),
             _ => None,
         }

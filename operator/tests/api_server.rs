@@ -96,7 +96,9 @@ impl Server {
             "POST" => {
                 let path = format!("{path}/{}", body["metadata"]["name"].as_str().unwrap());
                 if self.objects.contains_key(&path) {
-                    return refusal(StatusCode::CONFLICT);
+                    let (status, mut body) = refusal(StatusCode::CONFLICT);
+                    body["reason"] = json!("AlreadyExists");
+                    return (status, body);
                 }
                 (StatusCode::CREATED, self.put(&path, body))
             }
@@ -116,8 +118,12 @@ impl Server {
                 if status {
                     next["status"] = body["status"].clone();
                 } else if body["kind"].is_null() {
-                    // A merge patch, of which only those of owners are sent.
-                    next["metadata"]["ownerReferences"] = body["metadata"]["ownerReferences"].clone();
+                    // A merge patch, of which only those of owners and of labels are sent.
+                    for field in ["ownerReferences", "labels"] {
+                        if !body["metadata"][field].is_null() {
+                            next["metadata"][field] = body["metadata"][field].clone();
+                        }
+                    }
                 } else {
                     next = body.clone();
                 }
@@ -164,10 +170,14 @@ impl Server {
 
 /// The operator selects by equality; slices by a set of names, which here are all the slices that there are.
 fn selected(object: &Value, query: &str) -> bool {
-    let Some(selector) = query
-        .split('&')
-        .find_map(|part| part.strip_prefix("labelSelector="))
-    else {
+    let find = |what: &str| query.split('&').find_map(|part| part.strip_prefix(what));
+    if let Some(fields) = find("fieldSelector=") {
+        return fields.split(',').all(|term| {
+            let (path, value) = term.split_once('=').unwrap();
+            object.pointer(&format!("/{}", path.replace('.', "/"))) == Some(&json!(value))
+        });
+    }
+    let Some(selector) = find("labelSelector=") else {
         return true;
     };
     selector.contains(" in ")
@@ -438,7 +448,9 @@ async fn a_refused_write_ends_the_pass_and_the_next_one_does_it() {
         world.server.lock().unwrap().broken = Some(("POST services".to_owned(), status));
         let (result, writes) = world.pass().await;
         assert_eq!(result.unwrap_err().class(), class, "{status}");
-        assert_eq!(writes.len(), 2, "{status}: {:?}", paths(&writes));
+        // What is refused for good keeps nothing else from being tried.
+        let tried = if class == Class::Forbidden { 3 } else { 1 };
+        assert_eq!(writes.len(), 1 + tried, "{status}: {:?}", paths(&writes));
         world.server.lock().unwrap().broken = None;
         let (result, writes) = world.pass().await;
         result.unwrap();
@@ -640,12 +652,14 @@ async fn what_a_deleted_object_left_behind_is_adopted() {
         });
     }
     let another = "1a6cba1e-0000-4d1c-8a59-1d2a8e1c9d10";
+    let revision = world.get(OBJECT)["status"]["live"]["revision"].clone();
     world.change(OBJECT, |object| {
         object["metadata"]["uid"] = json!(another);
         object["status"] = Value::Null;
     });
     world.settle().await;
-    assert_eq!(world.get(OBJECT)["status"]["phase"], "Live");
+    assert_eq!(world.get(OBJECT)["status"]["phase"], "Verifying");
+    assert_eq!(world.get(OBJECT)["status"]["live"]["revision"], revision);
     for name in children() {
         let owner = &world.get(&name)["metadata"]["ownerReferences"][0]["uid"];
         assert_eq!(owner, another, "{name}");
@@ -723,4 +737,173 @@ async fn a_missing_reference_is_told_in_words() {
         stalled["message"],
         "the Secret queue of spec.queue.secretRef does not exist: create it, or change the spec"
     );
+}
+
+impl World {
+    fn condition(&self, kind: &str) -> Value {
+        let object = self.get(OBJECT);
+        let conditions = object["status"]["conditions"].as_array().unwrap();
+        conditions.iter().find(|it| it["type"] == kind).unwrap().clone()
+    }
+
+    /// The expand has passed, and pods are about to be asked for.
+    async fn migrated() -> Self {
+        let world = Self::new();
+        world.settle().await;
+        world.finish_jobs();
+        world
+    }
+}
+
+#[tokio::test]
+async fn a_write_that_is_refused_for_good_is_told_with_its_cause_and_the_deadline_ends_it() {
+    let world = World::migrated().await;
+    world.server.lock().unwrap().broken =
+        Some(("POST deployments".to_owned(), StatusCode::UNPROCESSABLE_ENTITY));
+    while world.get(OBJECT)["status"]["phase"] != "Provisioning" {
+        _ = world.pass().await;
+    }
+    let (result, writes) = world.pass().await;
+    assert_eq!(result.unwrap_err().class(), Class::Invalid);
+    // All three were tried, and nothing else was left undone for them.
+    assert_eq!(
+        paths(&writes)
+            .iter()
+            .filter(|it| *it == "POST deployments")
+            .count(),
+        3
+    );
+    assert_eq!(world.names("services").len(), 6);
+    let told = world.condition("Reconciling")["message"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let cause = "the API server refuses to create Deployment exchange-blue-user-";
+    assert!(
+        told.contains(cause) && told.contains("as the test wants"),
+        "{told}"
+    );
+    world.change(OBJECT, |object| {
+        object["status"]["phaseSince"] = json!("2026-01-01T00:00:00Z");
+    });
+    _ = world.pass().await;
+    assert_eq!(world.get(OBJECT)["status"]["phase"], "Failed");
+    let rejected = world.get(OBJECT)["status"]["rejected"].clone();
+    assert_eq!(rejected["reason"], "ProgressDeadlineExceeded");
+    assert!(
+        rejected["message"].as_str().unwrap().contains(cause),
+        "{rejected}"
+    );
+}
+
+#[tokio::test]
+async fn a_child_that_lost_its_labels_gets_them_back() {
+    let world = World::converged().await;
+    for kind in [
+        "deployments",
+        "poddisruptionbudgets",
+        "controllerrevisions",
+        "serviceaccounts",
+        "secrets",
+        "services",
+    ] {
+        let ours = |name: &String| world.get(name)["metadata"]["ownerReferences"].is_array();
+        for name in world.names(kind).into_iter().filter(ours) {
+            let before = world.get(&name)["metadata"].clone();
+            world.change(&name, |object| {
+                object["metadata"]["labels"] = json!({"team": "a"})
+            });
+            let (result, _) = world.pass().await;
+            result.unwrap();
+            world.settle().await;
+            for (label, value) in before["labels"].as_object().unwrap() {
+                assert_eq!(&world.get(&name)["metadata"]["labels"][label], value, "{name}");
+            }
+            assert_eq!(world.get(&name)["metadata"]["uid"], before["uid"], "{name}");
+            assert_eq!(world.condition("Stalled")["reason"], "Progressing", "{name}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_job_that_lost_its_labels_gets_them_back() {
+    let world = World::new();
+    world.settle().await;
+    let job = world.names("jobs").remove(0);
+    let before = world.get(&job)["metadata"]["labels"].clone();
+    world.change(&job, |job| job["metadata"]["labels"] = json!({}));
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert!(
+        paths(&writes).contains(&format!("PATCH {job}")),
+        "{:?}",
+        paths(&writes)
+    );
+    assert_eq!(world.get(&job)["metadata"]["labels"], before);
+    world.settle().await;
+}
+
+#[tokio::test]
+async fn a_child_whose_name_belongs_to_somebody_else_is_told_until_it_is_free() {
+    let world = World::migrated().await;
+    let version = world.get(OBJECT)["status"]["candidate"]["revision"].clone();
+    let name = format!("exchange-blue-trade-{}", version.as_str().unwrap());
+    let path = format!("deployments/{name}");
+    let foreign = json!({"metadata": {"name": name, "labels": {"app": "other"}}, "spec": {}});
+    world.server.lock().unwrap().put(&path, foreign);
+    let mut passes = 0;
+    while world.get(OBJECT)["status"]["conditions"].is_null()
+        || world.condition("Stalled")["reason"] != "NameTaken"
+    {
+        _ = world.pass().await;
+        passes += 1;
+        assert!(passes < 10, "{}", world.condition("Stalled"));
+    }
+    let message = world.condition("Stalled")["message"].clone();
+    assert!(
+        message.as_str().unwrap().contains(&format!("Deployment/{name}")),
+        "{message}"
+    );
+    assert_eq!(world.get(&path)["metadata"]["labels"], json!({"app": "other"}));
+    // No hot loop: it is looked at, and not tried.
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(paths(&writes), Vec::<String>::new());
+    world.server.lock().unwrap().objects.remove(&path);
+    world.settle().await;
+    assert_eq!(world.condition("Stalled")["reason"], "Progressing");
+    assert_eq!(world.get(&path)["metadata"]["ownerReferences"][0]["uid"], UID);
+}
+
+#[tokio::test]
+async fn pods_that_a_quota_forbids_are_told() {
+    let world = World::new();
+    world.settle().await;
+    let job = world.names("jobs").remove(0);
+    let event = |message: &str| {
+        let uid = world.get(&job)["metadata"]["uid"].clone();
+        json!({
+            "metadata": {"name": "event"}, "involvedObject": {"uid": uid}, "reason": "FailedCreate",
+            "message": message,
+        })
+    };
+    let said = "Error creating: pods \"exchange-x7k2p\" is forbidden: exceeded quota: pods, limited: pods=3";
+    let event = event(said);
+    world.server.lock().unwrap().put("events/event", event);
+    world.pass().await.0.unwrap();
+    let message = world.condition("Reconciling")["message"].clone();
+    let cause = "no pod can be created: exceeded quota: pods, limited: pods=3";
+    assert!(message.as_str().unwrap().contains(cause), "{message}");
+
+    world.finish_jobs();
+    world.settle().await;
+    for name in world.names("deployments") {
+        world.change(&name, |deployment| {
+            let failure = json!({"type": "ReplicaFailure", "status": "True", "message": said});
+            deployment["status"]["conditions"] = json!([failure]);
+        });
+    }
+    world.pass().await.0.unwrap();
+    let message = world.condition("Reconciling")["message"].clone();
+    assert!(message.as_str().unwrap().contains(cause), "{message}");
 }

@@ -13,8 +13,9 @@ use exchange_operator::{
     observe::{Job, JobKind, Part},
     resources::{Builder, copies, job_word},
     revision::Source,
-    status::{Colour, Stack},
+    status::{Colour, Live, Scale, Stack},
 };
+use jiff::Timestamp;
 use k8s_openapi::api::{
     apps::v1::{ControllerRevision, Deployment},
     autoscaling::v2::HorizontalPodAutoscaler,
@@ -80,7 +81,17 @@ fn everything(spec: &Spec) -> BTreeMap<String, Value> {
             format!("live-{service}"),
             BUILDER.live_service(service, Some(&stack()), 3),
         );
-        if let Some(object) = BUILDER.autoscaler(spec, &stack(), service) {
+        let live = Live {
+            stack: stack(),
+            version: spec.version.clone(),
+            attempt: 7,
+            since: Timestamp::UNIX_EPOCH,
+            verified: true,
+            contracted: true,
+            unserved_since: None,
+            scale: Some(Scale::declared(spec)),
+        };
+        if let Some(object) = BUILDER.autoscaler(&live, service) {
             all.insert(format!("{service}-autoscaler"), object);
         }
     }

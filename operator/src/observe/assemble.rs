@@ -1,6 +1,9 @@
 //! Puts together what was read: plain data out of objects, without asking anybody.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use k8s_openapi::{
     Metadata,
@@ -13,7 +16,10 @@ use k8s_openapi::{
         policy::v1::PodDisruptionBudget,
     },
 };
-use kube::{Resource, ResourceExt, api::ObjectMeta};
+use kube::{
+    Resource, ResourceExt,
+    api::{ApiResource, ObjectMeta},
+};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -24,10 +30,10 @@ use super::{
     read::{Look, Material, builder},
 };
 use crate::{
-    api::{ExchangeDeployment, ExchangeDeploymentSpec as Spec, Service},
+    api::{ExchangeDeployment, Service},
     resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, job_word},
     revision::Source,
-    status::{Colour, Stack},
+    status::{Colour, Live, Stack},
 };
 
 /// Everything that belongs to an object, as it was read.
@@ -40,8 +46,35 @@ pub(super) struct Children {
     pub(super) revisions: Vec<ControllerRevision>,
     pub(super) jobs: Vec<BatchJob>,
     pub(super) pods: Vec<Pod>,
-    /// `<kind>/<name>` of what stacks need beside their workloads.
-    pub(super) pieces: Vec<String>,
+    /// What stacks need beside their workloads.
+    pub(super) pieces: Vec<Piece>,
+}
+
+/// One object of those that the pods of a stack need: the account, the lane's secret, a copy of a ConfigMap or Secret.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    /// Of which kind it is.
+    pub kind: ApiResource,
+    /// Its name.
+    pub name: String,
+    /// Its identity and version.
+    pub fence: Fence,
+    /// Whose it is.
+    pub(super) stack: Option<Stack>,
+    /// Whether it is going already.
+    pub(super) going: bool,
+}
+
+impl Piece {
+    pub(super) fn of<K: Resource<DynamicType = ()>>(meta: &ObjectMeta) -> Self {
+        Self {
+            kind: ApiResource::erase::<K>(&()),
+            name: meta.name.clone().unwrap_or_default(),
+            fence: fence(meta),
+            stack: stack_of(meta),
+            going: meta.deletion_timestamp.is_some(),
+        }
+    }
 }
 
 /// What is declared, and the content of what it refers to.
@@ -68,8 +101,13 @@ fn owner(meta: &ObjectMeta, uid: &str) -> Owner {
 }
 
 /// Whether the object owns it already.
-pub(super) fn is_ours(meta: &ObjectMeta, uid: &str) -> bool {
+pub(crate) fn is_ours(meta: &ObjectMeta, uid: &str) -> bool {
     owner(meta, uid) == Owner::Us
+}
+
+/// Whether nobody owns it.
+pub(crate) fn is_nobodys(meta: &ObjectMeta) -> bool {
+    owner(meta, "") == Owner::Nobody
 }
 
 fn fence(meta: &ObjectMeta) -> Fence {
@@ -116,6 +154,7 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
         stacks: BTreeMap::new(),
         jobs: BTreeMap::new(),
         taken: Vec::new(),
+        refused: None,
         answers: None,
         figures: BTreeMap::new(),
         seen_before: false,
@@ -124,6 +163,12 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
         content: references.content,
         ..Material::default()
     };
+    for piece in &children.pieces {
+        if let Some(stack) = &piece.stack {
+            let of_stack = material.pieces.entry(stack.clone()).or_default();
+            of_stack.push(piece.clone());
+        }
+    }
     for revision in &children.revisions {
         let Some(stack) = stack_of(&revision.metadata).filter(|_| mine(revision, uid, &mut seen.taken))
         else {
@@ -152,7 +197,7 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
     }
     let mut parts = Parts {
         builder,
-        spec: &object.spec,
+        live: object.status.as_ref().and_then(|status| status.live.as_ref()),
         rendered: &material.rendered,
         seen: &mut seen,
     };
@@ -173,6 +218,7 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
         if let Some(service) = parts.see(deployment, Part::Workload) {
             let replicas = deployment.spec.as_ref().and_then(|spec| spec.replicas);
             service.replicas = replicas.and_then(|it| u32::try_from(it).ok()).unwrap_or(1);
+            service.trouble = pods::replica_failure(deployment);
         }
     }
     for pod in &children.pods {
@@ -213,18 +259,22 @@ where
     !another
 }
 
-fn is_whole(builder: &Builder<'_>, stack: &Stack, rendered: &Rendered, pieces: &[String]) -> bool {
+fn is_whole(builder: &Builder<'_>, stack: &Stack, rendered: &Rendered, pieces: &[Piece]) -> bool {
     let name = builder.stack_name(stack);
     let own = [format!("ServiceAccount/{name}"), format!("Secret/{name}")];
+    let there = pieces.iter().filter(|piece| !piece.going);
+    let there: BTreeSet<String> = there
+        .map(|piece| format!("{}/{}", piece.kind.kind, piece.name))
+        .collect();
     own.iter()
         .chain(&rendered.copies)
-        .all(|piece| pieces.contains(piece))
+        .all(|piece| there.contains(piece))
 }
 
 /// Sees the objects of stacks, and compares them with what was rendered.
 struct Parts<'a> {
     builder: Builder<'a>,
-    spec: &'a Spec,
+    live: Option<&'a Live>,
     rendered: &'a BTreeMap<Stack, Rendered>,
     seen: &'a mut Observed,
 }
@@ -239,7 +289,10 @@ impl Parts<'_> {
             return None;
         }
         let rendered = match part {
-            Part::Autoscaler => self.builder.autoscaler(self.spec, &stack, service),
+            Part::Autoscaler => {
+                let live = self.live.filter(|live| live.stack == stack);
+                live.and_then(|live| self.builder.autoscaler(live, service))
+            }
             _ => self
                 .rendered
                 .get(&stack)
@@ -309,6 +362,42 @@ pub(super) fn see_live<'a>(
         };
         seen.live.insert(service, live);
     }
+}
+
+/// Sees an object of ours that has lost the labels by which it is found: it is put right as whatever is not as rendered.
+pub(super) fn see_lost<'a>(
+    meta: &ObjectMeta,
+    (stack, service): (&Stack, Service),
+    part: Part,
+    seen: &'a mut Observed,
+) -> &'a mut ServiceSeen {
+    let there = seen.stacks.entry(stack.clone()).or_default();
+    let there = there.services.entry(service).or_default();
+    let (fence, intact) = (fence(meta), false);
+    there.parts.insert(part, PartSeen { fence, intact });
+    there
+}
+
+/// The stack that a Service selects.
+pub(super) fn selected(service: &CoreService) -> Option<Stack> {
+    let selector = service.spec.as_ref()?.selector.clone();
+    stack_of(&ObjectMeta {
+        labels: selector,
+        ..ObjectMeta::default()
+    })
+}
+
+/// Services of stacks that have pods and, as far as their labels tell, no workload that keeps them.
+pub(super) fn without_workload(pods: &[Pod], seen: &Observed) -> BTreeSet<(Stack, Service)> {
+    let kept = pods
+        .iter()
+        .filter(|pod| pod.metadata.deletion_timestamp.is_none());
+    kept.filter_map(|pod| Some((stack_of(&pod.metadata)?, service_of(&pod.metadata)?)))
+        .filter(|(stack, service)| {
+            let there = seen.stacks.get(stack).and_then(|it| it.service(*service));
+            there.is_some_and(|it| it.pods > 0 && !it.parts.contains_key(&Part::Workload))
+        })
+        .collect()
 }
 
 fn slice_service(slice: &EndpointSlice) -> &str {
@@ -393,7 +482,9 @@ fn see_jobs(children: &Children, uid: &str, seen: &mut Observed) {
         let seen_job = JobSeen {
             fence: fence(meta),
             state: pods::job_state(object, &children.pods),
-            trouble: pods::of(object, &children.pods).find_map(pods::trouble),
+            trouble: pods::of(object, &children.pods)
+                .find_map(pods::trouble)
+                .or_else(|| pods::tried(object, &children.pods)),
         };
         seen.jobs.insert(job, seen_job);
     }

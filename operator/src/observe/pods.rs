@@ -7,6 +7,7 @@ use std::{
 
 use futures::future::join_all;
 use k8s_openapi::api::{
+    apps::v1::Deployment,
     batch::v1::Job as BatchJob,
     core::v1::{ContainerStatus, Pod},
 };
@@ -72,6 +73,8 @@ pub struct Baselines {
     of: Option<(u32, u32)>,
     fresh: bool,
     pods: BTreeMap<String, Counters>,
+    /// What each pod has said last, since the verification began: what has died since has not become unsaid.
+    last: BTreeMap<String, (Service, Counters)>,
 }
 
 impl Baselines {
@@ -83,9 +86,24 @@ impl Baselines {
             *self = Self {
                 of: Some(verification),
                 fresh,
-                pods: BTreeMap::new(),
+                ..Self::default()
             };
         }
+    }
+
+    fn said(&mut self, pod: &Address, now: &Counters) {
+        let since = self.since(&pod.pod, now);
+        self.last.insert(pod.pod.clone(), (pod.service, since));
+    }
+
+    fn figures(&self) -> BTreeMap<Service, Figures> {
+        let mut sums: BTreeMap<Service, Counters> = BTreeMap::new();
+        for (service, counters) in self.last.values() {
+            sums.entry(*service).or_default().add(counters);
+        }
+        sums.into_iter()
+            .map(|(service, counters)| (service, counters.figures()))
+            .collect()
     }
 
     fn since(&mut self, pod: &str, now: &Counters) -> Counters {
@@ -289,16 +307,12 @@ impl Pods {
     /// How requests of the live lane went since the verification began, per service.
     pub async fn figures(&self, pods: &[Address], baselines: &mut Baselines) -> BTreeMap<Service, Figures> {
         let pages = join_all(pods.iter().map(|pod| self.page(pod, "metrics"))).await;
-        let mut sums: BTreeMap<Service, Counters> = BTreeMap::new();
         for (pod, page) in pods.iter().zip(pages) {
             if let Some(page) = page {
-                let since = baselines.since(&pod.pod, &Counters::parse(&page));
-                sums.entry(pod.service).or_default().add(&since);
+                baselines.said(pod, &Counters::parse(&page));
             }
         }
-        sums.into_iter()
-            .map(|(service, counters)| (service, counters.figures()))
-            .collect()
+        baselines.figures()
     }
 
     async fn report(&self, pod: &Address) -> Option<Report> {
@@ -355,6 +369,34 @@ fn stuck(container: &ContainerStatus) -> Option<String> {
         .as_ref()
         .and_then(|state| state.terminated.as_ref());
     last.map(|last| format!("CrashLoopBackOff: its last exit code was {}", last.exit_code))
+}
+
+/// What keeps the pods of a Deployment from being created, if that is so: a quota, a policy.
+pub fn replica_failure(deployment: &Deployment) -> Option<String> {
+    let conditions = deployment
+        .status
+        .iter()
+        .flat_map(|it| it.conditions.iter().flatten());
+    let mut failures = conditions.filter(|it| it.type_ == "ReplicaFailure" && it.status == "True");
+    Some(not_created(
+        failures.next()?.message.as_deref().unwrap_or_default(),
+    ))
+}
+
+/// Why a pod was not created, without the name that it would have had: each try has another.
+pub fn not_created(message: &str) -> String {
+    let why = message
+        .split_once("is forbidden: ")
+        .map_or(message, |(_, why)| why);
+    short(&format!("no pod can be created: {why}"))
+}
+
+/// Which try of a Job this is, and how the one before ended.
+pub fn tried(job: &BatchJob, pods: &[Pod]) -> Option<String> {
+    let failed = job.status.as_ref()?.failed.filter(|failed| *failed > 0)?;
+    let tries = job.spec.as_ref()?.backoff_limit? + 1;
+    let said = last_words(job, pods).map_or_else(String::new, |said| format!(", after: {said}"));
+    Some(format!("try {} of {tries}{said}", (failed + 1).min(tries)))
 }
 
 /// How a Job stands; if it has failed, with what its pod said last.
@@ -423,7 +465,7 @@ fn the_point(said: &str) -> String {
 }
 
 /// The beginning of a text, on one line.
-fn short(text: &str) -> String {
+pub(crate) fn short(text: &str) -> String {
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     if line.chars().count() <= TOLD {
         return line;

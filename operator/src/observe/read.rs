@@ -9,24 +9,26 @@ use futures::future::try_join_all;
 use k8s_openapi::{
     NamespaceResourceScope,
     api::{
-        core::v1::{ConfigMap, Pod, Secret, Service as CoreService, ServiceAccount},
+        apps::v1::Deployment,
+        core::v1::{ConfigMap, Event, Pod, Secret, Service as CoreService, ServiceAccount},
         discovery::v1::EndpointSlice,
     },
 };
 use kube::{
     Api, Client, Resource, ResourceExt,
-    api::{ListParams, ObjectMeta},
+    api::{ApiResource, DynamicObject, ListParams, ObjectMeta, PartialObjectMeta},
 };
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use tokio::try_join;
 
 use super::{
-    Declared, Observed, Requests,
+    Declared, Job, JobKind, JobState, Observed, Part, Piece, Requests,
     assemble::{
-        Children, References, addresses, all_moved, assemble, is_ours, retake, see_live, see_pods, see_slices,
+        Children, References, addresses, all_moved, assemble, is_ours, retake, see_live, see_lost, see_pods,
+        see_slices, selected, without_workload,
     },
-    pods::{Baselines, Pods},
+    pods::{self, Baselines, Pods},
 };
 use crate::{
     api::{ExchangeDeployment, ExchangeDeploymentSpec as Spec, SecretKey, Service},
@@ -60,6 +62,8 @@ pub struct Material {
     pub rendered: BTreeMap<Stack, Rendered>,
     /// Services by name: what is kept of them when they are written.
     pub services: BTreeMap<String, CoreService>,
+    /// What the pods of stacks need beside.
+    pub pieces: BTreeMap<Stack, Vec<Piece>>,
     /// Names of EndpointSlices, by the Service that they are about.
     pub slices: BTreeMap<String, Vec<String>>,
     /// Whose pod it is, by uid.
@@ -75,6 +79,10 @@ pub struct Memory {
     pub last: Option<ExchangeDeployment>,
     /// Phase and attempt that have been seen as a whole.
     pub known: Option<(Phase, u32)>,
+    /// What the API server did not accept of that which was to be done then, and what it said.
+    pub refused: Option<String>,
+    /// Names that were needed and belonged to somebody else.
+    pub taken: Vec<(ApiResource, String)>,
     /// Where the counters of pods stood when a verification began.
     pub baselines: Baselines,
 }
@@ -112,7 +120,9 @@ impl Reader {
                 self.references(namespace, &guess.spec)
             )?;
             let mut look = assemble(guess, &children, references);
-            self.find_taken(&mut look).await?;
+            self.find_taken(&mut look, memory).await?;
+            self.find_lost(&mut look, &children.pods).await?;
+            self.find_failed_creations(&mut look, &children).await?;
             self.ask_pods(&mut look, &children, memory).await;
             let Some(object) = self.object(namespace, name).await? else {
                 return Ok(None);
@@ -124,6 +134,7 @@ impl Reader {
                 look.seen.status = object.status.clone().unwrap_or_default();
                 let now = (look.seen.status.phase, look.seen.status.attempt);
                 look.seen.seen_before = memory.known == Some(now);
+                look.seen.refused.clone_from(&memory.refused);
                 memory.last = Some(object.clone());
                 look.object = object;
                 return Ok(Some(look));
@@ -143,12 +154,15 @@ impl Reader {
         let builder = builder(&look.object);
         let mut seen = look.seen.clone();
         match action {
-            Action::Point { to: Some(to), .. } => {
+            Action::Point { to, .. } => {
                 // By name, and in parallel: these reads lie between the decision and the swap.
                 let names = Service::ALL.map(|service| builder.live_name(service));
                 let live = names.iter().map(|name| self.get::<CoreService>(&namespace, name));
-                let colour = Service::ALL.map(|service| builder.colour_name(to, service));
-                let slices = colour.iter().flat_map(|service| {
+                let about = to.as_ref().map_or_else(
+                    || names.clone(),
+                    |to| Service::ALL.map(|service| builder.colour_name(to, service)),
+                );
+                let slices = about.iter().flat_map(|service| {
                     let known = look.material.slices.get(service).into_iter().flatten();
                     known.map(|name| self.get::<EndpointSlice>(&namespace, name))
                 });
@@ -159,7 +173,10 @@ impl Reader {
                 )?;
                 retake(&mut seen, object);
                 see_live(&builder, live.iter().flatten(), &mut seen);
-                if let Some(stack) = seen.stacks.get_mut(to) {
+                if to.is_none() {
+                    seen.live.values_mut().for_each(|live| live.endpoints.clear());
+                }
+                if let Some(stack) = to.as_ref().and_then(|to| seen.stacks.get_mut(to)) {
                     for service in stack.services.values_mut() {
                         service.ready = 0;
                     }
@@ -217,8 +234,23 @@ impl Reader {
             .map_err(Error::api(format!("list {}", K::plural(&()))))
     }
 
-    /// `<kind>/<name>` of all objects of a kind.
-    async fn names<K>(&self, namespace: &str, labels: &str) -> Result<Vec<String>, Error>
+    /// The metadata of the object of this name, whatever labels it has. A list of one: that needs no other right than
+    /// the lists do.
+    pub async fn named(
+        &self,
+        kind: &ApiResource,
+        namespace: &str,
+        name: &str,
+    ) -> Result<Option<PartialObjectMeta<DynamicObject>>, Error> {
+        let api = Api::<DynamicObject>::namespaced_with(self.client.clone(), namespace, kind);
+        let params = ListParams::default().fields(&format!("metadata.name={name}"));
+        let list = api.list_metadata(&params).await;
+        list.map(|list| list.items.into_iter().next())
+            .map_err(Error::api(format!("read {} {name}", kind.kind)))
+    }
+
+    /// Pieces of stacks of one kind.
+    async fn pieces<K>(&self, namespace: &str, labels: &str) -> Result<Vec<Piece>, Error>
     where
         K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
             + Clone
@@ -229,13 +261,8 @@ impl Reader {
             .list_metadata(&ListParams::default().labels(labels))
             .await
             .map_err(Error::api(format!("list {}", K::plural(&()))))?;
-        let there = list
-            .items
-            .iter()
-            .filter(|it| it.metadata.deletion_timestamp.is_none());
-        Ok(there
-            .map(|it| format!("{}/{}", K::kind(&()), it.name_any()))
-            .collect())
+        let pieces = list.items.iter().map(|it| Piece::of::<K>(&it.metadata));
+        Ok(pieces.collect())
     }
 
     async fn children(&self, namespace: &str, name: &str) -> Result<Children, Error> {
@@ -262,9 +289,9 @@ impl Reader {
             self.list(namespace, &labels),
             self.list(namespace, &labels),
             self.list(namespace, &labels),
-            self.names::<ConfigMap>(namespace, &labels),
-            self.names::<Secret>(namespace, &labels),
-            self.names::<ServiceAccount>(namespace, &labels),
+            self.pieces::<ConfigMap>(namespace, &labels),
+            self.pieces::<Secret>(namespace, &labels),
+            self.pieces::<ServiceAccount>(namespace, &labels),
         )?;
         Ok(Children {
             services,
@@ -328,9 +355,9 @@ impl Reader {
         })
     }
 
-    /// Services that are needed and do not have our labels, and exist nevertheless: somebody else's, or live Services of ours
-    /// that have lost them.
-    async fn find_taken(&self, look: &mut Look) -> Result<(), Error> {
+    /// Services that are needed and do not have our labels, and exist nevertheless: somebody else's, or ours that have lost
+    /// them. And what else was taken is looked at again.
+    async fn find_taken(&self, look: &mut Look, memory: &mut Memory) -> Result<(), Error> {
         let namespace = look.object.namespace().unwrap_or_default();
         let builder = builder(&look.object);
         let status = &look.seen.status;
@@ -339,32 +366,85 @@ impl Reader {
             status.candidate.as_ref().map(|it| &it.stack),
             status.previous.as_ref().map(|it| &it.stack),
         ];
-        let colour = stacks
-            .into_iter()
-            .flatten()
-            .flat_map(|stack| Service::ALL.map(|service| builder.colour_name(stack, service)));
-        let needed = Service::ALL.map(|service| builder.live_name(service));
-        let missing: Vec<String> = needed
+        let colour = stacks.into_iter().flatten().flat_map(|stack| {
+            Service::ALL.map(|service| {
+                let name = builder.colour_name(stack, service);
+                (name, Some((stack.clone(), service)))
+            })
+        });
+        let needed = Service::ALL.map(|service| (builder.live_name(service), None));
+        let missing: Vec<_> = needed
             .into_iter()
             .chain(colour)
-            .filter(|name| !look.material.services.contains_key(name))
-            .filter(|name| !look.seen.taken.contains(&format!("Service/{name}")))
+            .filter(|(name, _)| !look.material.services.contains_key(name))
+            .filter(|(name, _)| !look.seen.taken.contains(&format!("Service/{name}")))
             .collect();
         let there = missing
             .iter()
-            .map(|name| self.get::<CoreService>(&namespace, name));
+            .map(|(name, _)| self.get::<CoreService>(&namespace, name));
         let there = try_join_all(there).await?;
-        let live = Service::ALL.map(|service| builder.live_name(service));
-        let (ours, others): (Vec<_>, Vec<_>) = there
-            .into_iter()
-            .flatten()
-            .partition(|it| is_ours(&it.metadata, builder.uid) && live.contains(&it.name_any()));
-        let taken = others.iter().map(|it| format!("Service/{}", it.name_any()));
-        look.seen.taken.extend(taken);
-        if !ours.is_empty() {
-            let ours = ours.into_iter().map(|it| (it.name_any(), it));
-            look.material.services.extend(ours);
+        for ((name, part), there) in missing.into_iter().zip(there) {
+            let Some(there) = there else { continue };
+            if !is_ours(&there.metadata, builder.uid) {
+                look.seen.taken.push(format!("Service/{name}"));
+                continue;
+            }
+            if let Some((recorded, service)) = part {
+                let stack = selected(&there).unwrap_or(recorded);
+                let place = (&stack, service);
+                see_lost(&there.metadata, place, Part::ColourService, &mut look.seen);
+            }
+            look.material.services.insert(name, there);
             see_live(&builder, look.material.services.values(), &mut look.seen);
+        }
+        for (kind, name) in std::mem::take(&mut memory.taken) {
+            let there = self.named(&kind, &namespace, &name).await?;
+            if there.is_some_and(|it| !is_ours(&it.metadata, builder.uid)) {
+                look.seen.taken.push(format!("{}/{name}", kind.kind));
+                memory.taken.push((kind, name));
+            }
+        }
+        Ok(())
+    }
+
+    /// Workloads of ours that have lost the labels by which they are found, as their pods have not.
+    async fn find_lost(&self, look: &mut Look, pods: &[Pod]) -> Result<(), Error> {
+        let builder = builder(&look.object);
+        for (stack, service) in without_workload(pods, &look.seen) {
+            let name = builder.workload_name(&stack, service);
+            let list = Api::<Deployment>::namespaced(self.client.clone(), builder.namespace)
+                .list(&ListParams::default().fields(&format!("metadata.name={name}")))
+                .await
+                .map_err(Error::api(format!("read Deployment {name}")))?;
+            let ours = |it: &Deployment| {
+                is_ours(&it.metadata, builder.uid) && it.metadata.deletion_timestamp.is_none()
+            };
+            if let Some(there) = list.items.into_iter().find(ours) {
+                let place = (&stack, service);
+                let seen = see_lost(&there.metadata, place, Part::Workload, &mut look.seen);
+                let replicas = there.spec.and_then(|spec| spec.replicas);
+                seen.replicas = replicas.and_then(|it| u32::try_from(it).ok()).unwrap_or(1);
+            }
+        }
+        Ok(())
+    }
+
+    /// What keeps the pods of Jobs from being created. A Deployment says it itself, of a Job only events do.
+    async fn find_failed_creations(&self, look: &mut Look, children: &Children) -> Result<(), Error> {
+        for (job, seen) in &mut look.seen.jobs {
+            let name = builder(&look.object).job_name(job);
+            let there = children.jobs.iter().find(|it| it.name_any() == name);
+            let waits = there.is_some_and(|it| pods::of(it, &children.pods).next().is_none());
+            if seen.state != JobState::Running || !waits {
+                continue;
+            }
+            let fields = format!("involvedObject.uid={},reason=FailedCreate", seen.fence.uid);
+            let events = Api::<Event>::namespaced(self.client.clone(), builder(&look.object).namespace)
+                .list(&ListParams::default().fields(&fields))
+                .await
+                .map_err(Error::api(format!("list events of Job {name}")))?;
+            let message = events.items.into_iter().filter_map(|it| it.message).next_back();
+            seen.trouble = message.map(|it| pods::not_created(&it)).or(seen.trouble.take());
         }
         Ok(())
     }
@@ -387,8 +467,13 @@ impl Reader {
             }
             Phase::Verifying => {
                 if let Some(live) = &status.live {
-                    // Before its swap a stack has no live traffic; before another verification it may have had.
-                    let fresh = status.phase_since.is_some_and(|since| since <= live.since);
+                    // Before its swap a stack has no live traffic; before another verification, or when it is adopted, it
+                    // may have had. That is another attempt than the one that it was tested in.
+                    let fresh = look.seen.jobs.contains_key(&Job {
+                        kind: JobKind::Smoke,
+                        stack: live.stack.clone(),
+                        attempt: live.attempt,
+                    });
                     memory.baselines.begin((status.epoch, live.attempt), fresh);
                     let pods = addresses(&live.stack);
                     look.seen.figures = self.pods.figures(&pods, &mut memory.baselines).await;

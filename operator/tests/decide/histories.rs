@@ -6,7 +6,7 @@
 
 use std::{collections::BTreeSet, env, sync::Mutex, thread};
 
-use crate::world::{NATURES, Nature, View, World, nature};
+use crate::world::{Ban, NATURES, Nature, View, World, nature};
 use exchange_operator::{
     api::{ColourChoice, Promotion, Service},
     observe::Part,
@@ -67,6 +67,16 @@ enum Step {
     LoseCandidate,
     DeleteJob(usize),
     FailJobs,
+    Scale(u32),
+    Strip {
+        stack: usize,
+        service: Service,
+        part: Part,
+    },
+    Ban(Option<Ban>),
+    Miss(bool),
+    Take(bool),
+    LoseStatus,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -83,6 +93,15 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         ColourChoice::Auto,
         ColourChoice::Blue,
         ColourChoice::Green,
+    ]);
+    let ban = proptest::sample::select(vec![
+        Ban::Live,
+        Ban::Parts(Part::Budget),
+        Ban::Parts(Part::Workload),
+        Ban::Parts(Part::Autoscaler),
+        Ban::Jobs,
+        Ban::Deletions,
+        Ban::Rendering,
     ]);
     let step = prop_oneof![
         40 => (0..2_usize, view).prop_map(|(who, view)| Step::Operator { who, view }),
@@ -109,11 +128,17 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         5 => (0..2_usize, service.clone()).prop_map(|(stack, service)| Step::KillPods { stack, service }),
         2 => (service.clone(), proptest::option::of(0..2_usize)).prop_map(|(service, stack)| Step::EditLive { service, stack }),
         2 => service.clone().prop_map(Step::DeleteLive),
-        3 => (0..2_usize, service, part, any::<bool>())
+        3 => (0..2_usize, service.clone(), part.clone(), any::<bool>())
             .prop_map(|(stack, service, part, delete)| Step::Spoil { stack, service, part, delete }),
         1 => Just(Step::LoseCandidate),
         1 => (0..4_usize).prop_map(Step::DeleteJob),
         1 => Just(Step::FailJobs),
+        1 => (1..6_u32).prop_map(Step::Scale),
+        2 => (0..2_usize, service, part).prop_map(|(stack, service, part)| Step::Strip { stack, service, part }),
+        2 => proptest::option::weighted(0.6, ban).prop_map(Step::Ban),
+        2 => any::<bool>().prop_map(Step::Miss),
+        1 => any::<bool>().prop_map(Step::Take),
+        1 => Just(Step::LoseStatus),
     ];
     proptest::collection::vec(step, 10..70)
 }
@@ -166,6 +191,12 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
         Step::LoseCandidate => world.lose_candidate(),
         Step::DeleteJob(index) => world.delete_job(index),
         Step::FailJobs => world.fail_jobs(),
+        Step::Scale(replicas) => world.scale_by_hand(replicas),
+        Step::Strip { stack, service, part } => world.strip(stack, service, part),
+        Step::Ban(ban) => world.ban = ban,
+        Step::Miss(missing) => world.miss(missing),
+        Step::Take(taken) => world.taken = taken,
+        Step::LoseStatus => world.lose_status(),
     }
     Ok(())
 }
@@ -185,7 +216,18 @@ fn live_through(steps: &[Step], traced: bool) -> Result<World, String> {
     });
     world.ask(|requests, _| requests.pause = None);
     world.operators[1].crash();
+    world.miss(false);
+    world.taken = false;
     world.settle().map_err(|why| told(&world, why))?;
+    if world.stalled().is_some_and(|it| it.0 == "AdoptionUndecided") {
+        world.decide_for_one();
+        world.settle().map_err(|why| told(&world, why))?;
+    }
+    if let Some(ban) = world.ban {
+        world.is_told(ban).map_err(|why| told(&world, why))?;
+        world.ban = None;
+        world.settle().map_err(|why| told(&world, why))?;
+    }
     world.at_the_end().map_err(|why| told(&world, why))?;
     world.ask(|requests, names| requests.retry = names.rejected);
     world.settle().map_err(|why| told(&world, why))?;

@@ -1,6 +1,6 @@
 //! Each phase and each way out of it, and the four stories of an operator that wakes too late.
 
-use crate::world::{View, World};
+use crate::world::{Ban, View, World};
 use exchange_operator::{
     api::{ColourChoice, Promotion, Service},
     decide::decide,
@@ -8,6 +8,7 @@ use exchange_operator::{
     observe::{Observed, Part},
     plan::{Action, Intent},
     status::{
+        ExchangeDeploymentStatus as Status, Outcome,
         Phase::{
             self, AwaitingPromotion, Failed, Held, Live, Migrating, Pending, Promoting, Provisioning,
             RollingBack, Testing, Verifying,
@@ -342,6 +343,18 @@ fn every_phase_is_left_as_the_design_says() {
             Reason::RolledBack,
         ),
         given_up(
+            "a swap that the API server refuses is given up, and the traffic is where it was",
+            at(Promoting),
+            |world| {
+                world.step(0, View::Fresh).unwrap();
+                world.ban = Some(Ban::Live);
+                world.until(0, RollingBack);
+                world.ban = None;
+            },
+            &[Promoting, RollingBack, Held],
+            Reason::PromotionFailed,
+        ),
+        given_up(
             "a service dies during a swap",
             at(Promoting),
             |world| {
@@ -366,6 +379,13 @@ fn every_phase_is_left_as_the_design_says() {
             Reason::VerificationFailed,
         ),
         given_up(
+            "its pods die after the smoke test through the live address",
+            releasing(8, Verifying),
+            nothing,
+            &[Verifying, RollingBack, Held],
+            Reason::VerificationFailed,
+        ),
+        given_up(
             "rolled back while verifying",
             at(Verifying),
             roll_back,
@@ -382,6 +402,28 @@ fn every_phase_is_left_as_the_design_says() {
             "rolled back",
             after_a_release(),
             roll_back,
+            &[Live, RollingBack, Held],
+            Reason::RolledBack,
+        ),
+        given_up(
+            "rolled back while a reference is missing, which comes back",
+            after_a_release(),
+            |world| {
+                world.miss(true);
+                roll_back(world);
+                world.until(0, Held);
+                world.miss(false);
+            },
+            &[Live, RollingBack, Held],
+            Reason::RolledBack,
+        ),
+        given_up(
+            "rolled back while a name is taken",
+            after_a_release(),
+            |world| {
+                world.taken = true;
+                roll_back(world);
+            },
             &[Live, RollingBack, Held],
             Reason::RolledBack,
         ),
@@ -654,6 +696,23 @@ fn the_guards_refuse_what_a_plan_must_not_do() {
         check(&point(Intent::RollBack), &one_short),
         short(Service::Notification)
     );
+    // Nothing is recorded, and something has traffic: nobody knows that it should not.
+    let nothing = Status::default();
+    let new = Observed {
+        status: nothing.clone(),
+        ..seen.clone()
+    };
+    let take_away = Action::Point {
+        service: Service::User,
+        fence: fence.clone(),
+        to: None,
+        epoch: 0,
+        intent: Intent::Repair,
+    };
+    assert_eq!(
+        guard::check(&spec, &nothing, &take_away, &new),
+        Err(Refusal::HasTraffic(Service::User))
+    );
     let deleting = Observed {
         deleting: true,
         ..seen.clone()
@@ -751,16 +810,330 @@ fn replicas_that_came_with_a_release_wait_for_its_promotion() {
 }
 
 #[test]
-fn an_object_created_again_adopts_what_its_predecessor_left_running() {
-    let mut world = after_a_release();
+fn autoscaling_that_came_with_a_release_waits_for_its_promotion() {
+    let autoscaler = |world: &World| {
+        let live = world.status.live.clone().unwrap().stack;
+        let seen = world.observe();
+        let trade = seen.stacks[&live].service(Service::Trade).unwrap();
+        trade.parts.contains_key(&Part::Autoscaler)
+    };
+    let mut world = at(Live);
+    world.release(0);
+    world.autoscale(true);
+    world.release(5);
     world.settle().unwrap();
-    let live = world.status.live.clone().unwrap();
-    let targets = world.targets();
+    assert_eq!(world.status.phase, Failed);
+    assert!(!autoscaler(&world), "it came with what has failed");
+    world.release(2);
+    world.settle().unwrap();
+    assert!(autoscaler(&world), "it is live with what it came with");
+    // What comes back has what it had.
+    world.autoscale(false);
+    world.release(6);
+    world.settle().unwrap();
+    assert_eq!(world.status.phase, Held);
+    assert!(autoscaler(&world), "{:#?}", world.trace);
+    // And what is changed then is meant for it.
+    world.autoscale(true);
+    world.settle().unwrap();
+    world.autoscale(false);
+    world.settle().unwrap();
+    assert!(
+        autoscaler(&world),
+        "the same as was declared with what was given up"
+    );
+    world.release(2);
+    world.settle().unwrap();
+    assert!(!autoscaler(&world), "{:#?}", world.trace);
+}
+
+#[test]
+fn a_live_stack_that_somebody_scales_down_is_repaired_unless_an_autoscaler_does_it() {
+    let replicas = |world: &World| {
+        let live = world.status.live.clone().unwrap().stack;
+        world.observe().stacks[&live]
+            .service(Service::Trade)
+            .unwrap()
+            .replicas
+    };
+    for phase in [Live, Testing, AwaitingPromotion, Verifying] {
+        let mut world = if phase == Live {
+            after_a_release()
+        } else {
+            at(phase)
+        };
+        world.finish(0);
+        world.scale_by_hand(1);
+        for _ in 0..3 {
+            world.step(0, View::Fresh).unwrap();
+            world.finish(0);
+        }
+        assert_eq!(replicas(&world), 2, "{phase}: {:#?}", world.trace);
+    }
+    let mut world = releasing(5, Failed);
+    world.scale_by_hand(1);
+    world.settle().unwrap();
+    assert_eq!(replicas(&world), 2);
+    let mut world = after_a_release();
+    world.autoscale(true);
+    world.settle().unwrap();
+    world.scale_by_hand(1);
+    world.settle().unwrap();
+    assert_eq!(replicas(&world), 1, "{:#?}", world.trace);
+}
+
+#[test]
+fn a_release_that_the_api_server_refuses_ends_at_its_deadline_and_says_why() {
+    let rows = [
+        (Pending, Ban::Jobs, Reason::MigrationFailed),
+        (
+            Migrating,
+            Ban::Parts(Part::Workload),
+            Reason::ProgressDeadlineExceeded,
+        ),
+        (
+            Migrating,
+            Ban::Parts(Part::Budget),
+            Reason::ProgressDeadlineExceeded,
+        ),
+        (Migrating, Ban::Rendering, Reason::ProgressDeadlineExceeded),
+    ];
+    for (phase, ban, reason) in rows {
+        let mut world = at(phase);
+        world.ban = Some(ban);
+        for _ in 0..30 {
+            world.step(0, View::Fresh).unwrap();
+            world.round();
+        }
+        let told = |world: &World, kind: &str| {
+            let conditions = world.status.conditions.iter();
+            let mut of_kind = conditions.filter(|it| it.type_ == kind);
+            of_kind.next().unwrap().message.clone()
+        };
+        let message = told(&world, "Reconciling");
+        assert!(
+            message.contains("the API server refuses to touch"),
+            "{ban:?}: {message}"
+        );
+        world.settle().unwrap();
+        assert_eq!(world.status.phase, Failed, "{ban:?}: {:#?}", world.trace);
+        let rejected = world.status.rejected.clone().unwrap();
+        assert_eq!(rejected.reason, reason, "{ban:?}");
+        let why = rejected.message;
+        assert!(why.contains("the API server refuses to touch"), "{ban:?}: {why}");
+        world.ban = None;
+        world.ask(|requests, names| requests.retry = names.rejected);
+        world.settle().unwrap();
+        assert_eq!(world.status.phase, Live, "{ban:?}: {:#?}", world.trace);
+    }
+}
+
+#[test]
+fn what_cannot_be_removed_or_moved_back_is_told() {
+    let mut world = after_a_release();
+    world.ban = Some(Ban::Deletions);
+    world.release(2);
+    world.settle().unwrap();
+    assert_eq!(world.status.phase, Pending);
+    let (reason, message) = world.stalled().unwrap();
+    assert_eq!(reason, "WriteRefused");
+    assert!(
+        message.contains("the API server refuses to touch Deletions"),
+        "{message}"
+    );
+    world.ban = None;
+    world.settle().unwrap();
+    assert_eq!(world.status.phase, Live);
+
+    let mut world = after_a_release();
+    roll_back(&mut world);
+    world.ban = Some(Ban::Live);
+    world.settle().unwrap();
+    assert_eq!(world.status.phase, RollingBack);
+    assert_eq!(world.stalled().unwrap().0, "WriteRefused");
+}
+
+#[test]
+fn what_does_not_serve_is_not_verified() {
+    let mut world = at(Verifying);
+    world.finish(0);
+    for _ in 0..100 {
+        world.kubelet();
+        world.run_jobs();
+        world.wait(1);
+        // Nobody reaches it, whatever the smoke test has found before.
+        world.lose("r1", Service::User);
+        world.step(0, View::Fresh).unwrap();
+        world.finish(0);
+        let live = world.status.live.as_ref().unwrap();
+        assert!(live.stack.revision == "r0" || !live.verified);
+        if world.status.phase == RollingBack {
+            break;
+        }
+    }
+    assert_eq!(world.journey, [Verifying, RollingBack], "{:#?}", world.trace);
+    let rejected = world.status.rejected.clone().unwrap();
+    assert_eq!(rejected.message, "the user service has no ready endpoints");
+    let took = world
+        .status
+        .phase_since
+        .unwrap()
+        .duration_since(world.status.history[0].at);
+    assert!(took.as_secs() < 60, "{took}");
+}
+
+#[test]
+fn pods_that_are_replaced_do_not_fail_the_verification() {
+    let mut world = at(Verifying);
+    world.finish(0);
+    for _ in 0..6 {
+        world.lose("r1", Service::User);
+        world.step(0, View::Fresh).unwrap();
+        world.finish(0);
+        world.wait(1);
+    }
+    world.settle().unwrap();
+    assert_eq!(world.journey, [Verifying, Live], "{:#?}", world.trace);
+}
+
+#[test]
+fn history_names_who_approved_and_who_tried_again() {
+    let mut world = at(AwaitingPromotion);
+    world.ask(|requests, names| {
+        requests.by = Some("alice".to_owned());
+        requests.promote = names.candidate;
+    });
+    // Before the swap somebody else signs something.
+    world.lose("r1", Service::User);
+    world.step(0, View::Fresh).unwrap();
+    world.finish(0);
+    world.ask(|requests, _| requests.by = Some("mallory".to_owned()));
+    world.settle().unwrap();
+    let by = |world: &World, outcome| {
+        let mut history = world.status.history.iter();
+        history.find(|it| it.outcome == outcome).unwrap().by.clone()
+    };
+    assert_eq!(by(&world, Outcome::Promoted), "alice", "{:#?}", world.trace);
+    assert_eq!(by(&world, Outcome::Verified), "operator");
+
+    let mut world = releasing(5, Failed);
+    assert_eq!(by(&world, Outcome::Promoted), "operator");
+    world.ask(|requests, names| {
+        requests.by = Some("bob".to_owned());
+        requests.retry = names.rejected;
+    });
+    world.settle().unwrap();
+    assert_eq!(by(&world, Outcome::Retried), "bob");
+    assert_eq!(world.status.history[1].outcome, Outcome::Retried);
+}
+
+/// What people find when they create the object again, at whatever time it was deleted without its children.
+#[test]
+fn an_object_created_again_adopts_what_its_predecessor_left_running() {
+    for phase in [
+        Pending,
+        Migrating,
+        Provisioning,
+        Testing,
+        AwaitingPromotion,
+        Verifying,
+        Live,
+    ] {
+        let mut world = if phase == Live {
+            after_a_release()
+        } else {
+            at(phase)
+        };
+        world.finish(0);
+        let live = world.status.live.clone().unwrap().stack;
+        let targets = world.targets();
+        world.release(usize::from(live.revision == "r1"));
+        world.lose_status();
+        world.journey.clear();
+        world.settle().unwrap();
+        assert_eq!(world.journey, [Verifying, Live], "{phase}: {:#?}", world.trace);
+        assert_eq!(world.status.live.clone().unwrap().stack, live, "{phase}");
+        assert_eq!(world.targets(), targets, "{phase}");
+        world.at_the_end().unwrap();
+    }
+}
+
+#[test]
+fn a_move_that_nobody_remembers_is_brought_to_an_end() {
+    // To where the last move sent the traffic; and back, if that does not serve.
+    for (dies, arrives) in [(false, "r1"), (true, "r0")] {
+        let mut world = at(Promoting);
+        while world.targets()[0].as_ref().unwrap().revision == "r0" {
+            world.step(0, View::Fresh).unwrap();
+        }
+        world.operators[0].crash();
+        world.lose_status();
+        if dies {
+            world.lose("r1", Service::Trade);
+        }
+        world.journey.clear();
+        world.step(0, View::Fresh).unwrap();
+        world.settle().unwrap();
+        assert_eq!(world.journey[..2], [RollingBack, Verifying], "{:#?}", world.trace);
+        world.release(usize::from(arrives == "r1"));
+        world.settle().unwrap();
+        assert_eq!(world.status.live.clone().unwrap().stack.revision, arrives);
+        world.at_the_end().unwrap();
+    }
+}
+
+#[test]
+fn an_object_created_again_finds_services_that_do_not_agree() {
+    let spoil: [(&str, fn(&mut World)); 3] = [
+        ("missing", |world| world.delete_live(Service::Trade)),
+        ("edited", |world| world.edit_live(Service::Trade, None)),
+        ("all but one edited", |world| {
+            world.edit_live(Service::Trade, None);
+            world.edit_live(Service::User, None);
+        }),
+    ];
+    for (name, spoil) in spoil {
+        let mut world = at(Live);
+        world.release(0);
+        world.settle().unwrap();
+        spoil(&mut world);
+        world.slices();
+        world.lose_status();
+        world.settle().unwrap();
+        assert_eq!(world.status.phase, Live, "{name}: {:#?}", world.trace);
+        let targets = world.targets();
+        assert!(targets.iter().flatten().all(|it| it.revision == "r0"), "{name}");
+        world.at_the_end().unwrap();
+    }
+}
+
+#[test]
+fn what_cannot_be_decided_is_left_as_it_is_and_told() {
+    let mut world = at(Verifying);
+    world.settle().unwrap();
+    world.release(2);
+    world.until(0, Testing);
+    world.finish(0);
+    let candidate = world.status.candidate.clone().unwrap().stack;
+    let index = world
+        .observe()
+        .stacks
+        .keys()
+        .position(|stack| *stack == candidate);
+    // Of the same move: one of them was edited, and nothing says which.
+    world.edit_live(Service::Trade, index);
+    world.slices();
     world.lose_status();
+    let (targets, stacks) = (world.targets(), world.observe().stacks.len());
+    world.settle().unwrap();
+    let (reason, message) = world.stalled().unwrap();
+    assert_eq!(reason, "AdoptionUndecided");
+    assert!(message.contains("blue-r2 and green-r1"), "{message}");
+    assert_eq!(world.targets(), targets, "{:#?}", world.trace);
+    assert_eq!(world.observe().stacks.len(), stacks);
+    world.decide_for_one();
     world.settle().unwrap();
     assert_eq!(world.status.phase, Live, "{:#?}", world.trace);
-    assert_eq!(world.status.live.clone().unwrap().stack, live.stack);
-    assert_eq!(world.targets(), targets);
 }
 
 #[test]

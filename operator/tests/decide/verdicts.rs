@@ -161,3 +161,24 @@ fn who_waits_for_a_person_says_what_to_write() {
     );
     assert!(told.message.contains(&wanted), "{}", told.message);
 }
+
+#[test]
+fn what_was_given_up_has_not_passed() {
+    let told = |world: &World, kind: &str| {
+        let mut conditions = world.status.conditions.iter();
+        let found = conditions.find(|it| it.type_ == kind).unwrap();
+        (found.status.clone(), found.reason.clone())
+    };
+    let word = |truth: &str, reason: &str| (truth.to_owned(), reason.to_owned());
+    let failed = releasing(3, Failed);
+    assert_eq!(told(&failed, "SchemaReady"), word("False", "MigrationFailed"));
+    assert_eq!(told(&failed, "SmokeTestsPassed"), word("False", "TestsNotPassed"));
+    let failed = releasing(5, Failed);
+    assert_eq!(told(&failed, "SchemaReady"), word("True", "Expanded"));
+    assert_eq!(told(&failed, "SmokeTestsPassed"), word("False", "TestsNotPassed"));
+    // It had passed them, before it failed its verification.
+    let held = releasing(6, Held);
+    assert_eq!(told(&held, "SmokeTestsPassed"), word("True", "TestsPassed"));
+    let live = reached(Live);
+    assert_eq!(told(&live, "SmokeTestsPassed"), word("True", "TestsPassed"));
+}

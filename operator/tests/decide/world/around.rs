@@ -10,15 +10,17 @@ use exchange_operator::{
 };
 use jiff::SignedDuration;
 
-use super::{LiveThere, Names, Nature, Pod, View, World, nature, with_object_of};
+use super::{Ban, LiveThere, Names, Nature, Pod, View, World, nature, with_object_of};
 
 impl World {
     /// Controllers and kubelets do a bit of their work.
     pub(crate) fn kubelet(&mut self) {
         let pointed: Vec<Target> = self.live.values().map(|live| live.target.clone()).collect();
         for (stack, there) in &mut self.stacks {
-            let healthy = nature(&stack.revision) != Nature::NeverReady;
-            for service in there.services.values_mut() {
+            let collapsed = self.collapsed.contains(stack);
+            let starts = nature(&stack.revision) != Nature::NeverReady && there.pieces.is_some();
+            for (name, service) in &mut there.services {
+                let healthy = starts && !(collapsed && *name == Service::Trade);
                 service
                     .pods
                     .retain(|pod| !matches!(pod, Pod::Terminating | Pod::Dead));
@@ -103,6 +105,21 @@ impl World {
                 self.passed.insert(job.clone(), there.of.clone());
             }
             Self::touch(&mut there.seen.fence, &mut self.counter);
+            if job.kind == JobKind::Verify && nature == Nature::Collapses {
+                self.collapsed.insert(job.stack.clone());
+            }
+        }
+        for stack in &self.collapsed {
+            let there = self.stacks.get_mut(stack);
+            if let Some(trade) = there.and_then(|it| it.services.get_mut(&Service::Trade)) {
+                for pod in trade.pods.iter_mut().filter(|pod| **pod == Pod::Ready) {
+                    *pod = Pod::Starting;
+                }
+                self.slices.insert((stack.clone(), Service::Trade), 0);
+                if let Some(listed) = self.live_slices.get_mut(&Service::Trade) {
+                    listed.retain(|it| it != stack);
+                }
+            }
         }
     }
 
@@ -131,12 +148,15 @@ impl World {
     }
 
     pub(crate) fn release(&mut self, index: usize) {
-        self.revision = format!("r{index}");
+        let revision = format!("r{index}");
+        self.declarations += u64::from(self.revision != revision);
+        self.revision = revision;
         note!(self, "people: release r{index}");
         self.declare(|spec| spec.version = format!("r{index}"));
     }
 
     pub(crate) fn change_gates(&mut self, gates: u32) {
+        self.declarations += u64::from(self.gates != gates);
         self.gates = gates;
         note!(self, "people: gates {gates}");
         self.declare(|_| {});
@@ -144,6 +164,7 @@ impl World {
 
     pub(crate) fn colour(&mut self, colour: ColourChoice) {
         note!(self, "people: colour {colour:?}");
+        self.declarations += u64::from(self.spec.rollout.colour != colour);
         self.declare(|spec| spec.rollout.colour = colour);
     }
 
@@ -155,6 +176,27 @@ impl World {
                 target_cpu_utilization_percentage: 70,
             });
         });
+    }
+
+    /// Somebody scales the live workload by hand.
+    pub(crate) fn scale_by_hand(&mut self, replicas: u32) {
+        let live = self
+            .status
+            .live
+            .as_ref()
+            .and_then(|live| self.stacks.get_mut(&live.stack));
+        if let Some(there) = live.and_then(|it| it.services.get_mut(&Service::Trade))
+            && let Some(workload) = there.parts.get_mut(&Part::Workload)
+        {
+            there.replicas = replicas;
+            Self::touch(&mut workload.fence, &mut self.counter);
+        }
+    }
+
+    /// A reference goes missing, or comes back.
+    pub(crate) fn miss(&mut self, missing: bool) {
+        note!(self, "people: a reference is missing: {missing}");
+        self.missing = missing;
     }
 
     /// The autoscaler moves the live workload.
@@ -242,6 +284,7 @@ impl World {
             "chaos: {part:?} of stack {stack} {service} spoiled, deleted {delete}"
         );
         if delete {
+            there.stripped.remove(&part);
             if there.parts.remove(&part).is_some() && part == Part::Workload {
                 there.pods.fill(Pod::Terminating);
                 there.replicas = 0;
@@ -249,6 +292,23 @@ impl World {
         } else if let Some(object) = there.parts.get_mut(&part) {
             object.intact = false;
             Self::touch(&mut object.fence, &mut self.counter);
+        }
+        self.forget_empty();
+    }
+
+    /// Somebody takes the labels from an object of a stack. Services are found by their names.
+    pub(crate) fn strip(&mut self, stack: usize, service: Service, part: Part) {
+        let there = self.stacks.values_mut().nth(stack);
+        if let Some(there) = there.and_then(|it| it.services.get_mut(&service))
+            && part != Part::ColourService
+            && let Some(object) = there.parts.get_mut(&part)
+        {
+            note!(
+                self,
+                "chaos: {part:?} of stack {stack} {service} loses its labels"
+            );
+            Self::touch(&mut object.fence, &mut self.counter);
+            there.stripped.insert(part);
         }
         self.forget_empty();
     }
@@ -353,13 +413,74 @@ impl World {
     /// An operator is served an old state of the object, and everything else as it is.
     pub(crate) fn look_at_old_object(&mut self, who: usize, old: &(Observed, u64)) {
         let seen = with_object_of(&old.0, &self.observe());
+        self.operators[who].stacks = self.pieces();
         self.plan(who, seen, old.1);
     }
 
     /// The object is deleted without its children, and created again.
     pub(crate) fn lose_status(&mut self) {
+        note!(
+            self,
+            "people: the object is deleted without its children, and created again"
+        );
         self.status = Status::default();
+        self.requests = Requests::default();
+        self.orphaned = true;
+        // What belongs to it is read after it has been found: never as it was before there was this object.
+        self.past.clear();
+        for live in self.live.values_mut() {
+            live.orphaned = true;
+            // Who has the traffic then is taken for what should have it.
+            if let Target::Stack(stack) = &live.target
+                && let Some(origin) = self.stacks.get(stack).and_then(|it| it.origin.clone())
+            {
+                self.proven.insert((stack.clone(), origin));
+            }
+        }
+        for there in self.stacks.values_mut() {
+            there.orphaned = true;
+        }
         self.edited();
+    }
+
+    /// Nobody can say what was live: people point everything at one of the stacks that have traffic.
+    pub(crate) fn decide_for_one(&mut self) {
+        let pointed = self.targets().into_iter().flatten();
+        let ready = |stack: &Stack| {
+            let ready = |service| self.slices.get(&(stack.clone(), service)).copied().unwrap_or(0);
+            Service::ALL.iter().filter(|service| ready(**service) > 0).count()
+        };
+        let Some(stack) = pointed.max_by_key(ready) else {
+            return;
+        };
+        note!(self, "people: decide for {stack}");
+        for live in self.live.values_mut() {
+            live.target = Target::Stack(stack.clone());
+            live.tampered = true;
+            Self::touch(&mut live.fence, &mut self.counter);
+        }
+    }
+
+    /// What is to be true while a refusal lasts and nothing else happens: what has a deadline has ended, and what has none
+    /// says what it is that keeps it.
+    pub(crate) fn is_told(&self, ban: Ban) -> Result<(), String> {
+        let endless = match self.status.phase {
+            Phase::Live | Phase::Held | Phase::Failed => false,
+            Phase::Pending | Phase::RollingBack => true,
+            phase => return Err(format!("P7: {phase} for ever, while {ban:?} is refused")),
+        };
+        match self.stalled() {
+            Some((_, message)) if !endless || message.contains("refuses to") => Ok(()),
+            None if !endless => Ok(()),
+            other => Err(format!("P9: {ban:?} is refused, and what is told is {other:?}")),
+        }
+    }
+
+    /// Why nothing goes on without somebody's help.
+    pub(crate) fn stalled(&self) -> Option<(&str, &str)> {
+        let conditions = self.status.conditions.iter();
+        let mut stalled = conditions.filter(|it| it.type_ == "Stalled" && it.status == "True");
+        stalled.next().map(|it| (it.reason.as_str(), it.message.as_str()))
     }
 
     pub(crate) fn targets(&self) -> Vec<Option<Stack>> {
@@ -390,21 +511,24 @@ impl World {
     /// One undisturbed operator, until it has nothing to do for a while.
     pub(crate) fn settle(&mut self) -> Result<(), String> {
         let mut still = 0;
+        // Who is refused tries again and again.
+        let banned = self.ban.is_some();
+        let calm = if banned { 80 } else { 8 };
         for _ in 0..3000 {
             let before = self.writes;
             self.step(0, View::Fresh)?;
             self.round();
-            still = if self.writes == before && self.operators[0].idle() {
+            still = if self.writes == before && (banned || self.operators[0].idle()) {
                 still + 1
             } else {
                 0
             };
-            if still > 8 {
+            if still > calm {
                 // Past every deadline, retention and drain.
                 self.wait(4000);
                 self.round();
                 let before = self.writes;
-                for _ in 0..10 {
+                for _ in 0..calm + 2 {
                     self.step(0, View::Fresh)?;
                     self.round();
                 }
@@ -429,7 +553,8 @@ impl World {
                 .live
                 .get(&service)
                 .ok_or_else(|| format!("P7: live {service} is missing"))?;
-            if !there.target.is(live.as_ref()) {
+            let dead = live.as_ref().is_some_and(|live| self.collapsed.contains(live));
+            if !there.target.is(live.as_ref()) && !dead {
                 return Err(format!(
                     "P4: at the end {service} points at {:?}, live is {live:?}",
                     there.target
@@ -483,7 +608,16 @@ impl World {
                 let intact = parts
                     .iter()
                     .all(|part| there.parts.get(part).is_some_and(|it| it.intact));
-                if ready == 0 || !intact {
+                let scale = status.live.as_ref().and_then(|it| it.scale.as_ref());
+                let few = scale.map(|it| it.of(service)).is_some_and(|it| {
+                    it.autoscaling.is_none() && i64::from(there.replicas) < i64::from(it.replicas)
+                });
+                if few {
+                    return Err(format!("P7: live {service} is left with {} pods", there.replicas));
+                }
+                let dead =
+                    self.collapsed.contains(live) && !status.live.as_ref().is_some_and(|it| it.verified);
+                if (ready == 0 && !dead) || !intact {
                     return Err(format!("P7: live {service}: {ready} pods, intact {intact}"));
                 }
             }

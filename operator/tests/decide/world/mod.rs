@@ -42,10 +42,12 @@ pub(crate) enum Nature {
     FailsTests,
     FailsVerification,
     ServesErrors,
+    /// Its trade pods die for good as soon as the smoke test through the live address has passed.
+    Collapses,
 }
 
 /// The revisions that people declare in these histories.
-pub(crate) const NATURES: [Nature; 8] = [
+pub(crate) const NATURES: [Nature; 9] = [
     Nature::Good,
     Nature::Good,
     Nature::Good,
@@ -54,7 +56,49 @@ pub(crate) const NATURES: [Nature; 8] = [
     Nature::FailsTests,
     Nature::FailsVerification,
     Nature::ServesErrors,
+    Nature::Collapses,
 ];
+
+/// What an API server may refuse to everybody, for as long as somebody wants: a quota, a policy, a missing right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ban {
+    Live,
+    Parts(Part),
+    Jobs,
+    Deletions,
+    Rendering,
+}
+
+impl Ban {
+    fn is_about(self, action: &Action) -> bool {
+        match action {
+            Action::CreateLive { .. } | Action::Point { .. } => self == Self::Live,
+            Action::Apply { part, .. } => self == Self::Parts(*part),
+            Action::Run(_) => self == Self::Jobs,
+            Action::Delete { .. } | Action::DeleteJob(..) | Action::Unrender { .. } => {
+                self == Self::Deletions
+            }
+            Action::Render { .. } | Action::Adopt { .. } => self == Self::Rendering,
+        }
+    }
+}
+
+/// What becomes of a write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Done {
+    /// It is done.
+    Yes,
+    /// The first of the writes of an action is done.
+    Half,
+    /// Refused by the API server, because of another version or an existing name.
+    No,
+}
+
+impl From<bool> for Done {
+    fn from(done: bool) -> Self {
+        if done { Self::Yes } else { Self::No }
+    }
+}
 
 pub(crate) fn nature(revision: &str) -> Nature {
     let index: usize = revision.trim_start_matches('r').parse().unwrap();
@@ -72,6 +116,8 @@ enum Pod {
 #[derive(Clone, Debug, Default)]
 struct Workload {
     parts: BTreeMap<Part, PartSeen>,
+    /// Those of them that have lost their labels.
+    stripped: BTreeSet<Part>,
     replicas: u32,
     pods: Vec<Pod>,
 }
@@ -81,6 +127,10 @@ struct StackThere {
     rendered: Option<Fence>,
     /// What was rendered last, also after somebody has deleted it: what its pods come from.
     origin: Option<Fence>,
+    /// What its pods need beside: copies, account, the lane's secret.
+    pieces: Option<Fence>,
+    /// Whether it belongs to nobody.
+    orphaned: bool,
     attempt: u32,
     version: String,
     services: BTreeMap<Service, Workload>,
@@ -94,6 +144,8 @@ struct LiveThere {
     epoch: u32,
     /// Somebody else has had a hand in it since the operator wrote it.
     tampered: bool,
+    /// Whether it belongs to nobody.
+    orphaned: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -124,8 +176,15 @@ pub(crate) struct Operator {
     record: Status,
     actions: VecDeque<Action>,
     guarded: bool,
+    /// The first write of the present action is done.
+    half: bool,
     phase: Option<(Phase, u32)>,
     known: Option<(Phase, u32)>,
+    /// What was refused for good, in this pass and in the last whole one.
+    refusing: Option<String>,
+    refused: Option<String>,
+    /// What it has seen of the stacks: whether they are rendered, and their pieces.
+    stacks: BTreeMap<Stack, (bool, Option<Fence>)>,
 }
 
 impl Operator {
@@ -137,6 +196,8 @@ impl Operator {
         self.status = None;
         self.actions.clear();
         self.guarded = false;
+        self.half = false;
+        self.refusing = None;
     }
 
     /// Forgets everything.
@@ -173,7 +234,20 @@ pub(crate) struct World {
     declared_at_guard: [Spec; 2],
     /// Phases and attempts for which some operator has done all that was to be done.
     looked_after: BTreeSet<(Phase, u32)>,
-    past: VecDeque<Rc<(Observed, u64)>>,
+    past: VecDeque<Rc<Past>>,
+    /// What the API server refuses.
+    pub(crate) ban: Option<Ban>,
+    /// A reference is missing.
+    pub(crate) missing: bool,
+    /// A name that is needed belongs to somebody else.
+    pub(crate) taken: bool,
+    /// Stacks whose pods have died for good.
+    collapsed: BTreeSet<Stack>,
+    /// Changes of what is declared that make a release that was given up another one; their number when it was.
+    declarations: u64,
+    given_up: u64,
+    /// Nothing is recorded, and something may have traffic.
+    pub(crate) orphaned: bool,
     pub(crate) operators: [Operator; 2],
     /// Writes of the operators.
     pub(crate) writes: u64,
@@ -183,6 +257,9 @@ pub(crate) struct World {
     /// The phases that were recorded, in order.
     pub(crate) journey: Vec<Phase>,
 }
+
+/// A state of the world as operators may be shown it: what is seen, the object's version, and what is there of stacks.
+type Past = (Observed, u64, BTreeMap<Stack, (bool, Option<Fence>)>);
 
 pub(crate) fn spec() -> Spec {
     let value = serde_json::json!({
@@ -219,6 +296,13 @@ impl World {
             declared_at_guard: [spec(), spec()],
             looked_after: BTreeSet::new(),
             past: VecDeque::new(),
+            ban: None,
+            missing: false,
+            taken: false,
+            collapsed: BTreeSet::new(),
+            declarations: 0,
+            given_up: 0,
+            orphaned: false,
             operators: [Operator::default(), Operator::default()],
             writes: 0,
             trace: Vec::new(),
@@ -247,7 +331,11 @@ impl World {
         for (service, there) in &self.live {
             let endpoints = self.live_slices.get(service).cloned().unwrap_or_default();
             let LiveThere {
-                fence, target, epoch, ..
+                fence,
+                target,
+                epoch,
+                orphaned,
+                ..
             } = there.clone();
             live.insert(
                 *service,
@@ -255,7 +343,7 @@ impl World {
                     fence,
                     target,
                     epoch,
-                    intact: true,
+                    intact: !orphaned,
                     endpoints,
                 },
             );
@@ -264,9 +352,26 @@ impl World {
         for (stack, there) in &self.stacks {
             let mut services = BTreeMap::new();
             for (service, workload) in &there.services {
+                let mut parts = workload.parts.clone();
+                for part in &workload.stripped {
+                    // Pods tell of their workload; of the others nobody does.
+                    match parts.get_mut(part).filter(|_| *part == Part::Workload) {
+                        Some(found) if workload.pods.iter().any(|pod| *pod != Pod::Terminating) => {
+                            found.intact = false;
+                        }
+                        _ => _ = parts.remove(part),
+                    }
+                }
+                if parts.is_empty() && workload.pods.is_empty() {
+                    continue;
+                }
                 let seen = ServiceSeen {
-                    parts: workload.parts.clone(),
-                    replicas: workload.replicas,
+                    replicas: if parts.contains_key(&Part::Workload) {
+                        workload.replicas
+                    } else {
+                        0
+                    },
+                    parts,
                     ready: self.slices.get(&(stack.clone(), *service)).copied().unwrap_or(0),
                     pods: u32::try_from(workload.pods.len()).unwrap(),
                     trouble: None,
@@ -278,8 +383,8 @@ impl World {
                 stack.clone(),
                 StackSeen {
                     rendered,
-                    whole: true,
-                    owned: true,
+                    whole: there.pieces.is_some(),
+                    owned: !there.orphaned,
                     attempt,
                     version,
                     services,
@@ -321,14 +426,23 @@ impl World {
             deleting: false,
             requests: self.requests.clone(),
             status: self.status.clone(),
-            declared: Ok(Declared {
-                revision: self.revision.clone(),
-                gates: format!("g{}", self.gates),
-            }),
+            declared: if self.missing {
+                Err("the Secret smtp does not exist".to_owned())
+            } else {
+                Ok(Declared {
+                    revision: self.revision.clone(),
+                    gates: format!("g{}", self.gates),
+                })
+            },
             live,
             stacks,
             jobs,
-            taken: Vec::new(),
+            taken: self
+                .taken
+                .then(|| "Deployment/other".to_owned())
+                .into_iter()
+                .collect(),
+            refused: None,
             answers,
             figures,
             seen_before: false,
@@ -343,7 +457,7 @@ impl World {
         let Some(action) = self.operators[who].actions.front().cloned() else {
             return self.look(who, view);
         };
-        if !self.operators[who].guarded {
+        if !self.operators[who].guarded && !self.operators[who].half {
             let replicas = |(stack, service): &(Stack, Service)| {
                 self.stacks
                     .get(stack)
@@ -375,44 +489,77 @@ impl World {
             return Ok(());
         }
         self.operators[who].guarded = false;
-        self.operators[who].actions.pop_front();
-        let done = self.act(who, &action)?;
-        note!(self, "{who}: {action:?} {}", if done { "" } else { "CONFLICT" });
-        if done {
-            self.writes += 1;
+        if let Some(ban) = self.ban.filter(|ban| ban.is_about(&action)) {
+            note!(self, "{who}: {action:?} BANNED");
+            let operator = &mut self.operators[who];
+            operator.half = false;
+            operator.refusing.get_or_insert(format!("touch {ban:?}"));
+            operator.actions.pop_front();
+            if matches!(action, Action::Point { .. }) {
+                operator.actions.clear();
+            }
             self.end_pass(who);
-        } else {
-            self.operators[who].give_up();
+            return Ok(());
+        }
+        let done = self.act(who, &action)?;
+        note!(self, "{who}: {action:?} {done:?}");
+        match done {
+            Done::No => self.operators[who].give_up(),
+            Done::Half => {
+                self.writes += 1;
+                self.operators[who].half = true;
+            }
+            Done::Yes => {
+                self.writes += 1;
+                self.operators[who].half = false;
+                self.operators[who].actions.pop_front();
+                self.end_pass(who);
+            }
         }
         Ok(())
     }
 
     /// A pass that has come to its end has looked at the phase as a whole.
     fn end_pass(&mut self, who: usize) {
-        if self.operators[who].idle() {
-            self.operators[who].known = self.operators[who].phase;
-            self.looked_after.extend(self.operators[who].phase);
+        let operator = &mut self.operators[who];
+        if operator.idle() {
+            operator.known = operator.phase;
+            operator.refused = operator.refusing.take();
+            self.looked_after.extend(operator.phase);
         }
     }
 
     fn look(&mut self, who: usize, view: View) -> Result<(), String> {
-        let fresh = Rc::new((self.observe(), self.version));
+        let fresh = Rc::new((self.observe(), self.version, self.pieces()));
         let old = self.past.front().cloned().unwrap_or_else(|| Rc::clone(&fresh));
         self.past.push_back(Rc::clone(&fresh));
         if self.past.len() > 6 {
             self.past.pop_front();
         }
         let (seen, version) = match view {
-            View::Fresh => (*fresh).clone(),
-            View::Old => (*old).clone(),
+            View::Fresh => (fresh.0.clone(), fresh.1),
+            View::Old => (old.0.clone(), old.1),
             View::Torn => (with_object_of(&fresh.0, &old.0), fresh.1),
             View::OldObject => (with_object_of(&old.0, &fresh.0), old.1),
         };
+        let all_of = if matches!(view, View::Old | View::Torn) {
+            &old
+        } else {
+            &fresh
+        };
+        self.operators[who].stacks.clone_from(&all_of.2);
         self.plan(who, seen, version);
         if view == View::Fresh {
             self.is_not_refused(who)?;
         }
         Ok(())
+    }
+
+    pub(crate) fn pieces(&self) -> BTreeMap<Stack, (bool, Option<Fence>)> {
+        let stacks = self.stacks.iter();
+        stacks
+            .map(|(stack, it)| (stack.clone(), (it.rendered.is_some(), it.pieces.clone())))
+            .collect()
     }
 
     /// Who has just seen everything as it is plans no move that its own guard refuses: it would try it for ever.
@@ -436,6 +583,7 @@ impl World {
     fn plan(&mut self, who: usize, mut seen: Observed, version: u64) {
         let now = (seen.status.phase, seen.status.attempt);
         seen.seen_before = self.operators[who].known == Some(now);
+        seen.refused.clone_from(&self.operators[who].refused);
         let plan = decide(&self.spec, &seen, self.now);
         let operator = &mut self.operators[who];
         operator.phase = Some(
@@ -498,6 +646,23 @@ impl World {
             return Err(format!(
                 "P7: nobody has looked after {} before it was late",
                 old.phase
+            ));
+        }
+        if self.status.live.is_some() || self.status.epoch > 0 {
+            self.orphaned = false;
+        }
+        if new.rejected.is_some() && new.rejected != old.rejected {
+            self.given_up = self.declarations;
+        }
+        if let (Some(was), None) = (&old.rejected, &new.rejected)
+            && matches!(old.phase, Phase::Failed | Phase::Held)
+            && was.stack.revision == self.revision
+            && self.given_up == self.declarations
+            && self.requests.retry != Some(token(&was.stack, was.attempt))
+        {
+            return Err(format!(
+                "P3: {} was given up and is tried again by itself",
+                was.stack
             ));
         }
         if new.phase == Phase::RollingBack
@@ -579,13 +744,13 @@ impl World {
         origin.is_some_and(|rendered| self.proven.contains(&(stack.clone(), rendered)))
     }
 
-    /// Carries one action out. `false`: refused by the API server, because of another version or an existing name.
+    /// Carries one action out, or the next of its writes.
     #[expect(clippy::too_many_lines, reason = "one arm per action")]
-    fn act(&mut self, who: usize, action: &Action) -> Result<bool, String> {
+    fn act(&mut self, who: usize, action: &Action) -> Result<Done, String> {
         match action {
             Action::CreateLive { service } => {
                 if self.live.contains_key(service) {
-                    return Ok(false);
+                    return Ok(Done::No);
                 }
                 let fence = self.fence();
                 let there = LiveThere {
@@ -593,9 +758,10 @@ impl World {
                     target: Target::Nothing,
                     epoch: 0,
                     tampered: true,
+                    orphaned: false,
                 };
                 self.live.insert(*service, there);
-                Ok(true)
+                Ok(Done::Yes)
             }
             Action::Point {
                 service,
@@ -605,23 +771,44 @@ impl World {
                 intent,
             } => {
                 let Some(there) = self.live.get_mut(service).filter(|it| it.fence == *fence) else {
-                    return Ok(false);
+                    return Ok(Done::No);
                 };
+                if let (true, None, Target::Stack(stack)) = (self.orphaned, to, &there.target)
+                    && self
+                        .slices
+                        .get(&(stack.clone(), *service))
+                        .is_some_and(|ready| *ready > 0)
+                {
+                    return Err(format!(
+                        "P1: {service} was taken from {stack}, and nothing is recorded"
+                    ));
+                }
+                there.orphaned = false;
                 there.target = to.clone().map_or(Target::Nothing, Target::Stack);
                 there.epoch = *epoch;
                 there.tampered = false;
                 Self::touch(&mut there.fence, &mut self.counter);
                 self.after_point(who, *service, to.as_ref(), *epoch, *intent)?;
-                Ok(true)
+                Ok(Done::Yes)
             }
             Action::Render {
                 stack,
                 attempt,
                 version,
             } => {
-                if self.stacks.get(stack).is_some_and(|it| it.rendered.is_some()) {
-                    return Ok(false);
+                let known = self.operators[who].stacks.get(stack).is_some_and(|it| it.0);
+                if known || self.operators[who].half {
+                    let fence = self.fence();
+                    // Made also for a stack that somebody else has removed meanwhile: then nobody sees it.
+                    if let Some(there) = self.stacks.get_mut(stack) {
+                        there.pieces.get_or_insert(fence);
+                    }
+                    return Ok(Done::Yes);
                 }
+                if self.stacks.get(stack).is_some_and(|it| it.rendered.is_some()) {
+                    return Ok(Done::No);
+                }
+                self.collapsed.remove(stack);
                 let fence = self.fence();
                 // What is lost of a stack that has passed its gates is made again of the same.
                 if self.is_proven(stack) {
@@ -632,16 +819,29 @@ impl World {
                 there.rendered = Some(fence);
                 there.attempt = *attempt;
                 there.version.clone_from(version);
-                Ok(true)
+                there.orphaned = false;
+                Ok(Done::Half)
             }
-            Action::Adopt { .. } => Err("everything has its owner in this world".to_owned()),
+            Action::Adopt { stack, fence } => {
+                if !self.operators[who].half {
+                    return Ok(Done::Half);
+                }
+                let there = self.stacks.get_mut(stack);
+                let Some(there) = there.filter(|it| it.rendered.as_ref() == Some(fence)) else {
+                    return Ok(Done::No);
+                };
+                there.orphaned = false;
+                Ok(Done::Yes)
+            }
             Action::Apply {
                 stack,
                 service,
                 part,
                 replicas,
                 fence,
-            } => self.apply(who, stack, *service, *part, *replicas, fence.as_ref()),
+            } => self
+                .apply(who, stack, *service, *part, *replicas, fence.as_ref())
+                .map(Done::from),
             Action::Delete {
                 stack,
                 service,
@@ -654,31 +854,44 @@ impl World {
                     .and_then(|it| it.services.get_mut(service));
                 let Some(there) = there.filter(|it| it.parts.get(part).is_some_and(|it| it.fence == *fence))
                 else {
-                    return Ok(false);
+                    return Ok(Done::No);
                 };
                 there.parts.remove(part);
+                there.stripped.remove(part);
                 if *part == Part::Workload {
                     there.replicas = 0;
                     there.pods.fill(Pod::Terminating);
                 }
                 self.after_delete(who, stack, *service, *part)?;
                 self.forget_empty();
-                Ok(true)
+                Ok(Done::Yes)
+            }
+            Action::Unrender { stack, .. } if !self.operators[who].half => {
+                let seen = self.operators[who].stacks.get(stack).and_then(|it| it.1.clone());
+                let Some(there) = self.stacks.get_mut(stack).filter(|_| seen.is_some()) else {
+                    return Ok(Done::Half);
+                };
+                if there.pieces.is_some() && there.pieces != seen {
+                    return Ok(Done::No);
+                }
+                there.pieces = None;
+                self.after_delete(who, stack, Service::User, Part::Budget)?;
+                Ok(Done::Half)
             }
             Action::Unrender { stack, fence } => {
                 let there = self
                     .stacks
                     .get_mut(stack)
                     .filter(|it| it.rendered.as_ref() == Some(fence));
-                let Some(there) = there else { return Ok(false) };
+                let Some(there) = there else { return Ok(Done::No) };
                 there.rendered = None;
                 self.after_delete(who, stack, Service::User, Part::Budget)?;
                 self.forget_empty();
-                Ok(true)
+                Ok(Done::Yes)
             }
             Action::Run(job) => {
                 if self.jobs.contains_key(job) {
-                    return Ok(false);
+                    return Ok(Done::No);
                 }
                 if job.kind == JobKind::Contract {
                     self.may_contract(job)?;
@@ -690,14 +903,14 @@ impl World {
                 };
                 let of = self.stacks.get(&job.stack).and_then(|it| it.origin.clone());
                 self.jobs.insert(job.clone(), JobThere { seen, of });
-                Ok(true)
+                Ok(Done::Yes)
             }
             Action::DeleteJob(job, fence) => {
                 if self.jobs.get(job).is_none_or(|it| it.seen.fence != *fence) {
-                    return Ok(false);
+                    return Ok(Done::No);
                 }
                 self.jobs.remove(job);
-                Ok(true)
+                Ok(Done::Yes)
             }
         }
     }
@@ -719,6 +932,15 @@ impl World {
             .services
             .entry(service)
             .or_default();
+        if fence.is_none()
+            && there.stripped.remove(&part)
+            && let Some(found) = there.parts.get_mut(&part)
+        {
+            // Its labels are put back, and nothing else.
+            found.intact = false;
+            found.fence.resource_version = new.resource_version;
+            return Ok(true);
+        }
         let new = match (there.parts.get(&part), fence) {
             (None, None) => new,
             (Some(there), Some(fence)) if there.fence == *fence => Fence {
@@ -731,6 +953,7 @@ impl World {
             }
         };
         let before = there.replicas;
+        there.stripped.remove(&part);
         there.parts.insert(
             part,
             PartSeen {
@@ -755,7 +978,7 @@ impl World {
         self.stacks.retain(|_, stack| {
             stack
                 .services
-                .retain(|_, service| !service.parts.is_empty() || !service.pods.is_empty());
+                .retain(|_, it| it.parts.len() > it.stripped.len() || !it.pods.is_empty());
             stack.rendered.is_some() || !stack.services.is_empty()
         });
     }
@@ -794,7 +1017,8 @@ impl World {
             }
         }
         let moving = matches!(self.status.phase, Phase::Promoting | Phase::RollingBack);
-        if !moving {
+        // Who was asleep while the object was created again writes what was right before: to where the traffic is.
+        if !moving && !self.orphaned {
             let live = self.status.live.as_ref().map(|live| &live.stack);
             if to != live {
                 return Err(format!(
