@@ -468,6 +468,14 @@ struct Farewell {
 
 const WORD: &str = "zebra";
 
+/// What the user and another have done with each other.
+struct Traded {
+    bob: Tokens,
+    resting: Value,
+    arriving: Value,
+    theirs: Value,
+}
+
 impl Farewell {
     async fn prepare() -> Self {
         let stores = Stores::start().await;
@@ -504,6 +512,56 @@ impl Farewell {
             treasury,
             ada,
             wallet,
+        }
+    }
+
+    /// Has the user trade with another in both roles, and something be put aside.
+    async fn trade(&self) -> Traded {
+        let bob = self.users.user("bob@example.org").await;
+        let other = Trader::new(&self.trade, bob.access_token.clone());
+        let other = other.wallet(&self.treasury, "2", "1000").await;
+        let named = |side: &str, price: &str, name: &str| {
+            let mut order = self.wallet.order(side, "1", price);
+            order["client_order_id"] = json!(name);
+            order
+        };
+        let place = async |order: &Value| {
+            accept(
+                self.wallet.trader.post("/trade/add", order).await,
+                StatusCode::CREATED,
+            )
+            .await
+        };
+        let resting = place(&named("buy", "100", "zebra-maker")).await;
+        let theirs = other.place("sell", "1", "100").await;
+        other.place("sell", "1", "110").await;
+        let arriving = place(&named("buy", "110", "zebra-taker")).await;
+        assert_eq!(arriving["status"], "filled");
+        // A name that is another order's id.
+        let mut twin = named("buy", "1", "zebra-twin");
+        twin["client_order_id"] = resting["order_id"].clone();
+        let order = json!({"order_id": place(&twin).await["order_id"]});
+        accept(
+            self.wallet.trader.post("/trade/cancel", &order).await,
+            StatusCode::OK,
+        )
+        .await;
+        // What could not be handled is kept, too.
+        sqlx::query(
+            "insert into dead_letters (consumer, event_id, lane, topic, payload, reason)
+             select 'notification', gen_random_uuid(), 'live', 'account.changed',
+                    jsonb_build_object('user_id', id, 'name', 'zebra letter'), 'for a test'
+             from users where email = 'zebra@example.org'",
+        )
+        .execute(&self.stores.owner)
+        .await
+        .unwrap();
+        self.stores.settled("live").await;
+        Traded {
+            bob,
+            resting,
+            arriving,
+            theirs,
         }
     }
 
@@ -561,43 +619,9 @@ impl Farewell {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_user_can_take_the_data_and_leave() {
+async fn a_user_can_take_the_data_along() {
     let farewell = Farewell::prepare().await;
-    let (stores, users, wallet) = (&farewell.stores, &farewell.users, &farewell.wallet);
-    let owner = &stores.owner;
-    let bob = users.user("bob@example.org").await;
-    let other = Trader::new(&farewell.trade, bob.access_token.clone());
-    let other = other.wallet(&farewell.treasury, "2", "1000").await;
-    let named = |side: &str, price: &str, name: &str| {
-        let mut order = wallet.order(side, "1", price);
-        order["client_order_id"] = json!(name);
-        order
-    };
-    let place = async |order: &Value| {
-        accept(wallet.trader.post("/trade/add", order).await, StatusCode::CREATED).await
-    };
-    let made = place(&named("buy", "100", "zebra-maker")).await;
-    let theirs = other.place("sell", "1", "100").await;
-    other.place("sell", "1", "110").await;
-    let taken = place(&named("buy", "110", "zebra-taker")).await;
-    assert_eq!(taken["status"], "filled");
-    // A name that is another order's id.
-    let mut twin = named("buy", "1", "zebra-twin");
-    twin["client_order_id"] = made["order_id"].clone();
-    let order = json!({"order_id": place(&twin).await["order_id"]});
-    accept(wallet.trader.post("/trade/cancel", &order).await, StatusCode::OK).await;
-    // What could not be handled is kept, too.
-    sqlx::query(
-        "insert into dead_letters (consumer, event_id, lane, topic, payload, reason)
-         select 'notification', gen_random_uuid(), 'live', 'account.changed',
-                jsonb_build_object('user_id', id, 'name', 'zebra letter'), 'for a test'
-         from users where email = 'zebra@example.org'",
-    )
-    .execute(owner)
-    .await
-    .unwrap();
-    stores.settled("live").await;
-
+    let deeds = farewell.trade().await;
     let (export, text) = farewell.export(&farewell.ada.access_token).await;
     assert_eq!(export["profile"][0]["email"], "zebra@example.org");
     assert_eq!(export["sessions"].as_array().unwrap().len(), 1);
@@ -608,7 +632,7 @@ async fn a_user_can_take_the_data_and_leave() {
     assert_eq!(facts(&trades[1]), ["taker", "buy", "0.22"]);
     assert_eq!(
         [&trades[0]["order_id"], &trades[1]["order_id"]],
-        [&made["order_id"], &taken["order_id"]]
+        [&deeds.resting["order_id"], &deeds.arriving["order_id"]]
     );
     for topic in [
         "accounts",
@@ -635,12 +659,19 @@ async fn a_user_can_take_the_data_and_leave() {
     for foreign in [
         "bob@example.org",
         "argon2",
-        &bob.user_id,
-        &text_of(&theirs["order_id"]),
+        &deeds.bob.user_id,
+        &text_of(&deeds.theirs["order_id"]),
     ] {
         assert!(!text.contains(foreign), "{foreign} is in {text}");
     }
+}
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_can_leave_and_nothing_that_identifies_stays() {
+    let farewell = Farewell::prepare().await;
+    let bob = farewell.trade().await.bob;
+    let (stores, users, wallet) = (&farewell.stores, &farewell.users, &farewell.wallet);
+    let owner = &stores.owner;
     // There is something left.
     problem(farewell.delete().await, 409, "accounts_not_empty").await;
     let balances = wallet.balances().await;

@@ -309,6 +309,13 @@ async fn what_happens_is_counted_and_belongs_to_its_trace() {
         let value = metric(notification, name).await;
         assert!(value >= least, "{name} is {value}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_and_what_comes_again_is_counted() {
+    let stores = Stores::start().await;
+    let notification = &stores.notification(&["--role", "live"]).ready().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
     let waiting = async |so: fn(depth: f64, age: f64) -> bool| {
         eventually("the outbox has been measured", || async {
             let depth = metric(notification, "outbox_depth").await;
@@ -319,18 +326,17 @@ async fn what_happens_is_counted_and_belongs_to_its_trace() {
     };
     waiting(|depth, age| depth < 1.0 && age <= 0.0).await;
     // What is published cannot be consumed, so it waits, and is counted when it comes again.
-    let duplicates = metric(notification, "messages_duplicates_total").await;
     let mut blocker = stores.owner.begin().await.unwrap();
     sqlx::query("lock table inbox in share mode")
         .execute(&mut *blocker)
         .await
         .unwrap();
-    bob.place("buy", "1", "50").await;
-    ann.place("sell", "1", "50").await;
+    stores.trade("live", ann, bob, 50, "1").await;
     waiting(|depth, age| depth >= 1.0 && age >= 1.0).await;
     blocker.rollback().await.unwrap();
     stores.settled("live").await;
     waiting(|depth, age| depth < 1.0 && age <= 0.0).await;
+    let duplicates = metric(notification, "messages_duplicates_total").await;
     let jetstream = stores.nats.jetstream().await;
     jetstream
         .delete_consumer_from_stream("market", "exchange-live")
