@@ -553,6 +553,11 @@ impl World {
         ))
     }
 
+    /// Pods of it are never ready, or never again.
+    fn is_lost(&self, stack: &Stack) -> bool {
+        self.collapsed.contains(stack) || nature(&stack.revision) == Nature::NeverReady
+    }
+
     /// What has to be true when nothing happens any more.
     pub(crate) fn at_the_end(&self) -> Result<(), String> {
         let status = &self.status;
@@ -562,7 +567,7 @@ impl World {
                 .live
                 .get(&service)
                 .ok_or_else(|| format!("P7: live {service} is missing"))?;
-            let dead = live.as_ref().is_some_and(|live| self.collapsed.contains(live));
+            let dead = live.as_ref().is_some_and(|live| self.is_lost(live));
             if !there.target.is(live.as_ref()) && !dead {
                 return Err(format!(
                     "P4: at the end {service} points at {:?}, live is {live:?}",
@@ -624,8 +629,7 @@ impl World {
                 if few {
                     return Err(format!("P7: live {service} is left with {} pods", there.replicas));
                 }
-                let dead =
-                    self.collapsed.contains(live) && !status.live.as_ref().is_some_and(|it| it.verified);
+                let dead = self.is_lost(live) && !status.live.as_ref().is_some_and(|it| it.verified);
                 if (ready == 0 && !dead) || !intact {
                     return Err(format!("P7: live {service}: {ready} pods, intact {intact}"));
                 }
