@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    api::{ExchangeDeploymentSpec as Spec, Promotion, Service},
+    api::{ExchangeDeploymentSpec as Spec, Promotion},
     decide::{QUIET, Turn, signed},
     observe::{Declared, Job, JobKind, JobState, Observed, StackSeen, Target},
     resources::job_word,
@@ -52,7 +52,7 @@ impl Found {
             .map(|(it, _)| *it);
         let points_at = |stack| seen.live.values().filter(move |it| it.target.is(Some(stack)));
         // No move of the operator's, but somebody's decision.
-        let decided = |stack| last > 0 || points_at(stack).count() == Service::ALL.len();
+        let decided = |stack| last > 0 || points_at(stack).count() == seen.live.len();
         let to = latest.next().filter(|to| latest.next().is_none() && decided(to));
         let Some(to) = to else {
             let stacks: Vec<String> = moves.keys().map(ToString::to_string).collect();

@@ -263,6 +263,9 @@ impl World {
             there.tampered = true;
             Self::touch(&mut there.fence, &mut self.counter);
         }
+        if self.status.attempt == 0 {
+            self.vouch();
+        }
     }
 
     pub(crate) fn delete_live(&mut self, service: Service) {
@@ -425,22 +428,27 @@ impl World {
         );
         self.status = Status::default();
         self.requests = Requests::default();
-        self.orphaned = true;
+        let targets = self.targets();
+        self.orphaned = targets.iter().flatten().any(|it| self.stacks.contains_key(it));
         // What belongs to it is read after it has been found: never as it was before there was this object.
         self.past.clear();
         for live in self.live.values_mut() {
             live.orphaned = true;
-            // Who has the traffic then is taken for what should have it.
-            if let Target::Stack(stack) = &live.target
-                && let Some(origin) = self.stacks.get(stack).and_then(|it| it.origin.clone())
-            {
-                self.proven.insert((stack.clone(), origin));
-            }
         }
+        self.vouch();
         for there in self.stacks.values_mut() {
             there.orphaned = true;
         }
         self.edited();
+    }
+
+    /// While nothing is recorded, what the live Services point at is taken for what should have the traffic.
+    fn vouch(&mut self) {
+        for stack in self.targets().into_iter().flatten() {
+            if let Some(origin) = self.stacks.get(&stack).and_then(|it| it.origin.clone()) {
+                self.proven.insert((stack, origin));
+            }
+        }
     }
 
     /// Nobody can say what was live: people point everything at one of the stacks that have traffic.
@@ -459,6 +467,7 @@ impl World {
             live.tampered = true;
             Self::touch(&mut live.fence, &mut self.counter);
         }
+        self.vouch();
     }
 
     /// What is to be true while a refusal lasts and nothing else happens: what has a deadline has ended, and what has none
@@ -544,6 +553,11 @@ impl World {
         ))
     }
 
+    /// Pods of it are never ready, or never again.
+    fn is_lost(&self, stack: &Stack) -> bool {
+        self.collapsed.contains(stack) || nature(&stack.revision) == Nature::NeverReady
+    }
+
     /// What has to be true when nothing happens any more.
     pub(crate) fn at_the_end(&self) -> Result<(), String> {
         let status = &self.status;
@@ -553,7 +567,7 @@ impl World {
                 .live
                 .get(&service)
                 .ok_or_else(|| format!("P7: live {service} is missing"))?;
-            let dead = live.as_ref().is_some_and(|live| self.collapsed.contains(live));
+            let dead = live.as_ref().is_some_and(|live| self.is_lost(live));
             if !there.target.is(live.as_ref()) && !dead {
                 return Err(format!(
                     "P4: at the end {service} points at {:?}, live is {live:?}",
@@ -615,8 +629,7 @@ impl World {
                 if few {
                     return Err(format!("P7: live {service} is left with {} pods", there.replicas));
                 }
-                let dead =
-                    self.collapsed.contains(live) && !status.live.as_ref().is_some_and(|it| it.verified);
+                let dead = self.is_lost(live) && !status.live.as_ref().is_some_and(|it| it.verified);
                 if (ready == 0 && !dead) || !intact {
                     return Err(format!("P7: live {service}: {ready} pods, intact {intact}"));
                 }
