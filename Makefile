@@ -80,7 +80,7 @@ check: ## Format, lints, unit tests, generated files: minutes, no root, no clust
 
 .PHONY: unit
 unit: ## Unit tests
-	cargo test --workspace --locked --lib --bins --test argo --test api_server --test crd --test decide --test docs --test resources $(TEST)
+	cargo test --workspace --locked --lib --bins --test argo --test api_server --test crd --test decide --test docs --test process --test resources $(TEST)
 
 .PHONY: simulate
 simulate: ## The operator in HISTORIES=200000 simulated histories from FIRST=0 on; SEED=17 replays one

@@ -153,14 +153,20 @@ impl Books {
         let queue = waiting.get_mut(book)?;
         let mut keys = HashSet::new();
         let mut batch = Vec::new();
-        // A client order id that occurs twice waits for the first one's answer.
+        // A client order id that occurs twice waits for the first one's answer, and lets the others pass.
+        let mut repeated = VecDeque::new();
         while batch.len() < MOST_PER_BATCH
-            && let Some(next) = queue.pop_front_if(|next| {
-                keys.insert((next.submission.user_id, next.submission.client_order_id.clone()))
-            })
+            && let Some(next) = queue.pop_front()
         {
-            batch.push(next);
+            let submission = &next.submission;
+            if keys.insert((submission.user_id, submission.client_order_id.clone())) {
+                batch.push(next);
+            } else {
+                repeated.push_back(next);
+            }
         }
+        repeated.append(queue);
+        *queue = repeated;
         if batch.is_empty() {
             waiting.remove(book);
             return None;
