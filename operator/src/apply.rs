@@ -271,7 +271,7 @@ impl Writer {
         };
         let ours = is_ours(&there.metadata, builder(&look.object).uid);
         let labelled = object.labels().iter().all(has);
-        if !ours && !(labelled && is_nobodys(&there.metadata)) {
+        if !(ours || labelled && is_nobodys(&there.metadata)) {
             let kind = Box::new(kind.clone());
             return Err(Error::Taken { kind, name });
         }

@@ -320,19 +320,19 @@ impl Turn<'_> {
         self.enter(Phase::Failed);
     }
 
+    /// With the gates that are declared now, not those of the attempt: the same declaration is not tried again by itself.
     pub(crate) fn reject(&mut self, candidate: Candidate, reason: Reason, message: String) {
         let Candidate {
             stack,
             version,
             attempt,
-            gates,
             ..
         } = candidate;
         self.next.rejected = Some(Rejected {
             stack,
             version,
             attempt,
-            gates,
+            gates: self.next.gates.clone(),
             reason,
             message,
             scale: Some(Scale::declared(self.spec)),
@@ -385,8 +385,7 @@ impl Turn<'_> {
         self.tell(true, "RollingBack", format!("the traffic goes back to {to}"));
     }
 
-    /// A stack that has been live and is given up, with the gates that are declared now: the same declaration is not tried
-    /// again by itself.
+    /// A stack that has been live and is given up.
     pub(crate) fn left(&self, live: Live) -> Candidate {
         Candidate {
             stack: live.stack,

@@ -289,9 +289,9 @@ impl Turn<'_> {
             self.seen.requests.promote.is_some() && self.seen.requests.promote == Some(token(stack, attempt));
         let manual = self.spec.rollout.promotion == Promotion::Manual;
         // Who signs something else later has not approved this.
-        let approver = candidate.approved_by.clone().or_else(|| Some(self.asker()));
+        let by = candidate.approved_by.clone().or_else(|| Some(self.asker()));
         if let Some(candidate) = &mut self.next.candidate {
-            candidate.approved_by = approver.filter(|_| manual && approved);
+            candidate.approved_by = by.filter(|_| manual && approved);
         }
         if !self.tested(stack, attempt) {
             self.enter(Phase::Testing);

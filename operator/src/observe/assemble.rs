@@ -221,13 +221,11 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
             service.trouble = pods::replica_failure(deployment);
         }
     }
-    for pod in &children.pods {
-        if let (Some(stack), Some(service), Some(uid)) =
-            (stack_of(&pod.metadata), service_of(&pod.metadata), pod.uid())
-        {
-            material.pods.insert(uid, (stack, service));
-        }
-    }
+    let whose = |pod: &Pod| {
+        let owner = (stack_of(&pod.metadata)?, service_of(&pod.metadata)?);
+        Some((pod.uid()?, owner))
+    };
+    material.pods = children.pods.iter().filter_map(whose).collect();
     for slice in &children.slices {
         let names = material
             .slices

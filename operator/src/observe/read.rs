@@ -444,7 +444,9 @@ impl Reader {
                 .await
                 .map_err(Error::api(format!("list events of Job {name}")))?;
             let message = events.items.into_iter().filter_map(|it| it.message).next_back();
-            seen.trouble = message.map(|it| pods::not_created(&it)).or(seen.trouble.take());
+            seen.trouble = message
+                .map(|it| pods::not_created(&it))
+                .or_else(|| seen.trouble.take());
         }
         Ok(())
     }

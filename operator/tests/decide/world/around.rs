@@ -451,7 +451,8 @@ impl World {
         }
     }
 
-    /// Nobody can say what was live: people point everything at one of the stacks that have traffic.
+    /// Nobody can say what was live: people point everything at one of the stacks that have traffic, and declare it if
+    /// nothing else says what it is.
     pub(crate) fn decide_for_one(&mut self) {
         let pointed = self.targets().into_iter().flatten();
         let ready = |stack: &Stack| {
@@ -466,6 +467,15 @@ impl World {
             live.target = Target::Stack(stack.clone());
             live.tampered = true;
             Self::touch(&mut live.fence, &mut self.counter);
+        }
+        let lost = self.stacks.get(&stack).is_some_and(|it| it.rendered.is_none());
+        if lost
+            && let Some(index) = stack
+                .revision
+                .strip_prefix('r')
+                .and_then(|index| index.parse().ok())
+        {
+            self.release(index);
         }
         self.vouch();
     }

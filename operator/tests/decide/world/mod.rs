@@ -657,6 +657,12 @@ impl World {
         if let (Some(was), None) = (&old.rejected, &new.rejected)
             && matches!(old.phase, Phase::Failed | Phase::Held)
             && was.stack.revision == self.revision
+            && self
+                .spec
+                .rollout
+                .colour
+                .fixed()
+                .is_none_or(|colour| colour == was.stack.colour)
             && self.given_up == self.declarations
             && self.requests.retry != Some(token(&was.stack, was.attempt))
         {
