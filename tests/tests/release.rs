@@ -718,7 +718,8 @@ fn what_others_break_is_put_right() {
     let revision = story.revision("live");
     prober.goes_on();
     for service in SERVICES {
-        assert_eq!(prober.answers(service).missed, 0, "the {service} service");
+        let answers = prober.answers(service);
+        assert_eq!(answers.missed, 0, "the {service} service: {answers:?}");
     }
     assert_eq!(load.progress().failed, 0, "before the traffic was led astray");
 
@@ -732,7 +733,8 @@ fn what_others_break_is_put_right() {
     });
     prober.goes_on();
     for service in ["user", "notification"] {
-        assert_eq!(prober.answers(service).missed, 0, "the {service} service");
+        let answers = prober.answers(service);
+        assert_eq!(answers.missed, 0, "the {service} service: {answers:?}");
     }
     let missed = prober.answers("trade").missed;
     prober.goes_on();
