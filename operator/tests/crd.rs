@@ -218,7 +218,6 @@ fn defaults_are_in_the_schema_and_the_same_as_in_the_types() {
 }
 
 #[test]
-#[expect(clippy::too_many_lines, reason = "a table")]
 fn every_invalid_object_gets_a_message_for_people() {
     let schema = schema();
     for case in invalid::objects() {

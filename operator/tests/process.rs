@@ -1,7 +1,12 @@
 //! The operator as a process, on an API server that says only what the test wants: what the kubelet is told, what is in its
 //! log, and how it ends.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test that cannot go on panics"
+)]
 
 use std::{
     process::{Child, Command, ExitStatus, Stdio},
@@ -151,7 +156,7 @@ impl World {
         );
         let output = self.operator.stdout.take().unwrap();
         let log = tokio::task::spawn_blocking(move || std::io::read_to_string(output).unwrap());
-        let log = tokio::time::timeout(Duration::from_secs(60), log)
+        let log = tokio::time::timeout(Duration::from_mins(1), log)
             .await
             .unwrap()
             .unwrap();

@@ -444,7 +444,7 @@ impl<'a> Prober<'a> {
     pub fn start(story: &Story<'a>) -> Self {
         let ask = format!(
             "while true; do for service in {}; do \
-             if printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nc -w 2 {NAME}-$service 80 2>&1 | grep -q HTTP/1; \
+             if timeout 5 wget -S -O /dev/null http://{NAME}-$service/ 2>&1 | grep -q HTTP/1; \
              then echo $service given; else echo $service missed; fi; done; sleep 0.1; done",
             SERVICES.join(" ")
         );

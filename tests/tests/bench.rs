@@ -195,6 +195,7 @@ struct Move {
 /// Releases, and after each the way back: the spec before is declared again.
 #[test]
 #[ignore = "a benchmark: make bench-operator"]
+#[expect(clippy::too_many_lines, reason = "what is measured together")]
 fn releases() {
     let session = Session::from_environment().unwrap();
     let images = Images::from_environment().unwrap();
@@ -458,6 +459,7 @@ impl Drop for FakeNode<'_> {
 /// operator itself points the live Services at them.
 #[test]
 #[ignore = "a benchmark: make bench-operator"]
+#[expect(clippy::too_many_lines, reason = "what is measured together")]
 fn idle() {
     /// Over which requests are counted.
     const WINDOW: Duration = Duration::from_mins(1);

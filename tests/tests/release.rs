@@ -1,6 +1,12 @@
 //! Releases on a cluster, told as stories: what is declared, what goes wrong, where the exchange ends. Clients trade all the
 //! while where the story is not about their being cut off. `make e2e` runs them.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
 use std::{
     collections::BTreeSet,
     time::{Duration, Instant},
@@ -642,6 +648,7 @@ fn a_rollback_brings_back_the_settings() {
 /// Clients notice only what was done to the very address that they ask.
 #[test]
 #[ignore = "needs a cluster: make e2e"]
+#[expect(clippy::too_many_lines, reason = "a story")]
 fn what_others_break_is_put_right() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "repairs").unwrap();
@@ -711,7 +718,8 @@ fn what_others_break_is_put_right() {
     let revision = story.revision("live");
     prober.goes_on();
     for service in SERVICES {
-        assert_eq!(prober.answers(service).missed, 0, "the {service} service");
+        let answers = prober.answers(service);
+        assert_eq!(answers.missed, 0, "the {service} service: {answers:?}");
     }
     assert_eq!(load.progress().failed, 0, "before the traffic was led astray");
 
@@ -725,7 +733,8 @@ fn what_others_break_is_put_right() {
     });
     prober.goes_on();
     for service in ["user", "notification"] {
-        assert_eq!(prober.answers(service).missed, 0, "the {service} service");
+        let answers = prober.answers(service);
+        assert_eq!(answers.missed, 0, "the {service} service: {answers:?}");
     }
     let missed = prober.answers("trade").missed;
     prober.goes_on();
@@ -745,9 +754,9 @@ fn what_others_break_is_put_right() {
     // Made again, the Service has another address, and names are cached for half a minute: until then nobody is served who
     // asks for the old one.
     story.kubectl(&["delete", "service", "exchange-user"]);
-    let path = "{.spec.selector.exchange\\.dev/revision}";
+    let revision_of = "{.spec.selector.exchange\\.dev/revision}";
     repaired("the live Service", &mut || {
-        get("service/exchange-user", path).is_ok_and(|found| found == revision)
+        get("service/exchange-user", revision_of).is_ok_and(|found| found == revision)
     });
     prober.goes_on();
     let missed = prober.answers("user").missed;

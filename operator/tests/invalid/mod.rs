@@ -46,6 +46,7 @@ pub(crate) struct Invalid {
 }
 
 /// All of them.
+#[expect(clippy::too_many_lines, reason = "a table")]
 pub(crate) fn objects() -> Vec<Invalid> {
     let service = |patch: Value| json!({"spec": {"services": {"trade": patch}}});
     let rollout = |patch: Value| json!({"spec": {"rollout": patch}});
