@@ -116,7 +116,10 @@ impl Turn<'_> {
             let declared = self
                 .declared()
                 .is_some_and(|declared| declared.revision == stack.revision);
-            let Some((attempt, version)) = known.filter(|_| declared) else {
+            // What takes the place of something that is being tested is another attempt, also while time stands still.
+            let testing = matches!(self.next.phase, Phase::Testing | Phase::AwaitingPromotion);
+            let tested = testing && live.is_none() && seen.is_none_or(|seen| seen.rendered.is_none());
+            let Some((attempt, version)) = known.filter(|_| declared && !tested) else {
                 return;
             };
             actions.push(Action::Render {

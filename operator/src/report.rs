@@ -122,7 +122,9 @@ fn stalled(spec: &Spec, seen: &Observed, status: &Status, now: Timestamp) -> Opt
     if let Found::Undecided(why) = Found::by(spec, seen) {
         return Some(verdict(true, "AdoptionUndecided", why));
     }
-    let endless = matches!(status.phase, Phase::Pending | Phase::RollingBack);
+    // A swap to what is given up has no way back either.
+    let forced = status.phase == Phase::Promoting && status.rejected.is_some();
+    let endless = forced || matches!(status.phase, Phase::Pending | Phase::RollingBack);
     let deadline = status
         .phase_since
         .filter(|_| endless && status.stopped_since.is_none());

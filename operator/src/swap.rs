@@ -31,10 +31,17 @@ impl Turn<'_> {
             let message =
                 format!("the {service} service of the new stack lost its endpoints during the swap");
             self.roll_back(Some((Reason::PromotionFailed, message)), "operator");
-        } else if self.overdue() {
+        } else if self.overdue() && !self.is_forced(&candidate.stack) {
             let message = self.blamed("the swap was not finished in time");
             self.roll_back(Some((Reason::PromotionFailed, message)), "operator");
         }
+    }
+
+    /// Whether a stack is given up and gets the traffic all the same, because the one before it cannot serve: there is no
+    /// way back from this move.
+    fn is_forced(&self, stack: &Stack) -> bool {
+        let rejected = self.next.rejected.as_ref();
+        rejected.is_some_and(|rejected| rejected.stack == *stack)
     }
 
     /// Whether all live Services have been written by the present move.
@@ -75,11 +82,7 @@ impl Turn<'_> {
     }
 
     pub(crate) fn swapped(&mut self, candidate: Candidate) {
-        let forced = self
-            .next
-            .rejected
-            .as_ref()
-            .is_some_and(|rejected| rejected.stack == candidate.stack);
+        let forced = self.is_forced(&candidate.stack);
         self.tell(
             false,
             "Promoted",

@@ -432,12 +432,23 @@ impl World {
         self.orphaned = targets.iter().flatten().any(|it| self.stacks.contains_key(it));
         // What belongs to it is read after it has been found: never as it was before there was this object.
         self.past.clear();
+        // What is still created for the object that was goes with it, as what belongs to nobody that exists.
+        for operator in &mut self.operators {
+            operator.guarded = false;
+        }
+        // Each loses its owner, so that what was planned for it as it was is refused.
         for live in self.live.values_mut() {
             live.orphaned = true;
+            Self::touch(&mut live.fence, &mut self.counter);
         }
         self.vouch();
         for there in self.stacks.values_mut() {
             there.orphaned = true;
+            let parts = there.services.values_mut().flat_map(|it| it.parts.values_mut());
+            let parts = parts.map(|part| &mut part.fence);
+            for fence in parts.chain(&mut there.rendered).chain(&mut there.pieces) {
+                Self::touch(fence, &mut self.counter);
+            }
         }
         self.edited();
     }
@@ -445,8 +456,9 @@ impl World {
     /// While nothing is recorded, what the live Services point at is taken for what should have the traffic.
     fn vouch(&mut self) {
         for stack in self.targets().into_iter().flatten() {
-            if let Some(origin) = self.stacks.get(&stack).and_then(|it| it.origin.clone()) {
-                self.proven.insert((stack, origin));
+            match self.stacks.get(&stack).and_then(|it| it.origin.clone()) {
+                Some(origin) => drop(self.proven.insert((stack, origin))),
+                None => drop(self.vouched.insert(stack)),
             }
         }
     }
@@ -486,6 +498,7 @@ impl World {
         let endless = match self.status.phase {
             Phase::Live | Phase::Held | Phase::Failed => false,
             Phase::Pending | Phase::RollingBack => true,
+            Phase::Promoting if self.status.rejected.is_some() => true,
             phase => return Err(format!("P7: {phase} for ever, while {ban:?} is refused")),
         };
         match self.stalled() {

@@ -226,6 +226,8 @@ pub(crate) struct World {
     passed: BTreeMap<Job, Option<Fence>>,
     /// Rendered stacks that have passed all their gates.
     proven: BTreeSet<(Stack, Fence)>,
+    /// Stacks of which nothing is rendered, and which people have declared to be right all the same.
+    vouched: BTreeSet<Stack>,
     /// Endpoints at the time of the last guard, per operator.
     at_guard: [BTreeMap<(Stack, Service), (u32, u32)>; 2],
     /// Where the live Services pointed at that time.
@@ -291,6 +293,7 @@ impl World {
             live_slices: BTreeMap::new(),
             passed: BTreeMap::new(),
             proven: BTreeSet::new(),
+            vouched: BTreeSet::new(),
             at_guard: [BTreeMap::new(), BTreeMap::new()],
             pointed_at_guard: [BTreeSet::new(), BTreeSet::new()],
             declared_at_guard: [spec(), spec()],
@@ -687,7 +690,10 @@ impl World {
             return Err("P5: a retirement was taken back".to_owned());
         }
         let moving = matches!(new.phase, Phase::Promoting | Phase::RollingBack);
-        if !moving && (matches!(old.phase, Phase::Promoting | Phase::RollingBack) || old.live != new.live) {
+        // A move whose record was lost half-way is finished as a repair.
+        let ended = matches!(old.phase, Phase::Promoting | Phase::RollingBack)
+            || (old.live != new.live && old.attempt > 0);
+        if !moving && ended {
             let live = new.live.as_ref().map(|live| &live.stack);
             for (service, there) in &self.live {
                 if !there.tampered && !there.target.is(live) {
@@ -817,7 +823,7 @@ impl World {
                 self.collapsed.remove(stack);
                 let fence = self.fence();
                 // What is lost of a stack that has passed its gates is made again of the same.
-                if self.is_proven(stack) {
+                if self.is_proven(stack) || self.vouched.remove(stack) {
                     self.proven.insert((stack.clone(), fence.clone()));
                 }
                 let there = self.stacks.entry(stack.clone()).or_default();
