@@ -811,7 +811,7 @@ async fn a_child_that_lost_its_labels_gets_them_back() {
         for name in world.names(kind).into_iter().filter(ours) {
             let before = world.get(&name)["metadata"].clone();
             world.change(&name, |object| {
-                object["metadata"]["labels"] = json!({"team": "a"})
+                object["metadata"]["labels"] = json!({"team": "a"});
             });
             let (result, _) = world.pass().await;
             result.unwrap();

@@ -234,8 +234,7 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
         names.push(slice.name_any());
     }
     see_pods(&children.pods, &mut seen);
-    let live: Vec<&CoreService> = material.services.values().collect();
-    see_live(&builder, live.into_iter(), &mut seen);
+    see_live(&builder, material.services.values(), &mut seen);
     see_slices(&builder, &children.slices, &material.pods, &mut seen);
     see_jobs(children, uid, &mut seen);
     Look {

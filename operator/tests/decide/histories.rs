@@ -205,7 +205,9 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
 /// tried again: a good version must then be live, a bad one must not.
 fn live_through(steps: &[Step], traced: bool) -> Result<World, String> {
     let mut world = World::new(traced);
-    let told = |world: &World, why: String| format!("{why}\n{}", world.trace.join("\n"));
+    let told = |world: &World, why: String| {
+        format!("{why}\n{}", world.trace.as_deref().unwrap_or_default().join("\n"))
+    };
     for step in steps {
         take(&mut world, step).map_err(|why| told(&world, why))?;
     }

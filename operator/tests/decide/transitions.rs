@@ -696,23 +696,6 @@ fn the_guards_refuse_what_a_plan_must_not_do() {
         check(&point(Intent::RollBack), &one_short),
         short(Service::Notification)
     );
-    // Nothing is recorded, and something has traffic: nobody knows that it should not.
-    let nothing = Status::default();
-    let new = Observed {
-        status: nothing.clone(),
-        ..seen.clone()
-    };
-    let take_away = Action::Point {
-        service: Service::User,
-        fence: fence.clone(),
-        to: None,
-        epoch: 0,
-        intent: Intent::Repair,
-    };
-    assert_eq!(
-        guard::check(&spec, &nothing, &take_away, &new),
-        Err(Refusal::HasTraffic(Service::User))
-    );
     let deleting = Observed {
         deleting: true,
         ..seen.clone()
@@ -721,6 +704,30 @@ fn the_guards_refuse_what_a_plan_must_not_do() {
     let mut another = seen;
     another.status.attempt += 1;
     assert_eq!(check(&scale(2), &another), Err(Refusal::Superseded));
+}
+
+/// Nothing is recorded, and something has traffic: nobody knows that it should not.
+#[test]
+fn nothing_is_taken_away_while_nothing_is_recorded() {
+    let mut world = after_a_release();
+    world.finish(0);
+    world.round();
+    let nothing = Status::default();
+    let seen = Observed {
+        status: nothing.clone(),
+        ..world.observe()
+    };
+    let take_away = Action::Point {
+        service: Service::User,
+        fence: seen.live[&Service::User].fence.clone(),
+        to: None,
+        epoch: 0,
+        intent: Intent::Repair,
+    };
+    assert_eq!(
+        guard::check(&world.spec, &nothing, &take_away, &seen),
+        Err(Refusal::HasTraffic(Service::User))
+    );
 }
 
 #[test]
@@ -1084,7 +1091,8 @@ fn a_move_that_nobody_remembers_is_brought_to_an_end() {
 
 #[test]
 fn an_object_created_again_finds_services_that_do_not_agree() {
-    let spoil: [(&str, fn(&mut World)); 3] = [
+    type Spoil = fn(&mut World);
+    let spoil: [(&str, Spoil); 3] = [
         ("missing", |world| world.delete_live(Service::Trade)),
         ("edited", |world| world.edit_live(Service::Trade, None)),
         ("all but one edited", |world| {

@@ -25,8 +25,8 @@ use jiff::Timestamp;
 /// Told only when a history is told: most are not.
 macro_rules! note {
     ($world:expr, $($what:tt)*) => {
-        if $world.traced {
-            $world.trace.push(format!($($what)*));
+        if let Some(trace) = &mut $world.trace {
+            trace.push(format!($($what)*));
         }
     };
 }
@@ -254,8 +254,7 @@ pub(crate) struct World {
     /// Writes of the operators.
     pub(crate) writes: u64,
     /// What happened, for people who replay a history.
-    pub(crate) trace: Vec<String>,
-    traced: bool,
+    pub(crate) trace: Option<Vec<String>>,
     /// The phases that were recorded, in order.
     pub(crate) journey: Vec<Phase>,
 }
@@ -308,8 +307,7 @@ impl World {
             orphaned: false,
             operators: [Operator::default(), Operator::default()],
             writes: 0,
-            trace: Vec::new(),
-            traced,
+            trace: traced.then(Vec::new),
             journey: vec![Phase::Pending],
         }
     }
@@ -348,50 +346,6 @@ impl World {
                     epoch,
                     intact: !orphaned,
                     endpoints,
-                },
-            );
-        }
-        let mut stacks = BTreeMap::new();
-        for (stack, there) in &self.stacks {
-            let mut services = BTreeMap::new();
-            for (service, workload) in &there.services {
-                let mut parts = workload.parts.clone();
-                for part in &workload.stripped {
-                    // Pods tell of their workload; of the others nobody does.
-                    match parts.get_mut(part).filter(|_| *part == Part::Workload) {
-                        Some(found) if workload.pods.iter().any(|pod| *pod != Pod::Terminating) => {
-                            found.intact = false;
-                        }
-                        _ => _ = parts.remove(part),
-                    }
-                }
-                if parts.is_empty() && workload.pods.is_empty() {
-                    continue;
-                }
-                let seen = ServiceSeen {
-                    replicas: if parts.contains_key(&Part::Workload) {
-                        workload.replicas
-                    } else {
-                        0
-                    },
-                    parts,
-                    ready: self.slices.get(&(stack.clone(), *service)).copied().unwrap_or(0),
-                    pods: u32::try_from(workload.pods.len()).unwrap(),
-                    trouble: None,
-                };
-                services.insert(*service, seen);
-            }
-            let (rendered, attempt, version) = (there.rendered.clone(), there.attempt, there.version.clone());
-            stacks.insert(
-                stack.clone(),
-                StackSeen {
-                    rendered,
-                    whole: there.pieces.is_some(),
-                    owned: !there.orphaned,
-                    attempt,
-                    version,
-                    services,
-                    open: Some(there.open),
                 },
             );
         }
@@ -438,7 +392,7 @@ impl World {
                 })
             },
             live,
-            stacks,
+            stacks: self.observe_stacks(),
             jobs,
             taken: self
                 .taken
@@ -450,6 +404,54 @@ impl World {
             figures,
             seen_before: false,
         }
+    }
+
+    fn observe_stacks(&self) -> BTreeMap<Stack, StackSeen> {
+        let mut stacks = BTreeMap::new();
+        for (stack, there) in &self.stacks {
+            let mut services = BTreeMap::new();
+            for (service, workload) in &there.services {
+                let mut parts = workload.parts.clone();
+                for part in &workload.stripped {
+                    // Pods tell of their workload; of the others nobody does.
+                    match parts.get_mut(part).filter(|_| *part == Part::Workload) {
+                        Some(found) if workload.pods.iter().any(|pod| *pod != Pod::Terminating) => {
+                            found.intact = false;
+                        }
+                        _ => _ = parts.remove(part),
+                    }
+                }
+                if parts.is_empty() && workload.pods.is_empty() {
+                    continue;
+                }
+                let seen = ServiceSeen {
+                    replicas: if parts.contains_key(&Part::Workload) {
+                        workload.replicas
+                    } else {
+                        0
+                    },
+                    parts,
+                    ready: self.slices.get(&(stack.clone(), *service)).copied().unwrap_or(0),
+                    pods: u32::try_from(workload.pods.len()).unwrap(),
+                    trouble: None,
+                };
+                services.insert(*service, seen);
+            }
+            let (rendered, attempt, version) = (there.rendered.clone(), there.attempt, there.version.clone());
+            stacks.insert(
+                stack.clone(),
+                StackSeen {
+                    rendered,
+                    whole: there.pieces.is_some(),
+                    owned: !there.orphaned,
+                    attempt,
+                    version,
+                    services,
+                    open: Some(there.open),
+                },
+            );
+        }
+        stacks
     }
 
     /// One step of an operator: it looks and decides, or records, or checks an action, or carries it out.
@@ -496,7 +498,7 @@ impl World {
             note!(self, "{who}: {action:?} BANNED");
             let operator = &mut self.operators[who];
             operator.half = false;
-            operator.refusing.get_or_insert(format!("touch {ban:?}"));
+            operator.refusing.get_or_insert_with(|| format!("touch {ban:?}"));
             operator.actions.pop_front();
             if matches!(action, Action::Point { .. }) {
                 operator.actions.clear();
