@@ -14,7 +14,7 @@ use tokio::runtime::Runtime;
 use crate::{
     exchange::{Images, restricted_pod, set},
     kubectl::Session,
-    operator::{Leader, account},
+    operator::Operator,
     sandbox::wait_until,
     tunnel::Tunnel,
 };
@@ -61,8 +61,8 @@ pub struct Hold {
 pub struct Seen {
     /// In their order.
     pub writes: Vec<Write>,
-    /// The last of them is being held.
-    pub held: bool,
+    /// The one of them that is being held, also when its writer tries it again.
+    pub held: Option<Write>,
 }
 
 /// When, seen from a held write, the operator is killed.
@@ -86,18 +86,32 @@ impl Moment {
 pub struct Gate<'a> {
     session: &'a Session,
     namespace: String,
+    operator: Operator,
     tunnel: Tunnel,
     client: reqwest::Client,
     runtime: Runtime,
 }
 
 impl<'a> Gate<'a> {
-    /// Puts a gate before all that the operator writes in the namespace. It lets everything through until told to
-    /// [`hold`](Self::hold).
+    /// Puts a gate before all that the operator of all namespaces writes in this one. It lets everything through until
+    /// told to [`hold`](Self::hold).
     ///
     /// # Errors
     /// If the API server does not ask it within some seconds.
     pub fn before(session: &'a Session, images: &Images, namespace: &str) -> Result<Self> {
+        Self::before_this(Operator::of_all(), session, images, namespace)
+    }
+
+    /// The same before what this operator writes.
+    ///
+    /// # Errors
+    /// If the API server does not ask it within some seconds.
+    pub fn before_this(
+        operator: Operator,
+        session: &'a Session,
+        images: &Images,
+        namespace: &str,
+    ) -> Result<Self> {
         let name = format!("{NAME}.{namespace}.svc");
         let identity = rcgen::generate_simple_self_signed(vec![name])?;
         let certificate = identity.cert.pem();
@@ -129,13 +143,14 @@ impl<'a> Gate<'a> {
         let gate = Self {
             session,
             namespace: namespace.to_owned(),
+            operator,
             tunnel: Tunnel::open(session, namespace, &format!("pod/{NAME}"), CONTROL_PORT)?,
             client: reqwest::Client::builder().timeout(PATIENCE).build()?,
             runtime: Runtime::new()?,
         };
         session.apply(namespace, &gate.webhook(&certificate))?;
         // The API server hears of a new webhook after a moment: asked in the operator's name, changing nothing.
-        let account = format!("--as={}", account());
+        let account = format!("--as={}", gate.operator.account());
         let probe = [
             "create",
             "configmap",
@@ -165,10 +180,10 @@ impl<'a> Gate<'a> {
                 "rules": [{"apiGroups": ["*"], "apiVersions": ["*"], "resources": ["*/*"], "scope": "Namespaced",
                            "operations": ["CREATE", "UPDATE", "DELETE"]}],
                 "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": self.namespace}},
-                // Events tell of what is done; nothing depends on them.
+                // Events tell of what is done; nothing depends on them. A Lease says who works.
                 "matchConditions": [
-                    condition("operator", &format!("request.userInfo.username == '{}'", account())),
-                    condition("no-event", "request.resource.resource != 'events'"),
+                    condition("operator", &format!("request.userInfo.username == '{}'", self.operator.account())),
+                    condition("no-event", "!(request.resource.resource in ['events', 'leases'])"),
                 ],
                 "sideEffects": "NoneOnDryRun",
                 "admissionReviewVersions": ["v1"],
@@ -190,7 +205,8 @@ impl<'a> Gate<'a> {
         self.ask("hold", &Value::Null).map(drop)
     }
 
-    /// The same, and holds a write when it comes.
+    /// The same, and holds a write when it comes, until it is [decided](Self::decide) about: whoever gives it up and tries it
+    /// again is held as well.
     ///
     /// # Errors
     /// If the gate does not answer.
@@ -212,8 +228,7 @@ impl<'a> Gate<'a> {
     /// # Errors
     /// If the gate does not answer.
     pub fn held(&self) -> Result<Option<Write>> {
-        let Seen { mut writes, held } = self.seen()?;
-        Ok(if held { writes.pop() } else { None })
+        Ok(self.seen()?.held)
     }
 
     /// Waits until the write is held that was asked for.
@@ -247,7 +262,7 @@ impl<'a> Gate<'a> {
     /// # Errors
     /// If it cannot be found or killed, or the write is not done that should be.
     pub fn kill_leader(&self, write: &Write, moment: Moment) -> Result<()> {
-        let leader = Leader::find(self.session)?;
+        let leader = self.operator.leader(self.session)?;
         match moment {
             Moment::Before => {
                 leader.kill()?;

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::{
     exchange::{Exchange, Images, Load, NAME, PATIENCE, Watch, is_current, phase_of, text},
     kubectl::{Namespace, Session},
-    operator,
+    operator::{self, Operator},
 };
 
 /// Requests a second: enough to notice whatever is cut off.
@@ -54,6 +54,15 @@ impl Ground {
     pub fn alone() -> Self {
         let others = CLUSTER.write().unwrap_or_else(PoisonError::into_inner);
         Self::of(Turn::Alone { _others: others })
+    }
+
+    /// While no other story goes on, and without the operator of all namespaces: for several operators that each look after
+    /// one.
+    pub fn without_operator() -> Self {
+        // What it has brought for the whole cluster stays.
+        let ground = Self::alone();
+        Operator::of_all().uninstall(&ground.session).unwrap();
+        ground
     }
 
     fn of(turn: Turn) -> Self {
