@@ -5,7 +5,8 @@ use std::{
     io::{BufRead, BufReader},
     process::Child,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
         mpsc::{self, Receiver, RecvTimeoutError},
     },
     thread::{self, JoinHandle},
@@ -373,27 +374,14 @@ impl<'a> Exchange<'a> {
         let started = "jsonpath={.status.containerStatuses[0].started}=true";
         self.session
             .wait(self.namespace, "pod/load", started, Duration::from_mins(1))?;
-        let mut child = self
-            .session
-            .follow(&["logs", "--follow", "load", "--namespace", self.namespace])?;
-        let output = child.stdout.take().context("no output of `kubectl`")?;
-        let progress = Arc::new(Mutex::new(Progress::default()));
-        let latest = Arc::clone(&progress);
-        let reader = thread::spawn(move || {
-            let mut report = Vec::new();
-            for line in BufReader::new(output).lines().map_while(Result::ok) {
-                match serde_json::from_str(&line) {
-                    Ok(news) => *latest.lock().unwrap_or_else(PoisonError::into_inner) = news,
-                    Err(_) => report.push(line),
-                }
-            }
-            report
-        });
+        let log = Arc::new(Log::default());
+        let (session, namespace, reading) =
+            (self.session.clone(), self.namespace.to_owned(), Arc::clone(&log));
+        let reader = thread::spawn(move || reading.read(&session, &namespace));
         let load = Load {
             session: self.session,
             namespace: self.namespace.to_owned(),
-            child,
-            progress,
+            log,
             reader: Some(reader),
         };
         wait_until("the first requests", Duration::from_mins(1), || {
@@ -678,23 +666,77 @@ pub struct Progress {
     pub answers: std::collections::BTreeMap<String, u64>,
 }
 
+/// What the clients say.
+#[derive(Debug, Default)]
+struct Log {
+    progress: Mutex<Progress>,
+    /// Who brings it; nobody yet, or nobody any more.
+    child: Mutex<Option<Child>>,
+    /// Nobody wants to know the rest.
+    left: AtomicBool,
+}
+
+impl Log {
+    /// Follows it to its end, and returns the report. A kubelet that ends cuts it off: then it is read anew.
+    fn read(&self, session: &Session, namespace: &str) -> Vec<String> {
+        loop {
+            let report = self.follow(session, namespace).unwrap_or_default();
+            let there = || session.get(namespace, "pod/load", "{.metadata.name}").is_ok();
+            let is_whole = report.last().is_some_and(|line| line == "}");
+            if is_whole || self.left.load(Ordering::Relaxed) || !there() {
+                return report;
+            }
+        }
+    }
+
+    fn follow(&self, session: &Session, namespace: &str) -> Result<Vec<String>> {
+        let mut child = session.follow(&["logs", "--follow", "load", "--namespace", namespace])?;
+        let output = child.stdout.take().context("no output of `kubectl`")?;
+        *locked(&self.child) = Some(child);
+        if self.left.load(Ordering::Relaxed) {
+            self.leave();
+        }
+        let mut report = Vec::new();
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            match serde_json::from_str(&line) {
+                Ok(news) => *locked(&self.progress) = news,
+                Err(_) => report.push(line),
+            }
+        }
+        self.leave_child();
+        Ok(report)
+    }
+
+    fn leave(&self) {
+        self.left.store(true, Ordering::Relaxed);
+        self.leave_child();
+    }
+
+    fn leave_child(&self) {
+        if let Some(mut child) = locked(&self.child).take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Clients that trade.
 #[derive(Debug)]
 pub struct Load<'a> {
     session: &'a Session,
     namespace: String,
-    child: Child,
-    progress: Arc<Mutex<Progress>>,
+    log: Arc<Log>,
     reader: Option<JoinHandle<Vec<String>>>,
 }
 
 impl Load<'_> {
     /// How far it is.
     pub fn progress(&self) -> Progress {
-        self.progress
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        locked(&self.log.progress).clone()
     }
 
     /// Ends it, waits for its audit, and returns its report for people and for machines.
@@ -727,7 +769,6 @@ impl Load<'_> {
 
 impl Drop for Load<'_> {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.log.leave();
     }
 }

@@ -3,10 +3,15 @@
 //!
 //! The gate's server is the tests' agent, in a pod; the tests speak with it through a tunnel.
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use base64::{Engine, engine::general_purpose::STANDARD};
+use http::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
@@ -87,7 +92,7 @@ pub struct Gate<'a> {
     session: &'a Session,
     namespace: String,
     operator: Operator,
-    tunnel: Tunnel,
+    tunnel: Mutex<Tunnel>,
     client: reqwest::Client,
     runtime: Runtime,
 }
@@ -144,7 +149,7 @@ impl<'a> Gate<'a> {
             session,
             namespace: namespace.to_owned(),
             operator,
-            tunnel: Tunnel::open(session, namespace, &format!("pod/{NAME}"), CONTROL_PORT)?,
+            tunnel: Mutex::new(tunnel(session, namespace)?),
             client: reqwest::Client::builder().timeout(PATIENCE).build()?,
             runtime: Runtime::new()?,
         };
@@ -301,21 +306,43 @@ impl<'a> Gate<'a> {
         wait_until(&format!("{write} to be done"), PATIENCE, || version() != before)
     }
 
+    /// Asks once more where the way is gone: a kubelet that ends takes it along.
     fn ask(&self, what: &str, body: &Value) -> Result<String> {
-        let url = format!("http://127.0.0.1:{}/{what}", self.tunnel.port);
+        let mut tunnel = self.tunnel.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Ok((status, answer)) = self.send(&tunnel, what, body) {
+            ensure!(status.is_success(), "the gate says {status}: {answer}");
+            return Ok(answer);
+        }
+        let mut answered = Err(anyhow!("there is no way to the gate"));
+        wait_until("the gate to answer", PATIENCE, || {
+            answered = self::tunnel(self.session, &self.namespace).and_then(|opened| {
+                *tunnel = opened;
+                self.send(&tunnel, what, body)
+            });
+            answered.is_ok()
+        })?;
+        let (status, answer) = answered?;
+        ensure!(status.is_success(), "the gate says {status}: {answer}");
+        Ok(answer)
+    }
+
+    fn send(&self, tunnel: &Tunnel, what: &str, body: &Value) -> Result<(StatusCode, String)> {
+        let url = format!("http://127.0.0.1:{}/{what}", tunnel.port);
         let request = self
             .client
             .post(url)
             .header("content-type", "application/json")
             .body(body.to_string());
         self.runtime.block_on(async {
-            let answer = request.send().await.context("the gate does not answer")?;
-            let status = answer.status();
-            let text = answer.text().await?;
-            ensure!(status.is_success(), "the gate says {status}: {text}");
-            Ok(text)
+            let answer = request.send().await?;
+            Ok((answer.status(), answer.text().await?))
         })
     }
+}
+
+/// The way to the gate's control port.
+fn tunnel(session: &Session, namespace: &str) -> Result<Tunnel> {
+    Tunnel::open(session, namespace, &format!("pod/{NAME}"), CONTROL_PORT)
 }
 
 impl Drop for Gate<'_> {

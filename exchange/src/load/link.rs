@@ -502,11 +502,16 @@ mod tests {
                     request.map_err(|error| error.to_string())
                 };
                 link.send(&request).await.unwrap();
-                part.notify_one();
+                part.notify_waiters();
                 while !has_ended(&link).await {
                     sleep(Duration::from_millis(1)).await;
                 }
-                link.send(&request).await.unwrap();
+                let again = link.send(&request).await;
+                assert!(
+                    again.is_ok(),
+                    "{protocol:?}, announced: {announces}: {:?}",
+                    again.err()
+                );
                 let closed = events.closed_without_notice.load(Ordering::Relaxed);
                 let connects = events.connects.load(Ordering::Relaxed);
                 assert_eq!(
