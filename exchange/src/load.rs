@@ -271,7 +271,7 @@ struct Outcome {
     /// When the first request was meant to be sent, in milliseconds since 1970: all other times count from there.
     started_unix_ms: i128,
     rate: u32,
-    /// How long requests were sent, also if that was cut short.
+    /// For how long requests were meant to be sent, also if that was cut short.
     duration_s: f64,
     summary: Summary,
     connects: u64,
@@ -324,8 +324,9 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
     let followers: JoinSet<()> = (0..traders.len().min(args.streams.into()))
         .map(|trader| Arc::clone(&streams).follow(trader, notification_url.clone(), Arc::clone(&run)))
         .collect();
-    offer(&args, &client, &traders, &run, &events).await?;
-    let duration_s = run.start.elapsed().as_secs_f64();
+    let duration_s = offer(&args, &client, &traders, &run, &events)
+        .await?
+        .as_secs_f64();
 
     let unknown = std::mem::take(&mut *locked(&run.unknown));
     let unknown_orders = unknown.len();
@@ -403,14 +404,14 @@ async fn prepare(client: &Client, args: &LoadArgs) -> anyhow::Result<Vec<Trader>
     Ok(traders)
 }
 
-/// Offers the load: a queue for each service, filled at the fixed rate, emptied by the connections.
+/// Offers the load: a queue for each service, filled at the fixed rate, emptied by the connections. Returns for how long.
 async fn offer(
     args: &LoadArgs,
     client: &Client,
     traders: &[Trader],
     run: &Arc<Run>,
     events: &Arc<Events>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Duration> {
     let mut workers = JoinSet::new();
     let mut queues = Vec::new();
     for authority in &run.authorities {
@@ -428,7 +429,9 @@ async fn offer(
         queues.push(queue);
     }
     let relogin = tokio::spawn(keep_logged_in(client.clone(), traders.to_vec(), Arc::clone(run)));
-    let progress = args.progress.then(|| tokio::spawn(tell(Arc::clone(run))));
+    let progress = args
+        .progress
+        .then(|| tokio::spawn(tell(Arc::clone(run), Arc::clone(events))));
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let duration = Duration::try_from(args.duration).context("the duration is negative")?;
@@ -457,6 +460,7 @@ async fn offer(
                 .context("all workers are gone")?;
         }
     }
+    let offered = run.start.elapsed();
     drop(queues);
     while let Some(ended) = workers.join_next().await {
         ended.context("a worker failed")?;
@@ -465,7 +469,7 @@ async fn offer(
     if let Some(progress) = progress {
         progress.abort();
     }
-    Ok(())
+    Ok(offered)
 }
 
 /// How far a run is, each second.
@@ -474,18 +478,20 @@ struct Progress {
     elapsed_s: u64,
     requests: usize,
     failed: usize,
+    closed_without_notice: u64,
     /// Answers of the last second, by stack.
     answers: BTreeMap<String, usize>,
 }
 
 #[expect(clippy::print_stderr, reason = "progress is for whoever watches")]
-async fn tell(run: Arc<Run>) {
+async fn tell(run: Arc<Run>, events: Arc<Events>) {
     let mut progress = Progress::default();
     let mut seconds = interval(Duration::from_secs(1));
     loop {
         seconds.tick().await;
         progress.add(locked(&run.records).get(progress.requests..).unwrap_or_default());
         progress.elapsed_s = run.start.elapsed().as_secs();
+        progress.closed_without_notice = events.closed_without_notice.load(Ordering::Relaxed);
         if let Ok(line) = serde_json::to_string(&progress) {
             eprintln!("{line}");
         }

@@ -5,7 +5,8 @@ use std::{
     io::{BufRead, BufReader},
     process::Child,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
         mpsc::{self, Receiver, RecvTimeoutError},
     },
     thread::{self, JoinHandle},
@@ -13,10 +14,13 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use base64::{Engine, engine::general_purpose::STANDARD};
+use http::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::runtime::Runtime;
 
-use crate::{addons::HELPER_IMAGE, kubectl::Session, sandbox::wait_until};
+use crate::{addons::HELPER_IMAGE, kubectl::Session, sandbox::wait_until, tunnel::Tunnel};
 
 /// Name of the ExchangeDeployment, of the stores' release, and the prefix of all that belongs to them.
 pub const NAME: &str = "exchange";
@@ -24,6 +28,12 @@ pub const NAME: &str = "exchange";
 pub const PATIENCE: Duration = Duration::from_mins(4);
 
 const TREASURY: &str = "treasury@exchange.example";
+/// The pods' port for operators.
+const ADMIN_PORT: u16 = 9090;
+/// The header in which a stack names itself.
+const STACK_HEADER: &str = "x-exchange-stack";
+/// For a request of a test.
+const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 
 /// Where the images are, and how those of the operator are tagged.
 #[derive(Clone, Debug)]
@@ -175,12 +185,18 @@ impl<'a> Exchange<'a> {
     /// # Errors
     /// If the exchange refuses it.
     pub fn make_treasury(&self) -> Result<()> {
-        let password = format!("{NAME}-{}", rand::random::<u128>());
+        let drawn = format!("{NAME}-{}", rand::random::<u128>());
         let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "treasury"},
-                            "immutable": true, "stringData": {"password": password}});
-        if self.session.apply(self.namespace, &secret).is_err() {
-            return Ok(()); // there since an earlier run, with its user
-        }
+                            "immutable": true, "stringData": {"password": drawn}});
+        // An earlier run may have made it, and may have come to its end before there was a user.
+        let password = if self.session.create(self.namespace, &secret)? {
+            drawn
+        } else {
+            let known = self
+                .session
+                .get(self.namespace, "secret/treasury", "{.data.password}")?;
+            String::from_utf8(STANDARD.decode(known)?)?
+        };
         let body = json!({"email": TREASURY, "password": password, "display_name": "Treasury"}).to_string();
         let url = format!("http://{NAME}-user/register");
         let post = [
@@ -232,11 +248,78 @@ impl<'a> Exchange<'a> {
         self.session.kubectl(&[&args[..], &more[..]].concat())
     }
 
+    /// The pods of a stack that serve.
+    ///
+    /// # Errors
+    /// If the API server does not answer.
+    pub fn pods(&self, revision: &str) -> Result<Vec<Pod>> {
+        let selector = format!("--selector=exchange.dev/revision={revision},app.kubernetes.io/component");
+        let args = [
+            "get",
+            "pods",
+            "--namespace",
+            self.namespace,
+            &selector,
+            "--output=json",
+        ];
+        let list: Value = serde_json::from_str(&self.session.kubectl(&args)?)?;
+        let pods = list.get("items").and_then(Value::as_array);
+        Ok(pods.into_iter().flatten().map(Pod::of).collect())
+    }
+
+    /// What a pod says of itself on its admin port, through the API server.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub fn report_of(&self, pod: &Pod) -> Result<PodReport> {
+        let (namespace, name) = (self.namespace, &pod.name);
+        let path = format!("/api/v1/namespaces/{namespace}/pods/{name}:{ADMIN_PORT}/proxy/stack");
+        let report = self.session.kubectl(&["get", "--raw", &path])?;
+        serde_json::from_str(&report).with_context(|| format!("pod {name} says {report}"))
+    }
+
+    /// A client of the public API: of the pods that the live Services point at now.
+    ///
+    /// # Errors
+    /// If there are none.
+    pub fn api(&self) -> Result<Api> {
+        let tunnel = |service: &str| {
+            Tunnel::open(
+                self.session,
+                self.namespace,
+                &format!("service/{NAME}-{service}"),
+                80,
+            )
+        };
+        // Every client of reqwest has TLS, though this one does not need it.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let client = reqwest::Client::builder()
+            .timeout(REQUEST_LIMIT)
+            // A connection that is kept would keep a stack from being drained.
+            .pool_max_idle_per_host(0)
+            .build()?;
+        Ok(Api {
+            user: tunnel("user")?,
+            trade: tunnel("trade")?,
+            client,
+            runtime: Runtime::new()?,
+            token: String::new(),
+        })
+    }
+
     /// Starts clients that trade, at `rate` requests a second, until [`Load::end`]. There has to be a treasury.
     ///
     /// # Errors
     /// If they do not begin to trade.
     pub fn start_load(&self, rate: u32) -> Result<Load<'a>> {
+        self.start_clients(rate, 4, 1)
+    }
+
+    /// The same with so many connections to each service, of each protocol, of which so many idle for seconds.
+    ///
+    /// # Errors
+    /// If they do not begin to trade.
+    pub fn start_clients(&self, rate: u32, connections: u16, idle: u16) -> Result<Load<'a>> {
         let url = |service: &str| format!("http://{NAME}-{service}");
         let args = json!([
             "load",
@@ -248,9 +331,9 @@ impl<'a> Exchange<'a> {
             "--duration",
             "1h",
             "--connections",
-            "4",
+            connections.to_string(),
             "--idle-connections",
-            "1",
+            idle.to_string(),
             "--streams",
             "4",
             "--user-url",
@@ -291,27 +374,14 @@ impl<'a> Exchange<'a> {
         let started = "jsonpath={.status.containerStatuses[0].started}=true";
         self.session
             .wait(self.namespace, "pod/load", started, Duration::from_mins(1))?;
-        let mut child = self
-            .session
-            .follow(&["logs", "--follow", "load", "--namespace", self.namespace])?;
-        let output = child.stdout.take().context("no output of `kubectl`")?;
-        let progress = Arc::new(Mutex::new(Progress::default()));
-        let latest = Arc::clone(&progress);
-        let reader = thread::spawn(move || {
-            let mut report = Vec::new();
-            for line in BufReader::new(output).lines().map_while(Result::ok) {
-                match serde_json::from_str(&line) {
-                    Ok(news) => *latest.lock().unwrap_or_else(PoisonError::into_inner) = news,
-                    Err(_) => report.push(line),
-                }
-            }
-            report
-        });
+        let log = Arc::new(Log::default());
+        let (session, namespace, reading) =
+            (self.session.clone(), self.namespace.to_owned(), Arc::clone(&log));
+        let reader = thread::spawn(move || reading.read(&session, &namespace));
         let load = Load {
             session: self.session,
             namespace: self.namespace.to_owned(),
-            child,
-            progress,
+            log,
             reader: Some(reader),
         };
         wait_until("the first requests", Duration::from_mins(1), || {
@@ -319,6 +389,117 @@ impl<'a> Exchange<'a> {
         })
         .with_context(|| self.session.circumstances(self.namespace))?;
         Ok(load)
+    }
+}
+
+/// A pod of an exchange.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Pod {
+    /// Its service.
+    pub service: String,
+    /// Its name.
+    pub name: String,
+    /// Its uid: another pod may have its name.
+    pub uid: String,
+    /// Whether it serves.
+    pub ready: bool,
+    /// Whether it is on its way out.
+    pub leaving: bool,
+}
+
+impl Pod {
+    fn of(object: &Value) -> Self {
+        let conditions = object.pointer("/status/conditions").and_then(Value::as_array);
+        let mut conditions = conditions.into_iter().flatten();
+        Self {
+            service: text(object, "/metadata/labels/app.kubernetes.io~1component").to_owned(),
+            name: text(object, "/metadata/name").to_owned(),
+            uid: text(object, "/metadata/uid").to_owned(),
+            ready: conditions.any(|it| text(it, "/type") == "Ready" && text(it, "/status") == "True"),
+            leaving: object.pointer("/metadata/deletionTimestamp").is_some(),
+        }
+    }
+}
+
+/// What a pod says of itself.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodReport {
+    /// `Standby`, `Live` or `Draining`.
+    pub role: String,
+    /// Connections on the public port; an event stream is one.
+    pub connections: u64,
+    /// Requests on them.
+    pub in_flight: u64,
+}
+
+/// A client of the public API.
+#[derive(Debug)]
+pub struct Api {
+    user: Tunnel,
+    trade: Tunnel,
+    client: reqwest::Client,
+    runtime: Runtime,
+    token: String,
+}
+
+/// What the API has answered.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// The status.
+    pub status: u16,
+    /// The stack that has answered.
+    pub stack: String,
+    /// The body; null if there is none.
+    pub body: Value,
+}
+
+impl Api {
+    /// Asks the user service.
+    ///
+    /// # Errors
+    /// If there is no answer.
+    pub fn user(&self, method: Method, path: &str, body: &Value) -> Result<Answer> {
+        self.call(&self.user, method, path, body)
+    }
+
+    /// Asks the trade service.
+    ///
+    /// # Errors
+    /// If there is no answer.
+    pub fn trade(&self, method: Method, path: &str, body: &Value) -> Result<Answer> {
+        self.call(&self.trade, method, path, body)
+    }
+
+    /// Acts on behalf of this user from now on.
+    ///
+    /// # Errors
+    /// If the user is not known, or the password is another.
+    pub fn log_in(&mut self, credentials: &Value) -> Result<()> {
+        let answer = self.user(Method::POST, "/login", credentials)?;
+        ensure!(answer.status == 200, "no log-in: {answer:?}");
+        text(&answer.body, "/access_token").clone_into(&mut self.token);
+        Ok(())
+    }
+
+    fn call(&self, tunnel: &Tunnel, method: Method, path: &str, body: &Value) -> Result<Answer> {
+        let url = format!("http://127.0.0.1:{}{path}", tunnel.port);
+        let mut request = self.client.request(method, url);
+        if !self.token.is_empty() {
+            request = request.bearer_auth(&self.token);
+        }
+        if !body.is_null() {
+            request = request.json(body);
+        }
+        self.runtime.block_on(async {
+            let answer = request.send().await?;
+            let stack = answer.headers().get(STACK_HEADER);
+            let stack = stack.and_then(|stack| stack.to_str().ok()).unwrap_or_default();
+            let (stack, status) = (stack.to_owned(), answer.status().as_u16());
+            let body = answer.text().await?;
+            let body = serde_json::from_str(&body).unwrap_or_default();
+            Ok(Answer { status, stack, body })
+        })
     }
 }
 
@@ -479,8 +660,68 @@ pub struct Progress {
     pub requests: u64,
     /// Those of them that were not answered with success.
     pub failed: u64,
+    /// Connections that were closed under no request without having been announced to end.
+    pub closed_without_notice: u64,
     /// Answers of the last second, by stack.
     pub answers: std::collections::BTreeMap<String, u64>,
+}
+
+/// What the clients say.
+#[derive(Debug, Default)]
+struct Log {
+    progress: Mutex<Progress>,
+    /// Who brings it; nobody yet, or nobody any more.
+    child: Mutex<Option<Child>>,
+    /// Nobody wants to know the rest.
+    left: AtomicBool,
+}
+
+impl Log {
+    /// Follows it to its end, and returns the report. A kubelet that ends cuts it off: then it is read anew.
+    fn read(&self, session: &Session, namespace: &str) -> Vec<String> {
+        loop {
+            let report = self.follow(session, namespace).unwrap_or_default();
+            let there = || session.get(namespace, "pod/load", "{.metadata.name}").is_ok();
+            let is_whole = report.last().is_some_and(|line| line == "}");
+            if is_whole || self.left.load(Ordering::Relaxed) || !there() {
+                return report;
+            }
+        }
+    }
+
+    fn follow(&self, session: &Session, namespace: &str) -> Result<Vec<String>> {
+        let mut child = session.follow(&["logs", "--follow", "load", "--namespace", namespace])?;
+        let output = child.stdout.take().context("no output of `kubectl`")?;
+        *locked(&self.child) = Some(child);
+        if self.left.load(Ordering::Relaxed) {
+            self.leave();
+        }
+        let mut report = Vec::new();
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            match serde_json::from_str(&line) {
+                Ok(news) => *locked(&self.progress) = news,
+                Err(_) => report.push(line),
+            }
+        }
+        self.leave_child();
+        Ok(report)
+    }
+
+    fn leave(&self) {
+        self.left.store(true, Ordering::Relaxed);
+        self.leave_child();
+    }
+
+    fn leave_child(&self) {
+        if let Some(mut child) = locked(&self.child).take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Clients that trade.
@@ -488,18 +729,14 @@ pub struct Progress {
 pub struct Load<'a> {
     session: &'a Session,
     namespace: String,
-    child: Child,
-    progress: Arc<Mutex<Progress>>,
+    log: Arc<Log>,
     reader: Option<JoinHandle<Vec<String>>>,
 }
 
 impl Load<'_> {
     /// How far it is.
     pub fn progress(&self) -> Progress {
-        self.progress
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        locked(&self.log.progress).clone()
     }
 
     /// Ends it, waits for its audit, and returns its report for people and for machines.
@@ -532,7 +769,6 @@ impl Load<'_> {
 
 impl Drop for Load<'_> {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.log.leave();
     }
 }

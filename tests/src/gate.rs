@@ -3,10 +3,15 @@
 //!
 //! The gate's server is the tests' agent, in a pod; the tests speak with it through a tunnel.
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use base64::{Engine, engine::general_purpose::STANDARD};
+use http::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
@@ -14,7 +19,7 @@ use tokio::runtime::Runtime;
 use crate::{
     exchange::{Images, restricted_pod, set},
     kubectl::Session,
-    operator::{Leader, account},
+    operator::Operator,
     sandbox::wait_until,
     tunnel::Tunnel,
 };
@@ -61,8 +66,8 @@ pub struct Hold {
 pub struct Seen {
     /// In their order.
     pub writes: Vec<Write>,
-    /// The last of them is being held.
-    pub held: bool,
+    /// The one of them that is being held, also when its writer tries it again.
+    pub held: Option<Write>,
 }
 
 /// When, seen from a held write, the operator is killed.
@@ -86,18 +91,32 @@ impl Moment {
 pub struct Gate<'a> {
     session: &'a Session,
     namespace: String,
-    tunnel: Tunnel,
+    operator: Operator,
+    tunnel: Mutex<Tunnel>,
     client: reqwest::Client,
     runtime: Runtime,
 }
 
 impl<'a> Gate<'a> {
-    /// Puts a gate before all that the operator writes in the namespace. It lets everything through until told to
-    /// [`hold`](Self::hold).
+    /// Puts a gate before all that the operator of all namespaces writes in this one. It lets everything through until
+    /// told to [`hold`](Self::hold).
     ///
     /// # Errors
     /// If the API server does not ask it within some seconds.
     pub fn before(session: &'a Session, images: &Images, namespace: &str) -> Result<Self> {
+        Self::before_this(Operator::of_all(), session, images, namespace)
+    }
+
+    /// The same before what this operator writes.
+    ///
+    /// # Errors
+    /// If the API server does not ask it within some seconds.
+    pub fn before_this(
+        operator: Operator,
+        session: &'a Session,
+        images: &Images,
+        namespace: &str,
+    ) -> Result<Self> {
         let name = format!("{NAME}.{namespace}.svc");
         let identity = rcgen::generate_simple_self_signed(vec![name])?;
         let certificate = identity.cert.pem();
@@ -129,13 +148,14 @@ impl<'a> Gate<'a> {
         let gate = Self {
             session,
             namespace: namespace.to_owned(),
-            tunnel: Tunnel::open(session, namespace, &format!("pod/{NAME}"), CONTROL_PORT)?,
+            operator,
+            tunnel: Mutex::new(tunnel(session, namespace)?),
             client: reqwest::Client::builder().timeout(PATIENCE).build()?,
             runtime: Runtime::new()?,
         };
         session.apply(namespace, &gate.webhook(&certificate))?;
         // The API server hears of a new webhook after a moment: asked in the operator's name, changing nothing.
-        let account = format!("--as={}", account());
+        let account = format!("--as={}", gate.operator.account());
         let probe = [
             "create",
             "configmap",
@@ -165,10 +185,10 @@ impl<'a> Gate<'a> {
                 "rules": [{"apiGroups": ["*"], "apiVersions": ["*"], "resources": ["*/*"], "scope": "Namespaced",
                            "operations": ["CREATE", "UPDATE", "DELETE"]}],
                 "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": self.namespace}},
-                // Events tell of what is done; nothing depends on them.
+                // Events tell of what is done; nothing depends on them. A Lease says who works.
                 "matchConditions": [
-                    condition("operator", &format!("request.userInfo.username == '{}'", account())),
-                    condition("no-event", "request.resource.resource != 'events'"),
+                    condition("operator", &format!("request.userInfo.username == '{}'", self.operator.account())),
+                    condition("no-event", "!(request.resource.resource in ['events', 'leases'])"),
                 ],
                 "sideEffects": "NoneOnDryRun",
                 "admissionReviewVersions": ["v1"],
@@ -190,7 +210,8 @@ impl<'a> Gate<'a> {
         self.ask("hold", &Value::Null).map(drop)
     }
 
-    /// The same, and holds a write when it comes.
+    /// The same, and holds a write when it comes, until it is [decided](Self::decide) about: whoever gives it up and tries it
+    /// again is held as well.
     ///
     /// # Errors
     /// If the gate does not answer.
@@ -212,8 +233,7 @@ impl<'a> Gate<'a> {
     /// # Errors
     /// If the gate does not answer.
     pub fn held(&self) -> Result<Option<Write>> {
-        let Seen { mut writes, held } = self.seen()?;
-        Ok(if held { writes.pop() } else { None })
+        Ok(self.seen()?.held)
     }
 
     /// Waits until the write is held that was asked for.
@@ -247,7 +267,7 @@ impl<'a> Gate<'a> {
     /// # Errors
     /// If it cannot be found or killed, or the write is not done that should be.
     pub fn kill_leader(&self, write: &Write, moment: Moment) -> Result<()> {
-        let leader = Leader::find(self.session)?;
+        let leader = self.operator.leader(self.session)?;
         match moment {
             Moment::Before => {
                 leader.kill()?;
@@ -286,21 +306,43 @@ impl<'a> Gate<'a> {
         wait_until(&format!("{write} to be done"), PATIENCE, || version() != before)
     }
 
+    /// Asks once more where the way is gone: a kubelet that ends takes it along.
     fn ask(&self, what: &str, body: &Value) -> Result<String> {
-        let url = format!("http://127.0.0.1:{}/{what}", self.tunnel.port);
+        let mut tunnel = self.tunnel.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Ok((status, answer)) = self.send(&tunnel, what, body) {
+            ensure!(status.is_success(), "the gate says {status}: {answer}");
+            return Ok(answer);
+        }
+        let mut answered = Err(anyhow!("there is no way to the gate"));
+        wait_until("the gate to answer", PATIENCE, || {
+            answered = self::tunnel(self.session, &self.namespace).and_then(|opened| {
+                *tunnel = opened;
+                self.send(&tunnel, what, body)
+            });
+            answered.is_ok()
+        })?;
+        let (status, answer) = answered?;
+        ensure!(status.is_success(), "the gate says {status}: {answer}");
+        Ok(answer)
+    }
+
+    fn send(&self, tunnel: &Tunnel, what: &str, body: &Value) -> Result<(StatusCode, String)> {
+        let url = format!("http://127.0.0.1:{}/{what}", tunnel.port);
         let request = self
             .client
             .post(url)
             .header("content-type", "application/json")
             .body(body.to_string());
         self.runtime.block_on(async {
-            let answer = request.send().await.context("the gate does not answer")?;
-            let status = answer.status();
-            let text = answer.text().await?;
-            ensure!(status.is_success(), "the gate says {status}: {text}");
-            Ok(text)
+            let answer = request.send().await?;
+            Ok((answer.status(), answer.text().await?))
         })
     }
+}
+
+/// The way to the gate's control port.
+fn tunnel(session: &Session, namespace: &str) -> Result<Tunnel> {
+    Tunnel::open(session, namespace, &format!("pod/{NAME}"), CONTROL_PORT)
 }
 
 impl Drop for Gate<'_> {

@@ -2,7 +2,7 @@
 //! existing one.
 
 use std::{
-    env,
+    env, fs,
     io::Write,
     process::{Child, Command, Stdio},
     sync::Mutex,
@@ -10,6 +10,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::{Map, Value, json};
 
 use crate::{cluster::Cluster, results, sandbox, tools::Tools};
@@ -122,6 +126,38 @@ impl Session {
         self.run("kubectl", &args, Some(manifest)).map(drop)
     }
 
+    /// Creates an object in a namespace; says whether it was not there already.
+    ///
+    /// # Errors
+    /// If the API server refuses it for another reason.
+    pub fn create(&self, namespace: &str, object: &Value) -> Result<bool> {
+        let args = ["create", "--namespace", namespace, "--filename", "-"];
+        match self.run("kubectl", &args, Some(&object.to_string())) {
+            Err(error) if error.to_string().contains("(AlreadyExists)") => Ok(false),
+            created => created.map(|_| true),
+        }
+    }
+
+    /// Ends a pod as a power failure would: its program gets no signal that it could hear. On the test cluster; the nodes of
+    /// another one are not ours, so that there it is only deleted without grace.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn kill_pod(&self, namespace: &str, pod: &str, program: &str) -> Result<()> {
+        if self.cluster.is_some() {
+            let uid = self.get(namespace, &format!("pod/{pod}"), "{.metadata.uid}")?;
+            let processes = processes_of(&uid, program)?;
+            ensure!(!processes.is_empty(), "pod {pod} has no process {program}");
+            for process in processes {
+                // Those of a parent that has been killed may end by themselves.
+                let _ = kill(process, Signal::SIGKILL);
+            }
+        }
+        let now = ["--grace-period=0", "--force", "--wait=false"];
+        let delete = ["delete", "pod", pod, "--namespace", namespace];
+        self.kubectl(&[&delete[..], &now[..]].concat()).map(drop)
+    }
+
     /// One value of an object, by JSONPath.
     ///
     /// # Errors
@@ -198,16 +234,39 @@ impl Session {
     }
 }
 
+/// The processes of a pod on this machine whose program's name begins like this; a pod has one more that only holds its
+/// namespaces.
+pub(crate) fn processes_of(uid: &str, program: &str) -> Result<Vec<Pid>> {
+    let mut processes = Vec::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        let read = |file: &str| fs::read_to_string(entry.path().join(file)).unwrap_or_default();
+        let is_ours = || read("cgroup").replace('_', "-").contains(uid);
+        if read("comm").starts_with(program) && is_ours() {
+            processes.push(Pid::from_raw(pid));
+        }
+    }
+    Ok(processes)
+}
+
 /// A namespace of one test, deleted (without waiting) when the test ends. The test is then a case in the figures of the
 /// end-to-end run.
 #[derive(Debug)]
 pub struct Namespace<'a> {
     session: &'a Session,
+    /// The line of the case in the figures.
+    line: Option<Line>,
+    /// Its name.
+    pub name: String,
+}
+
+#[derive(Debug)]
+struct Line {
     case: String,
     started: Instant,
     figures: Mutex<Map<String, Value>>,
-    /// Its name.
-    pub name: String,
 }
 
 impl<'a> Namespace<'a> {
@@ -216,7 +275,21 @@ impl<'a> Namespace<'a> {
     /// # Errors
     /// If an earlier one of the name cannot be removed.
     pub fn new(session: &'a Session, case: &str) -> Result<Self> {
-        let started = Instant::now();
+        let line = Line {
+            case: case.to_owned(),
+            started: Instant::now(),
+            figures: Mutex::default(),
+        };
+        let mut namespace = Self::beside(session, case)?;
+        namespace.line = Some(line);
+        Ok(namespace)
+    }
+
+    /// One more namespace of a test that has one: it is no case in the figures.
+    ///
+    /// # Errors
+    /// If an earlier one of the name cannot be removed.
+    pub fn beside(session: &'a Session, case: &str) -> Result<Self> {
         let name = format!("exchange-e2e-{case}");
         session.kubectl(&["delete", "namespace", &name, "--ignore-not-found", "--wait"])?;
         let labels = json!({"pod-security.kubernetes.io/enforce": "restricted"});
@@ -229,16 +302,16 @@ impl<'a> Namespace<'a> {
         )?;
         Ok(Self {
             session,
-            case: case.to_owned(),
-            started,
-            figures: Mutex::default(),
+            line: None,
             name,
         })
     }
 
     /// Notes something that the case has measured. Keys name their unit.
     pub fn note(&self, key: &str, value: impl Into<Value>) {
-        if let Ok(mut figures) = self.figures.lock() {
+        if let Some(line) = &self.line
+            && let Ok(mut figures) = line.figures.lock()
+        {
             figures.insert(key.to_owned(), value.into());
         }
     }
@@ -246,15 +319,17 @@ impl<'a> Namespace<'a> {
 
 impl Drop for Namespace<'_> {
     fn drop(&mut self) {
-        let verdict = if std::thread::panicking() {
-            "failed"
-        } else {
-            "passed"
-        };
-        self.note("verdict", verdict);
-        self.note("seconds", self.started.elapsed().as_secs());
-        if let Ok(figures) = self.figures.lock() {
-            let _ = results::add_case(&self.case, figures.clone());
+        if let Some(line) = &self.line {
+            let verdict = if std::thread::panicking() {
+                "failed"
+            } else {
+                "passed"
+            };
+            self.note("verdict", verdict);
+            self.note("seconds", line.started.elapsed().as_secs());
+            if let Ok(figures) = line.figures.lock() {
+                let _ = results::add_case(&line.case, figures.clone());
+            }
         }
         let _ = self.session.kubectl(&[
             "delete",

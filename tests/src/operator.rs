@@ -2,7 +2,7 @@
 
 use std::{fs, time::Duration};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -10,94 +10,178 @@ use nix::{
 
 use crate::{
     exchange::{Images, chart},
-    kubectl::Session,
+    kubectl::{Session, processes_of},
     sandbox::wait_until,
 };
 
-/// Where it runs.
+/// Where the one for all namespaces runs.
 pub const OPERATOR_NAMESPACE: &str = "exchange-operator";
 /// Names of the chart's release, its ServiceAccount and its Lease.
 pub const OPERATOR: &str = "exchange-operator";
 
 /// What Helm says of a release that tests have installed.
 const DESCRIPTION: &str = "installed by the end-to-end tests";
+/// Its program's name, as far as the kernel keeps it.
+const PROCESS: &str = "exchange-oper";
 /// How long another replica may take to lead: many times a lease.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// Installs the operator, or brings it to this state. On a cluster that is not ours, one that somebody else has installed
-/// is left alone.
+/// An installation of the operator.
+#[derive(Clone, Debug)]
+pub struct Operator {
+    /// Where it runs.
+    namespace: String,
+    /// Whether it looks after the exchanges of that namespace only.
+    of_one: bool,
+}
+
+impl Operator {
+    /// The one that looks after all namespaces.
+    pub fn of_all() -> Self {
+        Self {
+            namespace: OPERATOR_NAMESPACE.to_owned(),
+            of_one: false,
+        }
+    }
+
+    /// One that runs in a namespace and looks after its exchanges: several work side by side, if there is none
+    /// [of all](Self::of_all).
+    pub fn of(namespace: &str) -> Self {
+        Self {
+            namespace: namespace.to_owned(),
+            of_one: true,
+        }
+    }
+
+    /// Installs it, or brings it to this state. On a cluster that is not ours, one that somebody else has installed is left
+    /// alone.
+    ///
+    /// # Errors
+    /// If it does not become ready, or is somebody else's.
+    pub fn install(&self, session: &Session, images: &Images) -> Result<()> {
+        let status = ["status", OPERATOR, "--namespace", &self.namespace];
+        if session.cluster.is_none()
+            && let Ok(status) = session.helm(&status)
+        {
+            ensure!(
+                status.contains(DESCRIPTION),
+                "release {OPERATOR} in namespace {} was not installed by these tests, so it is left alone: \
+                 uninstall it, or use another cluster",
+                self.namespace
+            );
+        }
+        let repository = format!("image.repository={}/exchange-operator", images.prefix);
+        let tag = format!("image.tag={}", images.tag);
+        let chart = chart("exchange-operator");
+        let mut args = vec!["upgrade", "--install", OPERATOR, &chart];
+        args.extend(["--namespace", &self.namespace, "--create-namespace"]);
+        args.extend(["--description", DESCRIPTION]);
+        args.extend(["--set", &repository, "--set", &tag, "--wait", "--timeout", "180s"]);
+        // What belongs to the whole cluster is there once.
+        let one = format!(
+            "watchNamespace={},crds.install=false,admissionPolicy.install=false,userRoles.install=false",
+            self.namespace
+        );
+        if self.of_one {
+            args.extend(["--set", &one]);
+        }
+        let installed = session.helm(&args);
+        installed
+            .map(drop)
+            .with_context(|| session.circumstances(&self.namespace))
+    }
+
+    /// Removes it. The CustomResourceDefinition stays, and all exchanges with it.
+    ///
+    /// # Errors
+    /// If it does not end.
+    pub fn uninstall(&self, session: &Session) -> Result<()> {
+        session.helm(&["uninstall", OPERATOR, "--namespace", &self.namespace])?;
+        let selector = format!("--selector=app.kubernetes.io/instance={OPERATOR}");
+        let wait = ["wait", "pods", "--for=delete", &selector, "--timeout=120s"];
+        session
+            .kubectl(&[&wait[..], &["--namespace", &self.namespace]].concat())
+            .map(drop)
+    }
+
+    /// It as the API server knows it.
+    pub fn account(&self) -> String {
+        format!("system:serviceaccount:{}:{OPERATOR}", self.namespace)
+    }
+
+    /// The pod that leads.
+    ///
+    /// # Errors
+    /// If none does, or its process is not one of this machine's: so it is with `CLUSTER=existing`.
+    pub fn leader<'a>(&self, session: &'a Session) -> Result<Leader<'a>> {
+        let namespace = self.namespace.clone();
+        let lease = format!("lease/{OPERATOR}");
+        let pod = session.get(&namespace, &lease, "{.spec.holderIdentity}")?;
+        let uid = session
+            .get(&namespace, &format!("pod/{pod}"), "{.metadata.uid}")
+            .with_context(|| format!("the leader is {pod:?}, which is no pod"))?;
+        let process = processes_of(&uid, PROCESS)?.into_iter().next();
+        let process =
+            process.with_context(|| format!("the process of pod {pod} does not run on this machine"))?;
+        Ok(Leader {
+            session,
+            namespace,
+            pod,
+            process,
+        })
+    }
+
+    /// Waits until all replicas are ready again, so that the next disturbance finds what the first one found.
+    ///
+    /// # Errors
+    /// If they do not become ready.
+    pub fn recovers(&self, session: &Session) -> Result<()> {
+        let deployment = format!("deployment/{OPERATOR}");
+        let status = ["rollout", "status", &deployment, "--namespace", &self.namespace];
+        session
+            .kubectl(&[&status[..], &["--timeout=120s"]].concat())
+            .map(drop)
+    }
+}
+
+/// Installs the operator [of all](Operator::of_all) namespaces.
 ///
 /// # Errors
 /// If it does not become ready, or is somebody else's.
 pub fn install(session: &Session, images: &Images) -> Result<()> {
-    let status = ["status", OPERATOR, "--namespace", OPERATOR_NAMESPACE];
-    if session.cluster.is_none()
-        && let Ok(status) = session.helm(&status)
-    {
-        ensure!(
-            status.contains(DESCRIPTION),
-            "release {OPERATOR} in namespace {OPERATOR_NAMESPACE} was not installed by these tests, so it is left alone: \
-             uninstall it, or use another cluster"
-        );
-    }
-    let repository = format!("image.repository={}/exchange-operator", images.prefix);
-    let tag = format!("image.tag={}", images.tag);
-    let chart = chart("exchange-operator");
-    let installed = session.helm(&[
-        "upgrade",
-        "--install",
-        OPERATOR,
-        &chart,
-        "--namespace",
-        OPERATOR_NAMESPACE,
-        "--create-namespace",
-        "--set",
-        &repository,
-        "--set",
-        &tag,
-        "--description",
-        DESCRIPTION,
-        "--wait",
-        "--timeout",
-        "180s",
-    ]);
-    installed
-        .map(drop)
-        .with_context(|| session.circumstances(OPERATOR_NAMESPACE))
+    Operator::of_all().install(session, images)
 }
 
 /// It as the API server knows it.
 pub fn account() -> String {
-    format!("system:serviceaccount:{OPERATOR_NAMESPACE}:{OPERATOR}")
+    Operator::of_all().account()
+}
+
+/// Waits until all its replicas are ready again.
+///
+/// # Errors
+/// If they do not become ready.
+pub fn recovers(session: &Session) -> Result<()> {
+    Operator::of_all().recovers(session)
 }
 
 /// The pod that leads, as a process of this machine.
 #[derive(Debug)]
 pub struct Leader<'a> {
     session: &'a Session,
+    namespace: String,
     /// Name of its pod.
     pub pod: String,
     process: Pid,
 }
 
 impl<'a> Leader<'a> {
-    /// Who leads now.
+    /// Who leads of the operator of all namespaces.
     ///
     /// # Errors
     /// If nobody does, or its process is not one of this machine's: so it is with `CLUSTER=existing`.
     pub fn find(session: &'a Session) -> Result<Self> {
-        let lease = format!("lease/{OPERATOR}");
-        let pod = session.get(OPERATOR_NAMESPACE, &lease, "{.spec.holderIdentity}")?;
-        let uid = session
-            .get(OPERATOR_NAMESPACE, &format!("pod/{pod}"), "{.metadata.uid}")
-            .with_context(|| format!("the leader is {pod:?}, which is no pod"))?;
-        let process = process_of(&uid)
-            .with_context(|| format!("the process of pod {pod} does not run on this machine"))?;
-        Ok(Self {
-            session,
-            pod,
-            process,
-        })
+        Operator::of_all().leader(session)
     }
 
     /// Stops it in what it does. It does not know that time goes by.
@@ -131,7 +215,7 @@ impl<'a> Leader<'a> {
     /// If it has ended before.
     pub fn kill(self) -> Result<()> {
         self.signal(Signal::SIGKILL)?;
-        let delete = ["delete", "pod", &self.pod, "--namespace", OPERATOR_NAMESPACE];
+        let delete = ["delete", "pod", &self.pod, "--namespace", &self.namespace];
         let now = ["--grace-period=0", "--force"];
         self.session.kubectl(&[&delete[..], &now[..]].concat()).map(drop)
     }
@@ -144,7 +228,7 @@ impl<'a> Leader<'a> {
         let lease = format!("lease/{OPERATOR}");
         wait_until("another leader", PATIENCE, || {
             self.session
-                .get(OPERATOR_NAMESPACE, &lease, "{.spec.holderIdentity}")
+                .get(&self.namespace, &lease, "{.spec.holderIdentity}")
                 .is_ok_and(|holder| !holder.is_empty() && holder != self.pod)
         })
     }
@@ -166,37 +250,4 @@ impl<'a> Leader<'a> {
     fn signal(&self, signal: Signal) -> Result<()> {
         kill(self.process, signal).with_context(|| format!("cannot send {signal} to pod {}", self.pod))
     }
-}
-
-/// Waits until all replicas are ready again, so that the next disturbance finds what the first one found.
-///
-/// # Errors
-/// If they do not become ready.
-pub fn recovers(session: &Session) -> Result<()> {
-    let deployment = format!("deployment/{OPERATOR}");
-    let status = [
-        "rollout",
-        "status",
-        &deployment,
-        "--namespace",
-        OPERATOR_NAMESPACE,
-    ];
-    session
-        .kubectl(&[&status[..], &["--timeout=120s"]].concat())
-        .map(drop)
-}
-
-/// The process of a pod's container whose program is the operator; a pod has one more that only holds its namespaces.
-fn process_of(uid: &str) -> Result<Pid> {
-    for entry in fs::read_dir("/proc")?.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
-            continue;
-        };
-        let read = |file: &str| fs::read_to_string(entry.path().join(file)).unwrap_or_default();
-        let is_ours = || read("cgroup").replace('_', "-").contains(uid);
-        if read("comm").starts_with("exchange-oper") && is_ours() {
-            return Ok(Pid::from_raw(pid));
-        }
-    }
-    bail!("no process is called exchange-operator in its cgroup")
 }

@@ -12,11 +12,12 @@ use serde_json::{Map, Value, json};
 /// Name of the end-to-end run's figures.
 const END_TO_END: &str = "e2e";
 /// What the table of an end-to-end run shows of a case, if the case has it.
-const COLUMNS: [(&str, &str); 5] = [
+const COLUMNS: [(&str, &str); 6] = [
     ("seconds", "SECONDS"),
-    ("requests_answered", "ANSWERED"),
+    ("requests", "REQUESTS"),
     ("requests_failed", "FAILED"),
     ("swap_milliseconds", "SWAP MS"),
+    ("rollback_milliseconds", "BACK MS"),
     ("drain_seconds", "DRAIN S"),
 ];
 
@@ -79,18 +80,22 @@ pub fn add(name: &str, more: impl IntoIterator<Item = (String, Value)>) -> Resul
     write(name, &figures.into())
 }
 
-/// The end-to-end run as a table: a line per case, with its verdict, and what it measured.
+/// The end-to-end run as a table: a line per case, with its number in the proof, its verdict, and what it measured.
 ///
 /// # Errors
 /// If the figures cannot be read.
 pub fn table() -> Result<String> {
     let mut lines = vec![row("CASE", "VERDICT", COLUMNS.map(|(_, title)| title.to_owned()))];
-    for (case, figures) in read(END_TO_END)? {
+    let number = |figures: &Value| figures.get("case").and_then(Value::as_u64);
+    let mut cases: Vec<_> = read(END_TO_END)?.into_iter().collect();
+    cases.sort_by_key(|(name, figures)| (number(figures), name.clone()));
+    for (name, figures) in cases {
         let shown = |key: &str| match figures.get(key) {
             None | Some(Value::Null) => "-".to_owned(),
             Some(value) => value.to_string(),
         };
         let verdict = figures.get("verdict").and_then(Value::as_str).unwrap_or("?");
+        let case = number(&figures).map_or_else(|| name.clone(), |number| format!("{number:>2} {name}"));
         lines.push(row(&case, verdict, COLUMNS.map(|(key, _)| shown(key))));
     }
     lines.push(format!("  {}", place(END_TO_END)?.display()));

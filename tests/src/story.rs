@@ -25,7 +25,7 @@ use crate::{
         set, text,
     },
     kubectl::{Namespace, Session},
-    operator,
+    operator::{self, Operator},
     sandbox::wait_until,
 };
 
@@ -66,6 +66,15 @@ impl Ground {
     pub fn alone() -> Self {
         let others = CLUSTER.write().unwrap_or_else(PoisonError::into_inner);
         Self::of(Turn::Alone { _others: others })
+    }
+
+    /// While no other story goes on, and without the operator of all namespaces: for several operators that each look after
+    /// one.
+    pub fn without_operator() -> Self {
+        // What it has brought for the whole cluster stays.
+        let ground = Self::alone();
+        Operator::of_all().uninstall(&ground.session).unwrap();
+        ground
     }
 
     fn of(turn: Turn) -> Self {

@@ -1,6 +1,7 @@
 //! The proof that nothing is lost: releases under a load that retries nothing and audits everything afterwards. Each case
-//! asserts that no request failed, that no connection was cut, that the money is right, and how it ended. `make e2e` runs
-//! them, `make e2e CASE=2` one of them.
+//! asserts that no request failed, that no connection was cut, that the money is right, and how it ended; where it kills
+//! pods or a store itself, that only what was in flight there failed, and that a retry with the same key resolved it.
+//! `make e2e E2E=proof` runs them, `make e2e CASE=2` one of them.
 
 #![expect(
     clippy::unwrap_used,
@@ -8,100 +9,292 @@
     reason = "a test fails by panicking"
 )]
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Mutex,
+    thread,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
 
+use http::Method;
+use jiff::Timestamp;
 use nix::sys::signal::Signal;
-use rand::{RngExt, SeedableRng, rngs::StdRng};
+use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use serde_json::{Value, json};
 use testbed::{
-    broker::Broker,
-    exchange::{Exchange, Load, PATIENCE, Watch, is_current, phase_of, text, token},
+    broker::{Asked, Broker},
+    exchange::{
+        Api, Exchange, Load, NAME, PATIENCE, Pod, Watch, is_current, is_given_up, phase_of, text, token,
+    },
     gate::{Gate, Hold, Moment},
     kubectl::Namespace,
-    operator,
+    operator::Operator,
     progress::say,
-    story::Ground,
+    sandbox::{host_pid, wait_until},
+    story::{Ground, SERVICES},
     supervisor,
 };
 
-/// Requests a second.
-const RATE: u32 = 200;
+/// Requests a second; [`ANSWERED`] of them also count the time that the last ones take.
+const RATE: u32 = 205;
+/// Answers a second, from the first request to the last answer.
+const ANSWERED: f64 = 200.0;
 /// As declared by the harness; afterwards nothing may be left on the old stack.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// From the drain of a pod to the end of its event streams.
+const STREAMS_END: u64 = 5_000;
+/// For the data plane to follow, and for connections to a store to be made again, once everything is ready.
+const SETTLING: u64 = 2_000;
+/// The writes that move the traffic, each a live Service.
+const MOVES: &str = "update services";
 
-/// An exchange of this version that is live, with its clients.
-fn trading<'a>(ground: &'a Ground, namespace: &'a Namespace<'_>, version: &str) -> Trading<'a> {
-    let exchange = Exchange::install(&ground.session, &namespace.name, &ground.images).unwrap();
-    exchange.release(&exchange.declaration(version)).unwrap();
-    let mut watch = exchange.watch().unwrap();
-    watch.until_phase("Live", version, PATIENCE).unwrap();
-    exchange.make_treasury().unwrap();
-    let load = exchange.start_load(RATE).unwrap();
-    Trading {
-        namespace,
-        exchange,
-        watch,
-        load,
-    }
-}
-
+/// An exchange that is live, with its clients.
 struct Trading<'a> {
+    ground: &'a Ground,
     namespace: &'a Namespace<'a>,
     exchange: Exchange<'a>,
     watch: Watch,
-    load: Load<'a>,
+    load: Option<Load<'a>>,
+    figures: Figures,
 }
 
-impl Trading<'_> {
+impl<'a> Trading<'a> {
+    /// Deploys a version, and lets clients trade.
+    fn begin(ground: &'a Ground, namespace: &'a Namespace<'_>, version: &str) -> Self {
+        let mut trading = Self::deploy(ground, namespace, |exchange| exchange.declaration(version));
+        trading.start_load();
+        trading
+    }
+
+    /// Deploys what is declared. There are no clients yet.
+    fn deploy(
+        ground: &'a Ground,
+        namespace: &'a Namespace<'_>,
+        declare: impl Fn(&Exchange<'_>) -> Value,
+    ) -> Self {
+        let exchange = Exchange::install(&ground.session, &namespace.name, &ground.images).unwrap();
+        let declaration = declare(&exchange);
+        exchange.release(&declaration).unwrap();
+        let mut watch = exchange.watch().unwrap();
+        let version = text(&declaration, "/spec/version");
+        watch.until_phase("Live", version, PATIENCE).unwrap();
+        exchange.make_treasury().unwrap();
+        Self {
+            ground,
+            namespace,
+            exchange,
+            watch,
+            load: None,
+            figures: Figures::default(),
+        }
+    }
+
+    fn start_load(&mut self) {
+        self.load = Some(self.exchange.start_load(RATE).unwrap());
+    }
+
+    /// Ends the clients: nothing may have failed, nothing be lost.
+    fn end_load(&mut self) -> Value {
+        let (table, report) = self.load.take().unwrap().end().unwrap();
+        say(&table);
+        self.figures.add_report(&report);
+        assert_eq!(report["summary"]["failed"], 0, "{table}");
+        assert_eq!(report["closed_without_notice"], 0, "{table}");
+        assert_eq!(report["streams_cut_off"], 0, "{table}");
+        assert_audited(&table, &report);
+        report
+    }
+
+    /// The same, and writes down what the case has measured.
+    fn end_well(mut self) -> Value {
+        let report = self.end_load();
+        self.figures.add_watch(&self.watch);
+        self.figures.note(self.namespace);
+        report
+    }
+
     fn last(&self) -> &Value {
         &self.watch.sightings().last().unwrap().1
     }
 
-    /// Lets the clients trade until they have made so many requests more.
-    fn trade(&self, requests: u64) {
-        let goal = self.load.progress().requests + requests;
-        testbed::sandbox::wait_until("trading", PATIENCE, || self.load.progress().requests >= goal).unwrap();
+    /// The revision of `live`, `candidate` or `previous`; empty if there is none.
+    fn revision(&self, stack: &str) -> String {
+        revision(self.last(), stack).to_owned()
     }
 
-    /// Ends the load: nothing may have failed, nothing be lost.
-    fn end_well(self) -> Value {
-        let (table, report) = self.load.end().unwrap();
-        say(&table);
-        self.namespace
-            .note("requests_answered", report["summary"]["requests"].clone());
-        self.namespace
-            .note("requests_failed", report["summary"]["failed"].clone());
-        self.namespace.note("audit", report["audit"].clone());
-        assert_eq!(report["summary"]["failed"], 0, "{table}");
-        assert_eq!(report["closed_without_notice"], 0, "{table}");
-        assert_eq!(report["streams_cut_off"], 0, "{table}");
-        assert_eq!(report["audit"]["findings"], json!([]), "{table}");
-        assert_eq!(report["audit"]["ledger_checked"], true, "{table}");
-        assert!(report["audit"]["trades"].as_u64().unwrap() > 100, "{table}");
-        report
+    /// Lets the clients trade until they have made so many requests more.
+    fn trade(&self, requests: u64) {
+        let load = self.load.as_ref().unwrap();
+        let goal = load.progress().requests + requests;
+        wait_until("trading", PATIENCE, || load.progress().requests >= goal).unwrap();
+    }
+
+    /// Declares the same version with another setting: a release without a migration.
+    fn release_setting(&self, value: &str) {
+        let declaration = with_setting(self.exchange.declaration("1.0.0"), value);
+        self.exchange.release(&declaration).unwrap();
+    }
+
+    /// Declares it, and waits until its swap is held at this write of a live Service, which is the first one of number 0.
+    fn release_up_to(&mut self, gate: &Gate<'_>, number: usize, declaration: &Value) {
+        let hold = Hold {
+            of: MOVES.to_owned(),
+            number,
+        };
+        gate.hold(&hold).unwrap();
+        self.exchange.release(declaration).unwrap();
+        let write = gate.until_held(PATIENCE).unwrap();
+        assert_eq!(
+            write.name,
+            format!("{NAME}-{}", SERVICES[number]),
+            "{write} was held"
+        );
+        self.until("the swap", |object| {
+            is_current(object) && phase_of(object) == "Promoting"
+        });
+    }
+
+    fn until(&mut self, what: &str, holds: impl Fn(&Value) -> bool) -> Instant {
+        self.watch.until(what, PATIENCE, holds).unwrap()
+    }
+
+    /// Waits for the end of a release, which has to be this: live, and not what was live before.
+    fn until_live_after(&mut self, before: &str) {
+        self.until("the end of the release", |object| {
+            let live = phase_of(object) == "Live" && revision(object, "live") != before;
+            is_current(object) && (live || is_given_up(object))
+        });
+        assert_eq!(phase_of(self.last()), "Live", "{:#}", self.last()["status"]);
+    }
+
+    /// Whether the traffic is on its way now, which what has been watched so far may not tell yet.
+    fn is_promoting(&self) -> bool {
+        let phase = "{.status.phase}";
+        let phase = self
+            .ground
+            .session
+            .get(&self.namespace.name, "exd/exchange", phase);
+        phase.unwrap() == "Promoting"
+    }
+
+    /// Waits until nobody is on the old stack any more.
+    fn until_drained(&mut self, old: &str) -> Instant {
+        self.until("the old stack to be drained", |object| {
+            revision(object, "previous") == old && text(object, "/status/previous/state") == "Retained"
+        })
     }
 }
 
-/// The same version with another setting: a release without a migration.
+fn assert_audited(table: &str, report: &Value) {
+    assert_eq!(report["audit"]["findings"], json!([]), "{table}");
+    assert_eq!(report["audit"]["ledger_checked"], true, "{table}");
+    assert!(report["audit"]["trades"].as_u64().unwrap() > 100, "{table}");
+}
+
 fn with_setting(mut declaration: Value, value: &str) -> Value {
     declaration["spec"]["services"]["trade"]["env"] = json!([{"name": "RELEASE_NOTE", "value": value}]);
     declaration
 }
 
-fn revision(object: &Value) -> String {
-    text(object, "/status/live/revision").to_owned()
+fn revision<'v>(object: &'v Value, stack: &str) -> &'v str {
+    text(object, &format!("/status/{stack}/revision"))
 }
 
-/// How long the traffic was between two stacks, as status tells it: from the record of the move to its end.
-fn moves(watch: &Watch) -> Vec<Duration> {
-    let mut begun: Option<Instant> = None;
+/// The stacks that have answered, by revision, each with when.
+fn answered(report: &Value) -> BTreeMap<String, &Value> {
+    let stacks = report["summary"]["stacks"].as_object().unwrap().iter();
+    let revision = |name: &str| name.split_once('-').unwrap().1.to_owned();
+    stacks.map(|(name, stack)| (revision(name), stack)).collect()
+}
+
+fn revisions_that_answered(report: &Value) -> Vec<String> {
+    answered(report).into_keys().collect()
+}
+
+fn sorted<T: Ord>(values: impl IntoIterator<Item = T>) -> Vec<T> {
+    let mut values: Vec<T> = values.into_iter().collect();
+    values.sort();
+    values
+}
+
+/// Milliseconds since 1970, as the clients' report counts them.
+fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    u64::try_from(now.as_millis()).unwrap()
+}
+
+/// What a case has measured. Times of moves are as status tells them: from the record of a move to its end.
+#[derive(Default)]
+struct Figures {
+    requests: u64,
+    failed: u64,
+    never_sent: u64,
+    trades: u64,
+    swaps_ms: Vec<u64>,
+    ways_back_ms: Vec<u64>,
+    drains_ms: Vec<u64>,
+}
+
+impl Figures {
+    fn add_report(&mut self, report: &Value) {
+        let number = |pointer: &str| report.pointer(pointer).and_then(Value::as_u64).unwrap();
+        self.requests += number("/summary/requests");
+        self.failed += number("/summary/failed");
+        self.never_sent += number("/never_sent");
+        self.trades += number("/audit/trades");
+    }
+
+    fn add_watch(&mut self, watch: &Watch) {
+        for (phase, took) in moves(watch) {
+            let took = u64::try_from(took.as_millis()).unwrap();
+            match phase {
+                "Promoting" => self.swaps_ms.push(took),
+                _ => self.ways_back_ms.push(took),
+            }
+        }
+        self.drains_ms.extend(drains(watch));
+    }
+
+    fn add(&mut self, other: Self) {
+        self.requests += other.requests;
+        self.failed += other.failed;
+        self.never_sent += other.never_sent;
+        self.trades += other.trades;
+        self.swaps_ms.extend(other.swaps_ms);
+        self.ways_back_ms.extend(other.ways_back_ms);
+        self.drains_ms.extend(other.drains_ms);
+    }
+
+    fn note(&self, namespace: &Namespace<'_>) {
+        namespace.note("requests", self.requests);
+        namespace.note("requests_failed", self.failed);
+        namespace.note("requests_never_sent", self.never_sent);
+        namespace.note("trades_audited", self.trades);
+        let middle = |times: &[u64]| sorted(times.iter().copied()).get(times.len() / 2).copied();
+        if let Some(time) = middle(&self.swaps_ms) {
+            namespace.note("swap_milliseconds", time);
+        }
+        if let Some(time) = middle(&self.ways_back_ms) {
+            namespace.note("rollback_milliseconds", time);
+        }
+        if let Some(longest) = self.drains_ms.iter().max() {
+            namespace.note("drain_seconds", longest.div_ceil(1_000));
+        }
+    }
+}
+
+/// How long the traffic was between two stacks each time, with the phase that it was.
+fn moves(watch: &Watch) -> Vec<(&str, Duration)> {
+    let mut begun: Option<(&str, Instant)> = None;
     let mut all = Vec::new();
     for (at, object) in watch.sightings() {
-        let moving = matches!(phase_of(object), "Promoting" | "RollingBack");
-        match (moving, begun) {
-            (true, None) => begun = Some(*at),
-            (false, Some(since)) => {
-                all.push(at.duration_since(since));
+        let phase = phase_of(object);
+        let moving = matches!(phase, "Promoting" | "RollingBack");
+        match begun {
+            // A first version takes nobody's traffic.
+            None if moving && !object["status"]["live"].is_null() => begun = Some((phase, *at)),
+            Some((phase, since)) if !moving => {
+                all.push((phase, at.duration_since(since)));
                 begun = None;
             }
             _ => {}
@@ -110,259 +303,413 @@ fn moves(watch: &Watch) -> Vec<Duration> {
     all
 }
 
+/// How long each old stack had something open after its traffic had moved, in milliseconds.
+fn drains(watch: &Watch) -> impl Iterator<Item = u64> {
+    let mut all: BTreeMap<&str, u64> = BTreeMap::new();
+    for (_, object) in watch.sightings() {
+        let time = |field: &str| text(object, &format!("/status/previous/{field}")).parse::<Timestamp>();
+        if text(object, "/status/previous/state") == "Retained"
+            && let (Ok(since), Ok(idle)) = (time("since"), time("idleSince"))
+        {
+            let took = idle.duration_since(since).as_millis();
+            all.insert(revision(object, "previous"), u64::try_from(took).unwrap_or(0));
+        }
+    }
+    all.into_values()
+}
+
+/// The old stack has all its pods, and not one of them has a connection: everybody has left it, before its time was over.
+fn assert_left(trading: &mut Trading<'_>, old: &str, pods: &[Pod]) {
+    let retained = trading.until_drained(old);
+    let draining = trading
+        .watch
+        .sightings()
+        .iter()
+        .find(|(_, object)| revision(object, "previous") == old);
+    let took = retained.duration_since(draining.unwrap().0);
+    let status = &trading.last()["status"];
+    assert!(
+        took + Duration::from_secs(1) < DRAIN_TIMEOUT,
+        "{took:?}: {status:#}"
+    );
+    assert!(
+        !text(trading.last(), "/status/previous/idleSince").is_empty(),
+        "{status:#}"
+    );
+    assert_eq!(
+        sorted(trading.exchange.pods(old).unwrap()),
+        pods,
+        "it has lost a pod"
+    );
+    for pod in pods {
+        let report = trading.exchange.report_of(pod).unwrap();
+        assert_eq!(
+            (report.connections, report.in_flight),
+            (0, 0),
+            "{pod:?} says {report:?}"
+        );
+    }
+}
+
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_1_releases_back_and_forth() {
     let releases: usize = std::env::var("RELEASES").map_or(5, |count| count.parse().unwrap());
     let ground = Ground::shared();
-    let namespace = Namespace::new(&ground.session, "releases").unwrap();
-    let mut trading = trading(&ground, &namespace, "1.0.0");
-    let mut stacks = vec![revision(trading.last())];
+    let namespace = case(&ground, 1, "releases");
+    let mut trading = Trading::begin(&ground, &namespace, "1.0.0");
+    let mut stacks = vec![trading.revision("live")];
     for number in 1..=releases {
         trading.trade(500);
-        let declaration = with_setting(trading.exchange.declaration("1.0.0"), &number.to_string());
-        trading.exchange.release(&declaration).unwrap();
-        let before = stacks.last().unwrap().clone();
-        trading
-            .watch
-            .until("the next release to be live", PATIENCE, |object| {
-                is_current(object) && phase_of(object) == "Live" && revision(object) != before
-            })
-            .unwrap();
-        stacks.push(revision(trading.last()));
-        // Its pods go only after it has had no connection for a while: not because the time was over.
-        trading
-            .watch
-            .until("the old stack to be drained", PATIENCE, |object| {
-                text(object, "/status/previous/state") == "Retained"
-            })
-            .unwrap();
-        assert!(
-            !text(trading.last(), "/status/previous/idleSince").is_empty(),
-            "{:#}",
-            trading.last()["status"]
-        );
+        let old = stacks.last().unwrap().clone();
+        let pods = sorted(trading.exchange.pods(&old).unwrap());
+        assert_eq!(pods.len(), SERVICES.len(), "{pods:?}");
+        assert!(pods.iter().all(|pod| pod.ready && !pod.leaving), "{pods:?}");
+        trading.release_setting(&number.to_string());
+        trading.until_live_after(&old);
+        stacks.push(trading.revision("live"));
+        assert_left(&mut trading, &old, &pods);
     }
     trading.trade(500);
-    let moves = moves(&trading.watch);
-    let report = trading.end_well();
     assert_eq!(
-        moves.len(),
-        releases + 1,
-        "the first deployment and each release move the traffic once"
+        moves(&trading.watch).len(),
+        releases,
+        "each release moves the traffic once"
     );
-    let milliseconds = |time: &Duration| u64::try_from(time.as_millis()).unwrap();
-    let mut times: Vec<u64> = moves.iter().map(milliseconds).collect();
-    times.sort_unstable();
-    namespace.note("swap_milliseconds", times[times.len() / 2]);
-    let presence = |revision: &str, field: &str| {
-        let all = report["summary"]["stacks"].as_object().unwrap();
-        let (_, stack) = all.iter().find(|(name, _)| name.ends_with(revision)).unwrap();
-        stack[field].as_u64().unwrap()
+    let report = trading.end_well();
+
+    let presence = answered(&report);
+    let at = |revision: &str, field: &str| presence[revision][field].as_u64().unwrap();
+    // A stream that is open has an end, too.
+    let streamed = |revision: &str| {
+        let openings = report["streams"].as_array().unwrap().iter();
+        let own = openings.filter(|opening| text(opening, "/stack").ends_with(revision));
+        own.map(|opening| opening["to_ms"].as_u64().unwrap())
+            .max()
+            .unwrap()
     };
-    let drains = stacks
-        .windows(2)
-        .map(|pair| presence(&pair[0], "last_ms").saturating_sub(presence(&pair[1], "first_ms")));
-    let longest = Duration::from_millis(drains.max().unwrap());
-    namespace.note("drain_seconds", longest.as_secs());
-    assert!(
-        longest < DRAIN_TIMEOUT,
-        "a connection stayed on the old stack for {longest:?}"
-    );
+    for pair in stacks.windows(2) {
+        let last = at(&pair[0], "last_ms").max(streamed(&pair[0]));
+        let stayed = Duration::from_millis(last.saturating_sub(at(&pair[1], "first_ms")));
+        assert!(
+            stayed < DRAIN_TIMEOUT,
+            "a client stayed on {} for {stayed:?}",
+            pair[0]
+        );
+    }
+    let last = presence.values().map(|stack| stack["last_ms"].as_f64().unwrap());
+    let all = report["summary"]["requests"].as_f64().unwrap();
+    let rate = all / (last.fold(0.0, f64::max) / 1_000.0);
+    namespace.note("answers_per_second", rate);
+    assert!(rate >= ANSWERED, "{rate} answers a second");
+}
+
+/// A namespace for a case of this number.
+fn case<'a>(ground: &'a Ground, number: u64, name: &str) -> Namespace<'a> {
+    let namespace = Namespace::new(&ground.session, name).unwrap();
+    namespace.note("case", number);
+    namespace
+}
+
+/// Somebody whose account is frozen.
+struct Holder {
+    credentials: Value,
+    /// In BTC and in USD.
+    accounts: [String; 2],
+}
+
+impl Holder {
+    fn join(api: &mut Api) -> Self {
+        let credentials =
+            json!({"email": "holder@exchange.example", "password": "a long story about a horse"});
+        let registered = api.user(Method::POST, "/register", &credentials).unwrap();
+        assert_eq!(registered.status, 202, "{registered:?}");
+        api.log_in(&credentials).unwrap();
+        let accounts = ["BTC", "USD"].map(|currency| {
+            let account = json!({"currency": currency, "name": "savings"});
+            let added = api.trade(Method::POST, "/account/add", &account).unwrap();
+            assert_eq!(added.status, 201, "{added:?}");
+            text(&added.body, "/account_id").to_owned()
+        });
+        Self {
+            credentials,
+            accounts,
+        }
+    }
+
+    /// A client that speaks with the live stack, which is this one.
+    fn api(&self, trading: &Trading<'_>, revision: &str) -> Api {
+        let mut api = trading.exchange.api().unwrap();
+        api.log_in(&self.credentials).unwrap();
+        let answer = api.trade(Method::GET, "/account/list", &Value::Null).unwrap();
+        assert!(answer.stack.ends_with(revision), "{answer:?}");
+        api
+    }
+
+    /// Freezes the account in BTC, or lifts that; returns the account.
+    fn set(&self, api: &Api, state: &str) -> Value {
+        let update = json!({"account_id": self.accounts[0], "state": state});
+        let answer = api.trade(Method::POST, "/account/update", &update).unwrap();
+        assert_eq!(answer.status, 200, "{answer:?}");
+        answer.body
+    }
+
+    /// The account in BTC as the API shows it.
+    fn account(&self, api: &Api) -> Value {
+        let answer = api.trade(Method::GET, "/account/list", &Value::Null).unwrap();
+        let accounts = answer.body["accounts"].as_array().unwrap().iter();
+        let mut own = accounts.filter(|account| text(account, "/account_id") == self.accounts[0]);
+        own.next().unwrap().clone()
+    }
+
+    /// What becomes of an order to sell from the account in BTC, in which there is nothing.
+    fn sell(&self, api: &Api, id: &str) -> String {
+        let order = json!({"type": "sell", "product": "BTC-USD", "size": "0.0001", "price": "20000",
+            "client_order_id": id, "base_account_id": self.accounts[0], "quote_account_id": self.accounts[1]});
+        let answer = api.trade(Method::POST, "/trade/add", &order).unwrap();
+        text(&answer.body, "/code").to_owned()
+    }
 }
 
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_2_a_migration_and_the_way_back() {
     let ground = Ground::shared();
-    let namespace = Namespace::new(&ground.session, "migration").unwrap();
-    let mut trading = trading(&ground, &namespace, "1.0.0");
-    let first = revision(trading.last());
+    let namespace = case(&ground, 2, "migration");
+    let mut trading = Trading::begin(&ground, &namespace, "1.0.0");
+    let first = trading.revision("live");
+    let holder = Holder::join(&mut trading.exchange.api().unwrap());
 
-    // Forward, and back before the contract: version 1 serves on what version 2 has written.
-    trading
-        .exchange
-        .release(&trading.exchange.declaration("2.0.0"))
-        .unwrap();
-    trading.watch.until_phase("Live", "2.0.0", PATIENCE).unwrap();
+    // Forward, where an account is frozen: version 2 keeps that in a table of its own, and says since when.
+    let declaration = trading.exchange.declaration("2.0.0");
+    trading.exchange.release(&declaration).unwrap();
+    trading.until_live_after(&first);
+    let second = trading.revision("live");
     trading.trade(1_000);
+    let frozen = holder.set(&holder.api(&trading, &second), "frozen");
+    assert!(!text(&frozen, "/frozen_at").is_empty(), "{frozen}");
+    let open = "select count(*) from freezes where lifted_at is null";
+    assert_eq!(trading.exchange.sql(open).unwrap().trim(), "1");
+
+    // Back before the contract, and version 1's pods anew: they serve on what version 2 has written. They are one of each
+    // service, and restarted by hand, so that this is no release: it comes between two loads.
     let begun = Instant::now();
     let leave = token(trading.last(), "live");
     trading.exchange.ask("rollback", &leave).unwrap();
-    trading
-        .watch
-        .until("version 1 to be live again", PATIENCE, |object| {
-            phase_of(object) == "Held" && revision(object) == first
-        })
-        .unwrap();
-    let back = begun.elapsed();
+    trading.until("version 1 to be live again", |object| {
+        phase_of(object) == "Held" && revision(object, "live") == first
+    });
+    let back = u64::try_from(begun.elapsed().as_millis()).unwrap();
+    namespace.note("rollback_milliseconds_from_asking", back);
+    trading.trade(1_000);
+    let report = trading.end_load();
+    assert_eq!(
+        revisions_that_answered(&report),
+        sorted([first.clone(), second.clone()])
+    );
+    let before = trading.exchange.pods(&first).unwrap();
+    let pods = before.iter().map(|pod| pod.name.as_str());
+    let delete = ["delete", "pods", "--namespace", &namespace.name, "--wait=false"];
+    let delete: Vec<&str> = delete.into_iter().chain(pods).collect();
+    ground.session.kubectl(&delete).unwrap();
+    wait_until("version 1's pods to be others", PATIENCE, || {
+        let pods = trading.exchange.pods(&first).unwrap();
+        let is_new = |pod: &Pod| pod.ready && before.iter().all(|old| old.uid != pod.uid);
+        pods.len() == before.len() && pods.iter().all(is_new)
+    })
+    .unwrap();
+    trading.start_load();
+    let api = holder.api(&trading, &first);
+    let frozen = holder.account(&api);
+    assert_eq!(text(&frozen, "/state"), "frozen", "{frozen}");
+    assert!(frozen["frozen_at"].is_null(), "version 1 does not know: {frozen}");
+    assert_eq!(holder.sell(&api, "frozen"), "account_frozen");
+    assert_eq!(text(&holder.set(&api, "active"), "/state"), "active");
+    assert_eq!(holder.sell(&api, "active"), "insufficient_funds");
     trading.trade(1_000);
 
     // Forward again, and this time to the contract, which comes when the old stack is gone.
     let retry = token(trading.last(), "rejected");
-    let mut declaration = trading.exchange.declaration("2.0.0");
+    let mut declaration = declaration;
     declaration["spec"]["rollout"]["retention"] = json!("5s");
     trading.exchange.release(&declaration).unwrap();
     trading.exchange.ask("retry", &retry).unwrap();
-    trading
-        .watch
-        .until("version 2 to be live and contracted", PATIENCE, |object| {
-            phase_of(object) == "Live"
-                && text(object, "/status/live/version") == "2.0.0"
-                && object["status"]["live"]["contracted"] == true
-        })
-        .unwrap();
+    trading.until("version 2 to be live and contracted", |object| {
+        phase_of(object) == "Live"
+            && text(object, "/status/live/version") == "2.0.0"
+            && object["status"]["live"]["contracted"] == true
+    });
+    let account = holder.account(&holder.api(&trading, &second));
+    assert_eq!(text(&account, "/state"), "active", "{account}");
+    assert!(account["frozen_at"].is_null(), "{account}");
+
+    // A rollback is refused now. That the operator has seen who asks for it is shown by what it is told afterwards.
+    let contracted = trading.last()["status"]["live"].clone();
+    let asked = trading.watch.sightings().len();
     let leave = token(trading.last(), "live");
     trading.exchange.ask("rollback", &leave).unwrap();
+    declaration["spec"]["rollout"]["retention"] = json!("6s");
+    trading.exchange.release(&declaration).unwrap();
+    trading.until("the operator to have seen it", |object| {
+        is_current(object) && text(object, "/spec/rollout/retention") == "6s"
+    });
     trading.trade(1_000);
-    let rollback = trading.last()["status"]["conditions"]
-        .as_array()
-        .unwrap()
+    let since = &trading.watch.sightings()[asked..];
+    let (_, last) = since.last().unwrap();
+    assert_eq!(text(last, "/metadata/annotations/exchange.dev~1rollback"), leave);
+    for (_, object) in since {
+        assert_eq!(phase_of(object), "Live", "{:#}", object["status"]);
+        assert_eq!(object["status"]["live"], contracted);
+    }
+    let conditions = last["status"]["conditions"].as_array().unwrap();
+    let refusal = conditions
         .iter()
-        .find(|condition| condition["type"] == "RollbackAvailable")
-        .unwrap()
-        .clone();
-    assert_eq!(rollback["status"], "False", "{rollback}");
-    assert!(!text(&rollback, "/message").is_empty(), "{rollback}");
-    assert_eq!(text(trading.last(), "/status/live/version"), "2.0.0");
-    trading.end_well();
-    namespace.note("rollback_milliseconds", u64::try_from(back.as_millis()).unwrap());
+        .find(|it| it["type"] == "RollbackAvailable")
+        .unwrap();
+    assert_eq!(refusal["status"], "False", "{refusal}");
+    assert_eq!(refusal["reason"], "NoPrevious", "{refusal}");
+    assert!(
+        text(refusal, "/message").contains("no stack to go back to"),
+        "{refusal}"
+    );
+    let report = trading.end_well();
+    assert_eq!(revisions_that_answered(&report), sorted([first, second]));
 }
 
-/// Trades of the live lane in which not both orders are of the live lane.
-const MIXED_TRADES: &str = "select count(*) from trades where lane = 'live' and (select count(*) from orders \
-                            where id in (taker_order_id, maker_order_id) and orders.lane = 'live') <> 2";
+/// Trades of which not both orders are of the trade's own lane.
+const MIXED_TRADES: &str = "select count(*) from trades where (select count(*) from orders where id in (taker_order_id, \
+                            maker_order_id) and orders.lane = trades.lane) <> 2";
 
-/// The most workers that were seen to wait for messages of a consumer of the live lane, over some pulls.
-fn most_waiting(broker: &Broker) -> usize {
-    let sample = || broker.waiting().unwrap().into_iter().max().unwrap();
-    let samples = (0..60).map(|_| {
-        std::thread::sleep(Duration::from_millis(50));
-        sample()
-    });
-    samples.max().unwrap()
+/// Only this stack has asked for messages of the live lane.
+fn assert_only_reader(asked: &Asked, revision: &str) {
+    assert!(!asked.is_empty(), "nobody reads the queue");
+    let is_its_own = |name: &String| name.ends_with(revision);
+    assert!(
+        asked.keys().all(is_its_own),
+        "{revision} is live, and these ask for messages: {asked:?}"
+    );
 }
 
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_3_the_queue_has_one_colour_of_readers() {
     let ground = Ground::shared();
-    let namespace = Namespace::new(&ground.session, "queue").unwrap();
-    let mut trading = trading(&ground, &namespace, "1.0.0");
+    let namespace = case(&ground, 3, "queue");
+    let mut trading = Trading::begin(&ground, &namespace, "1.0.0");
+    let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
     let broker = Broker::of(&ground.session, &namespace.name).unwrap();
-    // What the broker has sent to the pods of a stack while the clients traded.
-    let sent = |trading: &Trading<'_>, revisions: [&str; 2]| {
-        let count = |revision: &str| -> Option<u64> {
-            let connections = broker.connections().unwrap().into_iter();
-            let own = connections.filter(|connection| connection.name.ends_with(revision));
-            own.map(|connection| connection.out_msgs)
-                .reduce(|sum, more| sum + more)
-        };
-        let before = revisions.map(|revision| count(revision).unwrap());
-        trading.trade(2_000);
-        let after = revisions.map(|revision| count(revision).unwrap());
-        [after[0] - before[0], after[1] - before[1]]
-    };
     trading.trade(500);
-    let alone = most_waiting(&broker);
-    assert!(alone > 0, "nobody reads the queue");
-    let first = revision(trading.last());
+    let first = trading.revision("live");
 
-    // Tested, and waiting for approval, the candidate reads nothing of the live lane.
+    // From its beginning to its approval the candidate reads nothing of the live lane: while it waits for its tests, while
+    // they run, and after them.
+    broker.asked();
+    let before = broker.delivered().unwrap();
     let mut declaration = with_setting(trading.exchange.declaration("1.0.0"), "manual");
     declaration["spec"]["rollout"]["promotion"] = json!("Manual");
+    let smoke = Hold {
+        of: "create jobs".to_owned(),
+        number: 1,
+    };
+    gate.hold(&smoke).unwrap();
     trading.exchange.release(&declaration).unwrap();
-    trading
-        .watch
-        .until_phase("AwaitingPromotion", "1.0.0", PATIENCE)
-        .unwrap();
-    let candidate = text(trading.last(), "/status/candidate/revision").to_owned();
-    assert_eq!(most_waiting(&broker), alone, "somebody else reads the live lane");
-    let [live, other] = sent(&trading, [&first, &candidate]);
-    namespace.note("sent_to_live", live);
-    namespace.note("sent_to_candidate", other);
-    assert!(
-        live > 200 && other * 20 < live,
-        "the broker has sent {live} to the live stack, {other} to the candidate"
-    );
+    let write = gate.until_held(PATIENCE).unwrap();
+    assert!(write.name.contains("-smoke-"), "{write} was held");
+    trading.until("the tests", |object| {
+        is_current(object) && phase_of(object) == "Testing"
+    });
+    let candidate = trading.revision("candidate");
+    trading.trade(1_000);
+    assert_only_reader(&broker.asked(), &first);
+    gate.decide(true).unwrap();
+    trading.until("the tests to have passed", |object| {
+        phase_of(object) == "AwaitingPromotion"
+    });
+    assert_only_reader(&broker.asked(), &first);
+    trading.trade(1_000);
+    let asked = broker.asked();
+    assert_only_reader(&asked, &first);
+    let delivered = broker.delivered().unwrap() - before;
+    assert!(delivered > 500, "the live stack has got {delivered} messages");
+    namespace.note("messages_to_live", delivered);
+    namespace.note("requests_for_messages_by_candidate", 0);
+    assert_eq!(trading.exchange.sql(MIXED_TRADES).unwrap().trim(), "0");
 
     // After the swap the new stack reads, alone; after a rollback the old one.
     let approved = token(trading.last(), "candidate");
     trading.exchange.ask("promote", &approved).unwrap();
-    let retained = |object: &Value| text(object, "/status/previous/state") == "Retained";
-    trading
-        .watch
-        .until("the old stack to be drained", PATIENCE, retained)
-        .unwrap();
-    assert_eq!(revision(trading.last()), candidate);
-    assert_eq!(most_waiting(&broker), alone, "both stacks read the live lane");
-    let [live, other] = sent(&trading, [&candidate, &first]);
-    assert!(
-        live > 200 && other * 20 < live,
-        "the broker has sent {live} to the live stack, {other} to the old one"
-    );
-    trading.exchange.ask("rollback", &approved).unwrap();
-    trading
-        .watch
-        .until("the way back", PATIENCE, |object| {
-            phase_of(object) == "Held" && revision(object) == first
-        })
-        .unwrap();
+    trading.until_live_after(&first);
+    trading.until_drained(&first);
+    assert_eq!(trading.revision("live"), candidate);
+    broker.asked();
     trading.trade(1_000);
-    let [live, other] = sent(&trading, [&first, &candidate]);
-    assert!(
-        live > 200 && other * 20 < live,
-        "the broker has sent {live} to the stack gone back to, {other} to the one left"
-    );
+    assert_only_reader(&broker.asked(), &candidate);
+    trading.exchange.ask("rollback", &approved).unwrap();
+    trading.until("the way back", |object| {
+        phase_of(object) == "Held" && revision(object, "live") == first
+    });
+    trading.until_drained(&candidate);
+    broker.asked();
+    trading.trade(1_000);
+    assert_only_reader(&broker.asked(), &first);
     drop(broker);
 
-    // The broker is restarted in the middle of a swap.
+    // The broker is restarted between the first and the second of the writes that move the traffic.
     let declaration = with_setting(trading.exchange.declaration("1.0.0"), "restart");
-    trading.exchange.release(&declaration).unwrap();
-    trading
-        .watch
-        .until("the swap", PATIENCE, |object| {
-            is_current(object) && phase_of(object) == "Promoting"
-        })
-        .unwrap();
-    let delete = [
-        "delete",
-        "pods",
-        "--namespace",
-        &namespace.name,
-        "--grace-period=0",
-        "--force",
-    ];
-    let broker = ["--wait=false", "--selector=app.kubernetes.io/name=nats"];
-    ground.session.kubectl(&[&delete[..], &broker].concat()).unwrap();
-    trading
-        .watch
-        .until("the release to be live", PATIENCE, |object| {
-            is_current(object) && phase_of(object) == "Live" && revision(object) != first
-        })
-        .unwrap();
+    trading.release_up_to(&gate, 1, &declaration);
+    restart_store(&ground, &namespace, "nats", "nats-server");
+    assert!(trading.is_promoting());
+    gate.decide(true).unwrap();
+    trading.until_live_after(&first);
     trading.trade(1_000);
     assert_eq!(trading.exchange.sql(MIXED_TRADES).unwrap().trim(), "0");
+    // The audit finds each notification once, of all trades: before, between and after the moves.
     trading.end_well();
+}
+
+/// Kills a store's only pod, and waits until another one is ready.
+fn restart_store(ground: &Ground, namespace: &Namespace<'_>, store: &str, program: &str) {
+    let name = format!("{NAME}-{store}-0");
+    let state = |path: &str| {
+        let state = ground.session.get(&namespace.name, &format!("pod/{name}"), path);
+        state.unwrap_or_default()
+    };
+    let uid = state("{.metadata.uid}");
+    ground.session.kill_pod(&namespace.name, &name, program).unwrap();
+    let ready = "{.metadata.uid} {.status.conditions[?(@.type=='Ready')].status}";
+    wait_until("the store to be back", PATIENCE, || {
+        let state = state(ready);
+        state.ends_with(" True") && !state.starts_with(&uid)
+    })
+    .unwrap();
 }
 
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_6_event_streams_move_between_two_events() {
     let ground = Ground::shared();
-    let namespace = Namespace::new(&ground.session, "streams").unwrap();
-    let mut trading = trading(&ground, &namespace, "1.0.0");
-    let first = revision(trading.last());
+    let namespace = case(&ground, 6, "streams");
+    let mut trading = Trading::begin(&ground, &namespace, "1.0.0");
+    let first = trading.revision("live");
+    let pods = trading.exchange.pods(&first).unwrap();
+    let pod = pods.iter().find(|pod| pod.service == "notification").unwrap();
     trading.trade(500);
-    let declaration = with_setting(trading.exchange.declaration("1.0.0"), "streams");
-    trading.exchange.release(&declaration).unwrap();
-    let retained = |object: &Value| text(object, "/status/previous/state") == "Retained";
-    trading
-        .watch
-        .until("the old stack to be drained", PATIENCE, retained)
-        .unwrap();
-    let second = revision(trading.last());
-    assert_ne!(first, second);
+    trading.release_setting("streams");
+    trading.until("the swap", |object| phase_of(object) == "Promoting");
+    // The last time at which the pod did not know yet that it drains: its streams have to end within the limit from there.
+    let mut draining = now_ms();
+    wait_until("the pod to drain", PATIENCE, || {
+        let asked = now_ms();
+        let drains = trading.exchange.report_of(pod).unwrap().role == "Draining";
+        if !drains {
+            draining = asked;
+        }
+        drains
+    })
+    .unwrap();
+    trading.until_live_after(&first);
+    trading.until_drained(&first);
+    let second = trading.revision("live");
     trading.trade(500);
     // The audit has found every notification once in each stream, in its order, without a gap.
     let report = trading.end_well();
@@ -382,173 +729,149 @@ fn case_6_event_streams_move_between_two_events() {
         moved.iter().all(|opening| opening["end"] == "between_events"),
         "{moved:#?}"
     );
-    let stacks = report["summary"]["stacks"].as_object().unwrap();
-    let (_, new) = stacks.iter().find(|(name, _)| name.ends_with(&second)).unwrap();
-    let swapped = new["first_ms"].as_f64().unwrap();
-    let longest = moved
-        .iter()
-        .map(|opening| opening["to_ms"].as_f64().unwrap() - swapped);
-    let longest = longest.fold(0.0, f64::max) / 1_000.0;
-    namespace.note("streams_ended_seconds_after_the_swap", longest);
-    // A pod knows that it drains after two answers of the other stack, a second apart; then it has five seconds.
-    assert!(longest < 8.0, "a stream stayed on the old stack for {longest} s");
+    let ended = moved.iter().map(|opening| opening["to_ms"].as_u64().unwrap());
+    let last = report["started_unix_ms"].as_u64().unwrap() + ended.max().unwrap();
+    let longest = last.saturating_sub(draining);
+    namespace.note("streams_ended_milliseconds_after_the_drain", longest);
+    assert!(
+        longest <= STREAMS_END,
+        "a stream stayed for {longest} ms on a pod that drained"
+    );
 }
 
-/// Kinds of everything that the operator makes.
-const CHILDREN: &str = "services,deployments,jobs,controllerrevisions,poddisruptionbudgets,horizontalpodautoscalers,\
-                        serviceaccounts,secrets,configmaps";
-
-/// How a release has ended, in words that are the same for each: the live stack's names are replaced by `live`, those of
-/// the one before by `previous`.
-fn end_state(ground: &Ground, namespace: &str) -> Value {
-    let get = |path| ground.session.get(namespace, "exd/exchange", path).unwrap();
-    let status: Value = serde_json::from_str(&get("{.status}")).unwrap();
-    let of_ours = "--selector=app.kubernetes.io/managed-by=exchange-operator";
-    let list = [
-        "get",
-        CHILDREN,
-        of_ours,
-        "--output=name",
-        "--namespace",
-        namespace,
-    ];
-    let mut names = ground.session.kubectl(&list).unwrap();
-    let attempt = |stack: &str| status[stack]["attempt"].as_u64().unwrap();
-    for stack in ["live", "previous"] {
-        for field in ["revision", "colour"] {
-            names = names.replace(text(&status, &format!("/{stack}/{field}")), stack);
-        }
-        // The Jobs of its attempt, and not of another one.
-        for gate in ["expand", "smoke", "verify"] {
-            names = names.replace(&format!("-{gate}-{}\n", attempt(stack)), &format!("-{gate}\n"));
-        }
-    }
-    let mut names: Vec<&str> = names.lines().collect();
-    names.sort_unstable();
-    let conditions = status["conditions"].as_array().unwrap().iter();
-    let conditions: Vec<Value> = conditions
-        .map(|it| json!([it["type"], it["status"], it["reason"]]))
-        .collect();
-    json!({
-        "phase": status["phase"],
-        "attempts": attempt("live") - attempt("previous"),
-        "live": [status["live"]["verified"], status["live"]["contracted"]],
-        "previous": [status["previous"]["state"], status["previous"]["wayBack"]],
-        "rejected": status["rejected"],
-        "history": [status["history"][0]["outcome"], status["history"][1]["outcome"]],
-        "conditions": conditions,
-        "objects": names,
-    })
-}
-
-/// Another release, until it is live and nothing more is to be done. While it is under way, `meanwhile` is asked again and
-/// again.
-fn release_and_settle(trading: &mut Trading<'_>, name: &str, mut meanwhile: impl FnMut()) {
-    let before = revision(trading.last());
-    let declaration = with_setting(trading.exchange.declaration("1.0.0"), name);
-    trading.exchange.release(&declaration).unwrap();
-    let deadline = Instant::now() + PATIENCE;
-    let settled = |object: &Value| {
-        is_current(object)
-            && phase_of(object) == "Live"
-            && revision(object) != before
-            && text(object, "/status/previous/state") == "Retained"
-    };
-    while !settled(trading.last()) {
-        assert!(
-            Instant::now() < deadline,
-            "{name}: {:#}",
-            trading.last()["status"]
-        );
-        trading.watch.next(Duration::from_millis(20)).unwrap();
-        meanwhile();
-    }
-}
-
-/// Releases in a row, each with the operator killed at one of its writes, which are counted in one that nobody disturbs:
-/// `choose` says which and when. Each has to end as the undisturbed one did. Returns how many writes there are to choose of.
-fn kill_at(ground: &Ground, choose: impl FnOnce(usize) -> Vec<(usize, Moment)>) -> usize {
-    let namespace = Namespace::new(&ground.session, "killed").unwrap();
-    let mut trading = trading(ground, &namespace, "1.0.0");
-    let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
-    // The second one has an older stack to remove, as all that follow.
-    release_and_settle(&mut trading, "the second", || {});
-    gate.record().unwrap();
-    release_and_settle(&mut trading, "undisturbed", || {});
-    let writes = gate.seen().unwrap().writes;
-    let undisturbed = end_state(ground, &namespace.name);
-    let mut reached = 0_u64;
-    for (number, moment) in choose(writes.len()) {
-        let of = String::new();
-        gate.hold(&Hold { of, number }).unwrap();
-        let name = format!("{moment:?} {number}");
-        release_and_settle(&mut trading, &name, || {
-            if let Some(write) = gate.held().unwrap() {
-                say(format!(
-                    "killed {moment:?} write {number} of {}: {write}",
-                    writes.len()
-                ));
-                gate.kill_leader(&write, moment).unwrap();
-                reached += 1;
-            }
-        });
-        let same = || end_state(ground, &namespace.name) == undisturbed;
-        let waited = testbed::sandbox::wait_until("the end of the undisturbed run", PATIENCE, same);
-        assert!(
-            waited.is_ok(),
-            "{name}: it ended as\n{:#}\nand undisturbed as\n{undisturbed:#}",
-            end_state(ground, &namespace.name)
-        );
-        operator::recovers(&ground.session).unwrap();
-    }
-    namespace.note("writes_of_a_release", writes.len());
-    namespace.note("operators_killed", reached);
-    drop(gate);
-    trading.end_well();
-    // A release may have a write less than the recorded one; most have to be hit.
-    assert!(reached > 0, "no operator was killed");
-    writes.len()
-}
-
-/// Six writes of a release, each moment twice; SEED=… chooses the same again. With EVERY_WRITE=1 (`make e2e-long`) all of
-/// them, at all moments.
 #[test]
 #[ignore = "needs a cluster: make e2e"]
-fn case_4_the_operator_is_killed() {
-    let ground = Ground::alone();
-    if std::env::var("EVERY_WRITE").is_ok_and(|it| it == "1") {
-        // Some at a time: the clients' audit at the end of each stays small.
-        const AT_A_TIME: usize = 10;
-        let (mut from, mut all) = (0, 1);
-        while from < all {
-            all = kill_at(&ground, |all| {
-                let numbers = from..all.min(from + AT_A_TIME);
-                numbers
-                    .flat_map(|number| Moment::ALL.map(|moment| (number, moment)))
-                    .collect()
-            });
-            from += AT_A_TIME;
-        }
-        return;
+fn case_7_the_candidate_is_as_big_as_what_an_autoscaler_has_made_of_the_live_stack() {
+    const MOST: usize = 3;
+    let ground = Ground::shared();
+    let namespace = case(&ground, 7, "grown");
+    let declare = |exchange: &Exchange<'_>, value: &str| {
+        let mut declaration = with_setting(exchange.declaration("1.0.0"), value);
+        let trade = &mut declaration["spec"]["services"]["trade"];
+        trade["resources"] = json!({"requests": {"cpu": "20m"}});
+        trade["autoscaling"] =
+            json!({"minReplicas": 1, "maxReplicas": MOST, "targetCPUUtilizationPercentage": 50});
+        declaration
+    };
+    let mut trading = Trading::deploy(&ground, &namespace, |exchange| declare(exchange, "small"));
+    trading.start_load();
+    let first = trading.revision("live");
+    // As big as it may become, so that it stays so while the two are compared.
+    wait_until("the autoscaler", PATIENCE, || {
+        serving(&ground, &namespace, &first, "trade") == MOST
+    })
+    .unwrap();
+    let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
+    let declaration = declare(&trading.exchange, "big");
+    trading.release_up_to(&gate, 0, &declaration);
+    let candidate = trading.revision("candidate");
+    for service in SERVICES {
+        let [live, new] =
+            [&first, &candidate].map(|revision| serving(&ground, &namespace, revision, service));
+        assert!(
+            new >= live && live > 0,
+            "at the first write of the swap {service} has {new} ready endpoints, the live stack {live}"
+        );
+        namespace.note(&format!("endpoints_of_{service}"), new);
     }
-    let seed: u64 = std::env::var("SEED").map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
-    say(format!("SEED={seed} chooses the same writes again"));
-    let mut random = StdRng::seed_from_u64(seed);
-    kill_at(&ground, |all| {
-        let moments = Moment::ALL.into_iter().cycle().take(6);
-        moments
-            .map(|moment| (random.random_range(0..all), moment))
-            .collect()
+    assert_eq!(serving(&ground, &namespace, &first, "trade"), MOST);
+    gate.decide(true).unwrap();
+    trading.until_live_after(&first);
+    trading.until_drained(&first);
+    trading.end_well();
+}
+
+/// Ready endpoints of a service of a stack, as the Service of its colour lists them.
+fn serving(ground: &Ground, namespace: &Namespace<'_>, revision: &str, service: &str) -> usize {
+    let selector =
+        format!("--selector=exchange.dev/revision={revision},app.kubernetes.io/component={service}");
+    let path = "--output=jsonpath={.items[*].endpoints[*].conditions.ready}";
+    let args = ["get", "endpointslices", "--namespace", &namespace.name];
+    let ready = ground.session.kubectl(&[&args[..], &[&selector, path]].concat());
+    let ready = ready.unwrap();
+    ready.split_whitespace().filter(|ready| *ready == "true").count()
+}
+
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn case_8_two_exchanges_are_released_at_once() {
+    let ground = Ground::shared();
+    let namespaces = [
+        case(&ground, 8, "both"),
+        Namespace::beside(&ground.session, "both-2").unwrap(),
+    ];
+    // Each with settings of its own, so that their revisions tell whose they are.
+    let declare = |exchange: &Exchange<'_>, whose: usize, value: &str| {
+        with_setting(
+            exchange.declaration("1.0.0"),
+            &format!("{value} of exchange {whose}"),
+        )
+    };
+    let mut both = thread::scope(|scope| {
+        let deployments = [0, 1].map(|whose| {
+            let (ground, namespace) = (&ground, &namespaces[whose]);
+            scope.spawn(move || {
+                let mut trading =
+                    Trading::deploy(ground, namespace, |exchange| declare(exchange, whose, "first"));
+                trading.load = Some(trading.exchange.start_load(RATE / 2).unwrap());
+                trading
+            })
+        });
+        deployments.map(|deployment| deployment.join().unwrap())
     });
+    let first = both.each_ref().map(|trading| trading.revision("live"));
+    for trading in &both {
+        trading.trade(300);
+    }
+    for (whose, trading) in both.iter().enumerate() {
+        let declaration = declare(&trading.exchange, whose, "second");
+        trading.exchange.release(&declaration).unwrap();
+    }
+    for (trading, first) in both.iter_mut().zip(&first) {
+        trading.until_live_after(first);
+        trading.until_drained(first);
+    }
+    // From the first that the operator did for it to its being live.
+    let spans = [0, 1].map(|whose| {
+        let all = both[whose].watch.sightings().iter();
+        let own: Vec<_> = all
+            .filter(|(_, object)| is_current(object) && object["metadata"]["generation"] == 2)
+            .collect();
+        let live = own.iter().find(|(_, object)| phase_of(object) == "Live");
+        (own[0].0, live.unwrap().0)
+    });
+    assert!(
+        spans[0].0 < spans[1].1 && spans[1].0 < spans[0].1,
+        "one was released after the other: {spans:?}"
+    );
+    for trading in &both {
+        trading.trade(300);
+    }
+    let second = both.each_ref().map(|trading| trading.revision("live"));
+    let mut figures = Figures::default();
+    for (whose, mut trading) in both.into_iter().enumerate() {
+        let report = trading.end_load();
+        figures.add_watch(&trading.watch);
+        figures.add(trading.figures);
+        // Its own stacks, and nobody else's.
+        let own = sorted([first[whose].clone(), second[whose].clone()]);
+        assert_eq!(revisions_that_answered(&report), own);
+        let other = 1 - whose;
+        assert!(
+            !own.contains(&first[other]) && !own.contains(&second[other]),
+            "{own:?}"
+        );
+    }
+    figures.note(&namespaces[0]);
 }
 
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_10_a_bad_version_never_gets_traffic() {
     let ground = Ground::shared();
-    let namespace = Namespace::new(&ground.session, "bad").unwrap();
-    let mut trading = trading(&ground, &namespace, "2.0.0");
-    let good = revision(trading.last());
+    let namespace = case(&ground, 10, "bad");
+    let mut trading = Trading::begin(&ground, &namespace, "2.0.0");
+    let good = trading.revision("live");
     let bad = trading.exchange.declaration("2.0.1-fails-smoke");
     trading.exchange.release(&bad).unwrap();
     trading
@@ -556,180 +879,13 @@ fn case_10_a_bad_version_never_gets_traffic() {
         .until_phase("Failed", "2.0.1-fails-smoke", PATIENCE)
         .unwrap();
     trading.trade(500);
-    assert_eq!(revision(trading.last()), good);
+    assert_eq!(trading.revision("live"), good);
     let report = trading.end_well();
-    let stacks = report["summary"]["stacks"].as_object().unwrap();
-    assert_eq!(stacks.len(), 1, "somebody else has answered: {stacks:?}");
-}
-
-#[test]
-#[ignore = "needs a cluster: make e2e"]
-fn case_8_two_exchanges_are_released_at_once() {
-    let ground = Ground::shared();
-    let other = Namespace::new(&ground.session, "beside").unwrap();
-    let beside = Exchange::install(&ground.session, &other.name, &ground.images).unwrap();
-    beside.release(&beside.declaration("1.0.0")).unwrap();
-    let mut watch = beside.watch().unwrap();
-    let namespace = Namespace::new(&ground.session, "both").unwrap();
-    let mut trading = trading(&ground, &namespace, "1.0.0");
-    watch.until_phase("Live", "1.0.0", PATIENCE).unwrap();
-    let changed = |exchange: &Exchange<'_>| with_setting(exchange.declaration("1.0.0"), "both");
-    trading.exchange.release(&changed(&trading.exchange)).unwrap();
-    beside.release(&changed(&beside)).unwrap();
-    let again = |object: &Value| {
-        is_current(object) && phase_of(object) == "Live" && text(object, "/status/live/colour") == "green"
-    };
-    trading
-        .watch
-        .until("the one to be live again", PATIENCE, again)
-        .unwrap();
-    watch
-        .until("the other to be live again", PATIENCE, again)
-        .unwrap();
-    trading.end_well();
-}
-
-#[test]
-#[ignore = "needs a cluster: make e2e"]
-fn case_5_pods_and_the_database_end_during_the_swap() {
-    let ground = Ground::alone();
-    let namespace = Namespace::new(&ground.session, "disturbed").unwrap();
-    let mut trading = trading(&ground, &namespace, "1.0.0");
-    // The node's own programs: what they have set up stays, and nobody may notice.
-    if let Some(cluster) = &ground.session.cluster {
-        trading.trade(500);
-        let before = revision(trading.last());
-        let declaration = with_setting(trading.exchange.declaration("1.0.0"), "node");
-        trading.exchange.release(&declaration).unwrap();
-        let promoting = |object: &Value| is_current(object) && phase_of(object) == "Promoting";
-        trading.watch.until("the swap", PATIENCE, promoting).unwrap();
-        for component in ["kubelet", "kube-proxy"] {
-            supervisor::signal(cluster, component, Signal::SIGKILL).unwrap();
-        }
-        let live = |object: &Value| phase_of(object) == "Live" && revision(object) != before;
-        trading
-            .watch
-            .until("the release to be live", PATIENCE, live)
-            .unwrap();
-        trading.trade(500);
-        assert_eq!(
-            trading.load.progress().failed,
-            0,
-            "a request failed while kubelet and kube-proxy were away"
-        );
-    }
-    let victims = [
-        "app.kubernetes.io/component=trade",
-        "app.kubernetes.io/name=postgres",
-    ];
-    for (number, victim) in victims.into_iter().enumerate() {
-        trading.trade(500);
-        let before = revision(trading.last());
-        let declaration = with_setting(trading.exchange.declaration("1.0.0"), &number.to_string());
-        trading.exchange.release(&declaration).unwrap();
-        trading
-            .watch
-            .until("the swap", PATIENCE, |object| {
-                is_current(object) && phase_of(object) == "Promoting"
-            })
-            .unwrap();
-        let delete = ["delete", "pods", "--namespace", &namespace.name, "--wait=false"];
-        // Of the trade service, the pods that had the traffic.
-        let selector = match number {
-            0 => format!("--selector={victim},exchange.dev/revision={before}"),
-            _ => format!("--selector={victim}"),
-        };
-        let now = ["--grace-period=0", "--force", &selector];
-        ground.session.kubectl(&[&delete[..], &now[..]].concat()).unwrap();
-        trading
-            .watch
-            .until("an end", PATIENCE, |object| {
-                is_current(object)
-                    && matches!(phase_of(object), "Live" | "Held")
-                    && object["status"]["candidate"].is_null()
-            })
-            .unwrap();
-    }
-    trading.trade(500);
-    let (table, report) = trading.load.end().unwrap();
-    say(&table);
-    namespace.note("requests_answered", report["summary"]["requests"].clone());
-    namespace.note("requests_failed", report["summary"]["failed"].clone());
-    namespace.note("failures", report["summary"]["failures"].clone());
-    // What was in flight may have failed; the audit has asked for each of them again, with the same key.
-    assert_eq!(report["audit"]["findings"], json!([]), "{table}");
-    let failures = report["summary"]["failures"].as_object().unwrap();
-    let broken = |failure: &String| failure == "status 503" || !failure.starts_with("status ");
-    assert!(failures.keys().all(broken), "{table}");
-}
-
-#[test]
-#[ignore = "needs a cluster: make e2e"]
-fn case_7_the_candidate_is_as_big_as_what_an_autoscaler_has_made_of_the_live_stack() {
-    let ground = Ground::shared();
-    let namespace = Namespace::new(&ground.session, "grown").unwrap();
-    let declare = |exchange: &Exchange<'_>, value: &str| {
-        let mut declaration = with_setting(exchange.declaration("1.0.0"), value);
-        let trade = &mut declaration["spec"]["services"]["trade"];
-        trade["resources"] = json!({"requests": {"cpu": "20m"}});
-        trade["autoscaling"] =
-            json!({"minReplicas": 1, "maxReplicas": 3, "targetCPUUtilizationPercentage": 50});
-        declaration
-    };
-    let mut trading = trading(&ground, &namespace, "1.0.0");
-    let trade_of = |revision: &str| {
-        let selector =
-            format!("--selector=app.kubernetes.io/component=trade,exchange.dev/revision={revision}");
-        let path = "--output=jsonpath={.items[0].spec.replicas}";
-        let args = [
-            "get",
-            "deployments",
-            "--namespace",
-            &namespace.name,
-            &selector,
-            path,
-        ];
-        ground
-            .session
-            .kubectl(&args)
-            .unwrap_or_default()
-            .parse::<u32>()
-            .unwrap_or(0)
-    };
-    let first = revision(trading.last());
-    trading
-        .exchange
-        .release(&declare(&trading.exchange, "small"))
-        .unwrap();
-    let live_again = |watch: &mut Watch, before: &str| {
-        watch
-            .until("the release to be live", PATIENCE, |object| {
-                is_current(object) && phase_of(object) == "Live" && revision(object) != before
-            })
-            .unwrap();
-    };
-    live_again(&mut trading.watch, &first);
-    let grown = revision(trading.last());
-    testbed::sandbox::wait_until("the autoscaler", PATIENCE, || trade_of(&grown) > 1).unwrap();
-    let before = trade_of(&grown);
-    trading
-        .exchange
-        .release(&declare(&trading.exchange, "big"))
-        .unwrap();
-    trading
-        .watch
-        .until("the swap", PATIENCE, |object| {
-            is_current(object) && phase_of(object) == "Promoting"
-        })
-        .unwrap();
-    let candidate = text(trading.last(), "/status/candidate/revision").to_owned();
-    let size = trade_of(&candidate);
-    assert!(
-        size >= before && size > 1,
-        "the candidate has {size} pods, the live stack had {before}"
+    assert_eq!(
+        revisions_that_answered(&report),
+        [good],
+        "somebody else has answered"
     );
-    live_again(&mut trading.watch, &grown);
-    trading.end_well();
 }
 
 /// No promise of ours: what the same images lose without the operator, for comparison.
@@ -737,7 +893,7 @@ fn case_7_the_candidate_is_as_big_as_what_an_autoscaler_has_made_of_the_live_sta
 #[ignore = "needs a cluster: make e2e"]
 fn case_9_a_rolling_update_for_comparison() {
     let ground = Ground::shared();
-    let namespace = Namespace::new(&ground.session, "rolling").unwrap();
+    let namespace = case(&ground, 9, "rolling");
     let exchange = Exchange::install(&ground.session, &namespace.name, &ground.images).unwrap();
     let plain = |file: &str, version: &str| {
         let path = format!("{}/../examples/plain/{file}.yaml", env!("CARGO_MANIFEST_DIR"));
@@ -746,7 +902,6 @@ fn case_9_a_rolling_update_for_comparison() {
         let manifest = manifest.replace("ghcr.io/acme/exchange:1.0.0", &image);
         ground.session.apply_manifest(&namespace.name, &manifest).unwrap();
     };
-    let services = ["user", "trade", "notification"];
     let release = |version: &str| {
         let migrated = [
             "delete",
@@ -768,10 +923,10 @@ fn case_9_a_rolling_update_for_comparison() {
                 PATIENCE,
             )
             .unwrap();
-        for service in services {
+        for service in SERVICES {
             plain(service, version);
         }
-        for service in services {
+        for service in SERVICES {
             let deployment = format!("deployment/exchange-{service}");
             let status = [
                 "rollout",
@@ -790,15 +945,479 @@ fn case_9_a_rolling_update_for_comparison() {
     let load = exchange.start_load(RATE).unwrap();
     let trade = |requests: u64| {
         let goal = load.progress().requests + requests;
-        testbed::sandbox::wait_until("trading", PATIENCE, || load.progress().requests >= goal).unwrap();
+        wait_until("trading", PATIENCE, || load.progress().requests >= goal).unwrap();
     };
     trade(500);
     release("2.0.0");
     trade(2_000);
     let (table, report) = load.end().unwrap();
     say(&table);
-    namespace.note("requests_answered", report["summary"]["requests"].clone());
-    namespace.note("requests_failed", report["summary"]["failed"].clone());
+    let mut figures = Figures::default();
+    figures.add_report(&report);
+    figures.note(&namespace);
     namespace.note("failures", report["summary"]["failures"].clone());
+    namespace.note(
+        "connections_closed_without_notice",
+        report["closed_without_notice"].clone(),
+    );
     assert_eq!(report["audit"]["findings"], json!([]), "{table}");
+}
+
+/// Cases that disturb what all share: no other one goes on beside them. They come first, so that none waits for them later.
+mod alone {
+    use super::*;
+
+    /// Kinds of everything that the operator makes.
+    const CHILDREN: &str = "services,deployments,jobs,controllerrevisions,poddisruptionbudgets,horizontalpodautoscalers,\
+                            serviceaccounts,secrets,configmaps";
+
+    /// For so many attempts the operator keeps a contract Job.
+    const CONTRACTS_KEPT: u64 = 10;
+
+    /// How a release has ended, in words that are the same for each: the live stack's names are replaced by `live`, those
+    /// of the one before by `previous`.
+    fn end_state(ground: &Ground, namespace: &str) -> Value {
+        let get = |object: &str, path: &str| ground.session.get(namespace, object, path).unwrap();
+        let status: Value = serde_json::from_str(&get("exd/exchange", "{.status}")).unwrap();
+        let of_ours = "--selector=app.kubernetes.io/managed-by=exchange-operator";
+        let list = [
+            "get",
+            CHILDREN,
+            of_ours,
+            "--output=name",
+            "--namespace",
+            namespace,
+        ];
+        let names = ground.session.kubectl(&list).unwrap();
+        let attempt = |stack: &str| status[stack]["attempt"].as_u64().unwrap();
+        // Every stack that has left has its contract behind it. How many there are depends on how many releases there were.
+        let contract = |name: &str| name.split_once("-contract-")?.1.parse::<u64>().ok();
+        let contracts = sorted(names.lines().filter_map(contract));
+        let from = (attempt("live") + 1).saturating_sub(CONTRACTS_KEPT).max(1);
+        let kept: Vec<u64> = (from..=attempt("previous")).collect();
+        let renamed = |mut names: String| {
+            for stack in ["live", "previous"] {
+                for field in ["revision", "colour"] {
+                    names = names.replace(text(&status, &format!("/{stack}/{field}")), stack);
+                }
+                // The Jobs of its attempt, and not of another one.
+                for gate in ["expand", "smoke", "verify"] {
+                    names = names.replace(&format!("-{gate}-{}\n", attempt(stack)), &format!("-{gate}\n"));
+                }
+            }
+            names
+        };
+        let selectors = SERVICES.map(|service| {
+            let selector = get(&format!("service/{NAME}-{service}"), "{.spec.selector}");
+            serde_json::from_str::<Value>(&renamed(selector)).unwrap()
+        });
+        let conditions = status["conditions"].as_array().unwrap().iter();
+        let conditions: Vec<Value> = conditions
+            .map(|it| json!([it["type"], it["status"], it["reason"]]))
+            .collect();
+        json!({
+            "phase": status["phase"],
+            "attempts": attempt("live") - attempt("previous"),
+            "live": [status["live"]["verified"], status["live"]["contracted"]],
+            "previous": [status["previous"]["state"], status["previous"]["wayBack"]],
+            "rejected": status["rejected"],
+            "history": [status["history"][0]["outcome"], status["history"][1]["outcome"]],
+            "conditions": conditions,
+            "contracts_kept": contracts == kept,
+            "objects": sorted(renamed(names).lines().filter(|name| contract(name).is_none())),
+            "selectors": selectors,
+        })
+    }
+
+    /// Exchanges that are released side by side, each by an operator of its own, which is killed.
+    const SIDE_BY_SIDE: usize = 2;
+    /// The same where every write is killed at: the more, the sooner it is over, as long as the machine can bear it.
+    const SIDE_BY_SIDE_LONG: usize = 3;
+    /// Requests a second in each of them: enough to notice whatever is cut off.
+    const KILLED_RATE: u32 = 40;
+    /// Releases after which clients are replaced: the audit at their end stays small.
+    const AT_A_TIME: u32 = 30;
+
+    /// At which write of a release the operator is killed, and when.
+    type Kill = (usize, Moment);
+
+    /// The kills of a run, shared by all exchanges of it.
+    struct Plan {
+        /// Those to choose of, in their order.
+        waiting: VecDeque<Kill>,
+        /// So many have to be reached: each of them another one.
+        wanted: usize,
+        reached: Vec<Kill>,
+        under_way: usize,
+        /// A release may have a write less than the recorded one, so that a kill is not reached.
+        releases_left: usize,
+    }
+
+    impl Plan {
+        /// Of a release with so many writes.
+        fn of(writes: usize) -> Self {
+            let mut waiting: Vec<Kill> = Vec::new();
+            let wanted = if every_write() {
+                waiting.extend((0..writes).flat_map(|number| Moment::ALL.map(|moment| (number, moment))));
+                waiting.len()
+            } else {
+                let seed = std::env::var("SEED");
+                let seed: u64 = seed.map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
+                say(format!("SEED={seed} chooses the same writes again"));
+                let mut numbers: Vec<usize> = (0..writes).collect();
+                numbers.shuffle(&mut StdRng::seed_from_u64(seed));
+                waiting.extend(numbers.into_iter().zip(Moment::ALL.into_iter().cycle()));
+                6
+            };
+            Self {
+                waiting: waiting.into(),
+                wanted,
+                reached: Vec::new(),
+                under_way: 0,
+                releases_left: wanted + 6,
+            }
+        }
+
+        fn next(&mut self) -> Option<Kill> {
+            let enough = self.reached.len() + self.under_way >= self.wanted;
+            if enough || self.releases_left == 0 {
+                return None;
+            }
+            let kill = self.waiting.pop_front()?;
+            self.releases_left -= 1;
+            self.under_way += 1;
+            Some(kill)
+        }
+
+        fn ended(&mut self, kill: Kill, reached: bool) {
+            self.under_way -= 1;
+            if reached {
+                self.reached.push(kill);
+            } else {
+                say(format!("{kill:?} did not come in its release"));
+                self.waiting.push_back(kill);
+            }
+        }
+    }
+
+    fn every_write() -> bool {
+        std::env::var("EVERY_WRITE").is_ok_and(|it| it == "1")
+    }
+
+    /// An exchange with an operator of its own.
+    struct Killed<'a> {
+        ground: &'a Ground,
+        namespace: &'a Namespace<'a>,
+        operator: Operator,
+        trading: Trading<'a>,
+        gate: Gate<'a>,
+    }
+
+    impl<'a> Killed<'a> {
+        fn begin(ground: &'a Ground, namespace: &'a Namespace<'_>) -> Self {
+            let operator = Operator::of(&namespace.name);
+            operator.install(&ground.session, &ground.images).unwrap();
+            let trading = Trading::deploy(ground, namespace, |exchange| declare(exchange, "first"));
+            let gate = Gate::before_this(operator.clone(), &ground.session, &ground.images, &namespace.name);
+            let mut killed = Self {
+                ground,
+                namespace,
+                operator,
+                trading,
+                gate: gate.unwrap(),
+            };
+            killed.start_load();
+            killed
+        }
+
+        /// Nobody idles: what a release waits for is then the operator, and what it does.
+        fn start_load(&mut self) {
+            let load = self.trading.exchange.start_clients(KILLED_RATE, 1, 0);
+            self.trading.load = Some(load.unwrap());
+        }
+
+        /// Another release, until it is live and nothing more is to be done. While it is under way, `meanwhile` is asked
+        /// again and again.
+        fn release_and_settle(&mut self, name: &str, mut meanwhile: impl FnMut(&Gate<'_>)) {
+            let before = self.trading.revision("live");
+            let declaration = declare(&self.trading.exchange, name);
+            self.trading.exchange.release(&declaration).unwrap();
+            let deadline = Instant::now() + PATIENCE;
+            let settled = |object: &Value| {
+                is_current(object)
+                    && phase_of(object) == "Live"
+                    && revision(object, "live") != before
+                    && text(object, "/status/previous/state") == "Retained"
+            };
+            while !settled(self.trading.last()) {
+                let status = &self.trading.last()["status"];
+                assert!(Instant::now() < deadline, "{name}: {status:#}");
+                self.trading.watch.next(Duration::from_millis(20)).unwrap();
+                meanwhile(&self.gate);
+            }
+        }
+
+        /// The writes of a release that nobody disturbs, and how it ends.
+        fn undisturbed(&mut self) -> (usize, Value) {
+            // The second one has an older stack to remove, as all that follow; later ones also forget a contract, and of those
+            // every write is wanted when every write is.
+            let before = if every_write() { CONTRACTS_KEPT + 1 } else { 1 };
+            for number in 0..before {
+                self.release_and_settle(&format!("the one before, {number}"), |_| {});
+            }
+            self.gate.record().unwrap();
+            self.release_and_settle("undisturbed", |_| {});
+            let writes = self.gate.seen().unwrap().writes;
+            (writes.len(), end_state(self.ground, &self.namespace.name))
+        }
+
+        /// A release with the operator killed at one of its writes. It has to end as the undisturbed one did. Says whether
+        /// the write came.
+        fn release_and_kill(&mut self, (number, moment): Kill, undisturbed: &Value) -> bool {
+            let of = String::new();
+            self.gate.hold(&Hold { of, number }).unwrap();
+            let name = format!("{moment:?} {number}");
+            let mut reached = false;
+            self.release_and_settle(&name, |gate| {
+                if let Some(write) = gate.held().unwrap() {
+                    say(format!("killed {moment:?} write {number}: {write}"));
+                    gate.kill_leader(&write, moment).unwrap();
+                    reached = true;
+                }
+            });
+            let end = || end_state(self.ground, &self.namespace.name);
+            let waited = wait_until("the end of the undisturbed run", PATIENCE, || {
+                end() == *undisturbed
+            });
+            assert!(
+                waited.is_ok(),
+                "{name}: it ended as\n{:#}\nand undisturbed as\n{undisturbed:#}",
+                end()
+            );
+            self.operator.recovers(&self.ground.session).unwrap();
+            reached
+        }
+
+        /// Releases with kills of the plan, until there are enough.
+        fn go_through(mut self, plan: &Mutex<Option<Plan>>) -> Figures {
+            let (writes, undisturbed) = self.undisturbed();
+            self.namespace.note("writes_of_a_release", writes);
+            let of_all = || plan.lock().unwrap();
+            of_all().get_or_insert_with(|| Plan::of(writes));
+            let (begun, mut releases) = (Instant::now(), 0_u32);
+            loop {
+                let next = of_all().as_mut().unwrap().next();
+                let Some(kill) = next else { break };
+                let reached = self.release_and_kill(kill, &undisturbed);
+                of_all().as_mut().unwrap().ended(kill, reached);
+                releases += 1;
+                if releases % AT_A_TIME == 0 {
+                    self.trading.end_load();
+                    self.start_load();
+                }
+            }
+            let seconds = begun.elapsed().as_secs_f64() / f64::from(releases.max(1));
+            self.namespace.note("seconds_for_each_kill", seconds.round());
+            drop(self.gate);
+            self.trading.end_load();
+            self.trading.figures.add_watch(&self.trading.watch);
+            self.trading.figures
+        }
+    }
+
+    fn declare(exchange: &Exchange<'_>, name: &str) -> Value {
+        let mut declaration = with_setting(exchange.declaration("1.0.0"), name);
+        declaration["spec"]["rollout"]["verification"]["duration"] = json!("1s");
+        declaration
+    }
+
+    /// Six writes of a release, each moment twice; SEED=… chooses the same again. With EVERY_WRITE=1 (`make e2e-long`) all of
+    /// them, at all moments.
+    #[test]
+    #[ignore = "needs a cluster: make e2e"]
+    fn case_4_the_operator_is_killed() {
+        let ground = Ground::without_operator();
+        let namespace = case(&ground, 4, "killed");
+        let side_by_side = if every_write() {
+            SIDE_BY_SIDE_LONG
+        } else {
+            SIDE_BY_SIDE
+        };
+        let others: Vec<Namespace<'_>> = (2..=side_by_side)
+            .map(|number| Namespace::beside(&ground.session, &format!("killed-{number}")).unwrap())
+            .collect();
+        let plan = Mutex::new(None);
+        let mut figures = Figures::default();
+        thread::scope(|scope| {
+            let all = std::iter::once(&namespace).chain(&others);
+            let all: Vec<_> = all
+                .map(|namespace| scope.spawn(|| Killed::begin(&ground, namespace).go_through(&plan)))
+                .collect();
+            for one in all {
+                figures.add(one.join().unwrap());
+            }
+        });
+        let plan = plan.into_inner().unwrap().unwrap();
+        let kills = plan.reached.len();
+        figures.note(&namespace);
+        namespace.note("operators_killed", kills);
+        namespace.note("exchanges_side_by_side", side_by_side);
+        assert_eq!(kills, plan.wanted, "not reached: {:?}", plan.waiting);
+    }
+
+    /// A time in which requests may fail, in milliseconds since 1970.
+    #[derive(Clone, Copy, Debug)]
+    struct Window {
+        from: u64,
+        to: u64,
+    }
+
+    impl Window {
+        /// Whether something that was meant to begin and has ended at these times was under way in it.
+        fn has(self, begun: u64, ended: u64) -> bool {
+            ended >= self.from && begun <= self.to
+        }
+    }
+
+    /// Node-like disturbances, the database and the pods of the live stack: each ends while one of three live Services has
+    /// been moved, and two have not.
+    #[test]
+    #[ignore = "needs a cluster: make e2e"]
+    fn case_5_pods_and_the_database_end_during_the_swap() {
+        let ground = Ground::alone();
+        let namespace = case(&ground, 5, "disturbed");
+        let mut trading = Trading::begin(&ground, &namespace, "1.0.0");
+        let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
+        // The release that is held: what it is to replace, what it is to become.
+        let stopped = |trading: &mut Trading<'_>, value: &str, errors: &str| {
+            trading.trade(500);
+            let mut declaration = with_setting(trading.exchange.declaration("1.0.0"), value);
+            declaration["spec"]["rollout"]["verification"]["maxErrorRate"] = json!(errors);
+            trading.release_up_to(&gate, 1, &declaration);
+            (trading.revision("live"), trading.revision("candidate"))
+        };
+        let ends_well = |trading: &mut Trading<'_>, (old, new): &(String, String)| {
+            trading.until_live_after(old);
+            let status = &trading.last()["status"];
+            assert_eq!(revision(trading.last(), "live"), new, "{status:#}");
+            assert_eq!(status["history"][0]["outcome"], "Verified", "{status:#}");
+            assert!(
+                status["candidate"].is_null() && status["rejected"].is_null(),
+                "{status:#}"
+            );
+            trading.until_drained(old);
+        };
+        let so_far = |trading: &Trading<'_>| trading.load.as_ref().unwrap().progress();
+
+        // The node's own programs: what they have set up stays, and nobody may notice.
+        if let Some(cluster) = &ground.session.cluster {
+            let release = stopped(&mut trading, "node", "1%");
+            let restarts = |component: &str| supervisor::read_status(cluster)[component].restarts;
+            let components = ["kubelet", "kube-proxy"];
+            let before = components.map(restarts);
+            supervisor::signal(cluster, "kubelet", Signal::SIGKILL).unwrap();
+            // The gate answers by way of the kubelet: as soon as that is back, the other two writes are made without kube-proxy.
+            gate.seen().unwrap();
+            supervisor::signal(cluster, "kube-proxy", Signal::SIGKILL).unwrap();
+            gate.decide(true).unwrap();
+            ends_well(&mut trading, &release);
+            for (component, before) in components.into_iter().zip(before) {
+                let status = &supervisor::read_status(cluster)[component];
+                let process = status.pid.and_then(|pid| host_pid(cluster, pid));
+                assert!(
+                    status.restarts > before && process.is_some(),
+                    "{component}: {status:?}"
+                );
+            }
+            assert_eq!(
+                so_far(&trading).failed,
+                0,
+                "a request failed while kubelet and kube-proxy were away"
+            );
+        }
+
+        // What the database's absence makes of the new stack's first answers is no fault of it.
+        let release = stopped(&mut trading, "database", "100%");
+        let from = now_ms();
+        restart_store(&ground, &namespace, "postgres", "postgres");
+        let database = Window {
+            from,
+            to: now_ms() + SETTLING,
+        };
+        assert!(trading.is_promoting());
+        gate.decide(true).unwrap();
+        ends_well(&mut trading, &release);
+
+        let release = stopped(&mut trading, "pods", "1%");
+        assert_eq!(
+            so_far(&trading).closed_without_notice,
+            0,
+            "no pod has been killed yet"
+        );
+        let killed = trading.exchange.pods(&release.0).unwrap();
+        assert_eq!(killed.len(), SERVICES.len(), "{killed:?}");
+        let from = now_ms();
+        for pod in &killed {
+            ground.session.kill_pod(&namespace.name, &pod.name, NAME).unwrap();
+        }
+        gate.decide(true).unwrap();
+        trading.until("the end of the swap", |object| phase_of(object) != "Promoting");
+        let pods = Window {
+            from,
+            to: now_ms() + SETTLING,
+        };
+        ends_well(&mut trading, &release);
+        trading.trade(500);
+
+        let (table, report) = trading.load.take().unwrap().end().unwrap();
+        say(&table);
+        trading.figures.add_report(&report);
+        trading.figures.add_watch(&trading.watch);
+        trading.figures.note(&namespace);
+        namespace.note("failures", report["summary"]["failures"].clone());
+        // The audit has asked for each order once more, with the same key, and the ledger itself.
+        assert_audited(&table, &report);
+        judge(&namespace, &report, database, pods);
+    }
+
+    /// Whether all that went wrong did so in one of these times, and as it should.
+    fn judge(namespace: &Namespace<'_>, report: &Value, database: Window, pods: Window) {
+        let failed = report["summary"]["failed_requests"].as_array().unwrap();
+        assert_eq!(report["summary"]["failed"], failed.len());
+        let orders = failed.iter().filter(|it| it["operation"] == "order").count();
+        assert_eq!(report["unknown_orders"], orders);
+        let started = report["started_unix_ms"].as_u64().unwrap();
+        let at = |it: &Value, field: &str| started + it[field].as_u64().unwrap();
+        let mut counts = [0_u32; 2];
+        for request in failed {
+            let (begun, ended) = (at(request, "intended_ms"), at(request, "ended_ms"));
+            let failure = text(request, "/failure");
+            // The database's absence is told, with when to come back; killed pods tell nothing.
+            if database.has(begun, ended) {
+                assert_eq!(failure, "status 503", "{request}");
+                counts[0] += 1;
+            } else {
+                assert!(
+                    pods.has(begun, ended),
+                    "{request}: neither {database:?} nor {pods:?}"
+                );
+                assert!(!failure.starts_with("status "), "{request}");
+                counts[1] += 1;
+            }
+        }
+        namespace.note("requests_failed_without_database", counts[0]);
+        namespace.note("requests_failed_with_pods", counts[1]);
+        let closed = report["closed_without_notice"].as_u64().unwrap();
+        assert!(counts[0] > 0, "nobody has noticed that the database was away");
+        assert!(
+            u64::from(counts[1]) + closed > 0,
+            "nobody has noticed that pods were killed"
+        );
+        for opening in report["streams"].as_array().unwrap() {
+            let ended = at(opening, "to_ms");
+            let cut_off = matches!(text(opening, "/end"), "cut_off" | "not_opened");
+            let excused = database.has(ended, ended) || pods.has(ended, ended);
+            assert!(!cut_off || excused, "{opening}");
+        }
+    }
 }

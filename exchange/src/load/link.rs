@@ -3,24 +3,31 @@
 
 use std::{
     convert::Infallible,
+    io,
+    pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
+    task::{Context as Task, Poll, ready},
     time::Duration,
 };
 
 use anyhow::Context;
 use bytes::Bytes;
 use futures::stream;
-use http::{Request, Response, header};
+use http::{Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::{
     body::{Frame, Incoming},
     client::conn::{http1, http2},
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::{net::TcpStream, sync::Mutex};
+use tokio::{
+    io::{AsyncRead, ReadBuf, join},
+    net::{TcpStream, tcp::OwnedReadHalf},
+    sync::Mutex,
+};
 
 use super::record::Record;
 
@@ -29,13 +36,19 @@ pub(crate) type Body = UnsyncBoxBody<Bytes, Infallible>;
 
 /// Longer than this is a failure.
 const TIMEOUT: Duration = Duration::from_secs(30);
+/// Length of the header of an HTTP/2 frame, and the type of the one that announces a connection's end (RFC 9113, 4.1, 6.8).
+const FRAME_HEADER: usize = 9;
+const GOAWAY: u8 = 7;
+/// Whoever is told to try again has to be told when.
+const NO_RETRY_AFTER: &str = "status 503 without Retry-After";
 
 /// What connections did beside carrying requests.
 #[derive(Debug, Default)]
 pub(crate) struct Events {
     /// Connections made.
     pub(crate) connects: AtomicU64,
-    /// HTTP/1.1 connections that the server closed without having said `Connection: close`.
+    /// Connections that the server closed while no request was on them, without having said `Connection: close` (HTTP/1.1)
+    /// or GOAWAY (HTTP/2).
     pub(crate) closed_without_notice: AtomicU64,
     /// Requests of which the connection took nothing, sent on a new one.
     pub(crate) never_sent: AtomicU64,
@@ -59,7 +72,100 @@ impl Protocol {
 
 enum Sender {
     Http1(http1::SendRequest<Body>),
-    Http2(http2::SendRequest<Body>),
+    Http2(Shared),
+}
+
+/// An HTTP/2 connection, as each of its requests has it.
+#[derive(Clone)]
+struct Shared {
+    sender: http2::SendRequest<Body>,
+    fate: Arc<Fate>,
+}
+
+/// What has been seen of an HTTP/2 connection's end: the client library does not tell whether it was announced.
+#[derive(Default)]
+struct Fate {
+    /// Requests that are on it.
+    carrying: AtomicUsize,
+    announced: AtomicBool,
+    /// It ended unannounced, with no request on it.
+    forsaken: AtomicBool,
+    counted: AtomicBool,
+}
+
+/// A request on a connection, until its answer has been read.
+struct Carried(Arc<Fate>);
+
+impl Carried {
+    fn on(fate: &Arc<Fate>) -> Self {
+        fate.carrying.fetch_add(1, Ordering::SeqCst);
+        Self(Arc::clone(fate))
+    }
+}
+
+impl Drop for Carried {
+    fn drop(&mut self) {
+        self.0.carrying.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// What a server sends over HTTP/2, looked at in passing.
+struct Watched {
+    inner: OwnedReadHalf,
+    frames: Frames,
+    fate: Arc<Fate>,
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        task: &mut Task<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let before = buffer.filled().len();
+        let result = ready!(Pin::new(&mut this.inner).poll_read(task, buffer));
+        let news = buffer.filled().get(before..).unwrap_or_default();
+        if this.frames.announce_an_end(news) {
+            this.fate.announced.store(true, Ordering::SeqCst);
+        }
+        let ended = result.is_err() || (news.is_empty() && buffer.remaining() > 0);
+        if ended
+            && !this.fate.announced.load(Ordering::SeqCst)
+            && this.fate.carrying.load(Ordering::SeqCst) == 0
+        {
+            this.fate.forsaken.store(true, Ordering::SeqCst);
+        }
+        Poll::Ready(result)
+    }
+}
+
+/// Reads the headers of frames out of bytes that come in any pieces.
+#[derive(Default)]
+struct Frames {
+    header: Vec<u8>,
+    /// Bytes left of the frame's content.
+    content: usize,
+}
+
+impl Frames {
+    /// Whether a GOAWAY begins in these bytes.
+    fn announce_an_end(&mut self, mut bytes: &[u8]) -> bool {
+        let mut announced = false;
+        while !bytes.is_empty() {
+            let (skipped, rest) = bytes.split_at(self.content.min(bytes.len()));
+            self.content -= skipped.len();
+            let (header, rest) = rest.split_at((FRAME_HEADER - self.header.len()).min(rest.len()));
+            self.header.extend_from_slice(header);
+            bytes = rest;
+            if let [a, b, c, kind, _, _, _, _, _] = *self.header.as_slice() {
+                self.content = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
+                self.header.clear();
+                announced |= kind == GOAWAY;
+            }
+        }
+        announced
+    }
 }
 
 /// One connection to one service, made again when it is gone.
@@ -79,6 +185,8 @@ pub(crate) struct Answered {
     pub(crate) status: u16,
     pub(crate) stack: Option<String>,
     pub(crate) body: Bytes,
+    /// What is wrong with the answer, beside its status.
+    pub(crate) fault: Option<&'static str>,
 }
 
 /// A body that is sent at once, or in four parts within `slow`.
@@ -110,19 +218,28 @@ impl Link {
         self.events.connects.fetch_add(1, Ordering::Relaxed);
         let stream = TcpStream::connect(&self.authority).await.context("connect")?;
         stream.set_nodelay(true)?;
-        let io = TokioIo::new(stream);
         Ok(match self.protocol {
             Protocol::Http1 => {
-                let (sender, connection) = http1::handshake(io).await.context("handshake")?;
+                let (sender, connection) = http1::handshake(TokioIo::new(stream))
+                    .await
+                    .context("handshake")?;
                 tokio::spawn(connection);
                 Sender::Http1(sender)
             }
             Protocol::Http2 => {
+                let fate = Arc::new(Fate::default());
+                let (inner, writer) = stream.into_split();
+                let reader = Watched {
+                    inner,
+                    frames: Frames::default(),
+                    fate: Arc::clone(&fate),
+                };
+                let io = TokioIo::new(join(reader, writer));
                 let (sender, connection) = http2::handshake(TokioExecutor::new(), io)
                     .await
                     .context("handshake")?;
                 tokio::spawn(connection);
-                Sender::Http2(sender)
+                Sender::Http2(Shared { sender, fate })
             }
         })
     }
@@ -150,8 +267,7 @@ impl Link {
                 Some(Sender::Http1(mut sender)) => {
                     let open = sender.ready().await.is_ok();
                     if !open {
-                        // It is only kept after an answer that did not announce its end.
-                        self.events.closed_without_notice.fetch_add(1, Ordering::Relaxed);
+                        self.closed_without_notice();
                     }
                     open.then_some(sender)
                 }
@@ -167,6 +283,7 @@ impl Link {
             let response = match sender.try_send_request(request()?).await {
                 Ok(response) => response,
                 Err(error) if first && error.message().is_some() => {
+                    self.closed_without_notice();
                     self.events.never_sent.fetch_add(1, Ordering::Relaxed);
                     continue;
                 }
@@ -184,29 +301,57 @@ impl Link {
 
     async fn exchange_http2(&self, request: MakeRequest<'_>) -> Result<Answered, String> {
         for first in [true, false] {
-            let mut sender = {
+            let (mut shared, _carried) = {
                 let mut slot = self.sender.lock().await;
-                match &*slot {
-                    Some(Sender::Http2(sender)) if !sender.is_closed() => sender.clone(),
-                    _ => match self.connect().await.map_err(|error| format!("{error:#}"))? {
-                        Sender::Http2(sender) => {
-                            *slot = Some(Sender::Http2(sender.clone()));
-                            sender
+                let kept = match &*slot {
+                    Some(Sender::Http2(kept)) => self.still_open(kept),
+                    _ => None,
+                };
+                match kept {
+                    Some(carried) => carried,
+                    None => match self.connect().await.map_err(|error| format!("{error:#}"))? {
+                        Sender::Http2(made) => {
+                            *slot = Some(Sender::Http2(made.clone()));
+                            let carried = Carried::on(&made.fate);
+                            (made, carried)
                         }
                         Sender::Http1(_) => return Err("wrong protocol".to_owned()),
                     },
                 }
             };
-            match sender.try_send_request(request()?).await {
+            match shared.sender.try_send_request(request()?).await {
                 Ok(response) => return read(response).await,
                 Err(error) if first && (error.message().is_some() || said_goodbye(error.error())) => {
                     self.events.never_sent.fetch_add(1, Ordering::Relaxed);
+                    let announced = shared.fate.announced.load(Ordering::SeqCst);
+                    if !announced && !shared.fate.counted.swap(true, Ordering::SeqCst) {
+                        self.closed_without_notice();
+                    }
                     self.sender.lock().await.take();
                 }
                 Err(error) => return Err(words(error.error())),
             }
         }
         Err("never sent".to_owned())
+    }
+
+    /// A connection that has been kept, for one more request, unless it has come to its end meanwhile.
+    fn still_open(&self, kept: &Shared) -> Option<(Shared, Carried)> {
+        // First, so that an end is seen either here or by the request.
+        let carried = Carried::on(&kept.fate);
+        if !kept.sender.is_closed() {
+            return Some((kept.clone(), carried));
+        }
+        let forsaken = kept.fate.forsaken.load(Ordering::SeqCst);
+        if forsaken && !kept.fate.counted.swap(true, Ordering::SeqCst) {
+            self.closed_without_notice();
+        }
+        None
+    }
+
+    /// A connection is only kept after an answer that did not announce its end.
+    fn closed_without_notice(&self) {
+        self.events.closed_without_notice.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -235,13 +380,21 @@ async fn read(response: Response<Incoming>) -> Result<Answered, String> {
         .get(crate::role::STACK_HEADER)
         .and_then(|value| value.to_str().ok());
     let stack = stack.map(ToOwned::to_owned);
+    let unavailable = response.status() == StatusCode::SERVICE_UNAVAILABLE;
+    let fault =
+        (unavailable && !response.headers().contains_key(header::RETRY_AFTER)).then_some(NO_RETRY_AFTER);
     let body = response
         .into_body()
         .collect()
         .await
         .map_err(|error| words(&error))?
         .to_bytes();
-    Ok(Answered { status, stack, body })
+    Ok(Answered {
+        status,
+        stack,
+        body,
+        fault,
+    })
 }
 
 /// A failure in words of which there are few, so that they can be counted.
@@ -261,11 +414,124 @@ pub(crate) fn record(template: Record, result: &Result<Answered, String>) -> Rec
         Ok(answered) => Record {
             status: Some(answered.status),
             stack: answered.stack.clone(),
+            error: answered.fault.map(str::to_owned),
             ..template
         },
         Err(error) => Record {
             error: Some(error.clone()),
             ..template
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper::{server::conn as server, service::service_fn};
+    use tokio::{net::TcpListener, sync::Notify, time::sleep};
+
+    use super::*;
+
+    fn frame(kind: u8, content: &[u8]) -> Vec<u8> {
+        let length = u8::try_from(content.len()).unwrap();
+        [&[0, 0, length, kind, 0, 0, 0, 0, 0], content].concat()
+    }
+
+    #[test]
+    fn an_end_is_announced_in_whatever_pieces_it_comes() {
+        let goodbye = frame(GOAWAY, &[0; 8]);
+        // One within another frame's content is none.
+        let others = [frame(0, &goodbye), frame(4, &[])].concat();
+        for size in [1, 2, 9, 100] {
+            let mut frames = Frames::default();
+            assert!(!others.chunks(size).any(|piece| frames.announce_an_end(piece)));
+            assert!(goodbye.chunks(size).any(|piece| frames.announce_an_end(piece)));
+        }
+    }
+
+    /// A server that ends each connection, announced or not, when it is told to. Returns its authority.
+    async fn server(protocol: Protocol, announces: bool, part: Arc<Notify>) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let authority = listener.local_addr().unwrap().to_string();
+        let service = service_fn(move |_| async move {
+            let mut response = Response::new(Full::new(Bytes::new()));
+            *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+            if announces && protocol == Protocol::Http1 {
+                let close = http::HeaderValue::from_static("close");
+                response.headers_mut().insert(header::CONNECTION, close);
+            }
+            Ok::<_, Infallible>(response)
+        });
+        tokio::spawn(async move {
+            loop {
+                let io = TokioIo::new(listener.accept().await.unwrap().0);
+                let told = part.notified();
+                if protocol == Protocol::Http1 {
+                    let connection = server::http1::Builder::new().serve_connection(io, service);
+                    tokio::select! { _ = connection => {}, () = told => {} }
+                    continue;
+                }
+                let builder = server::http2::Builder::new(TokioExecutor::new());
+                let mut connection = std::pin::pin!(builder.serve_connection(io, service));
+                tokio::select! { _ = connection.as_mut() => {}, () = told => {} }
+                if announces {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await.unwrap();
+                }
+            }
+        });
+        authority
+    }
+
+    async fn has_ended(link: &Link) -> bool {
+        match &*link.sender.lock().await {
+            Some(Sender::Http1(sender)) => sender.is_closed(),
+            Some(Sender::Http2(shared)) => shared.sender.is_closed(),
+            None => true,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_ends_idle_has_to_be_announced() {
+        for protocol in [Protocol::Http1, Protocol::Http2] {
+            for (announces, expected) in [(true, 0), (false, 1)] {
+                let (events, part) = (Arc::new(Events::default()), Arc::new(Notify::new()));
+                let authority = server(protocol, announces, Arc::clone(&part)).await;
+                let link = Link::new(authority.clone(), protocol, Arc::clone(&events));
+                let request = || {
+                    let request = Request::get(format!("http://{authority}/")).body(body(Bytes::new(), None));
+                    request.map_err(|error| error.to_string())
+                };
+                link.send(&request).await.unwrap();
+                part.notify_waiters();
+                while !has_ended(&link).await {
+                    sleep(Duration::from_millis(1)).await;
+                }
+                let again = link.send(&request).await;
+                assert!(
+                    again.is_ok(),
+                    "{protocol:?}, announced: {announces}: {:?}",
+                    again.err()
+                );
+                let closed = events.closed_without_notice.load(Ordering::Relaxed);
+                let connects = events.connects.load(Ordering::Relaxed);
+                assert_eq!(
+                    (closed, connects),
+                    (expected, 2),
+                    "{protocol:?}, announced: {announces}"
+                );
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn whoever_is_told_to_try_again_has_to_be_told_when() {
+        let authority = server(Protocol::Http1, false, Arc::new(Notify::new())).await;
+        let link = Link::new(authority.clone(), Protocol::Http1, Arc::new(Events::default()));
+        let request = || {
+            let request = Request::get(format!("http://{authority}/")).body(body(Bytes::new(), None));
+            request.map_err(|error| error.to_string())
+        };
+        let answered = link.send(&request).await.unwrap();
+        assert_eq!((answered.status, answered.fault), (503, Some(NO_RETRY_AFTER)));
     }
 }

@@ -112,6 +112,20 @@ impl Presence {
     }
 }
 
+/// Most failed requests that are told one by one.
+const FAILED_TOLD: usize = 10_000;
+
+/// A request that failed, and when.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct Failed {
+    pub(crate) operation: &'static str,
+    pub(crate) failure: String,
+    /// When it was meant to be sent, in milliseconds since the start.
+    pub(crate) intended_ms: u128,
+    /// When it had failed.
+    pub(crate) ended_ms: u128,
+}
+
 /// All requests together.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Summary {
@@ -119,6 +133,8 @@ pub(crate) struct Summary {
     pub(crate) failed: usize,
     /// How many failed for which reason.
     pub(crate) failures: BTreeMap<String, usize>,
+    /// The first [`FAILED_TOLD`] of them.
+    pub(crate) failed_requests: Vec<Failed>,
     pub(crate) statuses: BTreeMap<u16, usize>,
     pub(crate) stacks: BTreeMap<String, Presence>,
     /// Of answered requests that were not slow on purpose, by operation, by protocol, and `all` of them.
@@ -131,6 +147,7 @@ pub(crate) fn summarize(records: &[Record]) -> Summary {
         requests: records.len(),
         failed: 0,
         failures: BTreeMap::new(),
+        failed_requests: Vec::new(),
         statuses: BTreeMap::new(),
         stacks: BTreeMap::new(),
         latency: BTreeMap::new(),
@@ -138,8 +155,17 @@ pub(crate) fn summarize(records: &[Record]) -> Summary {
     let mut latencies: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
     let mut answers: BTreeMap<String, Vec<u128>> = BTreeMap::new();
     for record in records {
+        let ended_ms = (record.intended + record.latency).as_millis();
         if let Some(failure) = record.failure() {
             summary.failed += 1;
+            if summary.failed <= FAILED_TOLD {
+                summary.failed_requests.push(Failed {
+                    operation: record.operation,
+                    failure: failure.clone(),
+                    intended_ms: record.intended.as_millis(),
+                    ended_ms,
+                });
+            }
             *summary.failures.entry(failure).or_default() += 1;
         }
         if let Some(status) = record.status {
@@ -151,8 +177,7 @@ pub(crate) fn summarize(records: &[Record]) -> Summary {
             }
         }
         if let Some(stack) = &record.stack {
-            let at = (record.intended + record.latency).as_millis();
-            answers.entry(stack.clone()).or_default().push(at);
+            answers.entry(stack.clone()).or_default().push(ended_ms);
         }
     }
     summary.stacks = answers
@@ -230,6 +255,15 @@ mod tests {
         assert_eq!((summary.requests, summary.failed), (4, 3));
         assert_eq!(summary.failures["status 503"], 1);
         assert_eq!(summary.failures["connection closed"], 1);
+        assert_eq!(
+            summary.failed_requests[1],
+            Failed {
+                operation: "order",
+                failure: "connection closed".to_owned(),
+                intended_ms: 1_000,
+                ended_ms: 1_007,
+            }
+        );
         assert_eq!(
             summary.stacks["blue-1"],
             Presence {

@@ -796,7 +796,7 @@ pub(crate) mod tests {
             ("Migrating", 4),
             ("Provisioning", 16),
             ("Testing", 11),
-            ("Promoting", 7),
+            ("Promoting", 9),
             ("Verifying", 60),
         ];
         assert_eq!(way(&told), expected.map(|(phase, took)| (phase.to_owned(), took)));

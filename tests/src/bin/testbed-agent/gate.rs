@@ -32,7 +32,8 @@ struct Gate {
     hold: Option<Hold>,
     /// How many writes have come that count for the hold.
     counted: usize,
-    verdict: Option<oneshot::Sender<bool>>,
+    /// For the write that is held, and for each time that it was tried again.
+    verdicts: Vec<oneshot::Sender<bool>>,
 }
 
 type Shared = Arc<Mutex<Gate>>;
@@ -110,22 +111,19 @@ async fn admit(State(gate): State<Shared>, Json(Review { request }): Json<Review
 impl Gate {
     /// Notes a write, and says whose verdict it has to wait for, if it has to.
     fn pass(&mut self, write: Write) -> Option<oneshot::Receiver<bool>> {
-        let counts = self
-            .hold
-            .as_ref()
-            .is_some_and(|hold| write.to_string().starts_with(&hold.of));
-        self.seen.writes.push(write);
-        if !counts {
-            return None;
+        if self.seen.held.as_ref() != Some(&write) {
+            self.seen.writes.push(write.clone());
+            let text = write.to_string();
+            let hold = self.hold.as_ref().filter(|hold| text.starts_with(&hold.of))?;
+            self.counted += 1;
+            if self.counted <= hold.number {
+                return None;
+            }
+            self.hold = None;
+            self.seen.held = Some(write);
         }
-        self.counted += 1;
-        if self.hold.as_ref().is_none_or(|hold| self.counted <= hold.number) {
-            return None;
-        }
-        self.hold = None;
-        self.seen.held = true;
         let (sender, receiver) = oneshot::channel();
-        self.verdict = Some(sender);
+        self.verdicts.push(sender);
         Some(receiver)
     }
 }
@@ -143,15 +141,14 @@ async fn seen(State(gate): State<Shared>) -> Json<Seen> {
 
 async fn decide(State(gate): State<Shared>, Json(allowed): Json<bool>) -> StatusCode {
     let mut gate = lock(&gate);
-    gate.seen.held = false;
-    match gate.verdict.take() {
-        Some(verdict) => {
-            // Who asked may have gone away: then there is nothing left to decide.
-            let _ = verdict.send(allowed);
-            StatusCode::OK
-        }
-        None => StatusCode::CONFLICT,
+    if gate.seen.held.take().is_none() {
+        return StatusCode::CONFLICT;
     }
+    for verdict in gate.verdicts.drain(..) {
+        // Who asked may have gone away: then there is nothing left to decide.
+        let _ = verdict.send(allowed);
+    }
+    StatusCode::OK
 }
 
 /// Connections with TLS.
