@@ -7,12 +7,13 @@
 use std::{
     collections::BTreeMap,
     fmt::Debug,
+    mem,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use futures::{Stream, StreamExt, stream};
+use futures::{Stream, StreamExt, future, stream};
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::PartialObjectMeta,
@@ -128,14 +129,11 @@ impl Watches {
                             || Api::all(client.clone()),
                             |namespace| Api::namespaced(client.clone(), namespace),
                         );
-                        watcher(api, config.clone()).default_backoff().boxed()
+                        answered(watcher(api, config.clone())).default_backoff().boxed()
                     });
                     match tokio::time::timeout(this.heard.silence, events.next()).await {
                         Ok(Some(Ok(event))) => {
-                            // That it begins, a watch says before the API server has said anything.
-                            if !matches!(event, Event::Init) {
-                                this.heard.now(kind);
-                            }
+                            this.heard.now(kind);
                             return Some((event, running));
                         }
                         Ok(Some(Err(error))) => {
@@ -175,6 +173,21 @@ impl Watches {
                 Event::Init | Event::InitDone => None,
             })
     }
+}
+
+/// That it begins, a watch says before the API server has said anything: it would end each backoff, and count as a sign of
+/// life. So it is said with the first thing that the API server says.
+fn answered<K>(
+    events: impl Stream<Item = watcher::Result<Event<K>>>,
+) -> impl Stream<Item = watcher::Result<Event<K>>> {
+    let said = events.scan(false, |begins, event| {
+        let held = matches!(event, Ok(Event::Init));
+        let begun = mem::replace(begins, held) && event.is_ok() && !held;
+        let first = begun.then_some(Ok(Event::Init));
+        let items = first.into_iter().chain((!held).then_some(event));
+        future::ready(Some(stream::iter(items)))
+    });
+    said.flatten()
 }
 
 #[cfg(test)]
