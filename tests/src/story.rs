@@ -522,8 +522,8 @@ impl Stacks {
     /// Counts from now on.
     pub fn count(story: &Story<'_>) -> Self {
         let args = ["get", "controllerrevisions", "--namespace", story.namespace];
-        let ours = format!("--selector=app.kubernetes.io/instance={NAME}");
-        let watch = ["--watch", "--output-watch-events", "--no-headers", &ours];
+        let ours = "--selector=app.kubernetes.io/managed-by=exchange-operator";
+        let watch = ["--watch", "--output-watch-events", "--no-headers", ours];
         let child = story.session.follow(&[&args[..], &watch].concat()).unwrap();
         Self { child }
     }

@@ -321,7 +321,7 @@ fn a_newer_version_arrives() {
             "get",
             "controllerrevisions",
             "--output=name",
-            "--selector=app.kubernetes.io/instance=exchange",
+            "--selector=app.kubernetes.io/managed-by=exchange-operator",
         ];
         assert_eq!(
             story.kubectl(&rendered).lines().count(),

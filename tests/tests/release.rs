@@ -318,7 +318,7 @@ fn after_the_retention_the_way_back_is_a_release() {
         "get",
         "controllerrevisions",
         "--output=name",
-        "--selector=app.kubernetes.io/instance=exchange",
+        "--selector=app.kubernetes.io/managed-by=exchange-operator",
     ];
     let one_stack = || story.kubectl(&rendered).lines().count() == 1;
     wait_until("the rendered stack to be gone", PATIENCE, one_stack).unwrap();
