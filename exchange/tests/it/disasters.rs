@@ -371,14 +371,7 @@ async fn everything_is_delivered_again_in_mid_load_and_the_audit_is_clean() {
         orders(&stores, 200).await;
         let handled = stores.count("select count(*) from inbox").await;
         assert!(handled > 50, "{handled}");
-        // A new consumer of the same name begins at the first message.
-        let jetstream = stores.nats.jetstream().await;
-        for consumer in ["notification", "market"] {
-            jetstream
-                .delete_consumer_from_stream(consumer, "exchange-live")
-                .await
-                .unwrap();
-        }
+        stores.deliver_again().await;
         eventually("all messages have come again", || async {
             let again = metric(&stack.notification, "messages_duplicates_total").await;
             (again >= handled.unsigned_abs()).then_some(())

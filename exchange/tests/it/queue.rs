@@ -112,14 +112,7 @@ async fn everything_delivered_again_changes_nothing() {
     stores.settled("live").await;
     let before = stores.redis.dump().await;
 
-    // A new consumer of the same name begins at the first message.
-    let jetstream = stores.nats.jetstream().await;
-    for consumer in ["notification", "market"] {
-        jetstream
-            .delete_consumer_from_stream(consumer, "exchange-live")
-            .await
-            .unwrap();
-    }
+    stores.deliver_again().await;
     eventually("all messages have come again", || async {
         (metric(&service, "messages_duplicates_total").await >= 100).then_some(())
     })

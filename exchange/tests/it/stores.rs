@@ -367,6 +367,17 @@ impl Stores {
         .await;
     }
 
+    /// Has the broker deliver every message of the live lane once more: a new consumer of the same name begins at the first.
+    pub(crate) async fn deliver_again(&self) {
+        let jetstream = self.nats.jetstream().await;
+        for consumer in ["notification", "market"] {
+            jetstream
+                .delete_consumer_from_stream(consumer, "exchange-live")
+                .await
+                .unwrap();
+        }
+    }
+
     /// Fails unless each trade of the lane was told exactly once to exactly its two sides.
     pub(crate) async fn assert_told_once(&self, lane: &str) {
         let wrong: Vec<(String,)> = sqlx::query_as(
