@@ -71,7 +71,7 @@ pub const GROUP: &str = "exchange.dev";
     printcolumn(
         name = "Rollback-Until",
         type_ = "string",
-        json_path = ".status.previous.until",
+        json_path = ".status.rollbackUntil",
         priority = 1
     ),
     validation = Rule::new("self.metadata.name.size() <= 40 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')")

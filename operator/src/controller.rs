@@ -58,7 +58,8 @@ type Trigger = PartialObjectMeta<ExchangeDeployment>;
 pub struct Context {
     reader: Reader,
     writer: Writer,
-    recorder: Recorder,
+    client: Client,
+    reporter: Reporter,
     metrics: Metrics,
     memories: Mutex<HashMap<ObjectRef<Trigger>, Remembered>>,
 }
@@ -83,7 +84,8 @@ impl Context {
         Self {
             writer: Writer::new(client.clone(), reader.clone(), metrics.clone()),
             reader,
-            recorder: Recorder::new(client.clone(), reporter),
+            client: client.clone(),
+            reporter,
             metrics,
             memories: Mutex::default(),
         }
@@ -226,7 +228,9 @@ impl Context {
                 action: "Release".to_owned(),
                 secondary: None,
             };
-            let published = self.recorder.publish(&event, &look.object.object_ref(&())).await;
+            // A recorder joins the Events of one reason and keeps only what the first of them says.
+            let recorder = Recorder::new(self.client.clone(), self.reporter.clone());
+            let published = recorder.publish(&event, &look.object.object_ref(&())).await;
             if let Err(error) = published {
                 warn!(error.message = %error, "failed to publish an event");
             }

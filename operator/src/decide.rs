@@ -56,10 +56,8 @@ pub fn decide(spec: &Spec, seen: &Observed, now: Timestamp) -> Plan {
         turn.next.gates.clone_from(&declared.gates);
     }
     turn.stop_or_resume();
-    let found = Found::by(spec, seen);
-    let undecided = matches!(found, Found::Undecided(_));
-    if !undecided {
-        turn.adopt(found);
+    let undecided = turn.adopt(Found::by(spec, seen));
+    if undecided.is_none() {
         match turn.next.phase {
             Phase::Promoting => turn.promoting(),
             Phase::RollingBack => turn.rolling_back(),
@@ -71,10 +69,14 @@ pub fn decide(spec: &Spec, seen: &Observed, now: Timestamp) -> Plan {
         turn.scale();
     }
     turn.next.observed_generation = Some(seen.generation);
-    crate::report::report(spec, seen, &mut turn.next, now);
-    let actions = if undecided { Vec::new() } else { turn.actions() };
+    crate::report::report(spec, seen, undecided.as_deref(), &mut turn.next, now);
+    let actions = if undecided.is_some() {
+        Vec::new()
+    } else {
+        turn.actions()
+    };
     let changed = turn.next != seen.status;
-    let requeue = turn.requeue(changed, undecided);
+    let requeue = turn.requeue(changed, undecided.is_some());
     Plan {
         status: changed.then_some(turn.next),
         actions,
@@ -303,6 +305,12 @@ impl Turn<'_> {
             .by
             .clone()
             .unwrap_or_else(|| "unverified".to_owned())
+    }
+
+    /// What somebody did, for people: the history has the name that stands for nobody.
+    pub(crate) fn somebody(&self, did: &str) -> String {
+        let by = self.seen.requests.by.as_deref().unwrap_or("somebody");
+        format!("{by} {did}")
     }
 
     /// Gives the candidate up before its swap. What is live is not touched.

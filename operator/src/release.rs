@@ -88,10 +88,11 @@ impl Found {
 }
 
 impl Turn<'_> {
-    /// Takes over what was found. Nobody knows whether it had been verified.
-    pub(crate) fn adopt(&mut self, found: Found) {
+    /// Takes over what was found, or says why that cannot be done. Nobody knows whether it had been verified.
+    pub(crate) fn adopt(&mut self, found: Found) -> Option<String> {
         let (stack, from) = match found {
-            Found::Nothing | Found::Undecided(_) => return,
+            Found::Nothing => return None,
+            Found::Undecided(why) => return Some(why),
             Found::Live(stack) => (stack, None),
             Found::Moving { to, from } => (to, Some(from)),
         };
@@ -104,7 +105,8 @@ impl Turn<'_> {
             let from = self.found(&from);
             self.next.candidate = Some(self.left(from));
             self.next.epoch += 1;
-            return self.enter(Phase::RollingBack);
+            self.enter(Phase::RollingBack);
+            return None;
         }
         let mut others = self.seen.stacks.iter().filter(|(other, _)| **other != stack);
         if let Some((other, _)) = others.find(|(_, seen)| seen.pods() > 0) {
@@ -113,6 +115,7 @@ impl Turn<'_> {
             self.next.previous = Some(self.leaves(other, false));
         }
         self.arrive();
+        None
     }
 
     fn found(&self, stack: &Stack) -> Live {
@@ -148,7 +151,7 @@ impl Turn<'_> {
         {
             self.next.handled.abort.clone_from(&self.seen.requests.abort);
             let by = self.asker();
-            self.fail(Reason::Aborted, format!("{by} aborted it"), &by);
+            self.fail(Reason::Aborted, self.somebody("aborted it"), &by);
             return;
         }
         let Some(declared) = self.declared().cloned() else {

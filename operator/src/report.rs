@@ -12,7 +12,6 @@ use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
     decide::{later, signed},
     observe::{Job, JobKind, JobState, Observed, StackSeen},
-    release::Found,
     status::{Candidate, ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack, token},
 };
 
@@ -31,15 +30,21 @@ fn verdict(is: bool, reason: impl fmt::Display, message: impl Into<String>) -> V
     }
 }
 
-/// Sets all conditions. The time of a transition changes only when a condition turns.
-pub fn report(spec: &Spec, seen: &Observed, status: &mut Status, now: Timestamp) {
+/// Sets all conditions and until when there is a way back. The time of a transition changes only when a condition turns.
+/// `undecided` says why nothing could be taken over of what has the traffic.
+pub fn report(spec: &Spec, seen: &Observed, undecided: Option<&str>, status: &mut Status, now: Timestamp) {
     let story = format!(
         "{}{}{}",
         story(spec, seen, status),
         times(spec, status),
         refused(seen, status)
     );
-    let stalled = stalled(spec, seen, status, now);
+    let way_back = status
+        .previous
+        .as_ref()
+        .filter(|it| it.way_back && it.state != PreviousState::Retiring);
+    status.rollback_until = way_back.map(|it| second(it.until));
+    let stalled = stalled(spec, seen, undecided, status, now);
     let arrived = arrived(spec, seen, status);
     let waiting = !arrived && !matches!(status.phase, Phase::Failed | Phase::Held);
     let ready = arrived && stalled.is_none();
@@ -113,13 +118,19 @@ pub(crate) fn refused(seen: &Observed, status: &Status) -> String {
 }
 
 /// Why nothing goes on without somebody's help.
-fn stalled(spec: &Spec, seen: &Observed, status: &Status, now: Timestamp) -> Option<Verdict> {
+fn stalled(
+    spec: &Spec,
+    seen: &Observed,
+    undecided: Option<&str>,
+    status: &Status,
+    now: Timestamp,
+) -> Option<Verdict> {
     if !seen.taken.is_empty() {
         let names = seen.taken.join(", ");
         let message = format!("{names} belongs to somebody else: rename or delete it, or rename this object");
         return Some(verdict(true, "NameTaken", message));
     }
-    if let Found::Undecided(why) = Found::by(spec, seen) {
+    if let Some(why) = undecided {
         return Some(verdict(true, "AdoptionUndecided", why));
     }
     // A swap to what is given up has no way back either.
@@ -176,6 +187,14 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
         .map_or_else(|| "nothing".to_owned(), |live| live.version.clone());
     let candidate = status.candidate.as_ref();
     let version = candidate.map_or_else(|| spec.version.clone(), |candidate| candidate.version.clone());
+    let (live, version) = match (&status.live, candidate) {
+        // Something else than the version was changed.
+        (Some(one), Some(other)) if live == version => (
+            format!("{live} in {}", one.stack.colour),
+            format!("{version} in {}", other.stack.colour),
+        ),
+        _ => (live, version),
+    };
     if status.stopped_since.is_some() && status.phase == Phase::Live && !arrived(spec, seen, status) {
         return format!("{version} waits, paused or suspended; {live} is live");
     }
@@ -221,7 +240,6 @@ fn times(spec: &Spec, status: &Status) -> String {
         (Phase::Verifying, _) => (since, Some(rollout.verification.duration)),
         _ => (since, Some(rollout.progress_deadline)),
     };
-    let second = |time: Timestamp| time.round(Unit::Second).unwrap_or(time);
     lasts.map_or_else(
         || format!("; since {}", second(since)),
         |lasts| {
@@ -232,6 +250,10 @@ fn times(spec: &Spec, status: &Status) -> String {
             )
         },
     )
+}
+
+fn second(time: Timestamp) -> Timestamp {
+    time.round(Unit::Second).unwrap_or(time)
 }
 
 /// Which pods are awaited, and what keeps them.
@@ -409,7 +431,7 @@ fn rollback_available(seen: &Observed, status: &Status) -> Verdict {
         .live
         .as_ref()
         .map_or_else(String::new, |it| token(&it.stack, it.attempt));
-    let until = previous.until;
+    let until = second(previous.until);
     let message = format!("{version} until {until}; go back with exchange.dev/rollback={leave}");
     verdict(true, "PreviousRetained", message)
 }

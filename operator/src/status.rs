@@ -113,6 +113,11 @@ pub struct ExchangeDeploymentStatus {
     /// The stack that was live before: the way back until it is retired.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<Previous>,
+    /// Until when there is a way back to the stack that was live before, if its colour is not needed earlier. Missing if there
+    /// is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Time>")]
+    pub rollback_until: Option<Timestamp>,
     /// The release that was given up and is not tried again until the spec changes or somebody asks for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rejected: Option<Rejected>,

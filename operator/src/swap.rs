@@ -21,10 +21,8 @@ impl Turn<'_> {
         };
         if self.asked_to_leave(&candidate.stack, candidate.attempt) {
             let by = self.asker();
-            self.roll_back(
-                Some((Reason::RolledBack, format!("{by} asked for the way back"))),
-                &by,
-            );
+            let why = self.somebody("asked for the way back");
+            self.roll_back(Some((Reason::RolledBack, why)), &by);
         } else if self.moved(Some(&candidate.stack)) && self.arrived(&candidate.stack) {
             self.swapped(candidate);
         } else if let Some(service) = self.lost(&candidate.stack) {
@@ -260,10 +258,8 @@ impl Turn<'_> {
         }
         if self.asked_to_leave(&live.stack, live.attempt) {
             let by = self.asker();
-            self.roll_back(
-                Some((Reason::RolledBack, format!("{by} asked for the way back"))),
-                &by,
-            );
+            let why = self.somebody("asked for the way back");
+            self.roll_back(Some((Reason::RolledBack, why)), &by);
             return true;
         }
         let fixed = self.spec.rollout.colour.fixed();
