@@ -126,17 +126,37 @@ async fn the_brokers_store_may_be_deleted_in_mid_run() {
     let mut stores = Stores::start().await;
     let (ann, bob) = (stores.user("live").await, stores.user("live").await);
     let service = stores.notification(&LIVE).ready().await;
-    for price in 1..=200 {
+    stores.trade("live", ann, bob, 1, "0.1").await;
+    stores.settled("live").await;
+    // No consumer gets past its first batch: the broker has what was published beyond it, and takes it along.
+    let mut handling = stores.owner.begin().await.unwrap();
+    sqlx::query("lock table inbox in exclusive mode")
+        .execute(&mut *handling)
+        .await
+        .unwrap();
+    for price in 2..=400 {
         stores.trade("live", ann, bob, price, "0.1").await;
-        if price == 100 {
-            let port = stores.nats.port();
-            stores.nats.server.signal("KILL");
-            stores.nats = Nats::start_on(port, None);
-        }
+    }
+    eventually("everything is published", || async {
+        let open = stores
+            .count("select count(*) from outbox where published_at is null")
+            .await;
+        (open == 0).then_some(())
+    })
+    .await;
+    let port = stores.nats.port();
+    stores.nats.server.signal("KILL");
+    stores.nats = Nats::start_on(port, None);
+    handling.rollback().await.unwrap();
+    for price in 401..=500 {
+        stores.trade("live", ann, bob, price, "0.1").await;
     }
     stores.settled("live").await;
     stores.assert_told_once("live").await;
     assert_eq!(metric(&service, "messages_dead_total").await, 0);
+    // The loss was noticed, not the time that had passed.
+    assert_eq!(metric(&service, "messages_reopened_total").await, 0);
+    assert!(metric(&service, "messages_published_total").await > 500);
 }
 
 #[tokio::test(flavor = "multi_thread")]
