@@ -52,6 +52,10 @@ use io::Io;
 /// unread data resets it, and the client may lose the response.
 const LINGER: Duration = Duration::from_secs(2);
 
+/// How long an HTTP/2 connection that is to go waits for its first request before it is told. Told at once, whoever connects
+/// to a stack that is draining might never get a request through.
+const FIRST_REQUEST: Duration = Duration::from_secs(1);
+
 /// How the public port treats connections.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -254,7 +258,12 @@ async fn converse(
             .max_concurrent_streams(256)
             .serve_connection(TokioIo::new(io), service);
         tokio::pin!(connection);
-        let told = state.asked_to_close();
+        let told = async {
+            state.asked_to_close().await;
+            let mut head = state.head.subscribe();
+            // A connection that nobody uses may go as well.
+            let _ = timeout(FIRST_REQUEST, head.wait_for(|head| *head == Head::Answering)).await;
+        };
         tokio::pin!(told);
         let mut asked = false;
         loop {
@@ -291,7 +300,7 @@ async fn linger(mut stream: TcpStream) {
     let _ = timeout(LINGER, rest).await;
 }
 
-/// Whether the header of a request has begun to arrive.
+/// Whether the header of a request has begun to arrive. With HTTP/2: whether there has been any request.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Head {
     Idle,
@@ -332,9 +341,7 @@ async fn answer(
 ) -> Result<Response<Answered>, Infallible> {
     let in_flight = Counted::new(&shared.counts, |counts| &counts.in_flight);
     let is_http2 = request.version() == Version::HTTP_2;
-    if !is_http2 {
-        state.head.send_replace(Head::Answering);
-    }
+    state.head.send_replace(Head::Answering);
     let expects = request.headers().contains_key(header::EXPECT);
     let (parts, incoming) = request.into_parts();
     let unread = Unread(Arc::new(Mutex::new(incoming)));

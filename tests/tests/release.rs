@@ -712,7 +712,7 @@ fn what_others_break_is_put_right() {
             get(child, "{.metadata.ownerReferences[0].uid}").is_ok_and(|uid| uid == new)
         });
     }
-    story.told.course(&["Adopted"]);
+    story.told.course(&["Adopted", "Verified"]);
     story.declare(|spec| note(spec, "adopted"));
     story.goes_live();
     let revision = story.revision("live");

@@ -417,9 +417,20 @@ async fn http2_is_told_to_go_away_and_loses_nothing() {
     );
     drop(sender);
     ended.await.unwrap().expect("the connection ends in order");
-    // And one that connects while draining is served.
-    let (mut sender, _ended) = http2(&server).await;
+}
+
+#[tokio::test]
+async fn http2_opened_while_draining_has_its_first_request_served() {
+    let server = Running::start(OPTIONS).await;
+    server.drain();
+    let (mut sender, ended) = http2(&server).await;
+    // Longer than a farewell needs that is said at once.
+    tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!(sender.send_request(request("/")).await.unwrap().status(), 200);
+    drop(sender);
+    ended.await.unwrap().expect("the connection ends in order");
+    let (_unused, ended) = http2(&server).await;
+    ended.await.unwrap().expect("the connection ends in order");
 }
 
 #[tokio::test]
