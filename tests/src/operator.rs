@@ -96,11 +96,15 @@ impl Operator {
     /// # Errors
     /// If it does not end.
     pub fn uninstall(&self, session: &Session) -> Result<()> {
-        session.helm(&["uninstall", OPERATOR, "--namespace", &self.namespace])?;
+        // Helm takes the rights first: what still works then is refused, and would look like a right that the chart forgot.
+        let namespace = ["--namespace", &self.namespace];
+        let scale = ["scale", "deployment", OPERATOR, "--replicas=0"];
+        session.kubectl(&[&scale[..], &namespace].concat())?;
         let selector = format!("--selector=app.kubernetes.io/instance={OPERATOR}");
         let wait = ["wait", "pods", "--for=delete", &selector, "--timeout=120s"];
+        session.kubectl(&[&wait[..], &namespace].concat())?;
         session
-            .kubectl(&[&wait[..], &["--namespace", &self.namespace]].concat())
+            .helm(&[&["uninstall", OPERATOR, "--wait"][..], &namespace].concat())
             .map(drop)
     }
 
