@@ -348,15 +348,19 @@ async fn market_trades(client: &Client, trader: &Trader) -> Result<Vec<String>, 
         .collect()
 }
 
-/// Asks until there is an answer that is not empty; what happens after a trade takes a moment.
+/// Asks until there is an answer that is not empty; what happens after a trade takes a moment, and a store may be busy.
 async fn until<F: Future<Output = Result<Vec<String>, CallError>>>(
     ask: impl Fn() -> F,
 ) -> Result<Vec<String>, CallError> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let found = ask().await?;
-        if !found.is_empty() || Instant::now() >= deadline {
-            return Ok(found);
+        let found = ask().await;
+        let later = match &found {
+            Ok(found) => found.is_empty(),
+            Err(error) => error.is_unavailable(),
+        };
+        if !later || Instant::now() >= deadline {
+            return found;
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
@@ -384,6 +388,23 @@ fn same<T: PartialEq + std::fmt::Debug>(what: &str, actual: &T, expected: &T) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn what_is_awaited_is_asked_for_again() {
+        let answer = |status| CallError::Status {
+            method: http::Method::GET,
+            url: String::new(),
+            expected: StatusCode::OK,
+            status,
+            body: String::new(),
+        };
+        let busy = answer(StatusCode::SERVICE_UNAVAILABLE);
+        let answers = std::sync::Mutex::new(vec![Ok(vec!["1".to_owned()]), Ok(Vec::new()), Err(busy)]);
+        let found = until(|| async { answers.lock().unwrap().pop().unwrap() }).await;
+        assert_eq!(found.unwrap(), ["1"]);
+        let refused = until(|| async { Err(answer(StatusCode::FORBIDDEN)) }).await;
+        assert!(refused.is_err());
+    }
 
     #[tokio::test]
     async fn a_failed_step_fails_the_report_in_both_forms() {

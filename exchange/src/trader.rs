@@ -88,6 +88,11 @@ pub enum CallError {
 }
 
 impl CallError {
+    /// Whether it was answered that this cannot be done right now: what may be asked again.
+    pub fn is_unavailable(&self) -> bool {
+        matches!(self, Self::Status { status, .. } if *status == StatusCode::SERVICE_UNAVAILABLE)
+    }
+
     /// Whether nothing was there to take the request.
     pub fn never_connected(&self) -> bool {
         matches!(self, Self::Transport { source, .. } if source.is_connect())
