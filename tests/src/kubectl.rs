@@ -99,6 +99,17 @@ impl Session {
         self.run("sh", &["-c", commands], None)
     }
 
+    /// Digest of an image as the test cluster has it under this name; empty if it has none.
+    ///
+    /// # Errors
+    /// If its containerd does not answer.
+    pub fn digest_of(&self, image: &str) -> Result<String> {
+        let images = self.run("ctr", &["images", "list", &format!("name=={image}")], None)?;
+        let own = images.lines().find(|line| line.starts_with(image));
+        let digest = own.and_then(|line| line.split_whitespace().nth(2));
+        Ok(digest.unwrap_or_default().to_owned())
+    }
+
     /// What `helm` is told beside the defaults of the stores' chart: `STORES_VALUES`, or on the test cluster that the
     /// images are its own.
     pub fn stores_values(&self) -> Vec<String> {

@@ -77,6 +77,13 @@ impl Operator {
         args.extend(["--namespace", &self.namespace, "--create-namespace"]);
         args.extend(["--description", DESCRIPTION]);
         args.extend(["--set", &repository, "--set", &tag, "--wait", "--timeout", "180s"]);
+        let loaded;
+        if session.cluster.is_some() {
+            // The tag is always the same: pods of an image that was loaded earlier would go on.
+            let image = format!("{}/{OPERATOR}:{}", images.prefix, images.tag);
+            loaded = format!("podAnnotations.image={}", session.digest_of(&image)?);
+            args.extend(["--set-string", &loaded]);
+        }
         // What belongs to the whole cluster is there once.
         let one = format!(
             "watchNamespace={},crds.install=false,admissionPolicy.install=false,userRoles.install=false",
