@@ -126,6 +126,8 @@ endif
 cluster: deps $(TESTBED) ## Start the test cluster NAME, or find that it runs
 ifeq ($(CLUSTER),existing)
 	@[ -n "$${KUBECONFIG:-}" ] || { echo "error: CLUSTER=existing needs KUBECONFIG: set it to the cluster's file" >&2; exit 1; }
+	@for program in kubectl helm; do command -v $$program >/dev/null || \
+	  { echo "error: CLUSTER=existing uses this machine's kubectl and helm, and there is no $$program: install it" >&2; exit 1; }; done
 	kubectl version
 else
 	$(TESTBED) up
