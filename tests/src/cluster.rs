@@ -10,8 +10,12 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
-use crate::{progress, sandbox, tools::Tools};
+use crate::{
+    progress, sandbox,
+    tools::{Tools, hex},
+};
 
 /// The only node of a cluster.
 pub const NODE: &str = "node";
@@ -29,6 +33,9 @@ const NAME_MAX: usize = 20;
 
 /// The kernel's limit of a socket's path.
 const SOCKET_PATH_MAX: usize = 107;
+
+/// Where clusters live unless `TESTBED_HOME` says otherwise.
+const DEFAULT_HOME: &str = "/var/tmp/exchange-testbed";
 
 /// A file in every cluster's home: what has none is not ours to remove.
 const MARK: &str = ".exchange-testbed";
@@ -144,9 +151,29 @@ impl Cluster {
         self.inner("run").join("containerd/containerd.sock")
     }
 
-    /// The cgroup below which all pods live, as the kubelet names it.
+    /// The cgroup below which all pods live, as the kubelet names it. Clusters of one name in two homes have two: what
+    /// follows the dot is in no name.
     pub fn cgroup(&self) -> String {
-        format!("/exchange-testbed-{}", self.name)
+        let mut cgroup = format!("/exchange-testbed-{}", self.name);
+        if self.home.parent() != Some(Path::new(DEFAULT_HOME)) {
+            let hash = self.hash().chars().take(8).collect::<String>();
+            cgroup += &format!(".{hash}");
+        }
+        cgroup
+    }
+
+    /// The hardware address of the link's interface on the host, by which it is known as this cluster's: the number in
+    /// its name may have become that of a cluster in another home.
+    pub fn mark_of_link(&self) -> String {
+        let hash = self.hash();
+        // Locally administered, for one interface.
+        let bytes = (0..10).step_by(2).filter_map(|start| hash.get(start..start + 2));
+        bytes.fold("02".to_owned(), |address, byte| format!("{address}:{byte}"))
+    }
+
+    /// Another one for each home of each cluster.
+    fn hash(&self) -> String {
+        hex(&Sha256::digest(self.home.as_os_str().as_encoded_bytes()))
     }
 
     /// The number that keeps this cluster's link apart from the others'.
@@ -336,8 +363,7 @@ impl Link {
 /// Where clusters live. A directory on a real disk (images are unpacked there), not below the ones that a
 /// cluster replaces with its own.
 pub(crate) fn home() -> Result<PathBuf> {
-    let home =
-        env::var_os("TESTBED_HOME").map_or_else(|| PathBuf::from("/var/tmp/exchange-testbed"), PathBuf::from);
+    let home = env::var_os("TESTBED_HOME").map_or_else(|| PathBuf::from(DEFAULT_HOME), PathBuf::from);
     ensure!(
         home.is_absolute(),
         "TESTBED_HOME must be an absolute path, not {}",
@@ -444,6 +470,22 @@ mod tests {
         assert_eq!(free_link(&[], ""), Some(Link(0)));
         let all: Vec<Link> = (0..=u8::MAX).map(Link).collect();
         assert_eq!(free_link(&all, ""), None);
+    }
+
+    #[test]
+    fn clusters_of_one_name_in_two_homes_share_nothing() {
+        let [here, there] = [DEFAULT_HOME, "/srv/clusters"].map(|home| Cluster {
+            name: "dev".into(),
+            home: Path::new(home).join("dev"),
+        });
+        assert_eq!(here.cgroup(), "/exchange-testbed-dev");
+        assert!(
+            there.cgroup().starts_with("/exchange-testbed-dev."),
+            "{}",
+            there.cgroup()
+        );
+        assert_ne!(here.mark_of_link(), there.mark_of_link());
+        assert_eq!(here.mark_of_link().len(), "02:00:00:00:00:00".len());
     }
 
     #[test]

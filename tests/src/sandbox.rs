@@ -123,9 +123,13 @@ pub fn launch(cluster: &Cluster, supervisor_args: &[&str]) -> Result<()> {
     setsid().context("cannot leave the terminal's session")?;
     let link = cluster.link()?;
     let (outer, inner) = (link.host_interface(), link.inner_interface());
+    // Marked from its first moment on, wherever we are killed.
+    let mark = cluster.mark_of_link();
     run(
         "ip",
-        &["link", "add", &outer, "type", "veth", "peer", "name", &inner],
+        &[
+            "link", "add", &outer, "address", &mark, "type", "veth", "peer", "name", &inner,
+        ],
     )
     .with_context(|| format!("cannot make the interface {outer}: if it is there by now, start again"))?;
     run(
@@ -237,7 +241,7 @@ fn set_up_network(link: Link) -> Result<()> {
 }
 
 /// The directories of a cgroup in every hierarchy: one with cgroup v2, one per controller with v1.
-fn cgroup_directories(cgroup: &str) -> Vec<PathBuf> {
+pub fn cgroup_directories(cgroup: &str) -> Vec<PathBuf> {
     let root = Path::new("/sys/fs/cgroup");
     let name = cgroup.trim_start_matches('/');
     if root.join("cgroup.controllers").exists() {
@@ -330,7 +334,8 @@ pub fn destroy_locked(cluster: &Cluster) -> Result<()> {
     if let Ok(link) = cluster.link() {
         // The kernel deletes it too, but some time after the namespace's last process.
         let outer = link.host_interface();
-        let there = || Path::new("/sys/class/net").join(&outer).exists();
+        let address = Path::new("/sys/class/net").join(&outer).join("address");
+        let there = || fs::read_to_string(&address).is_ok_and(|mark| mark.trim() == cluster.mark_of_link());
         if there() && run("ip", &["link", "delete", &outer]).is_err() {
             wait_until(&format!("the end of interface {outer}"), PATIENCE, || !there())?;
         }

@@ -637,6 +637,39 @@ fn an_interface_of_somebody_else_is_left_alone() {
     assert!(down.status.success() && is_left, "{}", text(&down));
 }
 
+/// A cluster that has not ended cleanly keeps the number of its link, and a home elsewhere knows nothing of that.
+#[test]
+#[ignore = "needs root: make cluster-test"]
+fn what_belongs_to_a_cluster_of_another_home_is_left_alone() {
+    let interfaces = Path::new("/sys/class/net");
+    let is_free = |number: &u8| !interfaces.join(format!("testbed{number}")).exists();
+    let number = (0..=u8::MAX).rev().find(is_free).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let cluster = home.path().join("twin");
+    fs::create_dir(&cluster).unwrap();
+    fs::write(cluster.join(".exchange-testbed"), "").unwrap();
+    fs::write(cluster.join("link"), number.to_string()).unwrap();
+    let interface = format!("testbed{number}");
+    let pair = ["type", "veth", "peer", "name", "testbed-twin"];
+    sandbox::run("ip", &[&["link", "add", &interface][..], &pair].concat()).unwrap();
+    let cgroups = sandbox::cgroup_directories(&Cluster::named("twin").unwrap().cgroup());
+    for cgroup in &cgroups {
+        fs::create_dir_all(cgroup).unwrap();
+    }
+    let down = testbed("twin", &["down"])
+        .env("TESTBED_HOME", home.path())
+        .output()
+        .unwrap();
+    let interface_is_left = interfaces.join(&interface).exists();
+    let cgroups_are_left = cgroups.iter().all(|cgroup| cgroup.exists());
+    let _ = sandbox::run("ip", &["link", "delete", &interface]);
+    for cgroup in &cgroups {
+        let _ = fs::remove_dir(cgroup);
+    }
+    assert!(down.status.success() && !cluster.exists(), "{}", text(&down));
+    assert!(interface_is_left && cgroups_are_left && !cgroups.is_empty());
+}
+
 #[test]
 #[ignore = "needs root, starts a cluster: make cluster-test"]
 fn a_full_disk_gets_a_sentence() {
