@@ -5,7 +5,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
+    env, fs,
     io::{BufRead, BufReader},
     os::unix::fs::symlink,
     path::{Path, PathBuf},
@@ -81,15 +81,45 @@ const KERNEL_SETTINGS: [&str; 6] = [
     "/proc/sys/kernel/keys/root_maxbytes",
 ];
 
-/// What a cluster could leave on this machine.
+fn kernel_settings() -> [String; KERNEL_SETTINGS.len()] {
+    KERNEL_SETTINGS.map(|setting| fs::read_to_string(setting).unwrap())
+}
+
+/// A kernel setting that is changed for a test, and gets its own value back however the test ends. Another run that wants
+/// to change it waits.
+struct Changed {
+    setting: &'static str,
+    own_value: String,
+    _lock: fs::File,
+}
+
+impl Changed {
+    fn to(value: &str, setting: &'static str) -> Self {
+        let lock = fs::File::open(setting).unwrap();
+        lock.lock().unwrap();
+        let own_value = fs::read_to_string(setting).unwrap();
+        fs::write(setting, value).unwrap();
+        Self {
+            setting,
+            own_value,
+            _lock: lock,
+        }
+    }
+}
+
+impl Drop for Changed {
+    fn drop(&mut self) {
+        let _ = fs::write(self.setting, &self.own_value);
+    }
+}
+
+/// What a cluster could leave on this machine, where others may come and go at the same time.
 #[derive(Debug, PartialEq)]
 struct Traces {
     processes: BTreeMap<i32, String>,
     mounts: BTreeSet<String>,
-    interfaces: BTreeSet<String>,
-    network_namespaces: String,
+    interfaces: BTreeSet<PathBuf>,
     cgroups: BTreeSet<PathBuf>,
-    kernel_settings: [String; KERNEL_SETTINGS.len()],
     files: BTreeSet<PathBuf>,
 }
 
@@ -102,9 +132,18 @@ fn traces(of: &Cluster) -> Traces {
             .map(|entry| entry.path())
             .collect()
     };
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let hierarchies = entries(Path::new("/sys/fs/cgroup"));
-    let mut files = entries(of.home().parent().unwrap());
+    // What is mounted inside and would get out is below its home, or is itself a part of its home.
+    let home = format!("/{}/root/", of.name());
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let mounts = mounts.lines().filter(|mount| mount.contains(&home));
+    let is_its_own = |interface: &PathBuf| {
+        fs::read_to_string(interface.join("address")).is_ok_and(|mark| mark.trim() == of.mark_of_link())
+    };
+    let mut interfaces = entries(Path::new("/sys/class/net"));
+    interfaces.retain(is_its_own);
+    let cgroups = sandbox::cgroup_directories(&of.cgroup());
+    let mut files: BTreeSet<PathBuf> = [of.home().to_owned()].into();
+    files.retain(|home| home.exists());
     for place in [
         "/run",
         "/var/lib",
@@ -123,18 +162,9 @@ fn traces(of: &Cluster) -> Traces {
     }
     Traces {
         processes: processes(of),
-        mounts: mounts.lines().map(str::to_owned).collect(),
-        interfaces: entries(Path::new("/sys/class/net"))
-            .iter()
-            .map(|path| path.display().to_string())
-            .collect(),
-        network_namespaces: sandbox::run("ip", &["netns", "list"]).unwrap(),
-        kernel_settings: KERNEL_SETTINGS.map(|setting| fs::read_to_string(setting).unwrap()),
-        cgroups: hierarchies
-            .iter()
-            .flat_map(|path| entries(path))
-            .filter(|path| path.is_dir())
-            .collect(),
+        mounts: mounts.map(str::to_owned).collect(),
+        interfaces,
+        cgroups: cgroups.into_iter().filter(|cgroup| cgroup.exists()).collect(),
         files,
     }
 }
@@ -147,7 +177,6 @@ fn names_a_component(path: &Path) -> bool {
         "cni",
         "etcd",
         "runc",
-        "testbed",
         "coredns",
         "metrics",
         "netns",
@@ -281,12 +310,14 @@ fn start_pod(session: &Session, name: &str) {
 #[test]
 #[ignore = "needs root, starts a cluster: make test"]
 fn down_leaves_nothing() {
-    let cluster = Cluster::named("leaves-nothing").unwrap();
+    // Beside the cluster of its run, and that of every other run.
+    let run = env::var("TESTBED_NAME").unwrap_or_else(|_| "dev".into());
+    let end = run.char_indices().rev().take(15).last().unwrap().0;
+    let cluster = Cluster::named(&format!("gone-{}", &run[end..])).unwrap();
     sandbox::destroy(&cluster).unwrap();
     // A kubelet would set it to another value for the whole machine.
-    let setting = "/proc/sys/kernel/keys/root_maxkeys";
-    let own_value = fs::read_to_string(setting).unwrap();
-    fs::write(setting, "1000001").unwrap();
+    let _changed = Changed::to("1000001", "/proc/sys/kernel/keys/root_maxkeys");
+    let settings = kernel_settings();
     let before = traces(&cluster);
     assert_eq!(before.processes, BTreeMap::new());
 
@@ -299,16 +330,17 @@ fn down_leaves_nothing() {
         "we do not see the cluster: {inside:?} {:?}",
         inhabited.theirs
     );
-    assert_ne!(
-        traces(&cluster),
-        before,
-        "we do not see what a cluster leaves while it runs"
+    let during = traces(&cluster);
+    assert!(
+        during.interfaces.len() > before.interfaces.len()
+            && during.cgroups.len() > before.cgroups.len()
+            && during.files.len() > before.files.len(),
+        "we do not see what a cluster leaves while it runs: {during:?}"
     );
 
     succeed(cluster.name(), &["down"]);
-    let after = traces(&cluster);
-    fs::write(setting, own_value).unwrap();
-    assert_eq!(after, before);
+    assert_eq!(traces(&cluster), before);
+    assert_eq!(kernel_settings(), settings);
     assert_eq!(inhabited.survivors(), Vec::<String>::new());
     succeed(cluster.name(), &["down"]); // nothing to do is no error
 }
