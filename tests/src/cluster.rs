@@ -67,15 +67,22 @@ impl Cluster {
     }
 
     /// Every cluster that has left files on this machine, running or not.
+    ///
+    /// # Errors
+    /// If that cannot be seen.
     pub fn all() -> Result<Vec<Self>> {
         let home = home()?;
-        let Ok(entries) = fs::read_dir(&home) else {
-            return Ok(Vec::new());
+        let unseen = || format!("cannot look for clusters in {}; are you root?", home.display());
+        let entries = match fs::read_dir(&home) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.with_context(unseen)?,
         };
         let mut clusters = Vec::new();
         for entry in entries {
-            let entry = entry?;
-            if entry.path().join(MARK).is_file() {
+            let entry = entry.with_context(unseen)?;
+            let is_one =
+                entry.path().is_dir() && entry.path().join(MARK).try_exists().with_context(unseen)?;
+            if is_one {
                 clusters.push(Self {
                     name: entry.file_name().to_string_lossy().into_owned(),
                     home: entry.path(),

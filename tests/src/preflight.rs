@@ -78,15 +78,24 @@ enum Feature {
     Nftables,
 }
 
+/// Checks who asks: to everybody else a cluster that runs looks like one that does not.
+///
+/// # Errors
+/// Without root.
+pub fn root() -> Result<()> {
+    ensure!(
+        geteuid().is_root(),
+        "a test cluster needs root, for namespaces, mounts and cgroups: run this as root, or with sudo"
+    );
+    Ok(())
+}
+
 /// Checks the machine.
 ///
 /// # Errors
 /// Lists everything that is missing at once.
 pub fn check() -> Result<()> {
-    ensure!(
-        geteuid().is_root(),
-        "a test cluster needs root, for namespaces, mounts and cgroups: run this as root, or with sudo"
-    );
+    root()?;
     let home = home()?;
     let there = home.ancestors().find(|path| path.exists()).unwrap_or(&home);
     let lacks = lacks(&Machine {

@@ -7,7 +7,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     env, fs,
     io::{BufRead, BufReader},
-    os::unix::fs::symlink,
+    os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant, SystemTime},
@@ -861,24 +861,62 @@ fn what_is_not_ours_is_left_alone() {
 
 #[test]
 #[ignore = "needs root: make cluster-test"]
-fn wrong_use_gets_a_sentence() {
-    let program = Path::new("/tmp/testbed-for-nobody");
-    fs::copy(env!("CARGO_BIN_EXE_testbed"), program).unwrap();
-    let nobody = Command::new("setpriv")
-        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
-        .arg(program)
-        .args(["--name", "nobody", "up"])
-        .env("TESTBED_HOME", "/tmp/testbed-home-of-nobody")
-        .output()
-        .unwrap();
-    fs::remove_file(program).unwrap();
-    let _ = fs::remove_dir_all("/tmp/testbed-home-of-nobody");
-    assert!(
-        !nobody.status.success() && text(&nobody).contains("needs root"),
-        "{}",
-        text(&nobody)
-    );
+fn without_root_nothing_is_said_about_clusters_but_that() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = directory.path().join("testbed");
+    fs::copy(env!("CARGO_BIN_EXE_testbed"), &program).unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let homes = ["closed", "open", "none"].map(|home| directory.path().join(home));
+    let [closed, open, none] = &homes;
+    for (home, mode) in [(closed, 0o700), (open, 0o755)] {
+        let cluster = home.join("runs");
+        fs::create_dir_all(&cluster).unwrap();
+        fs::write(cluster.join(".exchange-testbed"), "").unwrap();
+        fs::set_permissions(&cluster, fs::Permissions::from_mode(0o700)).unwrap();
+        fs::set_permissions(home, fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let nobody = |home: &Path, args: &[&str]| {
+        Command::new("setpriv")
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+            .arg(&program)
+            .args(["--name", "runs"])
+            .args(args)
+            .env("TESTBED_HOME", home)
+            .output()
+            .unwrap()
+    };
+    for args in [
+        &["up"][..],
+        &["status"],
+        &["kubeconfig"],
+        &["load", "/nowhere.tar"],
+        &["exec", "--", "true"],
+        &["preflight"],
+        &["down"],
+    ] {
+        let refused = nobody(closed, args);
+        assert!(
+            !refused.status.success() && text(&refused).contains("needs root"),
+            "{args:?}: {}",
+            text(&refused)
+        );
+    }
+    for home in [closed, open] {
+        let refused = nobody(home, &["down", "--all"]);
+        assert!(
+            !refused.status.success() && text(&refused).contains("are you root?"),
+            "{}: {}",
+            home.display(),
+            text(&refused)
+        );
+    }
+    let nothing = nobody(none, &["down", "--all"]);
+    assert!(nothing.status.success(), "{}", text(&nothing));
+}
 
+#[test]
+#[ignore = "needs root: make cluster-test"]
+fn wrong_use_gets_a_sentence() {
     for (name, args, sentence) in [
         ("Upper", vec!["up"], "lower-case letters"),
         (
