@@ -6,7 +6,7 @@
 //! (at once, by us), the cgroups of the pods, the files below the cluster's home.
 
 use std::{
-    fs,
+    env, fs,
     os::{fd::AsFd, unix::process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -34,6 +34,9 @@ const REPLACED: [(&str, &str); 3] = [("lib", "/var/lib"), ("log", "/var/log"), (
 /// What else is not the machine's inside a cluster.
 const OWN_ANYWAY: [&str; 3] = ["/proc", "/sys", "/dev"];
 
+/// What a kubelet limits pods by, and does not start without.
+pub(crate) const CONTROLLERS: [&str; 4] = ["cpu", "cpuset", "memory", "pids"];
+
 /// Kernel settings that a kubelet insists on, with the values that it wants.
 const KUBELET_SETTINGS: [(&str, &str); 6] = [
     ("vm/overcommit_memory", "1"),
@@ -50,6 +53,12 @@ const UNSHARE: [&str; 5] = ["unshare", "--pid", "--fork", "--kill-child=KILL", "
 /// How long the kernel may take to end the processes of a cluster, the supervisor to see its link, …
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// `PATH`, and where an administrator's programs are: not everybody who becomes root has those in it.
+pub(crate) fn search_path() -> String {
+    let path = env::var("PATH").unwrap_or_else(|_| "/usr/bin:/bin".into());
+    path + ":/usr/sbin:/sbin"
+}
+
 /// Runs a host command and returns its output.
 ///
 /// # Errors
@@ -57,6 +66,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub fn run(program: &str, args: &[&str]) -> Result<String> {
     let output = Command::new(program)
         .args(args)
+        .env("PATH", search_path())
         .output()
         .with_context(|| format!("cannot start `{program}`"))?;
     ensure!(

@@ -91,8 +91,7 @@ impl Tools {
 
     /// `PATH` with the tools in front.
     pub fn path_variable(&self) -> String {
-        let rest = std::env::var("PATH").unwrap_or_else(|_| "/usr/sbin:/usr/bin:/sbin:/bin".into());
-        format!("{}:{rest}", self.dir.display())
+        format!("{}:{}", self.dir.display(), sandbox::search_path())
     }
 }
 

@@ -954,6 +954,16 @@ fn wrong_use_gets_a_sentence() {
 }
 
 #[test]
+#[ignore = "needs root: make cluster-test"]
+fn a_path_without_an_administrators_programs_is_enough() {
+    let preflight = testbed("x", &["preflight"])
+        .env("PATH", "/usr/bin:/bin")
+        .output()
+        .unwrap();
+    assert!(preflight.status.success(), "{}", text(&preflight));
+}
+
+#[test]
 #[ignore = "make cluster-test"]
 fn what_a_build_needs_is_said_before_it_begins() {
     let directory = Path::new("/tmp/testbed-deps");
