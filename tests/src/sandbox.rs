@@ -281,14 +281,20 @@ fn make_cgroups(cluster: &Cluster) -> Result<()> {
                 fs::write(directory.join(file), value)?;
             }
         }
-        // cgroup v2: a controller must be handed down. Beside v1, the unified hierarchy has none to hand down.
-        for controller in fs::read_to_string(parent.join("cgroup.controllers"))
-            .unwrap_or_default()
-            .split_whitespace()
-        {
-            fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"))
-                .with_context(|| format!("cannot hand down the cgroup controller {controller}"))?;
-        }
+        hand_down_controllers(parent)?;
+    }
+    Ok(())
+}
+
+/// cgroup v2: a controller must be handed down. Only what the kubelet asks for, since that is for the whole machine: runc
+/// hands down the rest with the first pod. Beside v1, the unified hierarchy has none to hand down.
+fn hand_down_controllers(parent: &Path) -> Result<()> {
+    let controllers = fs::read_to_string(parent.join("cgroup.controllers")).unwrap_or_default();
+    // It wants this one too where the kernel has it.
+    let is_needed = |controller: &&str| CONTROLLERS.contains(controller) || *controller == "hugetlb";
+    for controller in controllers.split_whitespace().filter(is_needed) {
+        fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"))
+            .with_context(|| format!("cannot hand down the cgroup controller {controller}"))?;
     }
     Ok(())
 }
