@@ -19,6 +19,8 @@ use crate::{
 
 /// The only node of a cluster.
 pub const NODE: &str = "node";
+/// Addresses of the links between clusters and the host: a /30 for each.
+const LINKS_CIDR: &str = "10.231.0.0/16";
 /// Addresses of pods; the same in every cluster, because each has a network of its own.
 pub const POD_CIDR: &str = "10.244.0.0/16";
 /// Addresses of Services.
@@ -266,7 +268,7 @@ impl Cluster {
         let interfaces = sandbox::run("ip", &["address"])?;
         let Some(link) = free_link(&claimed, &interfaces) else {
             bail!(
-                "no free network for the cluster: all of 10.231.0.0/16, or every interface from testbed0 to testbed255, \
+                "no free network for the cluster: all of {LINKS_CIDR}, or every interface from testbed0 to testbed255, \
                  is in use. `ip address` shows by what; `testbed down --all` ends the test clusters"
             );
         };
@@ -314,7 +316,20 @@ impl Cluster {
             ),
             ("CONTAINERD_NAMESPACE".into(), "k8s.io".into()),
         ]
+        .into_iter()
+        .chain(beside_the_proxy(|variable| env::var(variable).ok()))
+        .collect()
     }
+}
+
+/// Where a proxy is set, for what is fetched, it is not asked for what is on this machine. Some programs read one of the
+/// variables, some the other.
+fn beside_the_proxy(environment: impl Fn(&str) -> Option<String>) -> [(String, String); 2] {
+    const VARIABLES: [&str; 2] = ["NO_PROXY", "no_proxy"];
+    let set = VARIABLES.iter().filter_map(|variable| environment(variable));
+    let own = [LINKS_CIDR, POD_CIDR, SERVICE_CIDR, DOMAIN].map(str::to_owned);
+    let hosts: Vec<String> = set.filter(|hosts| !hosts.is_empty()).chain(own).collect();
+    VARIABLES.map(|variable| (variable.to_owned(), hosts.join(",")))
 }
 
 /// Who starts a cluster, and of what.
@@ -493,6 +508,17 @@ mod tests {
         );
         assert_ne!(here.mark_of_link(), there.mark_of_link());
         assert_eq!(here.mark_of_link().len(), "02:00:00:00:00:00".len());
+    }
+
+    #[test]
+    fn a_proxy_is_not_asked_for_the_cluster() {
+        let own = "10.231.0.0/16,10.244.0.0/16,10.96.0.0/16,cluster.local";
+        let unset = beside_the_proxy(|_| None);
+        assert_eq!(unset.map(|(_, hosts)| hosts), [own, own]);
+        let set = beside_the_proxy(|variable| (variable == "no_proxy").then(|| "intranet,10.0.0.1".into()));
+        let [upper, lower] = set;
+        assert_eq!(upper, ("NO_PROXY".into(), format!("intranet,10.0.0.1,{own}")));
+        assert_eq!(lower, ("no_proxy".into(), format!("intranet,10.0.0.1,{own}")));
     }
 
     #[test]
