@@ -210,8 +210,8 @@ fn start(cluster: &Cluster) -> Result<()> {
         return Ok(());
     }
     let build = times.build.map_or_else(
-        || "nothing to build".into(),
-        |took| format!("cold build {} s", seconds(took)),
+        || "components from the cache".into(),
+        |took| format!("components built cold in {} s", seconds(took)),
     );
     say(format!(
         "Cluster {:?} is ready: {build}, node Ready after {} s, everything after {} s.\n  export KUBECONFIG={}",

@@ -1086,8 +1086,10 @@ fn an_interrupted_build_is_continued() {
     let tools = String::from_utf8_lossy(&again.stdout).trim().to_owned();
     let all = ["kube-apiserver", "etcd", "containerd", "local-path-provisioner"];
     let complete = all.iter().all(|name| Path::new(&tools).join(name).exists());
+    let took = fs::read_to_string(Path::new(&tools).join("complete"));
     fs::remove_dir_all(cache).unwrap();
     assert!(again.status.success() && complete, "{}", text(&again));
+    assert_eq!(took.unwrap(), "", "two halves do not say what the whole takes");
     for (binary, time) in linked {
         assert_eq!(
             after.get(&binary),
