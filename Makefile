@@ -45,7 +45,7 @@ ifdef STORES_VALUES
 endif
 export AGENT_IMAGE ?= exchange.local/testbed-agent:$(TAG)
 # Runs tests, and fails if a misspelt TEST selects none of them.
-run-tests = $(1) 2>&1 | tee $(TARGET_DIR)/last-tests.log; \
+run-tests = mkdir -p $(TARGET_DIR); $(1) 2>&1 | tee $(TARGET_DIR)/last-tests.log; \
 	  grep -q "^test result: ok. [1-9]" $(TARGET_DIR)/last-tests.log || \
 	  { echo "error: no test is named like TEST=$(TEST)" >&2; exit 1; }
 
@@ -63,10 +63,10 @@ demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C cl
 	  $(MAKE) --no-print-directory cluster images NAME=$(NAME) && $(TESTBED) demo
 
 .PHONY: test
-test: ## Check, integration, a cluster of its own with the first end-to-end tests, and its end
+test: ## Check, integration, a new cluster of its own with the first end-to-end tests, and its end
 	@$(if $(filter existing,$(CLUSTER)),,tests/deps.sh --cluster)
 	@$(MAKE) --no-print-directory check $(if $(filter existing,$(CLUSTER)),,preflight integration)
-	@$(MAKE) --no-print-directory e2e down-test E2E="$(SHORT)" NAME=$(if $(filter dev,$(NAME)),test,$(NAME))
+	@$(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,down) e2e down-test E2E="$(SHORT)" NAME=$(if $(filter dev,$(NAME)),test,$(NAME))
 
 .PHONY: preflight
 preflight: $(TESTBED)
@@ -80,7 +80,7 @@ check: ## Format, lints, unit tests, generated files: minutes, no root, no clust
 
 .PHONY: unit
 unit: ## Unit tests
-	cargo test --workspace --locked --lib --bins --test argo --test api_server --test crd --test decide --test docs --test process --test resources $(TEST)
+	@$(call run-tests,cargo test --workspace --locked --lib --bins --test argo --test api_server --test crd --test decide --test docs --test process --test resources $(TEST))
 
 .PHONY: simulate
 simulate: ## The operator in HISTORIES=200000 simulated histories from FIRST=0 on; SEED=17 replays one
@@ -88,9 +88,10 @@ simulate: ## The operator in HISTORIES=200000 simulated histories from FIRST=0 o
 	  cargo test --workspace --locked --test decide histories::
 
 .PHONY: integration
-integration: deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine; the charts as helm renders them
+integration: not-existing deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine; the charts as helm renders them
 	@$(MAKE) --no-print-directory $(TESTBED)
-	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --workspace --locked --test it --test charts $(TEST)
+	@tools=$$($(TESTBED) tools); export PATH="$$tools:$$PATH"; \
+	  $(call run-tests,cargo test --workspace --locked --test it --test charts $(TEST))
 
 .PHONY: e2e
 e2e: cluster images $(TESTBED) ## End-to-end tests on the cluster, which stays for the next run; CASE=2 runs one case of the proof
@@ -107,13 +108,15 @@ rbac: $(TESTBED) ## Compare the operator's rights with what it did on the test c
 	@$(call run-tests,cargo test --workspace --locked --test rbac -- --ignored)
 
 .PHONY: cluster-test
-cluster-test: $(if $(filter existing,$(CLUSTER)),not-existing,) deps $(TESTBED) ## Test the test cluster itself: kills, several at once, leavings, wrong use (about 10 minutes)
+cluster-test: not-existing deps $(TESTBED) ## Test the test cluster itself: kills, several at once, leavings, wrong use (about 10 minutes)
 	$(TESTBED) tools
 	@$(call run-tests,cargo test --workspace --locked --test cluster -- --ignored --test-threads 1 $(TEST))
 
 .PHONY: not-existing
 not-existing:
-	@echo "error: this target is about the test cluster, not about an existing one: leave CLUSTER out" >&2; exit 1
+ifeq ($(CLUSTER),existing)
+	@echo "error: this target is about this machine, not about an existing cluster: leave CLUSTER out" >&2; exit 1
+endif
 
 .PHONY: down-test
 down-test:
@@ -165,10 +168,10 @@ crds-check:
 	  || { echo "error: crds/ or the chart's copy is out of date: run \`make crds\` and commit" >&2; exit 1; }
 
 .PHONY: bench
-bench: bench-exchange bench-operator ## Benchmarks: ratios from one run, printed and written to target/results/*.json
+bench: $(if $(filter existing,$(CLUSTER)),,bench-exchange) bench-operator ## Benchmarks: ratios from one run, printed and written to target/results/*.json
 
 .PHONY: bench-exchange
-bench-exchange: deps ## Those of the exchange: trading beside pgbench on the same machine
+bench-exchange: not-existing deps ## Those of the exchange: trading beside pgbench on the same machine
 	@$(MAKE) --no-print-directory $(TESTBED)
 	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --workspace --release --locked --test it -- --ignored --nocapture bench::
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs the Debian packages that building and testing needs. Says what and why; does nothing that is done already.
-# No service is started: tests start their own servers.
+# No service is started, now or with the machine: tests start their own servers.
 # With --cluster it first says what else a test cluster needs, before anything has been built.
 set -eu
 
@@ -80,8 +80,16 @@ if [ ! -e "$policy" ]; then
   printf '#!/bin/sh\nexit 101\n' >"$policy"
   chmod 755 "$policy"
 fi
+# They also start with the machine from then on. Those that were here before are somebody else's.
+new=
+for service in postgresql redis-server; do
+  [ -e "/etc/init.d/$service" ] || new="$new $service"
+done
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -q
 # shellcheck disable=SC2086 # a list of packages
 apt-get install -q --yes --no-install-recommends $missing
+for service in $new; do
+  [ ! -e "/etc/init.d/$service" ] || update-rc.d "$service" disable
+done
 echo "Installed:$missing"

@@ -584,9 +584,8 @@ mod tests {
 
     #[test]
     fn urls_that_nothing_can_be_reached_by_are_listed_without_their_secrets() {
-        let directory = std::env::temp_dir().join(format!("exchange-config-{}", std::process::id()));
-        std::fs::create_dir_all(&directory).unwrap();
-        let file = directory.join("mail");
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("mail");
         std::fs::write(&file, "smtp://u:s3cr3t@mail.example?tls=maybe\n").unwrap();
         let mail_file = format!("--mail-url-file={}", file.display());
         let wrong = [
@@ -634,7 +633,6 @@ mod tests {
                 assert!(problems.join("").contains(shape), "{problems:#?}");
             }
         }
-        std::fs::remove_dir_all(directory).unwrap();
     }
 
     #[test]

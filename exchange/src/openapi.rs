@@ -285,10 +285,33 @@ fn description(problems: &[Problem]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
+    use std::{collections::BTreeSet, path::Path};
+
+    use serde_json::Value;
 
     use super::*;
-    use crate::release::V2;
+    use crate::release::{V1, V2};
+
+    #[test]
+    fn the_descriptions_are_current() {
+        for (release, file, target) in [
+            (V1, "openapi.json", "exchange"),
+            (V2, "openapi-2.json", "exchange-2"),
+        ] {
+            let document = document(release).to_pretty_json().unwrap() + "\n";
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(file);
+            let committed = std::fs::read_to_string(path).unwrap_or_default();
+            assert!(
+                document == committed,
+                "write it anew: cargo run --bin {target} -- openapi >docs/{file}"
+            );
+            let parsed: Value = serde_json::from_str(&document).unwrap();
+            let references = document.split(r##""$ref": "#"##).skip(1);
+            for reference in references.map(|rest| rest.split('"').next().unwrap()) {
+                assert!(parsed.pointer(reference).is_some(), "{reference} leads nowhere");
+            }
+        }
+    }
 
     #[test]
     fn refusals_are_of_operations_and_codes_that_exist() {

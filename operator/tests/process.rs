@@ -22,6 +22,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tokio::net::TcpListener;
 
 const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/ns/leases";
@@ -79,10 +80,11 @@ struct World {
     server: Shared,
     operator: Child,
     port: u16,
+    _directory: TempDir,
 }
 
 impl World {
-    async fn start(name: &str, server: Server) -> Self {
+    async fn start(server: Server) -> Self {
         let server = Arc::new(Mutex::new(server));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let api = listener.local_addr().unwrap();
@@ -94,7 +96,8 @@ impl World {
             "users": [{"name": "test", "user": {}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
         });
-        let file = std::env::temp_dir().join(format!("exchange-operator-{name}-{}", std::process::id()));
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("kubeconfig");
         std::fs::write(&file, kubeconfig.to_string()).unwrap();
         // Free when it was asked for.
         let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -112,6 +115,7 @@ impl World {
             server,
             operator,
             port,
+            _directory: directory,
         }
     }
 
@@ -186,7 +190,7 @@ async fn told_to_end_a_leader_gives_up_its_lease() {
         away: true,
         ..Server::default()
     };
-    let world = World::start("leader", away).await;
+    let world = World::start(away).await;
     // An API server that is away is no reason to be started anew, and none to be counted on.
     world.until_probed("/readyz", 503).await;
     world.until_probed("/livez", 200).await;
@@ -228,7 +232,7 @@ async fn who_stands_by_is_ready_and_leaves_the_lease_alone() {
                       "spec": {"holderIdentity": "another", "leaseDurationSeconds": 4}}),
         ..Server::default()
     };
-    let world = World::start("stand-by", server).await;
+    let world = World::start(server).await;
     // The other one renews it.
     let renewed = Arc::clone(&world.server);
     let renewing = tokio::spawn(async move {

@@ -10,11 +10,17 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
-use crate::{progress, sandbox, tools::Tools};
+use crate::{
+    progress, sandbox,
+    tools::{Tools, hex},
+};
 
 /// The only node of a cluster.
 pub const NODE: &str = "node";
+/// Addresses of the links between clusters and the host: a /30 for each.
+const LINKS_CIDR: &str = "10.231.0.0/16";
 /// Addresses of pods; the same in every cluster, because each has a network of its own.
 pub const POD_CIDR: &str = "10.244.0.0/16";
 /// Addresses of Services.
@@ -29,6 +35,9 @@ const NAME_MAX: usize = 20;
 
 /// The kernel's limit of a socket's path.
 const SOCKET_PATH_MAX: usize = 107;
+
+/// Where clusters live unless `TESTBED_HOME` says otherwise.
+const DEFAULT_HOME: &str = "/var/tmp/exchange-testbed";
 
 /// A file in every cluster's home: what has none is not ours to remove.
 const MARK: &str = ".exchange-testbed";
@@ -60,15 +69,22 @@ impl Cluster {
     }
 
     /// Every cluster that has left files on this machine, running or not.
+    ///
+    /// # Errors
+    /// If that cannot be seen.
     pub fn all() -> Result<Vec<Self>> {
         let home = home()?;
-        let Ok(entries) = fs::read_dir(&home) else {
-            return Ok(Vec::new());
+        let unseen = || format!("cannot look for clusters in {}; are you root?", home.display());
+        let entries = match fs::read_dir(&home) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.with_context(unseen)?,
         };
         let mut clusters = Vec::new();
         for entry in entries {
-            let entry = entry?;
-            if entry.path().join(MARK).is_file() {
+            let entry = entry.with_context(unseen)?;
+            let is_one =
+                entry.path().is_dir() && entry.path().join(MARK).try_exists().with_context(unseen)?;
+            if is_one {
                 clusters.push(Self {
                     name: entry.file_name().to_string_lossy().into_owned(),
                     home: entry.path(),
@@ -144,9 +160,29 @@ impl Cluster {
         self.inner("run").join("containerd/containerd.sock")
     }
 
-    /// The cgroup below which all pods live, as the kubelet names it.
+    /// The cgroup below which all pods live, as the kubelet names it. Clusters of one name in two homes have two: what
+    /// follows the dot is in no name.
     pub fn cgroup(&self) -> String {
-        format!("/exchange-testbed-{}", self.name)
+        let mut cgroup = format!("/exchange-testbed-{}", self.name);
+        if self.home.parent() != Some(Path::new(DEFAULT_HOME)) {
+            let hash = self.hash().chars().take(8).collect::<String>();
+            cgroup += &format!(".{hash}");
+        }
+        cgroup
+    }
+
+    /// The hardware address of the link's interface on the host, by which it is known as this cluster's: the number in
+    /// its name may have become that of a cluster in another home.
+    pub fn mark_of_link(&self) -> String {
+        let hash = self.hash();
+        // Locally administered, for one interface.
+        let bytes = (0..10).step_by(2).filter_map(|start| hash.get(start..start + 2));
+        bytes.fold("02".to_owned(), |address, byte| format!("{address}:{byte}"))
+    }
+
+    /// Another one for each home of each cluster.
+    fn hash(&self) -> String {
+        hex(&Sha256::digest(self.home.as_os_str().as_encoded_bytes()))
     }
 
     /// The number that keeps this cluster's link apart from the others'.
@@ -232,7 +268,7 @@ impl Cluster {
         let interfaces = sandbox::run("ip", &["address"])?;
         let Some(link) = free_link(&claimed, &interfaces) else {
             bail!(
-                "no free network for the cluster: all of 10.231.0.0/16, or every interface from testbed0 to testbed255, \
+                "no free network for the cluster: all of {LINKS_CIDR}, or every interface from testbed0 to testbed255, \
                  is in use. `ip address` shows by what; `testbed down --all` ends the test clusters"
             );
         };
@@ -280,7 +316,20 @@ impl Cluster {
             ),
             ("CONTAINERD_NAMESPACE".into(), "k8s.io".into()),
         ]
+        .into_iter()
+        .chain(beside_the_proxy(|variable| env::var(variable).ok()))
+        .collect()
     }
+}
+
+/// Where a proxy is set, for what is fetched, it is not asked for what is on this machine. Some programs read one of the
+/// variables, some the other.
+fn beside_the_proxy(environment: impl Fn(&str) -> Option<String>) -> [(String, String); 2] {
+    const VARIABLES: [&str; 2] = ["NO_PROXY", "no_proxy"];
+    let set = VARIABLES.iter().filter_map(|variable| environment(variable));
+    let own = [LINKS_CIDR, POD_CIDR, SERVICE_CIDR, DOMAIN].map(str::to_owned);
+    let hosts: Vec<String> = set.filter(|hosts| !hosts.is_empty()).chain(own).collect();
+    VARIABLES.map(|variable| (variable.to_owned(), hosts.join(",")))
 }
 
 /// Who starts a cluster, and of what.
@@ -336,8 +385,7 @@ impl Link {
 /// Where clusters live. A directory on a real disk (images are unpacked there), not below the ones that a
 /// cluster replaces with its own.
 pub(crate) fn home() -> Result<PathBuf> {
-    let home =
-        env::var_os("TESTBED_HOME").map_or_else(|| PathBuf::from("/var/tmp/exchange-testbed"), PathBuf::from);
+    let home = env::var_os("TESTBED_HOME").map_or_else(|| PathBuf::from(DEFAULT_HOME), PathBuf::from);
     ensure!(
         home.is_absolute(),
         "TESTBED_HOME must be an absolute path, not {}",
@@ -444,6 +492,33 @@ mod tests {
         assert_eq!(free_link(&[], ""), Some(Link(0)));
         let all: Vec<Link> = (0..=u8::MAX).map(Link).collect();
         assert_eq!(free_link(&all, ""), None);
+    }
+
+    #[test]
+    fn clusters_of_one_name_in_two_homes_share_nothing() {
+        let [here, there] = [DEFAULT_HOME, "/srv/clusters"].map(|home| Cluster {
+            name: "dev".into(),
+            home: Path::new(home).join("dev"),
+        });
+        assert_eq!(here.cgroup(), "/exchange-testbed-dev");
+        assert!(
+            there.cgroup().starts_with("/exchange-testbed-dev."),
+            "{}",
+            there.cgroup()
+        );
+        assert_ne!(here.mark_of_link(), there.mark_of_link());
+        assert_eq!(here.mark_of_link().len(), "02:00:00:00:00:00".len());
+    }
+
+    #[test]
+    fn a_proxy_is_not_asked_for_the_cluster() {
+        let own = "10.231.0.0/16,10.244.0.0/16,10.96.0.0/16,cluster.local";
+        let unset = beside_the_proxy(|_| None);
+        assert_eq!(unset.map(|(_, hosts)| hosts), [own, own]);
+        let set = beside_the_proxy(|variable| (variable == "no_proxy").then(|| "intranet,10.0.0.1".into()));
+        let [upper, lower] = set;
+        assert_eq!(upper, ("NO_PROXY".into(), format!("intranet,10.0.0.1,{own}")));
+        assert_eq!(lower, ("no_proxy".into(), format!("intranet,10.0.0.1,{own}")));
     }
 
     #[test]

@@ -55,6 +55,12 @@ const RECIPES: [Recipe; 3] = [
     },
 ];
 
+/// The release of Debian that the packages are of.
+const DEBIAN: &str = "bookworm";
+
+/// Where a machine with that release says from where it has its packages. Others' repositories have files of their own.
+const SOURCES: [&str; 2] = ["/etc/apt/sources.list.d/debian.sources", "/etc/apt/sources.list"];
+
 /// Users of the images: `store` has the id that the public images of PostgreSQL and Redis use.
 const USERS: &str =
     "root:x:0:0::/:/bin/sh\nstore:x:999:999::/var/lib/store:/bin/sh\nnonroot:x:65532:65532::/:/bin/false\n";
@@ -247,7 +253,8 @@ fn cached(
     Ok(archive)
 }
 
-/// Unpacks Debian packages into `rootfs.tar`, from the package sources that this machine uses.
+/// Unpacks Debian packages into `rootfs.tar`, from where this machine has its own: a mirror, perhaps, where the Internet
+/// cannot be reached.
 fn root_file_system(step: &mut Step, recipe: &Recipe, context: &Path) -> Result<()> {
     let tar = context.join("rootfs.tar").display().to_string();
     let include = format!("--include={}", recipe.packages);
@@ -260,7 +267,9 @@ fn root_file_system(step: &mut Step, recipe: &Recipe, context: &Path) -> Result<
     let scratch = context.join("scratch");
     fs::create_dir_all(&scratch)?;
     let mut command = sandbox::bound("mmdebstrap");
-    command.args(["--variant=extract", &include, "bookworm", &tar]);
+    command.args(["--variant=extract", &include, DEBIAN, &tar]);
+    let names_it = |file: &&&str| fs::read_to_string(file).is_ok_and(|sources| sources.contains(DEBIAN));
+    command.args(SOURCES.iter().find(names_it));
     finish("mmdebstrap", command.env("TMPDIR", &scratch), |line| {
         step.update(line);
     })?;

@@ -16,7 +16,7 @@ use nix::{
 };
 use serde_json::{Map, Value, json};
 
-use crate::{cluster::Cluster, results, sandbox, tools::Tools};
+use crate::{cluster::Cluster, preflight, results, sandbox, tools::Tools};
 
 /// A way to the cluster under test.
 #[derive(Clone, Debug)]
@@ -53,6 +53,7 @@ impl Session {
     /// # Errors
     /// If it does not run.
     pub fn of(cluster: Cluster) -> Result<Self> {
+        preflight::root()?;
         ensure!(sandbox::supervisor(&cluster).is_some(), cluster.does_not_run());
         Ok(Self {
             environment: cluster.environment(&Tools::ensure()?),

@@ -120,9 +120,20 @@ fn run(cli: &Cli) -> Result<()> {
         "two TLS providers in one process"
     );
     match &cli.action {
+        Action::Up | Action::Status | Action::Kubeconfig | Action::Load { .. } | Action::Exec { .. } => {
+            preflight::root()?;
+        }
+        _ => {}
+    }
+    match &cli.action {
         Action::Up => start(&cluster),
         Action::Down { all } => {
-            for cluster in if *all { Cluster::all()? } else { vec![cluster] } {
+            let clusters = if *all { Cluster::all()? } else { vec![cluster] };
+            // `make clean` is for everybody who has started none.
+            if !clusters.is_empty() {
+                preflight::root()?;
+            }
+            for cluster in clusters {
                 sandbox::destroy(&cluster)?;
                 say(format!("Cluster {:?} is gone.", cluster.name()));
             }
@@ -199,8 +210,8 @@ fn start(cluster: &Cluster) -> Result<()> {
         return Ok(());
     }
     let build = times.build.map_or_else(
-        || "nothing to build".into(),
-        |took| format!("cold build {} s", seconds(took)),
+        || "components from the cache".into(),
+        |took| format!("components built cold in {} s", seconds(took)),
     );
     say(format!(
         "Cluster {:?} is ready: {build}, node Ready after {} s, everything after {} s.\n  export KUBECONFIG={}",

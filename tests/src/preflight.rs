@@ -1,9 +1,8 @@
 //! What a machine must have before a cluster can be started: each lack is one sentence with the way out.
 
 use std::{
-    fs,
+    env, fs,
     path::{Path, PathBuf},
-    process::Command,
 };
 
 use anyhow::{Result, ensure};
@@ -11,7 +10,7 @@ use nix::{sys::statvfs::statvfs, unistd::geteuid};
 
 use crate::{
     cluster::{cache_dir, home},
-    sandbox::hidden_by,
+    sandbox::{CONTROLLERS, hidden_by, run, search_path},
 };
 
 /// Programs that the launcher and the components call, with the Debian package that has each.
@@ -40,7 +39,8 @@ const KERNEL: [(Feature, &str); 9] = [
     ),
     (
         Feature::Cgroups,
-        "no cgroups are mounted at /sys/fs/cgroup: mount them, for example with `mount -t cgroup2 none /sys/fs/cgroup`",
+        "the cgroup controllers cpu, cpuset, memory and pids are not all mounted at /sys/fs/cgroup: mount them, for example \
+         with `mount -t cgroup2 none /sys/fs/cgroup`",
     ),
     (
         Feature::Overlay,
@@ -78,15 +78,24 @@ enum Feature {
     Nftables,
 }
 
+/// Checks who asks: to everybody else a cluster that runs looks like one that does not.
+///
+/// # Errors
+/// Without root.
+pub fn root() -> Result<()> {
+    ensure!(
+        geteuid().is_root(),
+        "a test cluster needs root, for namespaces, mounts and cgroups: run this as root, or with sudo"
+    );
+    Ok(())
+}
+
 /// Checks the machine.
 ///
 /// # Errors
 /// Lists everything that is missing at once.
 pub fn check() -> Result<()> {
-    ensure!(
-        geteuid().is_root(),
-        "a test cluster needs root, for namespaces, mounts and cgroups: run this as root, or with sudo"
-    );
+    root()?;
     let home = home()?;
     let there = home.ancestors().find(|path| path.exists()).unwrap_or(&home);
     let lacks = lacks(&Machine {
@@ -155,9 +164,7 @@ fn lacks(machine: &Machine<'_>) -> Vec<String> {
 fn is_there(feature: Feature) -> bool {
     match feature {
         Feature::Namespace(kind) => Path::new("/proc/self/ns").join(kind).exists(),
-        Feature::Cgroups => {
-            fs::read_dir("/sys/fs/cgroup").is_ok_and(|mut hierarchies| hierarchies.next().is_some())
-        }
+        Feature::Cgroups => has_controllers(Path::new("/sys/fs/cgroup")),
         Feature::Overlay => {
             let filesystems = fs::read_to_string("/proc/filesystems").unwrap_or_default();
             filesystems.contains("overlay") || succeeds("modprobe", &["overlay"])
@@ -173,18 +180,21 @@ fn is_there(feature: Feature) -> bool {
     }
 }
 
+/// With cgroup v2 one hierarchy has all controllers, with v1 each has one of its own.
+fn has_controllers(root: &Path) -> bool {
+    let unified = fs::read_to_string(root.join("cgroup.controllers"));
+    CONTROLLERS.iter().all(|controller| match &unified {
+        Ok(controllers) => controllers.split_whitespace().any(|other| other == *controller),
+        Err(_) => root.join(controller).join("cgroup.procs").exists(),
+    })
+}
+
 fn is_installed(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .chain(["/usr/sbin".into(), "/sbin".into()])
-        .any(|directory| directory.join(program).is_file())
+    env::split_paths(&search_path()).any(|directory| directory.join(program).is_file())
 }
 
 fn succeeds(program: &str, args: &[&str]) -> bool {
-    Command::new(program)
-        .args(args)
-        .output()
-        .is_ok_and(|output| output.status.success())
+    run(program, args).is_ok()
 }
 
 #[cfg(test)]
@@ -225,6 +235,26 @@ mod tests {
                 .any(|lack| lack.contains("`ip`") && lack.contains("iproute2")),
             "{lacks:?}"
         );
+    }
+
+    #[test]
+    fn every_controller_is_asked_for_in_both_kinds_of_hierarchies() {
+        let unified = tempfile::tempdir().expect("a directory");
+        let controllers = |names: &str| {
+            fs::write(unified.path().join("cgroup.controllers"), names).expect("a file");
+            has_controllers(unified.path())
+        };
+        assert!(controllers("cpuset cpu io memory pids\n"));
+        assert!(!controllers("cpuset io memory pids\n"));
+
+        let separate = tempfile::tempdir().expect("a directory");
+        for controller in CONTROLLERS {
+            assert!(!has_controllers(separate.path()), "{controller} is missing");
+            let hierarchy = separate.path().join(controller);
+            fs::create_dir(&hierarchy).expect("a directory");
+            fs::write(hierarchy.join("cgroup.procs"), "").expect("a file");
+        }
+        assert!(has_controllers(separate.path()));
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //! (at once, by us), the cgroups of the pods, the files below the cluster's home.
 
 use std::{
-    fs,
+    env, fs,
     os::{fd::AsFd, unix::process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -34,6 +34,9 @@ const REPLACED: [(&str, &str); 3] = [("lib", "/var/lib"), ("log", "/var/log"), (
 /// What else is not the machine's inside a cluster.
 const OWN_ANYWAY: [&str; 3] = ["/proc", "/sys", "/dev"];
 
+/// What a kubelet limits pods by, and does not start without.
+pub(crate) const CONTROLLERS: [&str; 4] = ["cpu", "cpuset", "memory", "pids"];
+
 /// Kernel settings that a kubelet insists on, with the values that it wants.
 const KUBELET_SETTINGS: [(&str, &str); 6] = [
     ("vm/overcommit_memory", "1"),
@@ -50,6 +53,12 @@ const UNSHARE: [&str; 5] = ["unshare", "--pid", "--fork", "--kill-child=KILL", "
 /// How long the kernel may take to end the processes of a cluster, the supervisor to see its link, …
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// `PATH`, and where an administrator's programs are: not everybody who becomes root has those in it.
+pub(crate) fn search_path() -> String {
+    let path = env::var("PATH").unwrap_or_else(|_| "/usr/bin:/bin".into());
+    path + ":/usr/sbin:/sbin"
+}
+
 /// Runs a host command and returns its output.
 ///
 /// # Errors
@@ -57,6 +66,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub fn run(program: &str, args: &[&str]) -> Result<String> {
     let output = Command::new(program)
         .args(args)
+        .env("PATH", search_path())
         .output()
         .with_context(|| format!("cannot start `{program}`"))?;
     ensure!(
@@ -123,9 +133,13 @@ pub fn launch(cluster: &Cluster, supervisor_args: &[&str]) -> Result<()> {
     setsid().context("cannot leave the terminal's session")?;
     let link = cluster.link()?;
     let (outer, inner) = (link.host_interface(), link.inner_interface());
+    // Marked from its first moment on, wherever we are killed.
+    let mark = cluster.mark_of_link();
     run(
         "ip",
-        &["link", "add", &outer, "type", "veth", "peer", "name", &inner],
+        &[
+            "link", "add", &outer, "address", &mark, "type", "veth", "peer", "name", &inner,
+        ],
     )
     .with_context(|| format!("cannot make the interface {outer}: if it is there by now, start again"))?;
     run(
@@ -237,7 +251,7 @@ fn set_up_network(link: Link) -> Result<()> {
 }
 
 /// The directories of a cgroup in every hierarchy: one with cgroup v2, one per controller with v1.
-fn cgroup_directories(cgroup: &str) -> Vec<PathBuf> {
+pub fn cgroup_directories(cgroup: &str) -> Vec<PathBuf> {
     let root = Path::new("/sys/fs/cgroup");
     let name = cgroup.trim_start_matches('/');
     if root.join("cgroup.controllers").exists() {
@@ -267,14 +281,20 @@ fn make_cgroups(cluster: &Cluster) -> Result<()> {
                 fs::write(directory.join(file), value)?;
             }
         }
-        // cgroup v2: a controller must be handed down. Beside v1, the unified hierarchy has none to hand down.
-        for controller in fs::read_to_string(parent.join("cgroup.controllers"))
-            .unwrap_or_default()
-            .split_whitespace()
-        {
-            fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"))
-                .with_context(|| format!("cannot hand down the cgroup controller {controller}"))?;
-        }
+        hand_down_controllers(parent)?;
+    }
+    Ok(())
+}
+
+/// cgroup v2: a controller must be handed down. Only what the kubelet asks for, since that is for the whole machine: runc
+/// hands down the rest with the first pod. Beside v1, the unified hierarchy has none to hand down.
+fn hand_down_controllers(parent: &Path) -> Result<()> {
+    let controllers = fs::read_to_string(parent.join("cgroup.controllers")).unwrap_or_default();
+    // It wants this one too where the kernel has it.
+    let is_needed = |controller: &&str| CONTROLLERS.contains(controller) || *controller == "hugetlb";
+    for controller in controllers.split_whitespace().filter(is_needed) {
+        fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"))
+            .with_context(|| format!("cannot hand down the cgroup controller {controller}"))?;
     }
     Ok(())
 }
@@ -330,7 +350,8 @@ pub fn destroy_locked(cluster: &Cluster) -> Result<()> {
     if let Ok(link) = cluster.link() {
         // The kernel deletes it too, but some time after the namespace's last process.
         let outer = link.host_interface();
-        let there = || Path::new("/sys/class/net").join(&outer).exists();
+        let address = Path::new("/sys/class/net").join(&outer).join("address");
+        let there = || fs::read_to_string(&address).is_ok_and(|mark| mark.trim() == cluster.mark_of_link());
         if there() && run("ip", &["link", "delete", &outer]).is_err() {
             wait_until(&format!("the end of interface {outer}"), PATIENCE, || !there())?;
         }

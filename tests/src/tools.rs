@@ -10,7 +10,7 @@ use std::{
     process::{Command, Stdio},
     sync::mpsc::{self, RecvTimeoutError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -29,6 +29,9 @@ const MODULES: [&str; 2] = ["cluster", "cluster/volumes"];
 /// runc needs libseccomp for pods with a seccomp profile; containerd's btrfs snapshotter needs headers nobody has.
 const TAGS: &str = "seccomp,no_btrfs";
 
+/// The file that says that all binaries are there, and how many seconds that took.
+const COMPLETE: &str = "complete";
+
 /// How often a build that says nothing is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -36,7 +39,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug)]
 pub struct Tools {
     dir: PathBuf,
-    /// How long the build took; `None` if everything was there.
+    /// How long it took to fetch the sources and build, now or when the cache got them; `None` if that was in several
+    /// attempts.
     pub built_in: Option<Duration>,
 }
 
@@ -49,33 +53,40 @@ impl Tools {
     pub fn ensure() -> Result<Self> {
         let key = pins_key()?;
         let dir = cache_dir()?.join(format!("tools-{key}"));
-        let complete = dir.join("complete");
-        if complete.exists() {
-            return Ok(Self { dir, built_in: None });
+        if let Some(built) = Self::built(&dir) {
+            return Ok(built);
         }
+        let is_first_attempt = !dir.exists();
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let lock = fs::File::create(dir.join("lock"))?;
         progress::lock(&lock, "another run that builds the components")
             .context("cannot lock the tool cache")?;
-        if complete.exists() {
-            return Ok(Self { dir, built_in: None }); // somebody else built them while we waited
+        if let Some(built) = Self::built(&dir) {
+            return Ok(built); // by somebody else, while we waited
         }
+        let begun = Instant::now();
         say(format!(
             "Building the cluster's components into {} (once per set of pins).",
             dir.display()
         ));
-        let mut took = Duration::ZERO;
         for module in MODULES {
-            took += build(&module_dir(module), &dir)?;
+            build(&module_dir(module), &dir)?;
         }
         let (unnamed, etcd) = (dir.join("server"), dir.join("etcd")); // etcd's main package is called `server`
         if unnamed.exists() {
             fs::rename(&unnamed, &etcd).context("cannot rename the etcd binary")?;
         }
-        fs::write(&complete, "")?;
-        Ok(Self {
-            dir,
-            built_in: Some(took),
+        let took = is_first_attempt.then(|| begun.elapsed().as_secs().to_string());
+        fs::write(dir.join(COMPLETE), took.unwrap_or_default())?;
+        Self::built(&dir).context("the tool cache is gone")
+    }
+
+    /// What is in the cache, if all of it is.
+    fn built(dir: &Path) -> Option<Self> {
+        let took = fs::read_to_string(dir.join(COMPLETE)).ok()?;
+        Some(Self {
+            dir: dir.to_owned(),
+            built_in: took.parse().ok().map(Duration::from_secs),
         })
     }
 
@@ -91,8 +102,7 @@ impl Tools {
 
     /// `PATH` with the tools in front.
     pub fn path_variable(&self) -> String {
-        let rest = std::env::var("PATH").unwrap_or_else(|_| "/usr/sbin:/usr/bin:/sbin:/bin".into());
-        format!("{}:{rest}", self.dir.display())
+        format!("{}:{}", self.dir.display(), sandbox::search_path())
     }
 }
 
@@ -153,7 +163,7 @@ fn go(module: &Path) -> Command {
 
 /// Builds all tools of a module. Go prints each module as it fetches it and each package as it compiles it, which is
 /// our progress.
-fn build(module: &Path, bin: &Path) -> Result<Duration> {
+fn build(module: &Path, bin: &Path) -> Result<()> {
     let name = module
         .file_name()
         .map(|name| name.to_string_lossy().into_owned())
@@ -231,7 +241,8 @@ fn build(module: &Path, bin: &Path) -> Result<Duration> {
             last.join("\n")
         );
     }
-    Ok(step.done())
+    step.done();
+    Ok(())
 }
 
 fn count(directory: &Path) -> usize {
@@ -286,4 +297,20 @@ fn listed(module: &Path, args: &[&str], mut tell: impl FnMut(&str)) -> Result<us
         bail!("{command:?} failed (`make deps` says which Go it must be):\n{errors}");
     }
     Ok(printed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cache_says_how_long_it_took_to_fill() {
+        let cache = tempfile::tempdir().expect("a directory");
+        assert!(Tools::built(cache.path()).is_none());
+        for (noted, took) in [("812", Some(Duration::from_secs(812))), ("", None)] {
+            fs::write(cache.path().join(COMPLETE), noted).expect("a file");
+            let tools = Tools::built(cache.path()).expect("complete");
+            assert_eq!(tools.built_in, took);
+        }
+    }
 }

@@ -37,10 +37,10 @@ const PATIENCE: Duration = Duration::from_mins(3);
 /// How long the supervisor may take to its first sign of life.
 const SUPERVISOR_PATIENCE: Duration = Duration::from_secs(10);
 
-/// What a start cost; `None` is what was not needed.
+/// What a start cost.
 #[derive(Debug, Default)]
 pub struct Times {
-    /// Building the components.
+    /// Building the components, for this start or an earlier one: [`Tools::built_in`].
     pub build: Option<Duration>,
     /// From the first process to a Ready node.
     pub node_ready: Duration,

@@ -5,9 +5,9 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
+    env, fs,
     io::{BufRead, BufReader},
-    os::unix::fs::symlink,
+    os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant, SystemTime},
@@ -81,15 +81,45 @@ const KERNEL_SETTINGS: [&str; 6] = [
     "/proc/sys/kernel/keys/root_maxbytes",
 ];
 
-/// What a cluster could leave on this machine.
+fn kernel_settings() -> [String; KERNEL_SETTINGS.len()] {
+    KERNEL_SETTINGS.map(|setting| fs::read_to_string(setting).unwrap())
+}
+
+/// A kernel setting that is changed for a test, and gets its own value back however the test ends. Another run that wants
+/// to change it waits.
+struct Changed {
+    setting: &'static str,
+    own_value: String,
+    _lock: fs::File,
+}
+
+impl Changed {
+    fn to(value: &str, setting: &'static str) -> Self {
+        let lock = fs::File::open(setting).unwrap();
+        lock.lock().unwrap();
+        let own_value = fs::read_to_string(setting).unwrap();
+        fs::write(setting, value).unwrap();
+        Self {
+            setting,
+            own_value,
+            _lock: lock,
+        }
+    }
+}
+
+impl Drop for Changed {
+    fn drop(&mut self) {
+        let _ = fs::write(self.setting, &self.own_value);
+    }
+}
+
+/// What a cluster could leave on this machine, where others may come and go at the same time.
 #[derive(Debug, PartialEq)]
 struct Traces {
     processes: BTreeMap<i32, String>,
     mounts: BTreeSet<String>,
-    interfaces: BTreeSet<String>,
-    network_namespaces: String,
+    interfaces: BTreeSet<PathBuf>,
     cgroups: BTreeSet<PathBuf>,
-    kernel_settings: [String; KERNEL_SETTINGS.len()],
     files: BTreeSet<PathBuf>,
 }
 
@@ -102,9 +132,18 @@ fn traces(of: &Cluster) -> Traces {
             .map(|entry| entry.path())
             .collect()
     };
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let hierarchies = entries(Path::new("/sys/fs/cgroup"));
-    let mut files = entries(of.home().parent().unwrap());
+    // What is mounted inside and would get out is below its home, or is itself a part of its home.
+    let home = format!("/{}/root/", of.name());
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let mounts = mounts.lines().filter(|mount| mount.contains(&home));
+    let is_its_own = |interface: &PathBuf| {
+        fs::read_to_string(interface.join("address")).is_ok_and(|mark| mark.trim() == of.mark_of_link())
+    };
+    let mut interfaces = entries(Path::new("/sys/class/net"));
+    interfaces.retain(is_its_own);
+    let cgroups = sandbox::cgroup_directories(&of.cgroup());
+    let mut files: BTreeSet<PathBuf> = [of.home().to_owned()].into();
+    files.retain(|home| home.exists());
     for place in [
         "/run",
         "/var/lib",
@@ -123,18 +162,9 @@ fn traces(of: &Cluster) -> Traces {
     }
     Traces {
         processes: processes(of),
-        mounts: mounts.lines().map(str::to_owned).collect(),
-        interfaces: entries(Path::new("/sys/class/net"))
-            .iter()
-            .map(|path| path.display().to_string())
-            .collect(),
-        network_namespaces: sandbox::run("ip", &["netns", "list"]).unwrap(),
-        kernel_settings: KERNEL_SETTINGS.map(|setting| fs::read_to_string(setting).unwrap()),
-        cgroups: hierarchies
-            .iter()
-            .flat_map(|path| entries(path))
-            .filter(|path| path.is_dir())
-            .collect(),
+        mounts: mounts.map(str::to_owned).collect(),
+        interfaces,
+        cgroups: cgroups.into_iter().filter(|cgroup| cgroup.exists()).collect(),
         files,
     }
 }
@@ -147,7 +177,6 @@ fn names_a_component(path: &Path) -> bool {
         "cni",
         "etcd",
         "runc",
-        "testbed",
         "coredns",
         "metrics",
         "netns",
@@ -281,12 +310,14 @@ fn start_pod(session: &Session, name: &str) {
 #[test]
 #[ignore = "needs root, starts a cluster: make test"]
 fn down_leaves_nothing() {
-    let cluster = Cluster::named("leaves-nothing").unwrap();
+    // Beside the cluster of its run, and that of every other run.
+    let run = env::var("TESTBED_NAME").unwrap_or_else(|_| "dev".into());
+    let end = run.char_indices().rev().take(15).last().unwrap().0;
+    let cluster = Cluster::named(&format!("gone-{}", &run[end..])).unwrap();
     sandbox::destroy(&cluster).unwrap();
     // A kubelet would set it to another value for the whole machine.
-    let setting = "/proc/sys/kernel/keys/root_maxkeys";
-    let own_value = fs::read_to_string(setting).unwrap();
-    fs::write(setting, "1000001").unwrap();
+    let _changed = Changed::to("1000001", "/proc/sys/kernel/keys/root_maxkeys");
+    let settings = kernel_settings();
     let before = traces(&cluster);
     assert_eq!(before.processes, BTreeMap::new());
 
@@ -299,16 +330,17 @@ fn down_leaves_nothing() {
         "we do not see the cluster: {inside:?} {:?}",
         inhabited.theirs
     );
-    assert_ne!(
-        traces(&cluster),
-        before,
-        "we do not see what a cluster leaves while it runs"
+    let during = traces(&cluster);
+    assert!(
+        during.interfaces.len() > before.interfaces.len()
+            && during.cgroups.len() > before.cgroups.len()
+            && during.files.len() > before.files.len(),
+        "we do not see what a cluster leaves while it runs: {during:?}"
     );
 
     succeed(cluster.name(), &["down"]);
-    let after = traces(&cluster);
-    fs::write(setting, own_value).unwrap();
-    assert_eq!(after, before);
+    assert_eq!(traces(&cluster), before);
+    assert_eq!(kernel_settings(), settings);
     assert_eq!(inhabited.survivors(), Vec::<String>::new());
     succeed(cluster.name(), &["down"]); // nothing to do is no error
 }
@@ -637,6 +669,39 @@ fn an_interface_of_somebody_else_is_left_alone() {
     assert!(down.status.success() && is_left, "{}", text(&down));
 }
 
+/// A cluster that has not ended cleanly keeps the number of its link, and a home elsewhere knows nothing of that.
+#[test]
+#[ignore = "needs root: make cluster-test"]
+fn what_belongs_to_a_cluster_of_another_home_is_left_alone() {
+    let interfaces = Path::new("/sys/class/net");
+    let is_free = |number: &u8| !interfaces.join(format!("testbed{number}")).exists();
+    let number = (0..=u8::MAX).rev().find(is_free).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let cluster = home.path().join("twin");
+    fs::create_dir(&cluster).unwrap();
+    fs::write(cluster.join(".exchange-testbed"), "").unwrap();
+    fs::write(cluster.join("link"), number.to_string()).unwrap();
+    let interface = format!("testbed{number}");
+    let pair = ["type", "veth", "peer", "name", "testbed-twin"];
+    sandbox::run("ip", &[&["link", "add", &interface][..], &pair].concat()).unwrap();
+    let cgroups = sandbox::cgroup_directories(&Cluster::named("twin").unwrap().cgroup());
+    for cgroup in &cgroups {
+        fs::create_dir_all(cgroup).unwrap();
+    }
+    let down = testbed("twin", &["down"])
+        .env("TESTBED_HOME", home.path())
+        .output()
+        .unwrap();
+    let interface_is_left = interfaces.join(&interface).exists();
+    let cgroups_are_left = cgroups.iter().all(|cgroup| cgroup.exists());
+    let _ = sandbox::run("ip", &["link", "delete", &interface]);
+    for cgroup in &cgroups {
+        let _ = fs::remove_dir(cgroup);
+    }
+    assert!(down.status.success() && !cluster.exists(), "{}", text(&down));
+    assert!(interface_is_left && cgroups_are_left && !cgroups.is_empty());
+}
+
 #[test]
 #[ignore = "needs root, starts a cluster: make cluster-test"]
 fn a_full_disk_gets_a_sentence() {
@@ -796,24 +861,62 @@ fn what_is_not_ours_is_left_alone() {
 
 #[test]
 #[ignore = "needs root: make cluster-test"]
-fn wrong_use_gets_a_sentence() {
-    let program = Path::new("/tmp/testbed-for-nobody");
-    fs::copy(env!("CARGO_BIN_EXE_testbed"), program).unwrap();
-    let nobody = Command::new("setpriv")
-        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
-        .arg(program)
-        .args(["--name", "nobody", "up"])
-        .env("TESTBED_HOME", "/tmp/testbed-home-of-nobody")
-        .output()
-        .unwrap();
-    fs::remove_file(program).unwrap();
-    let _ = fs::remove_dir_all("/tmp/testbed-home-of-nobody");
-    assert!(
-        !nobody.status.success() && text(&nobody).contains("needs root"),
-        "{}",
-        text(&nobody)
-    );
+fn without_root_nothing_is_said_about_clusters_but_that() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = directory.path().join("testbed");
+    fs::copy(env!("CARGO_BIN_EXE_testbed"), &program).unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let homes = ["closed", "open", "none"].map(|home| directory.path().join(home));
+    let [closed, open, none] = &homes;
+    for (home, mode) in [(closed, 0o700), (open, 0o755)] {
+        let cluster = home.join("runs");
+        fs::create_dir_all(&cluster).unwrap();
+        fs::write(cluster.join(".exchange-testbed"), "").unwrap();
+        fs::set_permissions(&cluster, fs::Permissions::from_mode(0o700)).unwrap();
+        fs::set_permissions(home, fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let nobody = |home: &Path, args: &[&str]| {
+        Command::new("setpriv")
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+            .arg(&program)
+            .args(["--name", "runs"])
+            .args(args)
+            .env("TESTBED_HOME", home)
+            .output()
+            .unwrap()
+    };
+    for args in [
+        &["up"][..],
+        &["status"],
+        &["kubeconfig"],
+        &["load", "/nowhere.tar"],
+        &["exec", "--", "true"],
+        &["preflight"],
+        &["down"],
+    ] {
+        let refused = nobody(closed, args);
+        assert!(
+            !refused.status.success() && text(&refused).contains("needs root"),
+            "{args:?}: {}",
+            text(&refused)
+        );
+    }
+    for home in [closed, open] {
+        let refused = nobody(home, &["down", "--all"]);
+        assert!(
+            !refused.status.success() && text(&refused).contains("are you root?"),
+            "{}: {}",
+            home.display(),
+            text(&refused)
+        );
+    }
+    let nothing = nobody(none, &["down", "--all"]);
+    assert!(nothing.status.success(), "{}", text(&nothing));
+}
 
+#[test]
+#[ignore = "needs root: make cluster-test"]
+fn wrong_use_gets_a_sentence() {
     for (name, args, sentence) in [
         ("Upper", vec!["up"], "lower-case letters"),
         (
@@ -848,6 +951,16 @@ fn wrong_use_gets_a_sentence() {
             text(&output)
         );
     }
+}
+
+#[test]
+#[ignore = "needs root: make cluster-test"]
+fn a_path_without_an_administrators_programs_is_enough() {
+    let preflight = testbed("x", &["preflight"])
+        .env("PATH", "/usr/bin:/bin")
+        .output()
+        .unwrap();
+    assert!(preflight.status.success(), "{}", text(&preflight));
 }
 
 #[test]
@@ -973,8 +1086,10 @@ fn an_interrupted_build_is_continued() {
     let tools = String::from_utf8_lossy(&again.stdout).trim().to_owned();
     let all = ["kube-apiserver", "etcd", "containerd", "local-path-provisioner"];
     let complete = all.iter().all(|name| Path::new(&tools).join(name).exists());
+    let took = fs::read_to_string(Path::new(&tools).join("complete"));
     fs::remove_dir_all(cache).unwrap();
     assert!(again.status.success() && complete, "{}", text(&again));
+    assert_eq!(took.unwrap(), "", "two halves do not say what the whole takes");
     for (binary, time) in linked {
         assert_eq!(
             after.get(&binary),

@@ -5,6 +5,8 @@
 #[path = "../../operator/tests/invalid/mod.rs"]
 mod invalid;
 
+use std::io::Write;
+
 use serde_json::{Value, json};
 use testbed::{kubectl::Namespace, story::Ground};
 
@@ -12,15 +14,15 @@ use invalid::{example, merge};
 
 /// What `kubectl apply --dry-run=server` says.
 fn verdict(ground: &Ground, namespace: &str, object: &Value) -> Result<String, String> {
-    let file = std::env::temp_dir().join(format!("{namespace}.json"));
-    std::fs::write(&file, object.to_string()).unwrap();
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(object.to_string().as_bytes()).unwrap();
     let args = [
         "apply",
         "--dry-run=server",
         "--namespace",
         namespace,
         "--filename",
-        file.to_str().unwrap(),
+        file.path().to_str().unwrap(),
     ];
     ground.session.kubectl(&args).map_err(|error| error.to_string())
 }

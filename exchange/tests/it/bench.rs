@@ -9,7 +9,7 @@ use std::{
     collections::BTreeMap,
     fmt::Write as _,
     net::SocketAddr,
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     sync::{
         Arc,
@@ -25,11 +25,12 @@ use hyper_util::rt::TokioIo;
 use rand::RngExt;
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use tempfile::TempDir;
 use tokio::{net::TcpStream, sync::Barrier, task::JoinSet};
 use uuid::Uuid;
 
 use crate::{
-    servers::{Database, Postgres, Service, postgres_binary},
+    servers::{Database, Postgres, Service, postgres_binary, temporary_directory},
     stores::{Nats, Redis},
     traders::{Issuer, assert_clean},
 };
@@ -191,7 +192,7 @@ struct Bench {
     owner: PgPool,
     service: Service,
     tokens: Arc<Vec<String>>,
-    directory: PathBuf,
+    directory: TempDir,
 }
 
 /// What one round gave.
@@ -278,8 +279,8 @@ impl Bench {
             let user = Uuid::parse_str(&format!("00000000-0000-4000-9000-{user:012x}")).unwrap();
             tokens.push(issuer.token(user, Lane::live(), &[]).await);
         }
-        let directory = crate::servers::temporary_directory("bench");
-        std::fs::write(directory.join("order.sql"), ORDER).unwrap();
+        let directory = temporary_directory("bench");
+        std::fs::write(directory.path().join("order.sql"), ORDER).unwrap();
         Self {
             postgres,
             database,
@@ -642,7 +643,6 @@ async fn trades_per_second() {
     let storm = bench.login_storm(rate).await;
     let (trade_memory_mib, notification_memory_mib) = bench.memory_mib(rate).await;
     assert_clean(&bench.owner, "live").await;
-    std::fs::remove_dir_all(&bench.directory).unwrap();
     drop(bench);
     let profile = profile().await;
 
@@ -727,7 +727,6 @@ async fn profile() -> Value {
     .fetch_all(&bench.owner)
     .await
     .unwrap();
-    std::fs::remove_dir_all(&bench.directory).unwrap();
     let statements = statements.into_iter().map(|(ms, calls, top_level, statement)| {
         json!({
             "us_per_trade": (ms * 1000.0 / trades).round(),

@@ -53,7 +53,10 @@ async fn tls_is_verified_and_a_new_password_is_picked_up() {
         .unwrap();
 
     let directory = temporary_directory("tls");
-    let (trusted, untrusted) = (directory.join("trusted.pem"), directory.join("untrusted.pem"));
+    let (trusted, untrusted) = (
+        directory.path().join("trusted.pem"),
+        directory.path().join("untrusted.pem"),
+    );
     std::fs::write(&trusted, server.cert.pem()).unwrap();
     std::fs::write(&untrusted, stranger.cert.pem()).unwrap();
     let url = |password: &str, tls: &str| {
@@ -62,7 +65,7 @@ async fn tls_is_verified_and_a_new_password_is_picked_up() {
     };
     let verified = |ca: &Path| format!("sslmode=verify-full&sslrootcert={}", ca.display());
     let start = |file: &str, url: String| {
-        let file = directory.join(file);
+        let file = directory.path().join(file);
         std::fs::write(&file, url).unwrap();
         Service::live(
             "user",
@@ -99,7 +102,11 @@ async fn tls_is_verified_and_a_new_password_is_picked_up() {
         (status(&service).await == 503).then_some(())
     })
     .await;
-    std::fs::write(directory.join("url"), url("second-secret", &verified(&trusted))).unwrap();
+    std::fs::write(
+        directory.path().join("url"),
+        url("second-secret", &verified(&trusted)),
+    )
+    .unwrap();
     eventually("the new password is used", || async {
         (status(&service).await == 401).then_some(())
     })
@@ -107,7 +114,6 @@ async fn tls_is_verified_and_a_new_password_is_picked_up() {
     for log in [service.log(), untrusting.log()] {
         assert!(!log.contains("secret"), "{log}");
     }
-    std::fs::remove_dir_all(directory).unwrap();
 }
 
 /// Stands between a service and its database, and can be cut.

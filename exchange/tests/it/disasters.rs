@@ -10,6 +10,7 @@ use std::{
 
 use reqwest::StatusCode;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tokio::{
     io::copy_bidirectional,
     net::{TcpListener, TcpStream},
@@ -78,7 +79,8 @@ impl Fronts {
 
     /// Runs `exchange load`, and returns what it wrote and what it said.
     async fn load(&self, flags: &[impl AsRef<OsStr>]) -> (Value, String) {
-        let json = temporary_directory("load").join("load.json");
+        let directory = temporary_directory("load");
+        let json = directory.path().join("load.json");
         let [user, trade, notification] = self.0.each_ref().map(Front::url);
         let mut load = Command::new(V1);
         load.args(["load", "--user-url", &user, "--trade-url", &trade])
@@ -104,8 +106,9 @@ async fn orders(stores: &Stores, more_than: i64) {
     .await;
 }
 
-/// Flags of a load in the live lane that knows the ledger: who credits its deposits, and the database.
-async fn treasury(stores: &Stores, users: &Service) -> Vec<String> {
+/// Flags of a load in the live lane that knows the ledger: who credits its deposits, and the database; and the directory of
+/// a file that they name.
+async fn treasury(stores: &Stores, users: &Service) -> (Vec<String>, TempDir) {
     let treasurer = json!({"email": "bank@example.org", "password": "correct horse battery"});
     // A client of its own, which goes: a stack that drains would wait for the end of its idle connection.
     let registration = crate::servers::client().post(users.url("/register"));
@@ -117,7 +120,8 @@ async fn treasury(stores: &Stores, users: &Service) -> Vec<String> {
         .args(["--database-url", &stores.database.owner_url]);
     let granted = grant.output().unwrap();
     assert!(granted.status.success(), "{}", text(&granted));
-    let password = temporary_directory("treasury").join("password");
+    let directory = temporary_directory("treasury");
+    let password = directory.path().join("password");
     std::fs::write(&password, "correct horse battery").unwrap();
     let flags = [
         "--treasury-email",
@@ -127,7 +131,7 @@ async fn treasury(stores: &Stores, users: &Service) -> Vec<String> {
         "--database-url",
         &stores.database.owner_url,
     ];
-    flags.map(str::to_owned).to_vec()
+    (flags.map(str::to_owned).to_vec(), directory)
 }
 
 /// A live stack that has its own stores and takes a short load in the live lane, in which messages and market data are
@@ -137,6 +141,7 @@ struct Live {
     stack: Stack,
     fronts: Fronts,
     flags: Vec<String>,
+    _treasury: TempDir,
 }
 
 impl Live {
@@ -144,7 +149,7 @@ impl Live {
         let stores = Stores::start().await;
         let stack = Stack::start(&stores, &GREEN).await;
         let fronts = Fronts::of(&stack).await;
-        let mut flags = treasury(&stores, &stack.user).await;
+        let (mut flags, treasury) = treasury(&stores, &stack.user).await;
         let load = [
             "--rate",
             "60",
@@ -163,6 +168,7 @@ impl Live {
             stack,
             fronts,
             flags,
+            _treasury: treasury,
         }
     }
 }
@@ -285,6 +291,7 @@ async fn the_relay_is_killed_between_publish_and_mark_in_mid_load_and_the_audit_
         mut stack,
         fronts,
         flags,
+        _treasury,
     } = Live::start().await;
     let killing = async {
         orders(&stores, 100).await;
@@ -340,6 +347,7 @@ async fn the_brokers_store_is_deleted_in_mid_load_and_the_audit_is_clean() {
         stack,
         fronts,
         flags,
+        _treasury,
     } = Live::start().await;
     let deletion = async {
         orders(&stores, 100).await;
@@ -366,6 +374,7 @@ async fn everything_is_delivered_again_in_mid_load_and_the_audit_is_clean() {
         stack,
         fronts,
         flags,
+        _treasury,
     } = Live::start().await;
     let redelivery = async {
         orders(&stores, 200).await;
@@ -391,6 +400,7 @@ async fn the_market_data_are_flushed_in_mid_load_and_the_audit_is_clean() {
         stack,
         fronts,
         flags,
+        _treasury,
     } = Live::start().await;
     let flush = async {
         orders(&stores, 100).await;
@@ -452,7 +462,7 @@ async fn a_stack_is_replaced_under_load_and_nobody_notices() {
     let mut green = follow("green", "two").await;
     has_role(&green, "Standby").await;
 
-    let mut flags = treasury(&stores, &blue.user).await;
+    let (mut flags, _treasury) = treasury(&stores, &blue.user).await;
     flags.extend(
         [
             "--rate",

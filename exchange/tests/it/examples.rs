@@ -192,14 +192,16 @@ async fn the_plain_examples_services_start_with_its_settings() {
                 .iter()
                 .flatten()
                 .find(|mount| mount.name == volume.name);
-            let directory = mounted.join(mount.unwrap().mount_path.trim_start_matches('/'));
+            let directory = mounted
+                .path()
+                .join(mount.unwrap().mount_path.trim_start_matches('/'));
             std::fs::create_dir_all(&directory).unwrap();
             std::fs::write(directory.join("url"), url).unwrap();
         }
         let mut binary = Command::new(V1);
         for (variable, value) in environment(container, &settings) {
             let value = match value.strip_prefix("/etc/") {
-                Some(rest) => mounted.join("etc").join(rest).display().to_string(),
+                Some(rest) => mounted.path().join("etc").join(rest).display().to_string(),
                 None => value,
             };
             binary.env(variable, value);

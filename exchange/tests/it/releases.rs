@@ -121,7 +121,8 @@ async fn version_2_comes_under_load_beside_version_1_and_replaces_it() {
     accounts_of_version_1(&stores.owner, 4000).await;
     let one = Stack::start_by(&mut Command::new(V1), &stores, &BLUE).await;
 
-    let json = temporary_directory("expand").join("load.json");
+    let directory = temporary_directory("expand");
+    let json = directory.path().join("load.json");
     let lane = ["--lane", "test-blue-one.load", "--json", json.to_str().unwrap()];
     let amount = ["--rate", "60", "--duration", "8s", "--connections", "3"];
     let users = ["--traders", "4", "--idle-connections", "0", "--slow-percent", "1"];

@@ -291,7 +291,7 @@ async fn new_passwords_of_queue_and_market_data_are_picked_up() {
     let mut stores = Stores::start().await;
     let (ann, bob) = (stores.user("live").await, stores.user("live").await);
     let directory = temporary_directory("urls");
-    let (queue, market) = (directory.join("queue"), directory.join("market"));
+    let [queue, market] = ["queue", "market"].map(|name| directory.path().join(name));
     std::fs::write(&queue, stores.nats.url()).unwrap();
     std::fs::write(&market, stores.redis.url()).unwrap();
     let [queue_file, market_file] = [&queue, &market].map(|file| file.to_str().unwrap());
@@ -343,5 +343,4 @@ async fn new_passwords_of_queue_and_market_data_are_picked_up() {
     for log in [notification.log(), trade.log()] {
         assert!(!log.contains("another") && !log.contains("secret"), "{log}");
     }
-    std::fs::remove_dir_all(directory).unwrap();
 }

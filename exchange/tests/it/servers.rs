@@ -3,10 +3,11 @@
 
 use std::{
     fmt::Write as _,
+    fs::Permissions,
     io::{BufRead, BufReader, Write as _},
     net::{SocketAddr, TcpListener},
-    os::unix::fs::chown,
-    path::{Path, PathBuf},
+    os::unix::fs::{PermissionsExt as _, chown},
+    path::PathBuf,
     process::{Child, ChildStdout, Command, Stdio},
     sync::{
         Arc, Mutex, OnceLock,
@@ -17,6 +18,7 @@ use std::{
 
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, ConnectOptions, PgPool, postgres::PgConnectOptions};
+use tempfile::TempDir;
 
 /// Version 1, which tests are about unless they say otherwise.
 pub(crate) const V1: &str = env!("CARGO_BIN_EXE_exchange");
@@ -63,10 +65,11 @@ pub(crate) struct Server {
 
 impl Server {
     /// Starts a server that keeps its files in `directory`.
-    pub(crate) fn start(directory: &Path, command: &[&str]) -> Self {
+    pub(crate) fn start(directory: TempDir, command: &[&str]) -> Self {
+        let directory = directory.keep();
         let mut keeper = Command::new("sh")
             .args(["-c", KEEPER, "keeper"])
-            .arg(directory)
+            .arg(&directory)
             .args(command)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -77,7 +80,7 @@ impl Server {
             pid: read_pid(&mut pids),
             keeper,
             pids,
-            directory: directory.to_owned(),
+            directory,
         }
     }
 
@@ -190,13 +193,13 @@ pub(crate) fn free_port() -> u16 {
         .port()
 }
 
-/// A new directory for one server.
-pub(crate) fn temporary_directory(name: &str) -> PathBuf {
-    static NUMBER: AtomicU32 = AtomicU32::new(0);
-    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    let directory = std::env::temp_dir().join(format!("exchange-{name}-{}-{number}", std::process::id()));
-    std::fs::create_dir(&directory).unwrap();
-    directory
+/// A new directory, for keys and passwords too: for this user only, and removed with what is returned.
+pub(crate) fn temporary_directory(name: &str) -> TempDir {
+    tempfile::Builder::new()
+        .prefix(&format!("exchange-{name}-"))
+        .permissions(Permissions::from_mode(0o700))
+        .tempdir()
+        .unwrap()
 }
 
 /// A PostgreSQL server.
@@ -234,7 +237,7 @@ impl Postgres {
             &["env"]
         };
         let (program, arguments) = as_user.split_first().unwrap();
-        let data = directory.join("data");
+        let data = directory.path().join("data");
         let data = data.to_str().unwrap();
         output(
             Command::new(program)
@@ -268,7 +271,7 @@ impl Postgres {
         ]);
         command.extend(["listen_addresses=127.0.0.1", "-c", "max_connections=300"]);
         command.extend(settings);
-        let server = Server::start(&directory, &command);
+        let server = Server::start(directory, &command);
         let postgres = Self { server, port };
         postgres.server.await_port(port);
         postgres

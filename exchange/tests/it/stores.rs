@@ -7,6 +7,7 @@ use redis::AsyncCommands;
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use tempfile::TempDir;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -17,6 +18,7 @@ pub(crate) struct Certificates {
     pub(crate) certificate: PathBuf,
     pub(crate) key: PathBuf,
     pub(crate) authority: PathBuf,
+    _directory: TempDir,
 }
 
 impl Certificates {
@@ -33,7 +35,7 @@ impl Certificates {
             .signed_by(&key, &authority)
             .unwrap();
         let write = |name: &str, content: String| {
-            let path = directory.join(name);
+            let path = directory.path().join(name);
             std::fs::write(&path, content).unwrap();
             path
         };
@@ -41,6 +43,7 @@ impl Certificates {
             certificate: write("certificate.pem", certificate.pem()),
             key: write("key.pem", key.serialize_pem()),
             authority: write("authority.pem", authority.pem()),
+            _directory: directory,
         }
     }
 }
@@ -78,11 +81,11 @@ impl Nats {
             "listen: \"127.0.0.1:{port}\"\nhttp: \"127.0.0.1:{monitor}\"\n{secure}\n\
              authorization {{ user: exchange, password: {password} }}\n\
              jetstream {{ store_dir: {:?}, sync_interval: always }}\n",
-            directory.join("store")
+            directory.path().join("store")
         );
-        let file = directory.join("nats.conf");
+        let file = directory.path().join("nats.conf");
         std::fs::write(&file, config).unwrap();
-        let server = Server::start(&directory, &["nats-server", "-c", file.to_str().unwrap()]);
+        let server = Server::start(directory, &["nats-server", "-c", file.to_str().unwrap()]);
         server.await_port(port);
         Self {
             server,
@@ -164,7 +167,7 @@ impl Redis {
         } else {
             command.extend(["--port", &port_text]);
         }
-        let server = Server::start(&directory, &command);
+        let server = Server::start(directory, &command);
         server.await_port(port);
         Self {
             _server: server,

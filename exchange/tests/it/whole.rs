@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 use serde_json::Value;
 
 use crate::{
-    servers::{Service, eventually},
+    servers::{Service, eventually, temporary_directory},
     stores::Stores,
     traders::Issuer,
 };
@@ -142,7 +142,8 @@ const STANDBY: [&str; 8] = [
 async fn the_smoke_test_passes_against_a_standby_stack_and_leaves_nothing_behind() {
     let stores = Stores::start().await;
     let stack = Stack::start(&stores, &STANDBY).await;
-    let junit = crate::servers::temporary_directory("junit").join("report.xml");
+    let directory = temporary_directory("junit");
+    let junit = directory.path().join("report.xml");
     let flags = [
         "--colour",
         "green",
@@ -353,7 +354,8 @@ async fn the_load_test_finds_nothing_wrong_and_something_when_there_is() {
     let stores = Stores::start().await;
     let flags = ["--colour", "green", "--revision", "abc", "--role", "live"];
     let stack = Stack::start(&stores, &flags).await;
-    let json = crate::servers::temporary_directory("load").join("load.json");
+    let directory = temporary_directory("load");
+    let json = directory.path().join("load.json");
     let flags = [
         "--lane",
         "test-green-abc.load",
