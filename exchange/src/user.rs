@@ -129,15 +129,20 @@ async fn register(
         .locale
         .as_deref()
         .map_or(Ok("en"), personal::valid_locale)?;
-    if lane.is_live() {
+    let attempt = if lane.is_live() {
         let limit = Limit::new(
             "register",
             &address.to_string(),
             app.config.login_attempts_per_address,
         );
-        limit.count(&app.db).await?;
-    }
+        Some(limit.begin(&app.db).await?)
+    } else {
+        None
+    };
     let hash = app.passwords.hash(registration.password).await?;
+    if let Some(attempt) = attempt {
+        attempt.count().await?;
+    }
     let user_id = Uuid::now_v7();
     // A known address is written as it is: a transaction that writes nothing commits without waiting for the disk, and
     // would be told from one that writes by its time.
@@ -183,7 +188,7 @@ async fn change_password(
         &caller.user_id.to_string(),
         app.config.login_attempts_per_account,
     );
-    limit.count(&app.db).await?;
+    let attempt = limit.begin(&app.db).await?;
     let hash: Option<String> = sqlx::query_scalar("select password_hash from users where id = $1")
         .bind(caller.user_id)
         .fetch_optional(&app.db)
@@ -194,9 +199,10 @@ async fn change_password(
         .verify(change.current_password, hash.clone())
         .await?
     {
+        attempt.count().await?;
         return Err(WRONG_CREDENTIALS.into());
     }
-    limit.forgive(&app.db).await?;
+    attempt.forgive().await;
     let new_hash = app.passwords.hash(change.new_password).await?;
     let mut transaction = app.db.begin().await?;
     // Of two changes at the same time one has verified a password that is not the current one any more.
