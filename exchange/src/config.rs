@@ -174,7 +174,8 @@ pub struct ConfigArgs {
     /// The largest request body, in bytes.
     #[arg(long, env = "EXCHANGE_MAX_BODY_SIZE", default_value = "65536")]
     max_body_size: String,
-    /// Networks of proxies whose `X-Forwarded-For` is believed, separated by commas.
+    /// Networks of proxies whose `X-Forwarded-For` is believed, separated by commas. Without those of an ingress,
+    /// everybody behind it is limited as one address.
     #[arg(long, env = "EXCHANGE_TRUSTED_PROXIES", default_value = "")]
     trusted_proxies: String,
     /// A file with the secret that opens this stack's test lanes; without it there are none.

@@ -3,16 +3,21 @@
 //! An e-mail cannot be taken back or sent in a transaction, so it is sent at least once: a crash between the
 //! server's answer and our mark sends it again, under the same `Message-ID`, by which mailboxes drop the second.
 
-use std::{path::PathBuf, time::Duration};
+use std::{fmt::Display, path::PathBuf, time::Duration};
 
 use lettre::{
-    AsyncSmtpTransport, AsyncTransport, Message, Tokio1Executor,
+    Message,
     message::Mailbox,
     transport::smtp::{
-        self,
-        client::{Certificate, Tls, TlsParameters},
+        self, SMTP_PORT, SUBMISSION_PORT, SUBMISSIONS_PORT,
+        authentication::{Credentials, Mechanism},
+        client::{AsyncSmtpConnection, Certificate, TlsParameters},
+        commands::{Mail, Rset},
+        extension::ClientId,
     },
 };
+use percent_encoding::percent_decode_str;
+use reqwest::Url;
 use secrecy::ExposeSecret;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
@@ -25,7 +30,11 @@ use crate::{config::StoreUrl, messages::MessageMetrics, outbox::rest};
 const BATCH: i64 = 20;
 /// How often new e-mails are looked for.
 const IDLE: Duration = Duration::from_millis(500);
-/// Longer than a healthy server ever takes.
+/// How long is waited after a failure of ours or of the mail server's, and at most after many in a row: a server that
+/// refuses our password may lock us out if we insist.
+const PAUSE: Duration = Duration::from_secs(5);
+const LONGEST_PAUSE: Duration = Duration::from_mins(5);
+/// Longer than a connection to a healthy server ever takes.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// After so many tries, over four hours, an e-mail is given up.
 const MAX_ATTEMPTS: i32 = 8;
@@ -47,6 +56,8 @@ enum MailError {
     #[error("failed to read how to reach the mail server: {0}")]
     Config(#[from] std::io::Error),
     #[error("the mail server's URL or certificate is not usable: {0}")]
+    Unusable(String),
+    #[error("the mail server does not take e-mails from here: {0}")]
     Server(String),
     #[error("{0}")]
     Database(#[from] sqlx::Error),
@@ -64,19 +75,31 @@ struct Due {
 
 /// Sends e-mails as they become due until told to stop. Any number of processes may do it at once.
 pub async fn run(db: &PgPool, config: &MailConfig, metrics: &MessageMetrics, stop: &CancellationToken) {
+    let mut pause = PAUSE;
     while !stop.is_cancelled() {
-        match send_due(db, config, metrics).await {
-            Ok(0) => rest(stop, IDLE).await,
-            Ok(_) => {}
-            Err(error) => {
-                warn!(error.message = %error, "failed to send e-mails");
-                rest(stop, Duration::from_secs(5)).await;
-            }
+        let sent = send_due(db, config, metrics).await;
+        if let Err(error) = sent {
+            warn!(error.message = %error, "failed to send e-mails");
+            rest(stop, pause).await;
+            pause = (2 * pause).min(LONGEST_PAUSE);
+            continue;
+        }
+        pause = PAUSE;
+        if let Ok(0) = sent {
+            rest(stop, IDLE).await;
         }
     }
 }
 
 async fn send_due(db: &PgPool, config: &MailConfig, metrics: &MessageMetrics) -> Result<usize, MailError> {
+    let any: bool = sqlx::query_scalar("select exists (select from emails where due_at <= now())")
+        .fetch_one(db)
+        .await?;
+    if !any {
+        return Ok(0);
+    }
+    // Before any is taken: what the server has against us is nothing that an e-mail should be given up for.
+    let mut server = connect(config).await?;
     // Taken by moving the due time: no transaction stays open while the mail server thinks.
     let due: Vec<Due> = sqlx::query_as(
         "with taken as (
@@ -95,22 +118,21 @@ async fn send_due(db: &PgPool, config: &MailConfig, metrics: &MessageMetrics) ->
     .bind(BATCH)
     .fetch_all(db)
     .await?;
-    if due.is_empty() {
-        return Ok(0);
-    }
-    let transport = transport(config).await?;
     for email in &due {
         let Some(message) = compose(&config.from, email) else {
             // Deleted in the meantime, or an address that no mail server would take.
             forget(db, email).await?;
             continue;
         };
-        match transport.send(message).await {
+        if server.has_broken() {
+            server = connect(config).await?;
+        }
+        match server.send(message.envelope(), &message.formatted()).await {
             Ok(_) => {
                 forget(db, email).await?;
                 metrics.emails_sent.inc();
             }
-            Err(cause) if cause.is_permanent() || email.attempts >= MAX_ATTEMPTS => {
+            Err(cause) if is_final(&cause) || email.attempts >= MAX_ATTEMPTS => {
                 error!(user.id = %email.user_id, error.message = reason(&cause), "an e-mail was given up");
                 forget(db, email).await?;
                 metrics.emails_given_up.inc();
@@ -120,7 +142,18 @@ async fn send_due(db: &PgPool, config: &MailConfig, metrics: &MessageMetrics) ->
             }
         }
     }
+    // It has taken them, however it takes leave.
+    let _ = server.quit().await;
     Ok(due.len())
+}
+
+/// Whether the server will never take this e-mail: it has refused its recipient or its content, and not us, which it may
+/// do as late as when it is told the recipient.
+fn is_final(failure: &smtp::Error) -> bool {
+    let ours = failure
+        .status()
+        .is_some_and(|code| matches!(u16::from(code), 530 | 534 | 535 | 538));
+    failure.is_permanent() && !ours
 }
 
 /// What may be logged of a failure: the words of a mail server often repeat the address.
@@ -140,31 +173,51 @@ async fn forget(db: &PgPool, email: &Due) -> Result<(), sqlx::Error> {
         .map(|_| ())
 }
 
-async fn transport(config: &MailConfig) -> Result<AsyncSmtpTransport<Tokio1Executor>, MailError> {
-    let unusable = |error: smtp::Error| MailError::Server(error.to_string());
+/// Connects to a mail server that knows us and takes us for the sender.
+async fn connect(config: &MailConfig) -> Result<AsyncSmtpConnection, MailError> {
+    let unusable = |error: &dyn Display| MailError::Unusable(error.to_string());
+    let refused = |failure: smtp::Error| MailError::Server(reason(&failure));
     let url = config.url.read()?;
-    let url = url.expose_secret();
-    let mut builder = AsyncSmtpTransport::<Tokio1Executor>::from_url(url)
-        .map_err(unusable)?
-        .timeout(Some(TIMEOUT));
+    let url = Url::parse(url.expose_secret()).map_err(|error| unusable(&error))?;
+    let host = url.host_str().ok_or_else(|| unusable(&"no host"))?;
+    let mut tls = TlsParameters::builder(host.to_owned());
     if let Some(file) = &config.ca_file {
-        let certificate = Certificate::from_pem(&tokio::fs::read(file).await?).map_err(unusable)?;
-        let host = url
-            .parse::<http::Uri>()
-            .ok()
-            .and_then(|uri| uri.host().map(ToOwned::to_owned));
-        let host = host.ok_or_else(|| MailError::Server("no host".to_owned()))?;
-        let parameters = TlsParameters::builder(host)
-            .add_root_certificate(certificate)
-            .build()
-            .map_err(unusable)?;
-        builder = builder.tls(if url.starts_with("smtps:") {
-            Tls::Wrapper(parameters)
-        } else {
-            Tls::Required(parameters)
-        });
+        let certificate = Certificate::from_pem(&tokio::fs::read(file).await?);
+        tls = tls.add_root_certificate(certificate.map_err(|error| unusable(&error))?);
     }
-    Ok(builder.build())
+    let tls = tls.build().map_err(|error| unusable(&error))?;
+    let encryption = url.query_pairs().find(|(name, _)| name == "tls");
+    let encryption = encryption.as_ref().map(|(_, value)| &**value);
+    let at_once = url.scheme() == "smtps";
+    let usual_port = match encryption {
+        _ if at_once => SUBMISSIONS_PORT,
+        Some(_) => SUBMISSION_PORT,
+        None => SMTP_PORT,
+    };
+    let name = match url.path().trim_matches('/') {
+        "" => ClientId::default(),
+        name => ClientId::Domain(name.to_owned()),
+    };
+
+    let address = (host, url.port().unwrap_or(usual_port));
+    let wrapper = at_once.then(|| tls.clone());
+    let mut server = AsyncSmtpConnection::connect_tokio1(address, Some(TIMEOUT), &name, wrapper, None)
+        .await
+        .map_err(refused)?;
+    let on_request = encryption == Some("required") || config.ca_file.is_some();
+    if !at_once && (on_request || encryption.is_some() && server.can_starttls()) {
+        server.starttls(tls, &name).await.map_err(refused)?;
+    }
+    if let Some(password) = url.password() {
+        let decoded = |text| percent_decode_str(text).decode_utf8_lossy().into_owned();
+        let credentials = Credentials::new(decoded(url.username()), decoded(password));
+        let mechanisms = [Mechanism::Plain, Mechanism::Login];
+        server.auth(&mechanisms, &credentials).await.map_err(refused)?;
+    }
+    let sender = Mail::new(Some(config.from.email.clone()), Vec::new());
+    server.command(sender).await.map_err(refused)?;
+    server.command(Rset).await.map_err(refused)?;
+    Ok(server)
 }
 
 fn compose(from: &Mailbox, email: &Due) -> Option<Message> {

@@ -21,11 +21,12 @@ use crate::{
     idempotency::KEY_HEADER,
     market, notification,
     release::Release,
-    stream, trade, user,
+    service, stream, trade, user,
 };
 
 /// What operations refuse for reasons of their own. What follows from their shape is in [`of_shape`].
 const REFUSALS: &[(&str, &str, &[&str])] = &[
+    ("get", "/version", &[]),
     (
         "post",
         "/register",
@@ -119,6 +120,7 @@ const REFUSALS: &[(&str, &str, &[&str])] = &[
 /// The OpenAPI document of all services of a release.
 pub fn document(release: Release) -> OpenApi {
     let services = [
+        service::routes().into_openapi(),
         user::routes().into_openapi(),
         trade::routes().into_openapi(),
         market::routes().into_openapi(),

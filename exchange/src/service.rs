@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use axum::{
-    Router,
+    Json, Router,
     extract::{DefaultBodyLimit, State},
     http::HeaderValue,
     middleware,
 };
 use futures::future::BoxFuture;
+use serde::Serialize;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -19,7 +20,8 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
-use utoipa_axum::router::OpenApiRouter;
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     admin,
@@ -260,21 +262,34 @@ async fn watch_stores(
     }
 }
 
-fn public_router(app: &App, routes: OpenApiRouter) -> Router {
-    let (documented, _) = routes.split_for_parts();
+fn public_router(app: &App, own: OpenApiRouter) -> Router {
+    let (documented, _) = own.merge(routes().with_state(app.clone())).split_for_parts();
     documented
-        .merge(
-            Router::new()
-                .route("/version", axum::routing::get(version))
-                .with_state(app.clone()),
-        )
         .fallback(|| async { ApiError::from(error::NOT_FOUND) })
         .method_not_allowed_fallback(|| async { ApiError::from(error::METHOD_NOT_ALLOWED) })
         .layer(DefaultBodyLimit::max(app.config.max_body_size))
         .layer(middleware::from_fn_with_state(app.clone(), metrics::observe))
 }
 
+/// The routes of every service.
+pub fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::new().routes(routes!(version))
+}
+
+/// Who answers.
+#[derive(Serialize, ToSchema)]
+struct Version {
+    /// Colour and revision of the stack, as in `x-exchange-stack`.
+    stack: String,
+    /// The version of its software.
+    version: &'static str,
+}
+
 /// Who answers here: for the role, and for people.
-async fn version(State(app): State<App>) -> axum::Json<serde_json::Value> {
-    axum::Json(serde_json::json!({"stack": app.stack.to_string(), "version": app.stack.version}))
+#[utoipa::path(get, path = "/version", tag = "every service", responses((status = 200, body = Version)))]
+async fn version(State(app): State<App>) -> Json<Version> {
+    Json(Version {
+        stack: app.stack.to_string(),
+        version: app.stack.version,
+    })
 }

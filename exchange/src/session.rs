@@ -121,8 +121,7 @@ pub(crate) async fn login(
         &format!("{lane}:{email}"),
         app.config.login_attempts_per_account,
     );
-    by_address.count(&app.db).await?;
-    by_account.count(&app.db).await?;
+    let attempts = [by_address.begin(&app.db).await?, by_account.begin(&app.db).await?];
     let user: Option<LoginRow> =
         sqlx::query_as("select id, password_hash, scopes from users where lane = $1 and email = $2")
             .bind(&lane)
@@ -131,9 +130,15 @@ pub(crate) async fn login(
             .await?;
     let hash = user.as_ref().and_then(|user| user.password_hash.clone());
     let correct = app.passwords.verify(credentials.password, hash.clone()).await?;
-    let user = user.filter(|_| correct).ok_or(WRONG_CREDENTIALS)?;
-    by_address.forgive(&app.db).await?;
-    by_account.forgive(&app.db).await?;
+    let Some(user) = user.filter(|_| correct) else {
+        for attempt in attempts {
+            attempt.count().await?;
+        }
+        return Err(WRONG_CREDENTIALS.into());
+    };
+    for attempt in attempts {
+        attempt.forgive().await;
+    }
 
     let session_id = Uuid::now_v7();
     let mut transaction = app.db.begin().await?;

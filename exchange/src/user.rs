@@ -12,7 +12,7 @@ use axum::{
 };
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool, Postgres, Transaction, postgres::PgQueryResult};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use utoipa::ToSchema;
@@ -50,6 +50,9 @@ pub const PROBLEMS: &[Problem] = &[
 
 /// How often old rows are removed; longer than a process that can reach the database takes to announce itself.
 const HOUSEKEEPING: Duration = Duration::from_mins(1);
+
+/// Rows of a kind removed at a time.
+const PORTION: i64 = 5_000;
 
 /// The routes of the user service.
 pub fn router(app: App) -> OpenApiRouter {
@@ -129,15 +132,20 @@ async fn register(
         .locale
         .as_deref()
         .map_or(Ok("en"), personal::valid_locale)?;
-    if lane.is_live() {
+    let attempt = if lane.is_live() {
         let limit = Limit::new(
             "register",
             &address.to_string(),
             app.config.login_attempts_per_address,
         );
-        limit.count(&app.db).await?;
-    }
+        Some(limit.begin(&app.db).await?)
+    } else {
+        None
+    };
     let hash = app.passwords.hash(registration.password).await?;
+    if let Some(attempt) = attempt {
+        attempt.count().await?;
+    }
     let user_id = Uuid::now_v7();
     // A known address is written as it is: a transaction that writes nothing commits without waiting for the disk, and
     // would be told from one that writes by its time.
@@ -183,7 +191,7 @@ async fn change_password(
         &caller.user_id.to_string(),
         app.config.login_attempts_per_account,
     );
-    limit.count(&app.db).await?;
+    let attempt = limit.begin(&app.db).await?;
     let hash: Option<String> = sqlx::query_scalar("select password_hash from users where id = $1")
         .bind(caller.user_id)
         .fetch_optional(&app.db)
@@ -194,9 +202,10 @@ async fn change_password(
         .verify(change.current_password, hash.clone())
         .await?
     {
+        attempt.count().await?;
         return Err(WRONG_CREDENTIALS.into());
     }
-    limit.forgive(&app.db).await?;
+    attempt.forgive().await;
     let new_hash = app.passwords.hash(change.new_password).await?;
     let mut transaction = app.db.begin().await?;
     // Of two changes at the same time one has verified a password that is not the current one any more.
@@ -240,11 +249,22 @@ async fn erase_lane(
     if !auth::opens_lane(&app, &headers, &lane) {
         return Err(LANE_REFUSED.into());
     }
-    sqlx::query("select erase_lane_v1($1)")
-        .bind(&lane)
-        .execute(&app.db)
-        .await?;
+    let mut transaction = app.db.begin().await?;
+    erase(&mut transaction, lane.as_str()).await?;
+    transaction.commit().await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Erases a lane in a transaction of its own, which may take longer than others: a load test leaves many rows.
+async fn erase(transaction: &mut PgConnection, lane: &str) -> Result<(), sqlx::Error> {
+    sqlx::query("set local statement_timeout = '2min'")
+        .execute(&mut *transaction)
+        .await?;
+    sqlx::query("select erase_lane_v1($1)")
+        .bind(lane)
+        .execute(transaction)
+        .await?;
+    Ok(())
 }
 
 /// The keys that verify access tokens.
@@ -312,22 +332,16 @@ impl Housekeeping {
     /// are alive look gone, until they have had the time to announce themselves.
     pub async fn clean_up(&mut self, db: &PgPool) -> Result<(), sqlx::Error> {
         let suspects = std::mem::take(&mut self.suspects);
-        let mut transaction = db.begin().await?;
-        let first: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtext('housekeeping'))")
-            .fetch_one(&mut *transaction)
-            .await?;
-        if !first {
-            return Ok(());
+        while let Some(mut transaction) = alone(db).await? {
+            let all = remove_expired(&mut transaction).await?;
+            transaction.commit().await?;
+            if all {
+                break;
+            }
         }
-        sqlx::query("delete from rate_limits where window_ends_at < now()")
-            .execute(&mut *transaction)
-            .await?;
-        sqlx::query("delete from sessions where expires_at < now()")
-            .execute(&mut *transaction)
-            .await?;
-        sqlx::query("delete from instances where seen_at < now() - interval '1 day'")
-            .execute(&mut *transaction)
-            .await?;
+        let Some(mut transaction) = alone(db).await? else {
+            return Ok(());
+        };
         let abandoned: Vec<String> = sqlx::query_scalar(
             "select distinct lane from users where lane <> 'live' and not exists (
                  select from instances
@@ -337,17 +351,66 @@ impl Housekeeping {
         .bind(migrate::INSTANCE_GONE_AFTER.as_secs_f64())
         .fetch_all(&mut *transaction)
         .await?;
-        for lane in abandoned.iter().filter(|lane| suspects.contains(*lane)) {
-            sqlx::query("select erase_lane_v1($1)")
-                .bind(lane)
-                .execute(&mut *transaction)
-                .await?;
-            info!("erased the test lane {lane}, whose stack is gone");
-        }
         transaction.commit().await?;
         self.suspects = abandoned.into_iter().collect();
+        for lane in self.suspects.intersection(&suspects) {
+            let Some(mut transaction) = alone(db).await? else {
+                return Ok(());
+            };
+            // One that cannot be erased keeps none of the others.
+            if let Err(error) = erase(&mut transaction, lane).await {
+                warn!(error.message = %error, "the test lane {lane} could not be erased");
+                transaction.rollback().await?;
+                continue;
+            }
+            transaction.commit().await?;
+            info!("erased the test lane {lane}, whose stack is gone");
+        }
         Ok(())
     }
+}
+
+/// A transaction of housekeeping; none if another process is at it.
+async fn alone(db: &PgPool) -> Result<Option<Transaction<'static, Postgres>>, sqlx::Error> {
+    let mut transaction = db.begin().await?;
+    let alone: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtext('housekeeping'))")
+        .fetch_one(&mut *transaction)
+        .await?;
+    Ok(alone.then_some(transaction))
+}
+
+/// Removes a portion of what has expired, which is done in time; says whether that was all.
+async fn remove_expired(transaction: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    let limits = sqlx::query(
+        "delete from rate_limits where key in (
+             select key from rate_limits where window_ends_at < now() limit $1)",
+    )
+    .bind(PORTION)
+    .execute(&mut *transaction)
+    .await?;
+    // A session has one for each few minutes of its life: too many to go with it.
+    let tokens = sqlx::query(
+        "delete from refresh_tokens where hash in (
+             select hash from refresh_tokens join sessions on sessions.id = session_id
+             where expires_at < now() limit $1)",
+    )
+    .bind(PORTION)
+    .execute(&mut *transaction)
+    .await?;
+    let sessions = sqlx::query(
+        "delete from sessions where id in (
+             select id from sessions where expires_at < now()
+                 and not exists (select from refresh_tokens where session_id = sessions.id)
+             limit $1)",
+    )
+    .bind(PORTION)
+    .execute(&mut *transaction)
+    .await?;
+    sqlx::query("delete from instances where seen_at < now() - interval '1 day'")
+        .execute(transaction)
+        .await?;
+    let all = |removed: PgQueryResult| removed.rows_affected() < PORTION.unsigned_abs();
+    Ok(all(limits) && all(tokens) && all(sessions))
 }
 
 /// The address as it is stored and compared, or nothing if it cannot be one.

@@ -1,13 +1,17 @@
-//! How much one client may have, where that is limited. (Log-ins are in `user`.)
+//! How much one client may have, where that is limited, and what does not count.
 
+use std::time::Duration;
+
+use futures::{StreamExt, future::join_all};
 use reqwest::{Method, Response};
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use crate::{
     servers::{Service, eventually},
     stores::Stores,
     streams::{Stream, token},
-    user::Exchange,
+    user::{Exchange, PASSWORD},
     whole::SECRET,
 };
 
@@ -48,9 +52,13 @@ async fn registrations_are_limited_per_address_and_counted_by_all_replicas() {
     let answers = futures::future::try_join_all(tries).await.unwrap();
     let accepted = answers.iter().filter(|answer| answer.status() == 202).count();
     assert_eq!(accepted, 3);
+    // Those who came while the three were under way are told for how long when they come again.
     for answer in answers.into_iter().filter(|answer| answer.status() != 202) {
-        assert!(seconds_to_wait(answer).await > 600);
+        let seconds = seconds_to_wait(answer).await;
+        assert!(seconds == 1 || seconds > 600, "{seconds} s");
     }
+    let again = register(&replica, 7, "203.0.113.7").send().await.unwrap();
+    assert!(seconds_to_wait(again).await > 600);
     let owner = exchange.database.owner().await;
     let registered: i64 = sqlx::query_scalar("select count(*) from users")
         .fetch_one(&owner)
@@ -66,6 +74,128 @@ async fn registrations_are_limited_per_address_and_counted_by_all_replicas() {
             .header("x-exchange-lane-secret", SECRET);
         assert_eq!(tester.send().await.unwrap().status(), 202);
     }
+}
+
+async fn log_in(service: &Service, email: &str, password: &str) -> Response {
+    let body = json!({"email": email, "password": password});
+    let request = service.client.post(service.url("/login")).json(&body);
+    request.send().await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn right_passwords_at_once_all_get_in_within_seconds() {
+    let exchange = Exchange::start(&["--login-attempts-per-account=3"]).await;
+    exchange.register("ada@example.org").await;
+    let service = &exchange.service;
+    let log_ins = (0..20).map(|_| async {
+        eventually("the password is taken", || async {
+            let answer = log_in(service, "ada@example.org", PASSWORD).await;
+            if answer.status() == 200 {
+                return Some(());
+            }
+            assert_eq!(seconds_to_wait(answer).await, 1);
+            None
+        })
+        .await;
+    });
+    join_all(log_ins).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_passwords_among_right_ones_are_no_more_than_may_fail() {
+    let flags = ["--login-attempts-per-account=5"];
+    let exchange = Exchange::start(&flags).await;
+    let replica = Service::live("user", &exchange.database, &flags).ready().await;
+    exchange.register("ada@example.org").await;
+    let mut wrong = 0;
+    // At last all of the right ones are refused, too.
+    for taken in std::iter::repeat_with(|| 24) {
+        let log_ins = (0..taken).map(|number| {
+            let service = [&exchange.service, &replica][number % 2];
+            let password = [PASSWORD, "wrong password"][number / 2 % 2];
+            log_in(service, "ada@example.org", password)
+        });
+        let answers = join_all(log_ins).await;
+        let count = |status: u16| answers.iter().filter(|answer| answer.status() == status).count();
+        wrong += count(401);
+        assert_eq!(count(200) + count(401) + count(429), taken);
+        if count(429) == taken {
+            break;
+        }
+    }
+    assert_eq!(wrong, 5);
+    let right = log_in(&replica, "ada@example.org", PASSWORD).await;
+    assert!(seconds_to_wait(right).await > 600);
+}
+
+/// Neither because more passwords wait to be checked than the service takes, nor because the client has hung up.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_gets_no_answer_has_not_failed() {
+    let flags = [
+        "--login-attempts-per-account=3",
+        "--login-attempts-per-address=1000000",
+    ];
+    let exchange = Exchange::start(&flags).await;
+    let (service, token) = (
+        &exchange.service,
+        exchange.user("ada@example.org").await.access_token,
+    );
+    exchange.register("bob@example.org").await;
+    let change = async || {
+        let body = json!({"current_password": PASSWORD, "new_password": PASSWORD});
+        let call = exchange.call(Method::POST, "/password", Some(&token), Some(body));
+        call.await
+    };
+
+    // A crowd that fills the line, and stays.
+    let crowd = futures::stream::repeat(()).for_each_concurrent(70, |()| async {
+        let somebody = format!("{}@example.org", Uuid::now_v7());
+        log_in(service, &somebody, PASSWORD).await;
+    });
+    let turned_away = async {
+        for attempt in [true, false] {
+            let mut times = 0;
+            while times < 6 {
+                let answer = if attempt {
+                    log_in(service, "ada@example.org", PASSWORD).await
+                } else {
+                    change().await
+                };
+                match answer.status().as_u16() {
+                    503 => times += 1,
+                    429 => assert_eq!(seconds_to_wait(answer).await, 1),
+                    status => assert!([200, 204].contains(&status), "{status}"),
+                }
+            }
+        }
+    };
+    tokio::select! {
+        () = crowd => {}
+        () = turned_away => {}
+    }
+    eventually("the line is shorter", || async {
+        let answers = [
+            log_in(service, "ada@example.org", PASSWORD).await.status(),
+            change().await.status(),
+        ];
+        (answers == [200, 204]).then_some(())
+    })
+    .await;
+
+    let owner = exchange.database.owner().await;
+    let mut locked = owner.begin().await.unwrap();
+    sqlx::query("lock table users")
+        .execute(&mut *locked)
+        .await
+        .unwrap();
+    for _ in 0..6 {
+        let waiting = log_in(service, "bob@example.org", PASSWORD);
+        let answer = tokio::time::timeout(Duration::from_millis(300), waiting).await;
+        assert!(answer.is_err(), "{answer:?}");
+    }
+    locked.rollback().await.unwrap();
+    let answer = log_in(service, "bob@example.org", PASSWORD).await;
+    assert_eq!(answer.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,12 +7,16 @@ use exchange::{
     release,
 };
 use sqlx::{
-    Connection, PgConnection, SqlSafeStr,
+    Connection, PgConnection, PgPool, SqlSafeStr,
     migrate::{Migration, MigrationType},
+    postgres::PgConnectOptions,
 };
 use tokio::time::Instant;
 
-use crate::servers::{Database, Postgres, Service, eventually};
+use crate::{
+    servers::{Database, Postgres, Service, eventually},
+    whole::SECRET,
+};
 
 async fn empty() -> Database {
     Postgres::shared().database().await
@@ -407,6 +411,92 @@ async fn the_live_stack_erases_the_lanes_of_stacks_that_are_gone() {
         left().await.unwrap(),
         ["live", "test-blue-alive.1", "test-blue-silent.1"]
     );
+}
+
+/// Takes longer than a statement of the services may, and what stands in the way of one lane is none of the others' business.
+#[tokio::test(flavor = "multi_thread")]
+async fn lanes_are_erased_however_large_they_are() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let owner = database.owner().await;
+    sqlx::raw_sql(
+        "insert into users (id, lane, email, password_hash)
+         select gen_random_uuid(), lane, 'a@b', 'x'
+         from unnest(array['test-blue-local.large', 'test-green-gone.large', 'test-green-gone.bad']) as lane;
+         create function hold_up() returns trigger language plpgsql as $$
+         begin
+             if old.lane like '%.bad' then raise exception 'not this one'; end if;
+             perform pg_sleep(11);
+             return old;
+         end $$;
+         create trigger hold_up before delete on users for each row execute function hold_up()",
+    )
+    .execute(&owner)
+    .await
+    .unwrap();
+    let secret = ["--lane-secret", SECRET];
+    let service = Service::live("user", &database, &secret).ready().await;
+    let request = service.client.delete(service.url("/lane"));
+    let request = request
+        .header("x-exchange-lane", "test-blue-local.large")
+        .header("x-exchange-lane-secret", SECRET);
+    assert_eq!(request.send().await.unwrap().status(), 204);
+    drop(service);
+
+    let as_services: PgConnectOptions = database.app_url.parse().unwrap();
+    let db = PgPool::connect_with(as_services.options([("statement_timeout", "10s")]))
+        .await
+        .unwrap();
+    let mut housekeeping = exchange::user::Housekeeping::default();
+    for _ in 0..2 {
+        housekeeping.clean_up(&db).await.unwrap();
+    }
+    let left: Vec<String> = sqlx::query_scalar("select lane from users")
+        .fetch_all(&owner)
+        .await
+        .unwrap();
+    assert_eq!(left, ["test-green-gone.bad"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_has_expired_is_removed_in_portions() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let owner = database.owner().await;
+    // A session has a refresh token for each few minutes of its life.
+    sqlx::raw_sql(
+        "insert into users (id, lane, email, password_hash) values (gen_random_uuid(), 'live', 'a@b', 'x');
+         insert into sessions (id, lane, user_id, expires_at)
+         select gen_random_uuid(), 'live', users.id, now() - interval '1 hour' from users, generate_series(1, 6000);
+         insert into refresh_tokens (hash, lane, session_id)
+         select uuid_send(gen_random_uuid()), 'live', first.id
+         from (select id from sessions limit 1) as first, generate_series(1, 12000);
+         insert into sessions (id, lane, user_id, expires_at)
+         select gen_random_uuid(), 'live', users.id, now() + interval '1 hour' from users;
+         insert into rate_limits
+         select uuid_send(gen_random_uuid()), 1, now() + interval '1 hour' * sign(1.5 - number)
+         from generate_series(1, 6000) as number;
+         create function few() returns trigger language plpgsql as
+         'begin if (select count(*) > 5000 from gone) then raise exception ''too many at a time''; end if; return null; end';
+         create trigger few after delete on sessions
+             referencing old table as gone for each statement execute function few();
+         create trigger few after delete on refresh_tokens
+             referencing old table as gone for each statement execute function few();
+         create trigger few after delete on rate_limits
+             referencing old table as gone for each statement execute function few()",
+    )
+    .execute(&owner)
+    .await
+    .unwrap();
+    let service = sqlx::PgPool::connect(&database.app_url).await.unwrap();
+    let mut housekeeping = exchange::user::Housekeeping::default();
+    housekeeping.clean_up(&service).await.unwrap();
+    let left: (i64, i64, i64) = sqlx::query_as(
+        "select (select count(*) from sessions), (select count(*) from refresh_tokens),
+             (select count(*) from rate_limits)",
+    )
+    .fetch_one(&owner)
+    .await
+    .unwrap();
+    assert_eq!(left, (1, 0, 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]

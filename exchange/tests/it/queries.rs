@@ -39,7 +39,8 @@ async fn the_schema_understands_every_query() {
     }
 }
 
-fn collect(directory: &Path, files: &mut Vec<PathBuf>) {
+/// All files of a directory, and of those in it.
+pub(crate) fn collect(directory: &Path, files: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {

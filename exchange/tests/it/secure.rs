@@ -37,7 +37,11 @@ struct MailSink {
     received: Arc<Mutex<Vec<String>>>,
     /// How often a client has named itself, and gone on or not.
     greetings: Arc<AtomicUsize>,
+    refuses: Arc<Mutex<Option<Refusal>>>,
 }
+
+/// What a client says and a mail server refuses for good, whoever the mail is for.
+type Refusal = (&'static str, &'static str);
 
 /// What a mail server knows of its clients.
 #[derive(Clone)]
@@ -47,6 +51,7 @@ struct Mailroom {
     unknown_domain: &'static str,
     received: Arc<Mutex<Vec<String>>>,
     greetings: Arc<AtomicUsize>,
+    refuses: Arc<Mutex<Option<Refusal>>>,
 }
 
 impl MailSink {
@@ -69,8 +74,10 @@ impl MailSink {
             unknown_domain,
             received: Arc::default(),
             greetings: Arc::default(),
+            refuses: Arc::default(),
         };
         let (received, greetings) = (Arc::clone(&room.received), Arc::clone(&room.greetings));
+        let refuses = Arc::clone(&room.refuses);
         tokio::spawn(async move {
             loop {
                 let (connection, _) = listener.accept().await.unwrap();
@@ -96,6 +103,7 @@ impl MailSink {
             port,
             received,
             greetings,
+            refuses,
         }
     }
 
@@ -121,7 +129,9 @@ impl Mailroom {
             if connection.read_line(&mut line).await? == 0 {
                 return Ok(None);
             }
+            let refusal = *self.refuses.lock().unwrap();
             let answer = match line.split([' ', '\r']).next().unwrap_or_default() {
+                word if refusal.is_some_and(|(refused, _)| refused == word) => refusal.unwrap().1,
                 "EHLO" => {
                     self.greetings.fetch_add(1, Ordering::Relaxed);
                     if !encrypted && self.encrypts == Encrypts::OnRequest {
@@ -205,6 +215,45 @@ async fn mails_wait_for_a_server_that_encrypts_and_addresses_stay_out_of_the_log
     assert!(log.contains("the mail server answered 550"), "{log}");
     assert!(!log.contains("example.org"), "{log}");
     assert_eq!(refusing.received(), Vec::<String>::new());
+}
+
+/// What a server has against us, and not against a mail, passes when somebody has mended it.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_mail_is_lost_to_a_server_that_refuses_us() {
+    let certificates = Certificates::new();
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let sink = MailSink::start(&certificates, Encrypts::AtOnce, NOWHERE).await;
+    let url = format!("smtps://user:secret@localhost:{}", sink.port);
+    let authority = certificates.authority.to_str().unwrap();
+    let flags = ["--role", "live", "--mail-url", &url, "--mail-ca-file", authority];
+    for (price, refusal) in (100..).zip([
+        ("AUTH", "535 the password has changed"),
+        ("EHLO", "554 not from where you are"),
+        ("AUTH", "504 not like this"),
+        ("MAIL", "550 not from whom you are"),
+        ("RCPT", "530 who are you"),
+    ]) {
+        let sent = sink.received().len();
+        *sink.refuses.lock().unwrap() = Some(refusal);
+        let service = stores.notification(&flags).ready().await;
+        stores.trade("live", ann, bob, price, "1").await;
+        let code = format!("the mail server answered {}", &refusal.1[..3]);
+        eventually("a mail has been refused", || async {
+            service.log().contains(&code).then_some(())
+        })
+        .await;
+        *sink.refuses.lock().unwrap() = None;
+        sqlx::query("update emails set due_at = now()")
+            .execute(&stores.owner)
+            .await
+            .unwrap();
+        eventually("both have been sent after all", || async {
+            (sink.received().len() == sent + 2).then_some(())
+        })
+        .await;
+        assert!(!service.log().contains("was given up"), "{}", service.log());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
