@@ -52,7 +52,7 @@ fn parse(text: &str) -> Result<Decimal, InvalidNumber> {
 
 /// The three kinds of number differ in what they may be combined with, not in how they are read and written.
 macro_rules! number {
-    ($(#[$meta:meta])* $name:ident, $example:literal, $check:expr) => {
+    ($(#[$meta:meta])* $name:ident, $example:literal, $pattern:literal, $check:expr) => {
         $(#[$meta])*
         #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, sqlx::Type)]
         #[serde(try_from = "Cow<'_, str>", into = "String")]
@@ -99,7 +99,7 @@ macro_rules! number {
             fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::schema::Schema> {
                 utoipa::openapi::ObjectBuilder::new()
                     .schema_type(utoipa::openapi::schema::Type::String)
-                    .pattern(Some(r"^\d{1,15}(\.\d{1,9})?$"))
+                    .pattern(Some($pattern))
                     .examples([$example])
                     .into()
             }
@@ -118,16 +118,16 @@ fn above_zero(number: Decimal) -> Result<Decimal, InvalidNumber> {
 }
 
 number! {
-    /// An amount of one currency, zero or more.
-    Amount, "250.75", Ok
+    /// An amount of one currency, zero or more. What trades add up to may have more digits than a request.
+    Amount, "250.75", r"^\d{1,18}(\.\d{1,9})?$", Ok
 }
 number! {
     /// What one unit of the base currency costs in the quote currency; above zero.
-    Price, "61250.01", above_zero
+    Price, "61250.01", r"^\d{1,15}(\.\d{1,9})?$", above_zero
 }
 number! {
     /// How much of the base currency; above zero.
-    Size, "0.25", above_zero
+    Size, "0.25", r"^\d{1,15}(\.\d{1,9})?$", above_zero
 }
 
 impl Amount {
@@ -152,12 +152,19 @@ impl Amount {
         }
     }
 
-    /// This share of it, rounded up to `scale` digits: how fees are charged.
+    /// This share of it, rounded up to `scale` digits: what a taker is charged.
     pub fn share_rounded_up(self, rate: Decimal, scale: u32) -> Result<Self, OutOfRange> {
+        self.share(rate, scale, RoundingStrategy::AwayFromZero)
+    }
+
+    /// This share of it, rounded down to `scale` digits: what a maker is charged.
+    pub fn share_rounded_down(self, rate: Decimal, scale: u32) -> Result<Self, OutOfRange> {
+        self.share(rate, scale, RoundingStrategy::ToZero)
+    }
+
+    fn share(self, rate: Decimal, scale: u32, rounding: RoundingStrategy) -> Result<Self, OutOfRange> {
         let share = self.0.checked_mul(rate).ok_or(OutOfRange)?;
-        Ok(Self(
-            share.round_dp_with_strategy(scale, RoundingStrategy::AwayFromZero),
-        ))
+        Ok(Self(share.round_dp_with_strategy(scale, rounding)))
     }
 }
 
@@ -255,15 +262,17 @@ mod tests {
             }
         }
 
-        /// A fee is rounded up, by less than one unit, and exact fees stay as they are.
+        /// A fee is rounded by less than one unit, and exact fees stay as they are.
         #[test]
-        fn fees_are_rounded_up_to_the_next_unit(units in 1_i128..10_i128.pow(15), rate in 0_i64..=100_000, scale in 0_u32..=9) {
+        fn fees_are_rounded_to_the_next_unit(units in 1_i128..10_i128.pow(15), rate in 0_i64..=100_000, scale in 0_u32..=9) {
             let rate = Decimal::new(rate, 6);
             let value = Amount(Decimal::from_i128_with_scale(units, scale));
-            let fee = value.share_rounded_up(rate, scale).unwrap().0;
-            let exact = value.0 * rate;
-            prop_assert!(fee >= exact && fee < exact + Decimal::new(1, scale));
-            prop_assert!(fee <= value.0, "a rate below one never takes more than the value");
+            let up = value.share_rounded_up(rate, scale).unwrap().0;
+            let down = value.share_rounded_down(rate, scale).unwrap().0;
+            let (exact, unit) = (value.0 * rate, Decimal::new(1, scale));
+            prop_assert!(down <= exact && exact < down + unit);
+            prop_assert!(up >= exact && up < exact + unit);
+            prop_assert!(up <= value.0, "a rate below one never takes more than the value");
         }
     }
 }

@@ -33,12 +33,12 @@ begin
     return found_id;
 end $$;
 
--- What an open order keeps on hold: what it sells, or the value of what it buys and the part of its fee as maker (rounded up once,
--- over all of it, see below) that it has not paid yet. `rested` is what was left of it when it came to rest.
+-- What an open order keeps on hold: what it sells, or the value of what it buys and the part of its fee as maker (rounded down
+-- once, over all of it, see below) that it has not paid yet. `rested` is what was left of it when it came to rest.
 create function order_hold_v1(side text, price numeric, rested numeric, remaining numeric, rate numeric, scale int)
 returns numeric language sql immutable as $$
     select case side when 'sell' then remaining else price * remaining
-        + (ceil(price * rested * rate * 10::numeric ^ scale) - ceil(price * (rested - remaining) * rate * 10::numeric ^ scale))
+        + (floor(price * rested * rate * 10::numeric ^ scale) - floor(price * (rested - remaining) * rate * 10::numeric ^ scale))
         * 10::numeric ^ -scale end
 $$;
 
@@ -50,8 +50,10 @@ $$;
 -- Funds: a limit order must be covered at its own price and the taker's fee when it arrives. A market order to buy goes on until
 -- the next trade would cost more than is available (`insufficient_funds`).
 -- Fee: both sides pay in the quote currency. What an order has paid as taker is always rate × value so far, rounded up to the
--- currency's smallest unit, and the same again as maker; each trade charges the difference. So an order is rounded once per
--- role, not once per trade, and the hold of a resting order covers its fees exactly.
+-- currency's smallest unit, and what it has paid as maker the same rounded down; each trade charges the difference. So an order
+-- is rounded once per role, not once per trade, and the hold of a resting order covers its fees exactly, in whatever parts it
+-- trades. What covered the order when it arrived is enough for what it took and for the hold of the rest, since the maker's rate
+-- is not above the taker's and ⌈a⌉ + ⌊b⌋ ≤ ⌈a + b⌉; if both were rounded up, a unit could be missing.
 create function submit_orders_v1(
     p_lane text, p_product text, p_ids uuid[], p_users uuid[], p_client_order_ids text[], p_sides text[], p_prices numeric[],
     p_sizes numeric[], p_times_in_force text[], p_base_accounts uuid[], p_quote_accounts uuid[], p_traces text[]
@@ -236,7 +238,7 @@ begin
                 exit;
             end if;
             before := m_price[m] * (m_rested[m] - m_left[m]);
-            maker_fee := ceil((before + value) * m_rate[m] * units) * unit - ceil(before * m_rate[m] * units) * unit;
+            maker_fee := floor((before + value) * m_rate[m] * units) * unit - floor(before * m_rate[m] * units) * unit;
             -- The taker gives and gets, then the maker, whose share was on hold.
             a_balance[base_at] := a_balance[base_at] + sign * fill;
             a_balance[quote_at] := a_balance[quote_at] - sign * value - taker_fee;
@@ -275,7 +277,7 @@ begin
             o_status[i] := 'open';
             if buying then
                 value := price * remaining;
-                a_hold[quote_at] := a_hold[quote_at] + value + ceil(value * maker_rate * units) * unit;
+                a_hold[quote_at] := a_hold[quote_at] + value + floor(value * maker_rate * units) * unit;
             else
                 a_hold[base_at] := a_hold[base_at] + remaining;
             end if;

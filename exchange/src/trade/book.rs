@@ -19,7 +19,7 @@ pub struct Market {
     pub maker_fee_rate: Decimal,
     /// The part of a trade's value that the arriving order pays.
     pub taker_fee_rate: Decimal,
-    /// Digits of the quote currency, to which fees are rounded up.
+    /// Digits of the quote currency, to which fees are rounded: a taker's up, a maker's down.
     pub quote_scale: u32,
 }
 
@@ -118,7 +118,7 @@ impl Resting {
         let value = self.price.value_of(self.rested.minus(self.left)?)?;
         Ok((
             value,
-            value.share_rounded_up(market.maker_fee_rate, market.quote_scale)?,
+            value.share_rounded_down(market.maker_fee_rate, market.quote_scale)?,
         ))
     }
 
@@ -128,7 +128,7 @@ impl Resting {
             return Ok(self.left);
         }
         let all = self.price.value_of(self.rested)?;
-        let fee = all.share_rounded_up(market.maker_fee_rate, market.quote_scale)?;
+        let fee = all.share_rounded_down(market.maker_fee_rate, market.quote_scale)?;
         let (value, paid) = self.paid(market)?;
         all.plus(fee)?.minus(value)?.minus(paid)
     }
@@ -208,6 +208,8 @@ impl Book {
                 let hold = resting.hold(&self.market)?;
                 let account = self.account(order.user, order.side);
                 account.hold = account.hold.plus(hold)?;
+                // What covered the order is enough for its trades and its rest.
+                account.available()?;
                 self.resting.push(resting);
                 Outcome::Open
             }

@@ -114,6 +114,52 @@ async fn an_order_meets_another_and_both_are_settled() {
     assert_eq!(events, [(id(&bid), id(&ask))]);
 }
 
+/// Fees are rounded, and in both roles of an order: what covers it must be enough whatever comes together.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_purchase_that_is_covered_exactly_trades_and_rests() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    // As narrow as it can be: nothing is saved by what rests.
+    sqlx::query("update products set taker_fee_rate = maker_fee_rate where symbol = 'BTC-EUR'")
+        .execute(&owner)
+        .await
+        .unwrap();
+    for (currency, price, deposit, left) in [
+        ("USD", "0.01", "0.00000021", ["0.0000001", "0.0000001"]),
+        ("EUR", "61234.33", "1.22591129", ["0.61295564", "0.61295564"]),
+    ] {
+        let mut sides = Vec::new();
+        for _ in 0..2 {
+            let trader = exchange.issuer.trader(&exchange.service).await;
+            let (btc, money) = (trader.account("BTC").await, trader.account(currency).await);
+            sides.push((trader, btc, money));
+        }
+        let (seller, buyer) = (&sides[0], &sides[1]);
+        exchange.treasury.deposit(&seller.1, "1").await;
+        exchange.treasury.deposit(&buyer.2, deposit).await;
+        let place = async |(trader, btc, money): &(Trader, String, String), action: &str, size: &str| {
+            let order = json!({
+                "type": action, "product": format!("BTC-{currency}"), "size": size, "price": price,
+                "client_order_id": Uuid::now_v7(), "base_account_id": btc, "quote_account_id": money,
+            });
+            accept(trader.post("/trade/add", &order).await, StatusCode::CREATED).await
+        };
+        place(seller, "sell", "0.00001").await;
+        let bought = place(buyer, "buy", "0.00002").await;
+        assert_eq!(
+            (&bought["status"], &bought["filled"]),
+            (&json!("open"), &json!("0.00001"))
+        );
+        let accounts = buyer.0.get("/account/list").await;
+        let money = &accounts["accounts"][1];
+        assert_eq!([&money["balance"], &money["hold"]], left);
+        // And nothing is left on hold when the rest has traded.
+        place(seller, "sell", "0.00001").await;
+        assert_eq!(buyer.0.get("/account/list").await["accounts"][1]["hold"], "0");
+    }
+    assert_clean(&owner, "live").await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_wrong_with_an_order_is_said_with_its_field() {
     let exchange = Exchange::start().await;
