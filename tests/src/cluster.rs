@@ -163,12 +163,12 @@ impl Cluster {
     /// The cgroup below which all pods live, as the kubelet names it. Clusters of one name in two homes have two: what
     /// follows the dot is in no name.
     pub fn cgroup(&self) -> String {
-        let mut cgroup = format!("/exchange-testbed-{}", self.name);
-        if self.home.parent() != Some(Path::new(DEFAULT_HOME)) {
-            let hash = self.hash().chars().take(8).collect::<String>();
-            cgroup += &format!(".{hash}");
+        let cgroup = format!("/exchange-testbed-{}", self.name);
+        if self.home.parent() == Some(Path::new(DEFAULT_HOME)) {
+            return cgroup;
         }
-        cgroup
+        let hash = self.hash().chars().take(8).collect::<String>();
+        format!("{cgroup}.{hash}")
     }
 
     /// The hardware address of the link's interface on the host, by which it is known as this cluster's: the number in
