@@ -194,6 +194,7 @@ fn market(lane: Lane, product: String) -> Result<Market, ApiError> {
 #[serde(deny_unknown_fields)]
 struct TickerQuery {
     /// The product's symbol.
+    #[param(min_length = 1, max_length = 21)]
     product: String,
 }
 
@@ -245,6 +246,7 @@ async fn ticker(
 #[serde(deny_unknown_fields)]
 struct CandlesQuery {
     /// The product's symbol.
+    #[param(min_length = 1, max_length = 21)]
     product: String,
     /// The length of the candles.
     #[param(inline)]
@@ -306,6 +308,7 @@ async fn candles(
 #[serde(deny_unknown_fields)]
 struct TradesQuery {
     /// The product's symbol.
+    #[param(min_length = 1, max_length = 21)]
     product: String,
     /// At most so many, 100 unless told.
     #[param(minimum = 1, maximum = 1000)]

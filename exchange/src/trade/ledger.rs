@@ -123,7 +123,7 @@ pub(super) struct AccountList {
 #[serde(deny_unknown_fields)]
 pub(super) struct NewAccount {
     /// The symbol of a currency.
-    #[schema(example = "BTC")]
+    #[schema(min_length = 2, max_length = 10, example = "BTC")]
     currency: String,
     /// Unique among the caller's accounts of the currency, 1 to 64 characters.
     #[schema(min_length = 1, max_length = 64, example = "savings")]
@@ -198,9 +198,7 @@ pub(super) async fn add_account(
     Body(request): Body<NewAccount>,
 ) -> Result<(StatusCode, Json<Account>), ApiError> {
     check_name(&request.name)?;
-    if !request.currency.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-        return Err(refused("unknown_currency", Some("currency")));
-    }
+    check_currency(&request.currency)?;
     let mut transaction = app.db.begin().await?;
     // A token outlives its user by minutes. The lock makes a deletion wait, which then finds the account.
     let known: Option<i32> =
@@ -507,6 +505,14 @@ async fn tell_change(
         .execute(connection)
         .await?;
     Ok(())
+}
+
+/// Spares the database what cannot be a currency.
+fn check_currency(currency: &str) -> Result<(), ApiError> {
+    if (2..=10).contains(&currency.len()) && currency.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+        return Ok(());
+    }
+    Err(refused("unknown_currency", Some("currency")))
 }
 
 fn check_name(name: &str) -> Result<(), ApiError> {

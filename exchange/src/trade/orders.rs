@@ -44,7 +44,7 @@ pub(super) struct NewOrder {
     /// `buy` or `sell` the base currency.
     r#type: Side,
     /// The symbol of a product.
-    #[schema(example = "BTC-USD")]
+    #[schema(min_length = 1, max_length = 21, example = "BTC-USD")]
     product: String,
     /// `limit` unless given.
     #[serde(default)]
@@ -57,6 +57,7 @@ pub(super) struct NewOrder {
     time_in_force: Option<TimeInForce>,
     /// The caller's own name for it, unique among the caller's orders: 1 to 128 visible ASCII characters. May be given
     /// by the header `Idempotency-Key` instead.
+    #[schema(min_length = 1, max_length = 128)]
     client_order_id: Option<String>,
     /// The caller's account of the base currency.
     base_account_id: Uuid,

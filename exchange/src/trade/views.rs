@@ -99,6 +99,7 @@ pub(super) struct TradePage {
 #[into_params(parameter_in = Query)]
 pub(super) struct BookChoice {
     /// The symbol of a product.
+    #[param(min_length = 1, max_length = 21)]
     product: String,
     /// Price levels per side, 1 to 200; 20 unless given.
     depth: Option<i64>,

@@ -2,6 +2,7 @@
 //! should not send, in a request that is otherwise right.
 
 use futures::StreamExt;
+use rand::distr::{Alphanumeric, SampleString as _};
 use serde_json::{Value, json};
 
 use crate::{
@@ -196,5 +197,7 @@ fn hostile() -> Vec<Value> {
         json!("00000000-0000-0000-0000-000000000000"),
         json!("x".repeat(5000)),
         json!("ß".repeat(300)),
+        // What the database cannot make shorter: an index has no room for it.
+        json!(Alphanumeric.sample_string(&mut rand::rng(), 12_000)),
     ]
 }
