@@ -8,9 +8,10 @@ use axum::{
     http::{HeaderName, HeaderValue, StatusCode, request::Parts},
     response::{IntoResponse, Response},
 };
-use serde::{Serialize, de::DeserializeOwned};
+use serde::Serialize;
+use serde_json::Value;
 use sha2::{Digest, Sha256};
-use sqlx::{PgConnection, PgPool, types::Json};
+use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 use crate::{
@@ -90,18 +91,19 @@ impl<T: Serialize> IntoResponse for Answer<T> {
     }
 }
 
-/// Claims the key for this transaction, or finds the answer that was given before.
+/// Claims the key for this transaction, or finds the answer that was given before, as it was given: it is not read as what
+/// requests may contain.
 ///
 /// Of requests with the same key at the same time, one claims it and the others wait here for its end.
 ///
 /// # Errors
 /// `idempotency_key_reused` if the key was used for a request that differs; those of the database.
-pub async fn claim<T: DeserializeOwned + Send + Unpin + 'static>(
+pub async fn claim(
     connection: &mut PgConnection,
     (user, lane): (Uuid, &Lane),
     key: &Key,
     request: &impl Serialize,
-) -> Result<Option<T>, ApiError> {
+) -> Result<Option<Value>, ApiError> {
     let hash = Sha256::digest(serde_json::to_vec(request).map_err(ApiError::internal)?);
     let claimed = sqlx::query(
         "insert into idempotency_keys (user_id, key, lane, request_hash) values ($1, $2, $3, $4)
@@ -117,14 +119,14 @@ pub async fn claim<T: DeserializeOwned + Send + Unpin + 'static>(
     if claimed == 1 {
         return Ok(None);
     }
-    let (known, answer): (Vec<u8>, Option<Json<T>>) =
+    let (known, answer): (Vec<u8>, Option<Value>) =
         sqlx::query_as("select request_hash, answer from idempotency_keys where user_id = $1 and key = $2")
             .bind(user)
             .bind(key.as_str())
             .fetch_one(connection)
             .await?;
     match answer {
-        Some(Json(answer)) if known == hash.as_slice() => Ok(Some(answer)),
+        Some(answer) if known == hash.as_slice() => Ok(Some(answer)),
         _ => Err(ApiError::from(KEY_REUSED).field("Idempotency-Key")),
     }
 }
@@ -134,12 +136,12 @@ pub async fn record(
     connection: &mut PgConnection,
     user: Uuid,
     key: &Key,
-    answer: &(impl Serialize + Sync),
+    answer: &Value,
 ) -> Result<(), ApiError> {
     sqlx::query("update idempotency_keys set answer = $3 where user_id = $1 and key = $2")
         .bind(user)
         .bind(key.as_str())
-        .bind(Json(answer))
+        .bind(answer)
         .execute(connection)
         .await?;
     Ok(())

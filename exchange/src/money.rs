@@ -1,7 +1,7 @@
 //! Amounts, prices and sizes: exact decimals with checked arithmetic, written as decimal strings.
 //!
-//! A number has at most 15 digits before the point and 9 after it, so that every product of a price and a size still
-//! fits. What reaches the ledger is a multiple of its currency's smallest unit (see the migrations); nothing but a fee
+//! A number from outside has at most 15 digits before the point and 9 after it, so that every product of a price and a
+//! size still fits. A sum, such as a balance, may have 18 before the point. What reaches the ledger is a multiple of its currency's smallest unit (see the migrations); nothing but a fee
 //! is ever rounded.
 
 use std::{borrow::Cow, fmt, str::FromStr};
@@ -52,7 +52,7 @@ fn parse(text: &str) -> Result<Decimal, InvalidNumber> {
 
 /// The three kinds of number differ in what they may be combined with, not in how they are read and written.
 macro_rules! number {
-    ($(#[$meta:meta])* $name:ident, $example:literal, $check:expr) => {
+    ($(#[$meta:meta])* $name:ident, $example:literal, $pattern:literal, $check:expr) => {
         $(#[$meta])*
         #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, sqlx::Type)]
         #[serde(try_from = "Cow<'_, str>", into = "String")]
@@ -99,7 +99,7 @@ macro_rules! number {
             fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::schema::Schema> {
                 utoipa::openapi::ObjectBuilder::new()
                     .schema_type(utoipa::openapi::schema::Type::String)
-                    .pattern(Some(r"^\d{1,15}(\.\d{1,9})?$"))
+                    .pattern(Some($pattern))
                     .examples([$example])
                     .into()
             }
@@ -118,16 +118,16 @@ fn above_zero(number: Decimal) -> Result<Decimal, InvalidNumber> {
 }
 
 number! {
-    /// An amount of one currency, zero or more.
-    Amount, "250.75", Ok
+    /// An amount of one currency, zero or more. What trades add up to may have more digits than a request.
+    Amount, "250.75", r"^\d{1,18}(\.\d{1,9})?$", Ok
 }
 number! {
     /// What one unit of the base currency costs in the quote currency; above zero.
-    Price, "61250.01", above_zero
+    Price, "61250.01", r"^\d{1,15}(\.\d{1,9})?$", above_zero
 }
 number! {
     /// How much of the base currency; above zero.
-    Size, "0.25", above_zero
+    Size, "0.25", r"^\d{1,15}(\.\d{1,9})?$", above_zero
 }
 
 impl Amount {

@@ -6,7 +6,7 @@ use axum::{
     http::{HeaderMap, StatusCode},
 };
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 use utoipa::ToSchema;
@@ -155,6 +155,7 @@ pub(super) struct AccountChoice {
 pub(super) struct Movement {
     account_id: Uuid,
     /// Above zero, with no more digits than the currency has.
+    #[schema(value_type = String, pattern = r"^\d{1,15}(\.\d{1,9})?$", example = "250.75")]
     amount: Amount,
     /// What the other side calls it, up to 128 characters.
     #[schema(max_length = 128)]
@@ -162,7 +163,7 @@ pub(super) struct Movement {
 }
 
 /// A deposit or a withdrawal that has been posted.
-#[derive(Serialize, Deserialize, ToSchema)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Transfer {
     #[serde(rename = "transfer_id")]
     id: String,
@@ -394,7 +395,7 @@ pub(super) async fn deposit(
     headers: HeaderMap,
     key: Key,
     Body(request): Body<Movement>,
-) -> Result<Answer<Transfer>, ApiError> {
+) -> Result<Answer<Value>, ApiError> {
     if !auth::opens_lane(&app, &headers, &caller.lane) {
         caller.require(auth::TREASURY)?;
     }
@@ -412,7 +413,7 @@ pub(super) async fn withdraw(
     caller: Caller,
     key: Key,
     Body(request): Body<Movement>,
-) -> Result<Answer<Transfer>, ApiError> {
+) -> Result<Answer<Value>, ApiError> {
     move_external(&app, &caller, &key, "withdrawal", request).await
 }
 
@@ -422,7 +423,7 @@ async fn move_external(
     key: &Key,
     kind: &str,
     request: Movement,
-) -> Result<Answer<Transfer>, ApiError> {
+) -> Result<Answer<Value>, ApiError> {
     if request.amount.is_zero() {
         return Err(ApiError::invalid_field("amount", "must be above zero"));
     }
@@ -470,7 +471,7 @@ async fn move_external(
         };
         return Err(refused(&moved.outcome, Some(field)));
     };
-    let body = Transfer {
+    let transfer = Transfer {
         id: transfer_id.to_string(),
         account_id: request.account_id,
         currency,
@@ -479,6 +480,7 @@ async fn move_external(
         hold,
         created_at,
     };
+    let body = serde_json::to_value(transfer).map_err(ApiError::internal)?;
     idempotency::record(&mut transaction, caller.user_id, key, &body).await?;
     transaction.commit().await?;
     Ok(Answer { body, hit: false })
