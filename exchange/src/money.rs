@@ -1,7 +1,7 @@
 //! Amounts, prices and sizes: exact decimals with checked arithmetic, written as decimal strings.
 //!
-//! A number has at most 15 digits before the point and 9 after it, so that every product of a price and a size still
-//! fits. What reaches the ledger is a multiple of its currency's smallest unit (see the migrations); nothing but a fee
+//! A number from outside has at most 15 digits before the point and 9 after it, so that every product of a price and a
+//! size still fits. A sum, such as a balance, may have 18 before the point. What reaches the ledger is a multiple of its currency's smallest unit (see the migrations); nothing but a fee
 //! is ever rounded.
 
 use std::{borrow::Cow, fmt, str::FromStr};

@@ -155,6 +155,7 @@ pub(super) struct AccountChoice {
 pub(super) struct Movement {
     account_id: Uuid,
     /// Above zero, with no more digits than the currency has.
+    #[schema(value_type = String, pattern = r"^\d{1,15}(\.\d{1,9})?$", example = "250.75")]
     amount: Amount,
     /// What the other side calls it, up to 128 characters.
     #[schema(max_length = 128)]
@@ -162,7 +163,7 @@ pub(super) struct Movement {
 }
 
 /// A deposit or a withdrawal that has been posted.
-#[derive(Serialize, Deserialize, ToSchema)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Transfer {
     #[serde(rename = "transfer_id")]
     id: String,

@@ -111,7 +111,7 @@ pub(super) struct Level {
     #[serde(skip)]
     side: String,
     price: Price,
-    size: Size,
+    size: Amount,
     orders: i64,
 }
 

@@ -41,6 +41,8 @@ const PRODUCTS: u32 = 20;
 const PGBENCH_CLIENTS: u32 = 16;
 /// Connections of the HTTP clients.
 const CONNECTIONS: u32 = 64;
+/// The part of its most that pgbench follows without a queue that grows.
+const FOLLOWED: f64 = 0.9;
 /// Rounds of each side.
 const ROUNDS: usize = 3;
 /// Length of a round.
@@ -604,6 +606,43 @@ fn order_of(user: u32, product: u32, action: &str, size: u32, id: Uuid, token: &
         .unwrap()
 }
 
+/// Half of the most that the service does, in orders per second (every order trades about once), and whose most that is
+/// half of. At a rate that `pgbench` does not follow, its latency would be the length of the round: then it is half of the
+/// most that `pgbench` does.
+fn half_load(most: &Compared) -> (f64, &'static str) {
+    if most.http / 2.0 < most.pgbench * FOLLOWED {
+        (most.http / 2.0, "the service's maximum")
+    } else {
+        (
+            most.pgbench / 2.0,
+            "pgbench's maximum, since it cannot follow half of the service's",
+        )
+    }
+}
+
+#[test]
+fn half_load_is_the_services_as_long_as_pgbench_can_follow() {
+    let cost = Cost {
+        postgresql_us_per_trade: 0.0,
+        service_us_per_trade: 0.0,
+        orders_per_batch: 0.0,
+    };
+    for (http, pgbench, rate, whose) in [
+        (1000, 700, 500.0, "the service's"),
+        (700, 1000, 350.0, "the service's"),
+        (2000, 700, 350.0, "pgbench's"),
+    ] {
+        let (half, half_of) = half_load(&Compared {
+            http: f64::from(http),
+            pgbench: f64::from(pgbench),
+            http_cost: cost,
+            pgbench_cost: cost,
+        });
+        assert!(half.total_cmp(&rate).is_eq(), "{half} of {http} and {pgbench}");
+        assert!(half_of.starts_with(whose), "{half_of}");
+    }
+}
+
 /// The cost of a trade in the middle of the rounds.
 fn cost(rounds: &[Round]) -> Cost {
     let of = |value: fn(&Cost) -> f64| median(rounds.iter().map(|round| value(&round.cost)).collect());
@@ -631,14 +670,15 @@ async fn trades_per_second() {
     let twins_cost = cost(&with_twins);
     let with_twins = median(with_twins.iter().map(|round| round.trades_per_s).collect());
 
-    // Orders per second; every order trades about once, so this is half of what the service can do.
-    let rate = uniform.http.min(uniform.pgbench) / 2.0;
+    let (rate, half_of) = half_load(&uniform);
     let (mut of_http, mut of_pgbench) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         of_pgbench.push(bench.pgbench(PRODUCTS, Some(rate)).await.p99_ms());
         of_http.push(bench.http(PRODUCTS, Some(rate)).await.p99_ms());
     }
-    eprintln!("p99 at {rate:.0} orders/s: HTTP {of_http:.1?} ms, pgbench {of_pgbench:.1?} ms");
+    eprintln!(
+        "p99 at {rate:.0} orders/s, half of {half_of}: HTTP {of_http:.1?} ms, pgbench {of_pgbench:.1?} ms"
+    );
     let (half_load_p99, reference_p99) = (median(of_http), median(of_pgbench));
     let storm = bench.login_storm(rate).await;
     let (trade_memory_mib, notification_memory_mib) = bench.memory_mib(rate).await;
@@ -665,6 +705,7 @@ async fn trades_per_second() {
         },
         "profile": profile,
         "half_load_orders_per_s": rate.round(),
+        "half_load_is_half_of": half_of,
         "half_load_p99_ms": ratio(half_load_p99, 1.0),
         "half_load_pgbench_p99_ms": ratio(reference_p99, 1.0),
         "login_storm_p99_ms": ratio(storm.stormy_p99_ms, 1.0),
@@ -686,7 +727,7 @@ async fn trades_per_second() {
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     std::fs::write(path, serde_json::to_vec_pretty(&results).unwrap()).unwrap();
     let (table, failures) = judge(&results);
-    eprintln!("{results:#}\n\n{table}");
+    eprintln!("{results:#}\n\n{table}\nHalf load is half of {half_of}.");
     assert!(failures.is_empty(), "{}", failures.join("; "));
 }
 

@@ -629,6 +629,40 @@ async fn only_the_treasury_or_the_lanes_secret_credits() {
     assert_eq!(deposit("live", "0123456789abcdef").await, StatusCode::FORBIDDEN);
 }
 
+/// No deposit fills an account beyond what a number from outside may be, but trades may.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_balance_beyond_what_may_be_deposited_is_answered_like_any_other() {
+    let exchange = Exchange::start().await;
+    let seller = exchange.issuer.trader(&exchange.service).await;
+    let seller = seller.wallet(&exchange.treasury, "1", "999999999999999").await;
+    let buyer = exchange.issuer.trader(&exchange.service).await;
+    let buyer = buyer.wallet(&exchange.treasury, "0", "200").await;
+    let move_money = async |who: &Trader, path: &str, key: &str, amount: &str| {
+        let movement = json!({"account_id": seller.usd, "amount": amount});
+        who.post_with_key(path, key, &movement).await
+    };
+    let deposit = async |amount: &str| move_money(&exchange.treasury, "/account/deposit", "d", amount).await;
+    let problem = accept(deposit("1").await, StatusCode::UNPROCESSABLE_ENTITY).await;
+    assert_eq!(
+        (&problem["code"], &problem["field"]),
+        (&json!("balance_limit"), &json!("amount"))
+    );
+    // Up to the limit it is filled.
+    let deposited = accept(deposit("0.99999999").await, StatusCode::CREATED).await;
+    assert_eq!(deposited["balance"], "999999999999999.99999999");
+
+    seller.place("sell", "1", "100").await;
+    buyer.place("buy", "1", "100").await;
+    let withdraw = async || move_money(&seller.trader, "/account/withdraw", "w", "1").await;
+    let first = accept(withdraw().await, StatusCode::CREATED).await;
+    assert_eq!(first["balance"], "1000000000000098.89999999");
+    assert_eq!(seller.balances().await[2], "1000000000000098.89999999");
+    let again = withdraw().await;
+    assert_eq!(again.headers()["idempotency-hit"], "true");
+    assert_eq!(accept(again, StatusCode::CREATED).await, first);
+    assert_clean(&exchange.database.owner().await, "live").await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_repeated_request_gets_its_first_answer() {
     let exchange = Exchange::start().await;
