@@ -24,7 +24,7 @@ HISTORIES ?= 200000
 FIRST ?= 0
 SEED ?=
 # Those of them that `make test` runs.
-SHORT := ground_floor schema newcomer
+SHORT := ground_floor schema newcomer proof
 # KEEP=1 keeps the cluster of `make test`.
 KEEP ?=
 TAG ?= dev
