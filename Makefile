@@ -63,7 +63,7 @@ demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C cl
 	  $(MAKE) --no-print-directory cluster images NAME=$(NAME) && $(TESTBED) demo
 
 .PHONY: test
-test: ## Check, integration, a new cluster of its own with the first end-to-end tests, and its end
+test: ## Check, integration, a new cluster of its own with a newcomer's release and the proof, and its end
 	@$(if $(filter existing,$(CLUSTER)),,tests/deps.sh --cluster)
 	@$(MAKE) --no-print-directory check $(if $(filter existing,$(CLUSTER)),,preflight integration)
 	@$(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,down) e2e down-test E2E="$(SHORT)" NAME=$(if $(filter dev,$(NAME)),test,$(NAME))
