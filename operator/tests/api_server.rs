@@ -49,7 +49,7 @@ struct Server {
     broken: Option<(String, StatusCode)>,
     /// A write to the first takes the second with it.
     takes: Option<(String, String)>,
-    /// After a write to this, another operator records something.
+    /// With this request another operator records something.
     superseded_at: Option<String>,
 }
 
@@ -65,6 +65,12 @@ impl Server {
     }
 
     fn answer(&mut self, method: &Method, path: &str, query: &str, body: Value) -> (StatusCode, Value) {
+        let called = format!("{method} {path}");
+        if self.superseded_at.take_if(|request| *request == called).is_some() {
+            let mut object = self.objects[OBJECT].clone();
+            object["status"]["attempt"] = json!(9);
+            self.put(OBJECT, object);
+        }
         if *method == Method::GET {
             self.reads += 1;
             return match &self.broken {
@@ -78,7 +84,6 @@ impl Server {
             query: query.to_owned(),
             body: body.clone(),
         });
-        let called = format!("{method} {path}");
         if let Some((broken, status)) = &self.broken
             && called.starts_with(broken)
         {
@@ -86,11 +91,6 @@ impl Server {
         }
         if let Some((_, taken)) = self.takes.take_if(|(write, _)| write == path) {
             self.objects.remove(&taken);
-        }
-        if self.superseded_at.take_if(|write| write == path).is_some() {
-            let mut object = self.objects[OBJECT].clone();
-            object["status"]["attempt"] = json!(9);
-            self.put(OBJECT, object);
         }
         match method.as_str() {
             "POST" => {
@@ -553,7 +553,7 @@ async fn a_swap_that_loses_its_endpoints_stops_before_the_write() {
 #[tokio::test]
 async fn a_swap_under_a_record_that_is_replaced_stops_before_the_next_write() {
     let world = World::tested().await;
-    world.server.lock().unwrap().superseded_at = Some("services/exchange-user".to_owned());
+    world.server.lock().unwrap().superseded_at = Some("PUT services/exchange-user".to_owned());
     let (result, writes) = world.pass().await;
     assert!(
         matches!(result, Err(Error::Refused(Refusal::Superseded))),
@@ -565,6 +565,30 @@ async fn a_swap_under_a_record_that_is_replaced_stops_before_the_next_write() {
             "PUT exchangedeployments/exchange/status",
             "PUT services/exchange-user"
         ]
+    );
+}
+
+#[tokio::test]
+async fn a_record_that_is_replaced_during_a_look_is_the_one_that_counts() {
+    let world = World::tested().await;
+    // The object is read last: everything else has been read when another operator records something.
+    world.server.lock().unwrap().superseded_at = Some("GET deployments".to_owned());
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(paths(&writes)[0], "PUT exchangedeployments/exchange/status");
+    assert_eq!(writes[0].body["status"]["attempt"], 9);
+}
+
+#[tokio::test]
+async fn a_swap_that_is_refused_for_one_service_moves_none_of_the_others() {
+    let world = World::tested().await;
+    let user = "PUT services/exchange-user".to_owned();
+    world.server.lock().unwrap().broken = Some((user.clone(), StatusCode::FORBIDDEN));
+    let (result, writes) = world.pass().await;
+    assert_eq!(result.unwrap_err().class(), Class::Forbidden);
+    assert_eq!(
+        paths(&writes),
+        ["PUT exchangedeployments/exchange/status".to_owned(), user]
     );
 }
 

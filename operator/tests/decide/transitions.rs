@@ -5,10 +5,10 @@ use exchange_operator::{
     api::{ColourChoice, Promotion, Service},
     decide::decide,
     guard::{self, Refusal},
-    observe::{Observed, Part},
+    observe::{Observed, Part, StackSeen},
     plan::{Action, Intent},
     status::{
-        ExchangeDeploymentStatus as Status, Outcome,
+        Colour, Contract, ExchangeDeploymentStatus as Status, Outcome,
         Phase::{
             self, AwaitingPromotion, Failed, Held, Live, Migrating, Pending, Promoting, Provisioning,
             RollingBack, Testing, Verifying,
@@ -16,6 +16,7 @@ use exchange_operator::{
         PreviousState, Reason, Stack,
     },
 };
+use jiff::SignedDuration;
 
 /// r0 is live and verified; r1 is declared and has come as far as this phase.
 pub(crate) fn at(phase: Phase) -> World {
@@ -47,6 +48,32 @@ fn after_a_release() -> World {
     world.until(0, Live);
     world.journey = vec![Live];
     world
+}
+
+/// A first version whose smoke test through the live address has failed: nothing is there to go back to.
+fn first_and_not_verified() -> World {
+    let mut world = World::new(true);
+    world.until(0, Verifying);
+    world.finish(0);
+    world.fail_jobs();
+    world.until(0, Held);
+    world.journey = vec![Held];
+    world
+}
+
+/// What an operator that has seen the phase before records, if it sees the world with this change.
+fn records(world: &World, change: impl FnOnce(&mut Observed)) -> Status {
+    let mut seen = world.observe();
+    seen.seen_before = true;
+    change(&mut seen);
+    let plan = decide(&world.spec, &seen, world.now);
+    plan.status.unwrap_or(seen.status)
+}
+
+type Change<'a> = Box<dyn Fn(&mut Observed) + 'a>;
+
+fn seconds(seconds: i64) -> SignedDuration {
+    SignedDuration::from_secs(seconds)
 }
 
 struct Row {
@@ -439,6 +466,30 @@ fn every_phase_is_left_as_the_design_says() {
             Reason::RolledBack,
         ),
         row(
+            "the predecessor is named again while suspended",
+            after_a_release(),
+            |world| {
+                world.declare(|spec| spec.suspend = true);
+                revert(world);
+            },
+            &[Live],
+        ),
+        row(
+            "another version while a name is taken",
+            after_a_release(),
+            |world| {
+                world.taken = true;
+                world.release(2);
+            },
+            &[Live],
+        ),
+        row(
+            "what is live and not verified is verified again when somebody asks",
+            first_and_not_verified(),
+            |world| world.ask(|requests, names| requests.retry = names.rejected),
+            &[Held, Verifying, Live],
+        ),
+        row(
             "the old stack is retired",
             after_a_release(),
             |world| world.wait(3601),
@@ -495,6 +546,26 @@ fn every_phase_is_left_as_the_design_says() {
                 abort(world);
                 world.until(0, Failed);
                 world.ask(|requests, names| requests.retry = names.rejected);
+                world.journey = vec![Failed];
+            },
+            &[
+                Failed,
+                Pending,
+                Migrating,
+                Provisioning,
+                Testing,
+                Promoting,
+                Verifying,
+                Live,
+            ],
+        ),
+        row(
+            "other gates after a failure",
+            releasing(1, Testing),
+            |world| {
+                abort(world);
+                world.until(0, Failed);
+                world.change_gates(1);
                 world.journey = vec![Failed];
             },
             &[
@@ -576,6 +647,245 @@ fn what_is_not_what_was_tested_is_tested_again() {
     world.settle().unwrap();
     assert_eq!(world.status.phase, AwaitingPromotion, "{:#?}", world.trace);
     assert_eq!(world.status.attempt, attempt + 1);
+
+    // While time stands still, nothing takes its place.
+    let mut world = at(AwaitingPromotion);
+    world.finish(0);
+    world.declare(|spec| spec.suspend = true);
+    world.lose_rendered("r1");
+    world.settle().unwrap();
+    let candidate = world.status.candidate.clone().unwrap().stack;
+    assert_eq!(world.observe().stacks[&candidate].rendered, None);
+}
+
+#[test]
+fn a_release_begins_when_nothing_else_is_left_and_the_live_schema_is_contracted() {
+    let world = at(Pending);
+    let live = world.status.live.clone().unwrap();
+    let previous = at(Verifying).status.previous;
+    let leftover = Stack {
+        colour: Colour::Green,
+        revision: "r9".to_owned(),
+    };
+    let rows: Vec<(&str, Change<'_>, Phase)> = vec![
+        ("nothing else is left", Box::new(|_| {}), Migrating),
+        (
+            "the rest of another attempt",
+            Box::new(|seen| drop(seen.stacks.insert(leftover.clone(), StackSeen::default()))),
+            Pending,
+        ),
+        (
+            "the old stack is not retired",
+            Box::new(|seen| seen.status.previous.clone_from(&previous)),
+            Pending,
+        ),
+        (
+            "the contract runs",
+            Box::new(|seen| {
+                let (stack, attempt) = (live.stack.clone(), live.attempt);
+                seen.status.contract = Some(Contract { stack, attempt });
+            }),
+            Pending,
+        ),
+        (
+            "the contract is due",
+            Box::new(|seen| seen.status.live.as_mut().unwrap().contracted = false),
+            Pending,
+        ),
+        (
+            "what is live is not verified, and is not contracted for",
+            Box::new(|seen| {
+                let live = seen.status.live.as_mut().unwrap();
+                (live.contracted, live.verified) = (false, false);
+            }),
+            Migrating,
+        ),
+    ];
+    for (name, change, phase) in rows {
+        assert_eq!(records(&world, change).phase, phase, "{name}");
+    }
+}
+
+#[test]
+fn a_candidate_has_as_many_pods_as_are_declared_and_as_the_live_stack_has() {
+    let mut world = at(Provisioning);
+    world.finish(0);
+    for _ in 0..3 {
+        world.kubelet();
+    }
+    world.slices();
+    let candidate = world.status.candidate.clone().unwrap().stack;
+    let live = world.status.live.clone().unwrap().stack;
+    let trade =
+        |seen: &mut Observed, stack: &Stack, set: fn(&mut exchange_operator::observe::ServiceSeen)| {
+            let stack = seen.stacks.get_mut(stack).unwrap();
+            set(stack.services.get_mut(&Service::Trade).unwrap());
+        };
+    assert_eq!(records(&world, |_| {}).phase, Testing);
+    let one_short = records(&world, |seen| trade(seen, &candidate, |it| it.ready -= 1));
+    assert_eq!(one_short.phase, Provisioning);
+    let more_are_live = records(&world, |seen| trade(seen, &live, |it| it.replicas += 1));
+    assert_eq!(more_are_live.phase, Provisioning);
+}
+
+#[test]
+fn while_time_stands_still_nothing_is_started_and_no_deadline_passes() {
+    let mut world = at(Testing);
+    let runs = |world: &World| {
+        let plan = decide(&world.spec, &world.observe(), world.now);
+        plan.actions.iter().any(|action| matches!(action, Action::Run(_)))
+    };
+    assert!(runs(&world));
+    world.declare(|spec| spec.suspend = true);
+    assert!(!runs(&world));
+
+    let world = at(Provisioning);
+    let begun = world.now - seconds(700);
+    let late = records(&world, |seen| seen.status.phase_since = Some(begun));
+    assert_eq!(late.phase, Failed);
+    let stopped = records(&world, |seen| {
+        seen.status.phase_since = Some(begun);
+        seen.status.stopped_since = Some(begun + seconds(50));
+    });
+    assert_eq!(stopped.phase, Provisioning);
+    assert_eq!(stopped.phase_since, Some(world.now - seconds(50)));
+}
+
+#[test]
+fn a_swap_has_ended_when_the_traffic_has_followed_the_selectors() {
+    let mut world = at(Promoting);
+    while world.targets().iter().flatten().any(|it| it.revision != "r1") {
+        world.step(0, View::Fresh).unwrap();
+    }
+    world.slices();
+    let old = world.status.live.clone().unwrap().stack;
+    let new = world.status.candidate.clone().unwrap().stack;
+    let trade = |seen: &mut Observed, stacks: &[&Stack]| {
+        let endpoints = &mut seen.live.get_mut(&Service::Trade).unwrap().endpoints;
+        *endpoints = stacks.iter().copied().cloned().collect();
+    };
+    let rows: Vec<(&str, Change<'_>, Phase)> = vec![
+        ("it has", Box::new(|_| {}), Verifying),
+        (
+            "no two answers agree",
+            Box::new(|seen| seen.answers = None),
+            Promoting,
+        ),
+        (
+            "all answers are of the stack before",
+            Box::new(|seen| seen.answers = Some(old.clone())),
+            Promoting,
+        ),
+        (
+            "a slice lists both stacks",
+            Box::new(|seen| trade(seen, &[&old, &new])),
+            Promoting,
+        ),
+        (
+            "a slice lists nothing",
+            Box::new(|seen| trade(seen, &[])),
+            Promoting,
+        ),
+    ];
+    for (name, change, phase) in rows {
+        assert_eq!(records(&world, change).phase, phase, "{name}");
+    }
+    // What is given up and got the traffic all the same is not verified, and the stack before it is no way back.
+    let rejected = releasing(6, Held).status.rejected;
+    let forced = records(&world, |seen| {
+        seen.status.rejected.clone_from(&rejected);
+        seen.status.rejected.as_mut().unwrap().stack = new.clone();
+    });
+    assert_eq!(forced.phase, Held);
+    assert!(!forced.previous.unwrap().way_back);
+}
+
+#[test]
+fn a_rollback_goes_forward_only_when_nothing_else_is_left() {
+    let world = releasing(6, RollingBack);
+    let old = world.status.live.clone().unwrap().stack;
+    let new = world.status.candidate.clone().unwrap().stack;
+    let die = |seen: &mut Observed, stack: &Stack| {
+        let stack = seen.stacks.get_mut(stack).unwrap();
+        stack.services.get_mut(&Service::Trade).unwrap().ready = 0;
+    };
+    let late = |seen: &mut Observed| seen.status.phase_since = Some(world.now - seconds(600));
+    let rows: Vec<(&str, Change<'_>, Phase)> = vec![
+        ("the old stack serves", Box::new(late), RollingBack),
+        (
+            "it does not",
+            Box::new(|seen| {
+                late(seen);
+                die(seen, &old);
+            }),
+            Promoting,
+        ),
+        ("it does not yet", Box::new(|seen| die(seen, &old)), RollingBack),
+        (
+            "neither serves",
+            Box::new(|seen| {
+                late(seen);
+                die(seen, &old);
+                die(seen, &new);
+            }),
+            RollingBack,
+        ),
+        (
+            "nobody has looked before",
+            Box::new(|seen| {
+                late(seen);
+                die(seen, &old);
+                seen.seen_before = false;
+            }),
+            RollingBack,
+        ),
+        (
+            "the API server refuses to move anything",
+            Box::new(|seen| {
+                late(seen);
+                die(seen, &old);
+                seen.refused = Some("update Service exchange-user".to_owned());
+            }),
+            RollingBack,
+        ),
+    ];
+    for (name, change, phase) in rows {
+        let recorded = records(&world, change);
+        assert_eq!(recorded.phase, phase, "{name}");
+        if phase == Promoting {
+            assert_eq!(recorded.rejected.unwrap().reason, Reason::RollbackImpossible);
+            assert_eq!(recorded.epoch, world.status.epoch + 1);
+        }
+    }
+}
+
+#[test]
+fn the_old_stack_is_kept_until_nothing_is_open_or_its_time_is_over() {
+    let world = at(Verifying);
+    let previous = world.status.previous.clone().unwrap();
+    assert_eq!(previous.state, PreviousState::Draining);
+    let rows = [
+        ("quiet", Some(0), Some(5), 6, PreviousState::Retained),
+        ("not long enough", Some(0), Some(4), 6, PreviousState::Draining),
+        ("something is open", Some(1), Some(5), 60, PreviousState::Draining),
+        ("a pod does not say", None, Some(5), 60, PreviousState::Draining),
+        (
+            "its time is over",
+            Some(1),
+            None,
+            100_000,
+            PreviousState::Retained,
+        ),
+    ];
+    for (name, open, idle, since, state) in rows {
+        let recorded = records(&world, |seen| {
+            seen.stacks.get_mut(&previous.stack).unwrap().open = open;
+            let previous = seen.status.previous.as_mut().unwrap();
+            previous.idle_since = idle.map(|idle| world.now - seconds(idle));
+            previous.since = world.now - seconds(since);
+        });
+        assert_eq!(recorded.previous.unwrap().state, state, "{name}");
+    }
 }
 
 #[test]
@@ -696,6 +1006,17 @@ fn the_guards_refuse_what_a_plan_must_not_do() {
         check(&point(Intent::RollBack), &one_short),
         short(Service::Notification)
     );
+    // What has traffic, and what is recorded to, are two.
+    let mut other = record.clone();
+    other.live.as_mut().unwrap().stack = previous.clone();
+    let two = Observed {
+        status: other.clone(),
+        ..seen.clone()
+    };
+    for stack in [&live, &previous] {
+        let refused = guard::check(&spec, &other, &delete(stack, Part::Workload), &two);
+        assert_eq!(refused, Err(Refusal::Live(stack.clone())));
+    }
     let deleting = Observed {
         deleting: true,
         ..seen.clone()
@@ -990,6 +1311,79 @@ fn what_does_not_serve_is_not_verified() {
 }
 
 #[test]
+fn what_no_client_reaches_is_not_verified() {
+    let mut world = at(Verifying);
+    for _ in 0..5 {
+        world.finish(0);
+        world.round();
+        world.step(0, View::Fresh).unwrap();
+    }
+    world.finish(0);
+    world.wait(100);
+    let live = world.status.live.clone().unwrap().stack;
+    let other = world.status.previous.clone().unwrap().stack;
+    let trade = |seen: &mut Observed, stacks: &[&Stack]| {
+        let endpoints = &mut seen.live.get_mut(&Service::Trade).unwrap().endpoints;
+        *endpoints = stacks.iter().copied().cloned().collect();
+    };
+    let die = |seen: &mut Observed| {
+        let stack = seen.stacks.get_mut(&live).unwrap();
+        stack.services.get_mut(&Service::Trade).unwrap().ready = 0;
+    };
+    let late = |seen: &mut Observed| seen.status.phase_since = Some(world.now - seconds(600));
+    let unserved = |seen: &mut Observed| {
+        die(seen);
+        seen.status.live.as_mut().unwrap().unserved_since = Some(world.now - seconds(10));
+    };
+    let rows: Vec<(&str, Change<'_>, Phase, &str)> = vec![
+        ("all reach it", Box::new(|_| {}), Live, ""),
+        (
+            "a live Service lists nothing",
+            Box::new(|seen| trade(seen, &[])),
+            Verifying,
+            "",
+        ),
+        (
+            "a live Service lists the stack before",
+            Box::new(|seen| trade(seen, &[&other])),
+            Verifying,
+            "",
+        ),
+        (
+            "and its time is over",
+            Box::new(|seen| {
+                late(seen);
+                trade(seen, &[&other]);
+            }),
+            RollingBack,
+            "its traffic had not reached it in time",
+        ),
+        ("a service has no endpoints", Box::new(die), Verifying, ""),
+        (
+            "for ten seconds",
+            Box::new(unserved),
+            RollingBack,
+            "the trade service has no ready endpoints",
+        ),
+        (
+            "in which nobody has looked",
+            Box::new(|seen| {
+                unserved(seen);
+                seen.seen_before = false;
+            }),
+            Verifying,
+            "",
+        ),
+    ];
+    for (name, change, phase, why) in rows {
+        let recorded = records(&world, change);
+        assert_eq!(recorded.phase, phase, "{name}");
+        let message = recorded.rejected.map(|it| it.message).unwrap_or_default();
+        assert_eq!(message, why, "{name}");
+    }
+}
+
+#[test]
 fn pods_that_are_replaced_do_not_fail_the_verification() {
     let mut world = at(Verifying);
     world.finish(0);
@@ -1057,6 +1451,23 @@ fn an_object_created_again_adopts_what_its_predecessor_left_running() {
         world.release(usize::from(live.revision == "r1"));
         world.lose_status();
         world.journey.clear();
+        let seen = world.observe();
+        let runs = |(stack, there): (&Stack, &StackSeen)| *stack != live && there.pods() > 0;
+        let others = seen.stacks.iter().any(runs);
+        world.step(0, View::Fresh).unwrap();
+        world.step(0, View::Fresh).unwrap();
+        // What else runs may have connections; and what is moved next is no move that has been.
+        let drains = world.status.previous.as_ref();
+        let drains = drains.map(|it| (it.state, it.way_back));
+        assert_eq!(
+            drains,
+            others.then_some((PreviousState::Draining, false)),
+            "{phase}"
+        );
+        assert_eq!(
+            world.status.epoch,
+            seen.live.values().map(|it| it.epoch).max().unwrap()
+        );
         world.settle().unwrap();
         assert_eq!(world.journey, [Verifying, Live], "{phase}: {:#?}", world.trace);
         assert_eq!(world.status.live.clone().unwrap().stack, live, "{phase}");
@@ -1080,6 +1491,8 @@ fn a_move_that_nobody_remembers_is_brought_to_an_end() {
         }
         world.journey.clear();
         world.step(0, View::Fresh).unwrap();
+        world.step(0, View::Fresh).unwrap();
+        assert_eq!(world.status.live.clone().unwrap().stack.revision, arrives);
         world.settle().unwrap();
         assert_eq!(world.journey[..2], [RollingBack, Verifying], "{:#?}", world.trace);
         world.release(usize::from(arrives == "r1"));
@@ -1142,6 +1555,25 @@ fn what_cannot_be_decided_is_left_as_it_is_and_told() {
     world.decide_for_one();
     world.settle().unwrap();
     assert_eq!(world.status.phase, Live, "{:#?}", world.trace);
+}
+
+#[test]
+fn what_is_live_and_not_known_is_taken_over_when_it_is_declared() {
+    let mut world = after_a_release();
+    world.settle().unwrap();
+    world.lose_rendered("r1");
+    world.release(2);
+    world.lose_status();
+    let targets = world.targets();
+    world.settle().unwrap();
+    let (reason, message) = world.stalled().unwrap();
+    assert_eq!(reason, "AdoptionUndecided");
+    assert!(message.contains("ControllerRevision is lost"), "{message}");
+    assert_eq!(world.targets(), targets);
+    world.release(1);
+    world.settle().unwrap();
+    assert_eq!(world.status.phase, Live, "{:#?}", world.trace);
+    assert_eq!(world.targets(), targets);
 }
 
 #[test]

@@ -640,8 +640,15 @@ impl World {
         if new.attempt < old.attempt || new.epoch < old.epoch {
             return Err("P7: an attempt or a move was counted twice".to_owned());
         }
+        let moved = self.live.values().map(|live| live.epoch).max().unwrap_or(0);
+        if new.live.is_some() && new.epoch < moved {
+            return Err("P7: a move that has been is counted again".to_owned());
+        }
         if new.phase == Phase::Promoting && old.phase != Phase::Promoting && old.phase != Phase::RollingBack {
             self.may_promote(&new)?;
+        }
+        if new.phase == Phase::Migrating && old.phase == Phase::Pending {
+            may_expand(&new)?;
         }
         let late = new
             .rejected
@@ -1109,6 +1116,21 @@ impl World {
             ));
         }
         Ok(())
+    }
+}
+
+/// Nothing may be left that needs the old schema, and what the live version does not need is gone.
+fn may_expand(status: &Status) -> Result<(), String> {
+    let due = status.live.as_ref().filter(|it| it.verified && !it.contracted);
+    match due {
+        Some(live) => Err(format!(
+            "P5: the schema is expanded before it is contracted for {}",
+            live.stack
+        )),
+        None if status.previous.is_some() || status.contract.is_some() => {
+            Err("P5: the schema is expanded while the old stack or its contract is there".to_owned())
+        }
+        None => Ok(()),
     }
 }
 
