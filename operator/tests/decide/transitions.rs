@@ -980,30 +980,19 @@ fn the_guards_refuse_what_a_plan_must_not_do() {
     };
     assert_eq!(check(&point(Intent::Promote), &seen), Ok(()));
     // Not the service that is written now: none moves before all can.
-    let mut one_short = seen.clone();
-    one_short
-        .stacks
-        .get_mut(&previous)
-        .unwrap()
-        .services
-        .get_mut(&Service::Notification)
-        .unwrap()
-        .ready = 1;
+    let notification = |ready| {
+        let mut seen = seen.clone();
+        let stack = seen.stacks.get_mut(&previous).unwrap();
+        stack.services.get_mut(&Service::Notification).unwrap().ready = ready;
+        seen
+    };
     assert_eq!(
-        check(&point(Intent::Promote), &one_short),
+        check(&point(Intent::Promote), &notification(1)),
         short(Service::Notification)
     );
-    assert_eq!(check(&point(Intent::RollBack), &one_short), Ok(()));
-    one_short
-        .stacks
-        .get_mut(&previous)
-        .unwrap()
-        .services
-        .get_mut(&Service::Notification)
-        .unwrap()
-        .ready = 0;
+    assert_eq!(check(&point(Intent::RollBack), &notification(1)), Ok(()));
     assert_eq!(
-        check(&point(Intent::RollBack), &one_short),
+        check(&point(Intent::RollBack), &notification(0)),
         short(Service::Notification)
     );
     // What has traffic, and what is recorded to, are two.
