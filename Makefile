@@ -24,7 +24,7 @@ HISTORIES ?= 200000
 FIRST ?= 0
 SEED ?=
 # Those of them that `make test` runs.
-SHORT := ground_floor schema newcomer proof
+SHORT := ground_floor schema newcomer
 # KEEP=1 keeps the cluster of `make test`.
 KEEP ?=
 TAG ?= dev
@@ -63,7 +63,7 @@ demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C cl
 	  $(MAKE) --no-print-directory cluster images NAME=$(NAME) && $(TESTBED) demo
 
 .PHONY: test
-test: ## Check, integration, a new cluster of its own with a newcomer's release and the proof, and its end
+test: ## Check, integration, a new cluster of its own with a newcomer's release, and its end
 	@$(if $(filter existing,$(CLUSTER)),,tests/deps.sh --cluster)
 	@$(MAKE) --no-print-directory check $(if $(filter existing,$(CLUSTER)),,preflight integration)
 	@$(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,down) e2e down-test E2E="$(SHORT)" NAME=$(if $(filter dev,$(NAME)),test,$(NAME))
