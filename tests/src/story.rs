@@ -285,11 +285,10 @@ const COURSE: [&str; 12] = [
 /// How long an Event may come after the status that it is about.
 const NEWS: Duration = Duration::from_secs(20);
 
-/// An Event: when it was told, the object that counts it, and its reason.
+/// An Event: when it was told, its uid, and its reason.
 type News = (String, String, String);
 
-/// The Kubernetes Events of an exchange, each as it was told. Those of one reason are counted up in one object, so that their
-/// order is only seen while they come.
+/// The Kubernetes Events of an exchange, in the order in which they were told.
 #[derive(Debug)]
 pub struct Told {
     heard: Arc<Mutex<Heard>>,
@@ -419,14 +418,9 @@ fn locked(heard: &Mutex<Heard>) -> MutexGuard<'_, Heard> {
 }
 
 fn news(event: &Value) -> News {
-    let first = text(event, "/eventTime");
-    let again = text(event, "/series/lastObservedTime");
-    let at = if again.is_empty() { first } else { again };
-    (
-        at.to_owned(),
-        text(event, "/metadata/uid").to_owned(),
-        text(event, "/reason").to_owned(),
-    )
+    ["/eventTime", "/metadata/uid", "/reason"]
+        .map(|field| text(event, field).to_owned())
+        .into()
 }
 
 /// Somebody who asks every live Service several times a second, each time by its name on a new connection: other clients keep
