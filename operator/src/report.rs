@@ -39,10 +39,7 @@ pub fn report(spec: &Spec, seen: &Observed, undecided: Option<&str>, status: &mu
         times(spec, status),
         refused(seen, status)
     );
-    let way_back = status
-        .previous
-        .as_ref()
-        .filter(|it| it.way_back && it.state != PreviousState::Retiring);
+    let way_back = status.previous.as_ref().filter(|it| it.leads_back());
     status.rollback_until = way_back.map(|it| second(it.until));
     let stalled = stalled(spec, seen, undecided, status, now);
     let arrived = arrived(spec, seen, status);

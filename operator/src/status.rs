@@ -258,6 +258,13 @@ pub struct Previous {
     pub scale: Option<Scale>,
 }
 
+impl Previous {
+    /// Whether it can be swapped back to now: what is being removed cannot.
+    pub fn leads_back(&self) -> bool {
+        self.way_back && self.state != PreviousState::Retiring
+    }
+}
+
 /// A release that was given up.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]

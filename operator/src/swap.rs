@@ -253,7 +253,7 @@ impl Turn<'_> {
         let Some(previous) = self.next.previous.clone() else {
             return false;
         };
-        if !previous.way_back || previous.state == PreviousState::Retiring {
+        if !previous.leads_back() {
             return false;
         }
         if self.asked_to_leave(&live.stack, live.attempt) {
