@@ -16,6 +16,7 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use http::Method;
+use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
@@ -405,6 +406,8 @@ pub struct Pod {
     pub ready: bool,
     /// Whether it is on its way out.
     pub leaving: bool,
+    /// When its container, of which it has one, was started, if it runs.
+    pub running_since: Option<Timestamp>,
 }
 
 impl Pod {
@@ -417,6 +420,9 @@ impl Pod {
             uid: text(object, "/metadata/uid").to_owned(),
             ready: conditions.any(|it| text(it, "/type") == "Ready" && text(it, "/status") == "True"),
             leaving: object.pointer("/metadata/deletionTimestamp").is_some(),
+            running_since: text(object, "/status/containerStatuses/0/state/running/startedAt")
+                .parse()
+                .ok(),
         }
     }
 }

@@ -17,7 +17,7 @@ use std::{
 };
 
 use http::Method;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use nix::sys::signal::Signal;
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use serde_json::{Value, json};
@@ -1271,6 +1271,14 @@ mod alone {
             let restarts = |component: &str| supervisor::read_status(cluster)[component].restarts;
             let components = ["kubelet", "kube-proxy"];
             let before = components.map(restarts);
+            // A kubelet that starts takes a container that is younger than ten seconds for not ready until it has asked it.
+            wait_until("the new containers have run for a while", PATIENCE, || {
+                let while_ago = Timestamp::now() - SignedDuration::from_secs(11);
+                let pods = trading.exchange.pods(&release.1).unwrap();
+                let ran = |pod: &Pod| pod.running_since.is_some_and(|since| since < while_ago);
+                pods.iter().all(ran)
+            })
+            .unwrap();
             supervisor::signal(cluster, "kubelet", Signal::SIGKILL).unwrap();
             // The gate answers by way of the kubelet: as soon as that is back, the other two writes are made without kube-proxy.
             gate.seen().unwrap();
