@@ -19,6 +19,9 @@ use std::{
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, ConnectOptions, PgPool, postgres::PgConnectOptions};
 use tempfile::TempDir;
+use tokio::sync::OnceCell;
+
+use crate::releases;
 
 /// Version 1, which tests are about unless they say otherwise.
 pub(crate) const V1: &str = env!("CARGO_BIN_EXE_exchange");
@@ -27,10 +30,11 @@ pub(crate) const V2: &str = env!("CARGO_BIN_EXE_exchange-2");
 /// Version 2 with faults.
 pub(crate) const FAULTY: &str = env!("CARGO_BIN_EXE_exchange-faulty");
 
-/// The variables by which `releases` has other tests run with the services, or on the schema, of another version.
+/// The variables by which `releases` has other tests run with the services of another version, or on the schema and the rows
+/// that another version has left.
 pub(crate) const SERVICES: &str = "EXCHANGE_TEST_SERVICES";
 /// See [`SERVICES`].
-pub(crate) const SCHEMA: &str = "EXCHANGE_TEST_SCHEMA";
+pub(crate) const LEFT_BY: &str = "EXCHANGE_TEST_LEFT_BY";
 
 /// The binary of the services.
 pub(crate) fn binary() -> String {
@@ -207,6 +211,8 @@ pub(crate) struct Postgres {
     /// The process.
     pub(crate) server: Server,
     port: u16,
+    /// What another version has left, if tests are to find that.
+    left: OnceCell<Database>,
 }
 
 impl Postgres {
@@ -272,13 +278,19 @@ impl Postgres {
         command.extend(["listen_addresses=127.0.0.1", "-c", "max_connections=300"]);
         command.extend(settings);
         let server = Server::start(directory, &command);
-        let postgres = Self { server, port };
+        let left = OnceCell::new();
+        let postgres = Self { server, port, left };
         postgres.server.await_port(port);
         postgres
     }
 
     /// A new, empty database.
     pub(crate) async fn database(&self) -> Database {
+        self.copy_of("template0").await
+    }
+
+    /// A new database with all that another one has.
+    async fn copy_of(&self, original: &str) -> Database {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let name = format!("exchange_{}", NUMBER.fetch_add(1, Ordering::Relaxed));
         let options: PgConnectOptions = self.url("postgres", "postgres").parse().unwrap();
@@ -291,14 +303,21 @@ impl Postgres {
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         };
-        let sql = format!("create database {name} template template0");
-        sqlx::raw_sql(AssertSqlSafe(sql))
+        let sql = format!("create database {name} template {original}");
+        // The original may have connections that are about to close.
+        while let Err(error) = sqlx::raw_sql(AssertSqlSafe(sql.clone()))
             .execute(&mut connection)
             .await
-            .unwrap();
+        {
+            let code = error.as_database_error().and_then(|error| error.code());
+            let in_use = code.is_some_and(|code| code == "55006");
+            assert!(in_use && Instant::now() < deadline, "{error}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
         Database {
             owner_url: self.url("postgres", &name),
             app_url: self.url("exchange_service", &name),
+            name,
         }
     }
 
@@ -310,6 +329,8 @@ impl Postgres {
 /// A database of a test.
 #[derive(Clone)]
 pub(crate) struct Database {
+    /// Its name on the server.
+    pub(crate) name: String,
     /// For migrations, and for looking at everything.
     pub(crate) owner_url: String,
     /// For services: a role that is a member of `exchange_app` and nothing else.
@@ -338,10 +359,19 @@ impl Database {
         PgPool::connect(&self.owner_url).await.unwrap()
     }
 
-    /// A new database of a server, with the current schema and a role for services.
+    /// A new database of a server, with the schema of version 1 and a role for services; or, for the tests that `releases` runs
+    /// once more, one that another version has left.
     pub(crate) async fn migrated(postgres: &Postgres) -> Self {
-        let binary = std::env::var(SCHEMA).unwrap_or_else(|_| V1.to_owned());
-        Self::migrated_by(&binary, postgres).await
+        let Ok(binary) = std::env::var(LEFT_BY) else {
+            return Self::migrated_by(V1, postgres).await;
+        };
+        let left = async || {
+            let database = Self::migrated_by(&binary, postgres).await;
+            releases::trade_under(&binary, &database).await;
+            database
+        };
+        let original = postgres.left.get_or_init(left).await;
+        postgres.copy_of(&original.name).await
     }
 
     /// The same with the schema of another version.
