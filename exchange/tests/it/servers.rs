@@ -17,7 +17,7 @@ use std::{
 };
 
 use serde_json::Value;
-use sqlx::{AssertSqlSafe, ConnectOptions, PgPool, postgres::PgConnectOptions};
+use sqlx::{AssertSqlSafe, ConnectOptions, PgPool, error::DatabaseError, postgres::PgConnectOptions};
 use tempfile::TempDir;
 use tokio::sync::OnceCell;
 
@@ -309,7 +309,7 @@ impl Postgres {
             .execute(&mut connection)
             .await
         {
-            let code = error.as_database_error().and_then(|error| error.code());
+            let code = error.as_database_error().and_then(DatabaseError::code);
             let in_use = code.is_some_and(|code| code == "55006");
             assert!(in_use && Instant::now() < deadline, "{error}");
             tokio::time::sleep(Duration::from_millis(50)).await;
