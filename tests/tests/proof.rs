@@ -985,10 +985,9 @@ mod alone {
         })
     }
 
-    /// Exchanges that are released side by side, each by an operator of its own, which is killed.
-    const SIDE_BY_SIDE: usize = 2;
-    /// The same where every write is killed at: the more, the sooner it is over, as long as the machine can bear it.
-    const SIDE_BY_SIDE_LONG: usize = 3;
+    /// Exchanges that are released side by side, each by an operator of its own, which is killed: the more, the sooner it is
+    /// over, as long as the machine can bear it.
+    const SIDE_BY_SIDE: usize = 3;
     /// Requests a second in each of them: enough to notice whatever is cut off.
     const KILLED_RATE: u32 = 40;
     /// Releases after which clients are replaced: the audit at their end stays small.
@@ -1194,12 +1193,7 @@ mod alone {
     fn case_4_the_operator_is_killed() {
         let ground = Ground::without_operator();
         let namespace = case(&ground, 4, "killed");
-        let side_by_side = if every_write() {
-            SIDE_BY_SIDE_LONG
-        } else {
-            SIDE_BY_SIDE
-        };
-        let others: Vec<Namespace<'_>> = (2..=side_by_side)
+        let others: Vec<Namespace<'_>> = (2..=SIDE_BY_SIDE)
             .map(|number| Namespace::beside(&ground.session, &format!("killed-{number}")).unwrap())
             .collect();
         let plan = Mutex::new(None);
@@ -1217,7 +1211,7 @@ mod alone {
         let kills = plan.reached.len();
         figures.note(&namespace);
         namespace.note("operators_killed", kills);
-        namespace.note("exchanges_side_by_side", side_by_side);
+        namespace.note("exchanges_side_by_side", SIDE_BY_SIDE);
         assert_eq!(kills, plan.wanted, "not reached: {:?}", plan.waiting);
     }
 
