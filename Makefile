@@ -25,6 +25,8 @@ FIRST ?= 0
 SEED ?=
 # Those of them that `make test` runs.
 SHORT := ground_floor schema newcomer
+# How the binaries of images are compiled; see Cargo.toml.
+export PROFILE ?= quick
 # KEEP=1 keeps the cluster of `make test`.
 KEEP ?=
 TAG ?= dev
@@ -64,6 +66,9 @@ demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C cl
 
 .PHONY: test
 test: ## Check, integration, a new cluster of its own with a newcomer's release, and its end
+ifneq ($(TEST),)
+	@echo "error: TEST and CASE choose tests of one level: make unit, integration, e2e or cluster-test TEST=…" >&2; exit 1
+endif
 	@$(if $(filter existing,$(CLUSTER)),,tests/deps.sh --cluster)
 	@$(MAKE) --no-print-directory check $(if $(filter existing,$(CLUSTER)),,preflight integration)
 	@$(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,down) e2e down-test E2E="$(SHORT)" NAME=$(if $(filter dev,$(NAME)),test,$(NAME))
@@ -74,6 +79,9 @@ preflight: $(TESTBED)
 
 .PHONY: check
 check: ## Format, lints, unit tests, generated files: minutes, no root, no cluster
+ifneq ($(TEST),)
+	@echo "error: TEST chooses tests of one level: make unit TEST=…" >&2; exit 1
+endif
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	@$(MAKE) --no-print-directory unit crds-check
@@ -108,7 +116,9 @@ rbac: $(TESTBED) ## Compare the operator's rights with what it did on the test c
 	@$(call run-tests,cargo test --workspace --locked --test rbac -- --ignored)
 
 .PHONY: cluster-test
-cluster-test: not-existing deps $(TESTBED) ## Test the test cluster itself: kills, several at once, leavings, wrong use (about 10 minutes)
+cluster-test: not-existing ## Test the test cluster itself: kills, several at once, leavings, wrong use (about 10 minutes)
+	@tests/deps.sh --cluster
+	@$(MAKE) --no-print-directory $(TESTBED)
 	$(TESTBED) tools
 	@$(call run-tests,cargo test --workspace --locked --test cluster -- --ignored --test-threads 1 $(TEST))
 
@@ -148,9 +158,11 @@ endif
 images: deps $(TESTBED) ## Build the images and load them into the test cluster
 ifeq ($(CLUSTER),existing)
 	@echo "CLUSTER=existing: build and push with docker, as the Dockerfile says; see docs/architecture.md, Images"
+	cargo build --workspace --locked --bins
 else
-	cargo build --workspace --release --locked --bins
-	archives=$$($(TESTBED) images --binaries $(TARGET_DIR)/release --tag $(TAG)) && $(TESTBED) load $$archives
+	@$(TESTBED) status >/dev/null
+	cargo build --workspace --profile $(PROFILE) --locked --bins
+	archives=$$($(TESTBED) images --binaries $(TARGET_DIR)/$(PROFILE) --tag $(TAG)) && $(TESTBED) load $$archives
 endif
 
 .PHONY: crds
@@ -176,6 +188,7 @@ bench-exchange: not-existing deps ## Those of the exchange: trading beside pgben
 	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --workspace --release --locked --test it -- --ignored --nocapture bench::
 
 .PHONY: bench-operator
+bench-operator: PROFILE := release
 bench-operator: cluster images ## Those of the operator: releases on the cluster, medians of RELEASES=10
 	cargo test --workspace --locked --test bench -- --ignored --nocapture --test-threads 1 $(TEST)
 
@@ -193,7 +206,7 @@ endif
 clean: ## End all test clusters and remove what was built here (the caches of tools and images stay)
 	@[ ! -x $(TESTBED) ] || $(TESTBED) down --all
 	cargo clean
-	rm -rf dist
+	rm -rf dist target/images target/results
 
 # cargo decides what is out of date.
 .PHONY: $(TESTBED)

@@ -1,7 +1,10 @@
 //! `make demo`: the main job, for everyone to see. A first version goes live, a second one takes over under load, a bad
 //! one never gets traffic, and one that was regretted is rolled back.
 
-use std::time::{Duration, Instant};
+use std::{
+    env,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -14,7 +17,7 @@ use crate::{
     kubectl::Session,
     operator::{self, OPERATOR, OPERATOR_NAMESPACE},
     progress::say,
-    results::{self, repository},
+    results,
     tools::Tools,
 };
 
@@ -173,10 +176,15 @@ pub fn clean_up(session: &Session) -> Result<()> {
 
 fn next_steps(session: &Session) -> Result<()> {
     heading("To go on");
-    let plugin = repository()?.join("target/release");
+    let testbed = env::current_exe()?;
+    let testbed_shown = testbed.display();
     if let Some(cluster) = &session.cluster {
         let tools = Tools::ensure()?;
         let tools = tools.dir().display();
+        // The plugin is beside the binaries of the images.
+        let profile = env::var("PROFILE").context("PROFILE is not set: `make demo` says it")?;
+        let built = testbed.ancestors().nth(2).context("no target directory")?;
+        let plugin = built.join(profile);
         say(format!("  export KUBECONFIG={}", cluster.kubeconfig().display()));
         say(format!("  export PATH=\"{tools}:{}:$PATH\"", plugin.display()));
     }
@@ -189,7 +197,7 @@ fn next_steps(session: &Session) -> Result<()> {
         let service = format!("service/{NAME}-trade");
         let address = session.get(NAMESPACE, &service, "{.spec.clusterIP}")?;
         say(format!(
-            "  target/debug/testbed --name {} exec -- curl http://{address}/products",
+            "  {testbed_shown} --name {} exec -- curl http://{address}/products",
             cluster.name()
         ));
         say(format!("  make down NAME={}", cluster.name()));
@@ -198,7 +206,7 @@ fn next_steps(session: &Session) -> Result<()> {
             "  kubectl port-forward --namespace {NAMESPACE} service/{NAME}-trade 8080:80   # in another terminal"
         ));
         say("  curl http://localhost:8080/products");
-        say("  target/debug/testbed demo --clean-up");
+        say(format!("  {testbed_shown} demo --clean-up"));
     }
     Ok(())
 }

@@ -149,8 +149,17 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
         "testbed-agent",
     ] {
         let built = binaries.join(binary);
-        fs::copy(&built, dist.join(binary))
-            .with_context(|| format!("cannot copy {}: `make images` builds it first", built.display()))?;
+        ensure!(
+            built.exists(),
+            "there is no {}: `make images` builds it first",
+            built.display()
+        );
+        // What a debugger wants would be most of an image.
+        let mut strip = Command::new("strip");
+        strip
+            .args(["--strip-debug", "-o"])
+            .args([&dist.join(binary), &built]);
+        finish("strip", &mut strip, |_| {})?;
     }
     let agent = Path::new(env!("CARGO_MANIFEST_DIR")).join("cluster/images/agent.Dockerfile");
     let root = repository.join("Dockerfile");

@@ -36,7 +36,7 @@ fn a_newcomer_releases_an_image_and_goes_back() {
         let variables = format!("registry={} tag={}", ground.images.prefix, ground.images.tag);
         let built = env::current_exe().unwrap();
         let target = built.ancestors().nth(3).unwrap().display();
-        let path = format!("PATH={target}/release:{target}/debug:$PATH");
+        let path = format!("PATH={target}/${{PROFILE:-quick}}:{target}/debug:$PATH");
         let script = format!("set -eux\ncd {ROOT}\n{variables}\n{path}\n{commands}");
         ground.session.shell(&script).unwrap()
     };
