@@ -43,24 +43,31 @@ done <<END
 $wanted
 END
 
-modules=$(dirname "$0")/cluster
-wanted_go=$(sed -n 's/^go //p' "$modules/go.mod")
-if ! command -v go >/dev/null; then
-  echo "error: Go is missing: install Go $wanted_go or newer and put it into PATH; the test cluster is built with it" >&2
-  exit 1
+# What Debian does not have new enough. Said at the end: `sudo make deps` has another PATH, and installs the packages all the same.
+toolchains() {
+  modules=$(dirname "$0")/cluster
+  wanted_go=$(sed -n 's/^go //p' "$modules/go.mod")
+  if ! command -v go >/dev/null; then
+    echo "error: Go is missing: install Go $wanted_go or newer and put it into PATH; the test cluster is built with it" >&2
+    exit 1
+  fi
+  # Go itself fetches the version that go.mod asks for, if it may: then this is that version.
+  version=$(cd "$modules" && go env GOVERSION) || version=$(GOTOOLCHAIN=local go env GOVERSION)
+  oldest=$(printf '%s\n' "go$wanted_go" "$version" | sort --version-sort | head -n 1)
+  if [ "$oldest" != "go$wanted_go" ] && [ "${version#go}" != "$version" ]; then
+    echo "error: $(command -v go) is $version: install Go $wanted_go or newer and put it first into PATH" >&2
+    exit 1
+  fi
+  if ! command -v cargo >/dev/null; then
+    echo "error: cargo is not in PATH: install rustup; the toolchain pinned in rust-toolchain.toml comes by itself" >&2
+    exit 1
+  fi
+}
+
+if [ -z "$missing" ]; then
+  toolchains
+  exit 0
 fi
-# Go itself fetches the version that go.mod asks for, if it may: then this is that version.
-version=$(cd "$modules" && go env GOVERSION) || version=$(GOTOOLCHAIN=local go env GOVERSION)
-oldest=$(printf '%s\n' "go$wanted_go" "$version" | sort --version-sort | head -n 1)
-if [ "$oldest" != "go$wanted_go" ] && [ "${version#go}" != "$version" ]; then
-  echo "error: $(command -v go) is $version: install Go $wanted_go or newer and put it first into PATH" >&2
-  exit 1
-fi
-if ! command -v cargo >/dev/null; then
-  echo "error: cargo is not in PATH: install rustup; the toolchain pinned in rust-toolchain.toml comes by itself" >&2
-  exit 1
-fi
-[ -n "$missing" ] || exit 0
 
 if ! command -v apt-get >/dev/null; then
   echo "error: this is not Debian; install by hand what these Debian packages have:$reasons" >&2
@@ -93,3 +100,4 @@ for service in $new; do
   [ ! -e "/etc/init.d/$service" ] || update-rc.d "$service" disable
 done
 echo "Installed:$missing"
+toolchains

@@ -39,6 +39,14 @@ const SOCKET_PATH_MAX: usize = 107;
 /// Where clusters live unless `TESTBED_HOME` says otherwise.
 const DEFAULT_HOME: &str = "/var/tmp/exchange-testbed";
 
+/// Where kubectl and helm put what they remember of a cluster: it goes with the cluster.
+const MEMORIES: [(&str, &str); 4] = [
+    ("KUBECACHEDIR", "memory/kubectl"),
+    ("HELM_CACHE_HOME", "memory/helm/cache"),
+    ("HELM_CONFIG_HOME", "memory/helm/config"),
+    ("HELM_DATA_HOME", "memory/helm/data"),
+];
+
 /// A file in every cluster's home: what has none is not ours to remove.
 const MARK: &str = ".exchange-testbed";
 
@@ -317,6 +325,10 @@ impl Cluster {
             ("CONTAINERD_NAMESPACE".into(), "k8s.io".into()),
         ]
         .into_iter()
+        .chain(MEMORIES.map(|(variable, directory)| {
+            let directory = self.home().join(directory);
+            (variable.to_owned(), directory.display().to_string())
+        }))
         .chain(beside_the_proxy(|variable| env::var(variable).ok()))
         .collect()
     }
@@ -415,8 +427,12 @@ pub(crate) fn home() -> Result<PathBuf> {
 /// If others could write there: they could make root write where they like.
 pub fn starting() -> Result<fs::File> {
     let home = home()?;
-    make_private(&home)?;
-    lock(&home)
+    loop {
+        make_private(&home)?;
+        if let Some(lock) = lock(&home)? {
+            return Ok(lock);
+        }
+    }
 }
 
 /// The same lock, if the directory is there.
@@ -425,10 +441,18 @@ pub fn starting() -> Result<fs::File> {
 /// As [`starting`].
 pub fn ending() -> Result<Option<fs::File>> {
     let home = home()?;
-    home.exists().then(|| lock(&home)).transpose()
+    if home.exists() { lock(&home) } else { Ok(None) }
 }
 
-fn lock(home: &Path) -> Result<fs::File> {
+/// Removes the directory of all clusters if there is none any more; for who has its lock.
+pub fn leave() -> Result<()> {
+    // A directory that is not empty resists.
+    let _ = fs::remove_dir(home()?);
+    Ok(())
+}
+
+/// Nothing if the directory is removed while its lock is waited for.
+fn lock(home: &Path) -> Result<Option<fs::File>> {
     let found = fs::symlink_metadata(home)?;
     ensure!(
         found.is_dir() && found.uid() == geteuid().as_raw() && found.mode() & 0o022 == 0,
@@ -438,7 +462,8 @@ fn lock(home: &Path) -> Result<fs::File> {
     let lock = fs::File::open(home)?;
     progress::lock(&lock, "the start or end of another cluster")
         .with_context(|| format!("cannot lock {}", home.display()))?;
-    Ok(lock)
+    let now = fs::symlink_metadata(home).ok().map(|now| now.ino());
+    Ok((now == Some(lock.metadata()?.ino())).then_some(lock))
 }
 
 fn make_private(path: &Path) -> Result<()> {

@@ -120,7 +120,12 @@ fn run(cli: &Cli) -> Result<()> {
         "two TLS providers in one process"
     );
     match &cli.action {
-        Action::Up | Action::Status | Action::Kubeconfig | Action::Load { .. } | Action::Exec { .. } => {
+        Action::Up
+        | Action::Status
+        | Action::Kubeconfig
+        | Action::Load { .. }
+        | Action::Exec { .. }
+        | Action::Images { .. } => {
             preflight::root()?;
         }
         _ => {}

@@ -130,20 +130,22 @@ fn machine() -> Value {
         line.split(':').nth(1).unwrap_or_default().trim().to_owned()
     };
     let cpu = read("/proc/cpuinfo");
+    let memory = find(&read("/proc/meminfo"), "MemTotal");
+    let memory: Option<u64> = memory.trim_end_matches(" kB").parse().ok();
     json!({
         "processor": find(&cpu, "model name"),
         "processors": std::thread::available_parallelism().map_or(0, usize::from),
-        "memory": find(&read("/proc/meminfo"), "MemTotal"),
+        "memory_kibibytes": memory,
         "kernel": read("/proc/sys/kernel/osrelease").trim(),
     })
 }
 
-/// The commit, with `-dirty` if the work tree differs from it.
-fn commit(root: &Path) -> String {
+/// The commit, with `-dirty` if the work tree differs from it; nothing if git does not say.
+fn commit(root: &Path) -> Option<String> {
     let git = Command::new("git")
         .current_dir(root)
         .args(["describe", "--always", "--dirty", "--abbrev=12"])
         .output();
-    git.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-        .unwrap_or_default()
+    let said = String::from_utf8(git.ok()?.stdout).ok()?;
+    Some(said.trim().to_owned()).filter(|commit| !commit.is_empty())
 }

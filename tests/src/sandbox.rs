@@ -326,8 +326,9 @@ fn is_first_of_a_namespace(pid: i32) -> bool {
 /// # Errors
 /// If something resists; the error names it.
 pub fn destroy(cluster: &Cluster) -> Result<()> {
-    let _lock = cluster::ending()?;
-    destroy_locked(cluster)
+    let lock = cluster::ending()?;
+    destroy_locked(cluster)?;
+    if lock.is_some() { cluster::leave() } else { Ok(()) }
 }
 
 /// [`destroy`] for who holds the lock of all starts.

@@ -23,7 +23,7 @@ use kube::{
 use crate::{
     addons,
     cluster::{self, Cluster, NODE, Origin},
-    components::{self, DNS_READY_PORT},
+    components::{self, DNS_READY_PORT, PROXY_HEALTH_PORT},
     images, pki, preflight,
     progress::{Step, say},
     results::repository,
@@ -55,7 +55,10 @@ pub struct Times {
 /// # Errors
 /// One sentence for wrong use; the last lines of the logs if a component does not come up.
 pub fn up(cluster: &Cluster) -> Result<Times> {
-    preflight::check()?;
+    // A cluster that runs has shown that it can, and has taken its room.
+    if sandbox::supervisor(cluster).is_none() {
+        preflight::check()?;
+    }
     let tools = Tools::ensure()?;
     let helper = images::helper(&tools)?;
     let lock = cluster::starting()?;
@@ -98,7 +101,14 @@ pub fn up(cluster: &Cluster) -> Result<Times> {
         .await?;
         times.node_ready = started.elapsed();
         apply_addons(cluster, &client).await?;
-        wait_async(cluster, &mut step, "DNS", async || dns_is_ready(cluster)).await?;
+        wait_async(cluster, &mut step, "DNS", async || {
+            says_yes(cluster, DNS_READY_PORT, "/ready")
+        })
+        .await?;
+        wait_async(cluster, &mut step, "Services", async || {
+            says_yes(cluster, PROXY_HEALTH_PORT, "/healthz")
+        })
+        .await?;
         wait_async(cluster, &mut step, "metrics", async || {
             metrics_are_served(&client).await
         })
@@ -321,11 +331,13 @@ async fn node_is_ready(client: &Client) -> Result<bool> {
         .any(|condition| condition.type_ == "Ready" && condition.status == "True"))
 }
 
-/// Asks CoreDNS itself: it is ready when it has seen all Services.
-fn dns_is_ready(cluster: &Cluster) -> Result<bool> {
-    let address = format!("{}:{DNS_READY_PORT}", cluster.link()?.node_address());
-    let mut stream = TcpStream::connect_timeout(&address.parse()?, Duration::from_millis(500))?;
-    stream.write_all(b"GET /ready HTTP/1.0\r\n\r\n")?;
+/// Asks a component itself: CoreDNS is ready when it has seen all Services, kube-proxy when the kernel has taken its rules.
+fn says_yes(cluster: &Cluster, port: u16, path: &str) -> Result<bool> {
+    const TIMEOUT: Duration = Duration::from_millis(500);
+    let address = format!("{}:{port}", cluster.link()?.node_address());
+    let mut stream = TcpStream::connect_timeout(&address.parse()?, TIMEOUT)?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer.contains(" 200 "))

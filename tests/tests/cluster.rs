@@ -85,11 +85,10 @@ fn kernel_settings() -> [String; KERNEL_SETTINGS.len()] {
     KERNEL_SETTINGS.map(|setting| fs::read_to_string(setting).unwrap())
 }
 
-/// A kernel setting that is changed for a test, and gets its own value back however the test ends. Another run that wants
-/// to change it waits.
+/// A kernel setting that is changed for a test, and gets its own value back however the test ends: by a process that waits
+/// for that. Another run that wants to change it waits.
 struct Changed {
-    setting: &'static str,
-    own_value: String,
+    restorer: Child,
     _lock: fs::File,
 }
 
@@ -98,10 +97,16 @@ impl Changed {
         let lock = fs::File::open(setting).unwrap();
         lock.lock().unwrap();
         let own_value = fs::read_to_string(setting).unwrap();
+        // Its input ends when we do; Ctrl-C is for us.
+        let restore = r#"trap "" INT TERM HUP; read -r _; echo "$0" >"$1""#;
+        let restorer = Command::new("sh")
+            .args(["-c", restore, own_value.trim(), setting])
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
         fs::write(setting, value).unwrap();
         Self {
-            setting,
-            own_value,
+            restorer,
             _lock: lock,
         }
     }
@@ -109,7 +114,8 @@ impl Changed {
 
 impl Drop for Changed {
     fn drop(&mut self) {
-        let _ = fs::write(self.setting, &self.own_value);
+        drop(self.restorer.stdin.take());
+        let _ = self.restorer.wait();
     }
 }
 
@@ -160,6 +166,14 @@ fn traces(of: &Cluster) -> Traces {
                 .filter(|path| names_a_component(path)),
         );
     }
+    // What kubectl remembers of API servers, by their addresses.
+    let home = env::var("HOME").unwrap();
+    let remembered = entries(&Path::new(&home).join(".kube/cache/discovery"));
+    files.extend(
+        remembered
+            .into_iter()
+            .filter(|path| path.to_string_lossy().contains("/10.231.")),
+    );
     Traces {
         processes: processes(of),
         mounts: mounts.map(str::to_owned).collect(),

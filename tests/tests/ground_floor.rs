@@ -266,7 +266,8 @@ fn a_selector_change_under_load_fails_no_request() {
         .kubectl(&["logs", "--namespace", &namespace.name, "job/load"])
         .unwrap();
     let report: Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
-    namespace.note("requests_answered", report["answered"].clone());
+    let requests = report["answered"].as_u64().unwrap() + report["failed"].as_u64().unwrap();
+    namespace.note("requests", requests);
     namespace.note("requests_failed", report["failed"].clone());
     namespace.note("answers_by_colour", report["by_identity"].clone());
     assert_eq!(report["failed"], 0, "{report}");
@@ -318,16 +319,18 @@ fn every_image_of_ours_starts() {
 #[ignore = "needs a cluster: make e2e"]
 fn a_second_up_changes_nothing() {
     // An existing cluster is not ours to start.
-    let Some(cluster) = session().cluster else {
+    let session = session();
+    let Some(cluster) = &session.cluster else {
         return;
     };
+    let _case = Namespace::new(&session, "second-up").unwrap();
     let components = || -> BTreeMap<String, (Option<u32>, usize)> {
-        let status = supervisor::read_status(&cluster).into_iter();
+        let status = supervisor::read_status(cluster).into_iter();
         status
             .map(|(name, state)| (name, (state.pid, state.restarts)))
             .collect()
     };
-    let (before, process) = (components(), sandbox::supervisor(&cluster));
+    let (before, process) = (components(), sandbox::supervisor(cluster));
     let figures = concat!(
         env!("CARGO_MANIFEST_DIR"),
         "/../target/results/cluster-start.json"
@@ -341,7 +344,7 @@ fn a_second_up_changes_nothing() {
     assert!(up.status.success() && said.contains("runs already"), "{said}");
     assert!(before.len() >= 10, "{before:?}");
     assert_eq!(components(), before);
-    assert_eq!(sandbox::supervisor(&cluster), process);
+    assert_eq!(sandbox::supervisor(cluster), process);
     assert_eq!(
         fs::read(figures).ok(),
         times_of_the_start,
@@ -353,6 +356,7 @@ fn a_second_up_changes_nothing() {
 #[ignore = "needs a cluster: make e2e"]
 fn metrics_and_a_default_storage_class_are_served() {
     let session = session();
+    let _case = Namespace::new(&session, "metrics").unwrap();
     let top = session.kubectl(&["top", "node", "--no-headers"]).unwrap();
     assert!(top.contains('%'), "{top}");
     let class = session.kubectl(&["get", "storageclass"]).unwrap();
