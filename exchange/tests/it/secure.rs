@@ -5,7 +5,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
@@ -40,7 +40,7 @@ struct MailSink {
     refuses: Arc<Mutex<Option<Refusal>>>,
 }
 
-/// What a client says and a mail server refuses for good, whoever the mail is for.
+/// What a client says and a mail server refuses for good, whoever the mail is for; or does not answer, with no words.
 type Refusal = (&'static str, &'static str);
 
 /// What a mail server knows of its clients.
@@ -130,6 +130,9 @@ impl Mailroom {
                 return Ok(None);
             }
             let refusal = *self.refuses.lock().unwrap();
+            if refusal.is_some_and(|(refused, words)| words.is_empty() && line.starts_with(refused)) {
+                continue;
+            }
             let answer = match line.split([' ', '\r']).next().unwrap_or_default() {
                 word if refusal.is_some_and(|(refused, _)| refused == word) => refusal.unwrap().1,
                 "EHLO" => {
@@ -254,6 +257,67 @@ async fn no_mail_is_lost_to_a_server_that_refuses_us() {
         .await;
         assert!(!service.log().contains("was given up"), "{}", service.log());
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mails_wait_no_longer_than_needed_for_a_server_that_falls_silent() {
+    let certificates = Certificates::new();
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let sink = MailSink::start(&certificates, Encrypts::AtOnce, NOWHERE).await;
+    let url = format!("smtps://user:secret@localhost:{}", sink.port);
+    let authority = certificates.authority.to_str().unwrap();
+    let flags = ["--role", "live", "--mail-url", &url, "--mail-ca-file", authority];
+    for (price, word) in (100..).zip(["EHLO", "DATA"]) {
+        let sent = sink.received().len();
+        *sink.refuses.lock().unwrap() = Some((word, ""));
+        let service = stores.notification(&flags).ready().await;
+        stores.trade("live", ann, bob, price, "1").await;
+        eventually("it is not waited for any longer", || async {
+            service
+                .log()
+                .contains("the mail server has not answered for 10 s")
+                .then_some(())
+        })
+        .await;
+        *sink.refuses.lock().unwrap() = None;
+        sqlx::query("update emails set due_at = now()")
+            .execute(&stores.owner)
+            .await
+            .unwrap();
+        eventually("both have been sent after all", || async {
+            (sink.received().len() == sent + 2).then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_told_to_stop_does_not_wait_for_a_silent_mail_server() {
+    let certificates = Certificates::new();
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let sink = MailSink::start(&certificates, Encrypts::AtOnce, NOWHERE).await;
+    *sink.refuses.lock().unwrap() = Some(("DATA", ""));
+    let url = format!("smtps://user:secret@localhost:{}", sink.port);
+    let authority = certificates.authority.to_str().unwrap();
+    let flags = ["--role", "live", "--mail-url", &url, "--mail-ca-file", authority];
+    let service = stores.notification(&flags).ready().await;
+    stores.trade("live", ann, bob, 100, "1").await;
+    eventually("it waits for the server", || async {
+        (sink.greetings.load(Ordering::Relaxed) > 0).then_some(())
+    })
+    .await;
+    let told = Instant::now();
+    service.signal("TERM");
+    eventually("it consumes no longer", || async {
+        service
+            .log()
+            .contains("no longer consuming live messages")
+            .then_some(())
+    })
+    .await;
+    assert!(told.elapsed() < Duration::from_secs(5), "{:?}", told.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]
