@@ -2,7 +2,8 @@
 
 -- The services' role reads everything; it writes accounts only as to name, state and tombstone, and moves money only through the
 -- functions.
-revoke execute on function submit_orders_v1, cancel_order_v1, move_external_v1, audit_ledger_v1, exchange_account_v1 from public;
+revoke execute on function submit_orders_v1, cancel_order_v1, move_external_v1, audit_ledger_v1, exchange_account_v1,
+    end_orders_v1 from public;
 grant execute on function submit_orders_v1, cancel_order_v1, move_external_v1, audit_ledger_v1 to exchange_app;
 grant select on currencies, products, accounts, transfers, transfer_references, entries, orders, trades to exchange_app;
 grant insert (id, lane, user_id, currency, name), update (name, state, deleted_at, updated_at) on accounts to exchange_app;
