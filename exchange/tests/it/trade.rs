@@ -418,6 +418,40 @@ async fn an_order_whose_account_is_missing_does_not_hold_up_its_book() {
     assert_clean(&owner, "live").await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_forgotten_while_it_is_looked_for_is_as_good_as_new() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let trader = exchange.issuer.trader(&exchange.service).await;
+    let account = trader.account("USD").await;
+    let body = json!({"account_id": account, "amount": "1"});
+    let deposit = async || {
+        exchange
+            .treasury
+            .post_with_key("/account/deposit", "one", &body)
+            .await
+    };
+    accept(deposit().await, StatusCode::CREATED).await;
+    // Between the attempt to insert it, and the look at what is there.
+    sqlx::raw_sql(
+        "update idempotency_keys set request_hash = 'old';
+         create function forget() returns trigger language plpgsql as $$
+         begin
+             delete from idempotency_keys where request_hash = 'old';
+             return null;
+         end $$;
+         create trigger forget after insert on idempotency_keys for each statement execute function forget()",
+    )
+    .execute(&owner)
+    .await
+    .unwrap();
+    let again = deposit().await;
+    assert!(!again.headers().contains_key("idempotency-hit"));
+    accept(again, StatusCode::CREATED).await;
+    assert!(deposit().await.headers().contains_key("idempotency-hit"));
+    assert_clean(&owner, "live").await;
+}
+
 /// As if trades had brought so much into an account: no deposit would.
 async fn enrich(owner: &PgPool, account: &str, amount: &str) {
     sqlx::query(
