@@ -196,6 +196,8 @@ pub(crate) async fn refresh(
     Body(body): Body<Refresh>,
 ) -> Result<Json<Tokens>, ApiError> {
     let hash = token_hash(body.refresh_token.expose_secret());
+    // The token is used up by the commit: whatever may fail is done before.
+    app.keys.prepare().await?;
     let mut transaction = app.db.begin().await?;
     // The session before its tokens, as whoever ends it does.
     let session: Option<RefreshRow> = sqlx::query_as(
@@ -227,8 +229,7 @@ pub(crate) async fn refresh(
         .execute(&mut *transaction)
         .await?;
     let refresh_token = new_refresh_token(&mut transaction, &session.lane, session.session_id).await?;
-    transaction.commit().await?;
-    tokens(
+    let tokens = tokens(
         &app,
         session.user_id,
         session.session_id,
@@ -236,7 +237,9 @@ pub(crate) async fn refresh(
         &session.scopes,
         &refresh_token,
     )
-    .await
+    .await?;
+    transaction.commit().await?;
+    Ok(tokens)
 }
 
 /// Ends the caller's session, with its refresh tokens.

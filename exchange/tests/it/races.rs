@@ -429,7 +429,12 @@ async fn a_user_is_deleted_while_a_token_is_refreshed() {
         let (gone, refreshed, ()) = tokio::join!(deletion(1 - order), refresh(order), release);
         assert_eq!(gone.status(), StatusCode::NO_CONTENT);
         let expected = if deletion_first { 401 } else { 200 };
-        assert_eq!(refreshed.status(), expected, "{}", refreshed.text().await.unwrap());
+        assert_eq!(
+            refreshed.status(),
+            expected,
+            "{}",
+            refreshed.text().await.unwrap()
+        );
     }
     let (tokens,): (i64,) = sqlx::query_as("select count(*) from refresh_tokens")
         .fetch_one(&owner)

@@ -352,6 +352,28 @@ async fn a_refresh_token_works_once_and_its_reuse_ends_the_session() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_that_could_not_be_answered_may_be_sent_again() {
+    let exchange = Exchange::start(&[]).await;
+    let tokens = exchange.user("ada@example.org").await;
+    // It has no keys yet, and cannot read them.
+    let newcomer = Exchange::over(exchange.database.clone(), &[]).await;
+    let owner = exchange.database.owner().await;
+    let mut keys = owner.begin().await.unwrap();
+    sqlx::query("lock table signing_keys in access exclusive mode")
+        .execute(&mut *keys)
+        .await
+        .unwrap();
+    let refresh = json!({"refresh_token": tokens.refresh_token});
+    let failed = newcomer.post("/token/refresh", refresh.clone()).await;
+    assert!(failed.headers().contains_key("retry-after"));
+    problem(failed, 503, "unavailable").await;
+    keys.rollback().await.unwrap();
+    let again = Tokens::from(newcomer.post("/token/refresh", refresh).await).await;
+    let profile = newcomer.call(Method::GET, "/profile", Some(&again.access_token), None);
+    assert_eq!(profile.await.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn of_many_refreshes_at_once_one_wins() {
     let exchange = Exchange::start(&[]).await;
     let tokens = exchange.user("ada@example.org").await;
