@@ -282,8 +282,11 @@ impl Worker {
         Ok(())
     }
 
-    /// Keeps a message that cannot be handled for a person to look at, and counts it as handled.
+    /// Keeps a message that cannot be handled for a person to look at, and counts it as handled. What is about a user who is
+    /// gone is not kept; one who is about to go waits until this has been written and can be erased.
     async fn put_aside(&self, event: &Delivered, reason: &str) -> Result<(), sqlx::Error> {
+        let user = event.payload.get("user_id").and_then(serde_json::Value::as_str);
+        let user = user.and_then(|user| user.parse::<Uuid>().ok());
         let mut transaction = self.db.begin().await?;
         sqlx::query(
             "insert into inbox (consumer, event_id, lane) values ($1, $2, $3) on conflict do nothing",
@@ -294,8 +297,12 @@ impl Worker {
         .execute(&mut *transaction)
         .await?;
         sqlx::query(
-            "insert into dead_letters (consumer, event_id, lane, topic, payload, reason)
-             values ($1, $2, $3, $4, $5, $6) on conflict do nothing",
+            "with concerned as (
+                 select from users where id = $7 and deleted_at is null for key share
+             )
+             insert into dead_letters (consumer, event_id, lane, topic, payload, reason)
+             select $1, $2, $3, $4, $5, $6 where $7 is null or exists (select from concerned)
+             on conflict do nothing",
         )
         .bind(self.consumer.name())
         .bind(event.id)
@@ -303,6 +310,7 @@ impl Worker {
         .bind(event.topic.as_str())
         .bind(&event.payload)
         .bind(reason)
+        .bind(user)
         .execute(&mut *transaction)
         .await?;
         transaction.commit().await?;

@@ -73,7 +73,6 @@ struct Due {
     user_id: Uuid,
     seq: i64,
     attempts: i32,
-    address: Option<String>,
     title: String,
     data: serde_json::Value,
 }
@@ -123,16 +122,23 @@ async fn send_due(
              from taken where emails.user_id = taken.user_id and emails.seq = taken.seq
              returning emails.user_id, emails.seq, emails.attempts
          )
-         select moved.user_id, moved.seq, attempts, users.email as address, title, data
+         select moved.user_id, moved.seq, attempts, title, data
          from moved
-         join notifications on notifications.user_id = moved.user_id and notifications.seq = moved.seq
-         join users on users.id = moved.user_id",
+         join notifications on notifications.user_id = moved.user_id and notifications.seq = moved.seq",
     )
     .bind(BATCH)
     .fetch_all(db)
     .await?;
     for email in &due {
-        let Some(message) = compose(&config.from, email) else {
+        // Only now: while others were sent the user may have gone.
+        let address: Option<Option<String>> = sqlx::query_scalar("select email from users where id = $1")
+            .bind(email.user_id)
+            .fetch_optional(db)
+            .await?;
+        let message = address
+            .flatten()
+            .and_then(|address| compose(&config.from, &address, email));
+        let Some(message) = message else {
             // Deleted in the meantime, or an address that no mail server would take.
             forget(db, email).await?;
             continue;
@@ -248,8 +254,8 @@ async fn connect(config: &MailConfig) -> Result<AsyncSmtpConnection, MailError> 
     Ok(server)
 }
 
-fn compose(from: &Mailbox, email: &Due) -> Option<Message> {
-    let to: Mailbox = email.address.as_ref()?.parse().ok()?;
+fn compose(from: &Mailbox, address: &str, email: &Due) -> Option<Message> {
+    let to: Mailbox = address.parse().ok()?;
     let facts = email
         .data
         .as_object()
@@ -277,12 +283,11 @@ fn compose(from: &Mailbox, email: &Due) -> Option<Message> {
 mod tests {
     use super::*;
 
-    fn due(address: Option<&str>) -> Due {
+    fn due() -> Due {
         Due {
             user_id: Uuid::nil(),
             seq: 3,
             attempts: 1,
-            address: address.map(ToOwned::to_owned),
             title: "Received 1 BTC".into(),
             data: serde_json::json!({"currency": "BTC", "amount": "1"}),
         }
@@ -291,7 +296,7 @@ mod tests {
     #[test]
     fn the_same_notification_has_the_same_message_id() {
         let from: Mailbox = "Exchange <no-reply@exchange.example>".parse().unwrap();
-        let message = compose(&from, &due(Some("ann@example.org"))).unwrap().formatted();
+        let message = compose(&from, "ann@example.org", &due()).unwrap().formatted();
         let text = String::from_utf8(message).unwrap();
         assert!(
             text.contains("Message-ID: <00000000-0000-0000-0000-000000000000.3@exchange.example>"),
@@ -306,8 +311,7 @@ mod tests {
     #[test]
     fn nobody_is_written_to_without_a_usable_address() {
         let from: Mailbox = "no-reply@exchange.example".parse().unwrap();
-        assert!(compose(&from, &due(None)).is_none());
-        assert!(compose(&from, &due(Some("not an address"))).is_none());
-        assert!(compose(&from, &due(Some("a@b\r\nBcc: c@d"))).is_none());
+        assert!(compose(&from, "not an address", &due()).is_none());
+        assert!(compose(&from, "a@b\r\nBcc: c@d", &due()).is_none());
     }
 }

@@ -40,7 +40,8 @@ struct MailSink {
     refuses: Arc<Mutex<Option<Refusal>>>,
 }
 
-/// What a client says and a mail server refuses for good, whoever the mail is for; or does not answer, with no words.
+/// What a client says and a mail server refuses for good, whoever the mail is for; or, with no words,
+/// does not answer as long as it stands.
 type Refusal = (&'static str, &'static str);
 
 /// What a mail server knows of its clients.
@@ -129,10 +130,11 @@ impl Mailroom {
             if connection.read_line(&mut line).await? == 0 {
                 return Ok(None);
             }
-            let refusal = *self.refuses.lock().unwrap();
-            if refusal.is_some_and(|(refused, words)| words.is_empty() && line.starts_with(refused)) {
-                continue;
+            let silent = |&(refused, words): &Refusal| words.is_empty() && line.starts_with(refused);
+            while self.refuses.lock().unwrap().as_ref().is_some_and(silent) {
+                tokio::time::sleep(Duration::from_millis(20)).await;
             }
+            let refusal = *self.refuses.lock().unwrap();
             let answer = match line.split([' ', '\r']).next().unwrap_or_default() {
                 word if refusal.is_some_and(|(refused, _)| refused == word) => refusal.unwrap().1,
                 "EHLO" => {
@@ -157,7 +159,9 @@ impl Mailroom {
                     say(&mut connection, "354 go on").await?;
                     let mut mail = String::new();
                     while !mail.ends_with("\r\n.\r\n") {
-                        connection.read_line(&mut mail).await?;
+                        if connection.read_line(&mut mail).await? == 0 {
+                            return Ok(None);
+                        }
                     }
                     self.received.lock().unwrap().push(mail);
                     "250 taken"
@@ -290,6 +294,39 @@ async fn mails_wait_no_longer_than_needed_for_a_server_that_falls_silent() {
         })
         .await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_who_has_left_is_written_to() {
+    let certificates = Certificates::new();
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let sink = MailSink::start(&certificates, Encrypts::AtOnce, NOWHERE).await;
+    *sink.refuses.lock().unwrap() = Some(("DATA", ""));
+    let url = format!("smtps://user:secret@localhost:{}", sink.port);
+    let authority = certificates.authority.to_str().unwrap();
+    let flags = ["--role", "live", "--mail-url", &url, "--mail-ca-file", authority];
+    let _service = stores.notification(&flags).ready().await;
+    stores.trade("live", ann, bob, 100, "1").await;
+    eventually("both have been taken", || async {
+        (stores
+            .count("select count(*) from emails where attempts > 0")
+            .await
+            == 2)
+            .then_some(())
+    })
+    .await;
+    sqlx::query("update users set email = null, password_hash = null, deleted_at = now()")
+        .execute(&stores.owner)
+        .await
+        .unwrap();
+    *sink.refuses.lock().unwrap() = None;
+    eventually("none is left", || async {
+        (stores.count("select count(*) from emails").await == 0).then_some(())
+    })
+    .await;
+    // The first of them may have been under way.
+    assert!(sink.received().len() <= 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

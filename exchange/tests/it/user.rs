@@ -4,6 +4,8 @@ use std::time::Instant;
 
 use reqwest::{Method, Response, StatusCode};
 use serde_json::{Value, json};
+use sqlx::Transaction;
+use uuid::Uuid;
 
 use crate::{
     servers::{Database, Postgres, Service, eventually},
@@ -605,6 +607,33 @@ impl Farewell {
         self.users.call(Method::DELETE, "/user", token, None).await
     }
 
+    /// Erases the user, in a transaction that is still open.
+    async fn begin_to_delete(&self) -> (Uuid, Transaction<'static, sqlx::Postgres>) {
+        let owner = &self.stores.owner;
+        let id: Uuid = self.ada.user_id.parse().unwrap();
+        // As the deletion does it.
+        let mut deleting = owner.begin().await.unwrap();
+        sqlx::query("select from users where id = $1 for update")
+            .bind(id)
+            .execute(&mut *deleting)
+            .await
+            .unwrap();
+        let erase: Vec<String> = sqlx::query_scalar(
+            "select erase from user_data where erase is not null order by position, topic",
+        )
+        .fetch_all(owner)
+        .await
+        .unwrap();
+        for sql in erase {
+            sqlx::query(sqlx::AssertSqlSafe(sql))
+                .bind(id)
+                .execute(&mut *deleting)
+                .await
+                .unwrap();
+        }
+        (id, deleting)
+    }
+
     /// Everything of the ledger that has to stay as it is.
     async fn ledger(&self) -> Vec<String> {
         sqlx::query_scalar(
@@ -798,26 +827,7 @@ async fn nothing_is_told_to_a_user_who_is_being_deleted() {
         .post_with_key("/account/withdraw", "all", &all);
     accept(withdrawn.await, StatusCode::CREATED).await;
     farewell.stores.settled("live").await;
-    let id: uuid::Uuid = farewell.ada.user_id.parse().unwrap();
-    // As the deletion does it.
-    let mut deleting = owner.begin().await.unwrap();
-    sqlx::query("select from users where id = $1 for update")
-        .bind(id)
-        .execute(&mut *deleting)
-        .await
-        .unwrap();
-    let erase: Vec<String> =
-        sqlx::query_scalar("select erase from user_data where erase is not null order by position, topic")
-            .fetch_all(owner)
-            .await
-            .unwrap();
-    for sql in erase {
-        sqlx::query(sqlx::AssertSqlSafe(sql))
-            .bind(id)
-            .execute(&mut *deleting)
-            .await
-            .unwrap();
-    }
+    let (id, deleting) = farewell.begin_to_delete().await;
     sqlx::query(
         "insert into outbox (id, lane, topic, key, payload)
          values (uuid_v7(), 'live', 'user.signed_in', 'late', jsonb_build_object('user_id', $1))",
@@ -846,6 +856,45 @@ async fn nothing_is_told_to_a_user_who_is_being_deleted() {
         .await
         .unwrap();
     assert_eq!(told, 0);
+}
+
+/// A message that nobody can handle, put aside when its user is deleted.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_put_aside_about_a_user_who_is_being_deleted() {
+    let farewell = Farewell::prepare().await;
+    let owner = &farewell.stores.owner;
+    let all = json!({"account_id": farewell.wallet.usd, "amount": "1000"});
+    let withdrawn = farewell
+        .wallet
+        .trader
+        .post_with_key("/account/withdraw", "all", &all);
+    accept(withdrawn.await, StatusCode::CREATED).await;
+    farewell.stores.settled("live").await;
+    let (id, deleting) = farewell.begin_to_delete().await;
+    sqlx::query(
+        "insert into outbox (id, lane, topic, key, payload)
+         values (uuid_v7(), 'live', 'transfer.posted', 'late', jsonb_build_object('user_id', $1, 'kind', 'zebra gift'))",
+    )
+    .bind(id)
+    .execute(owner)
+    .await
+    .unwrap();
+    eventually("it is being put aside, or has been", || async {
+        let waits: bool = sqlx::query_scalar(
+            "select exists (select from pg_stat_activity where wait_event_type = 'Lock'
+                 and query like '%insert into dead_letters%' and datname = current_database())
+                 or exists (select from inbox join outbox on id = event_id where key = 'late')",
+        )
+        .fetch_one(owner)
+        .await
+        .unwrap();
+        waits.then_some(())
+    })
+    .await;
+    deleting.commit().await.unwrap();
+    farewell.stores.settled("live").await;
+    // The event itself is not the user's by its key, and gone within the hour.
+    assert_eq!(farewell.tables_with_the_word().await, ["outbox"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
