@@ -528,11 +528,17 @@ impl Service {
 
     /// Resident memory, in MiB.
     pub(crate) fn memory_mib(&self) -> u64 {
+        self.memory("VmRSS:")
+    }
+
+    /// The most resident memory so far, in MiB.
+    pub(crate) fn most_memory_mib(&self) -> u64 {
+        self.memory("VmHWM:")
+    }
+
+    fn memory(&self, which: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let resident = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .unwrap();
+        let resident = status.lines().find_map(|line| line.strip_prefix(which)).unwrap();
         resident.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
     }
 

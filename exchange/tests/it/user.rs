@@ -721,6 +721,59 @@ async fn a_user_can_take_the_data_along() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_large_export_is_read_in_small_parts_and_never_looks_complete_when_it_is_not() {
+    const MANY: usize = 150_000;
+    let exchange = Exchange::start(&[]).await;
+    let ada = exchange.user("ada@example.org").await;
+    let owner = exchange.database.owner().await;
+    sqlx::query(
+        "insert into notifications (user_id, seq, lane, kind, title, data)
+         select $1, seq, 'live', 'account', repeat('x', 150), jsonb_build_object('name', repeat('y', 100))
+         from generate_series(1, $2) as seq",
+    )
+    .bind(ada.user_id.parse::<Uuid>().unwrap())
+    .bind(i32::try_from(MANY).unwrap())
+    .execute(&owner)
+    .await
+    .unwrap();
+    let export = || exchange.call(Method::GET, "/user/export", Some(&ada.access_token), None);
+    let before = exchange.service.most_memory_mib();
+
+    // Somebody who has not begun to read keeps others waiting, who know for how long.
+    let slow = export().await;
+    assert_eq!(slow.status(), 200);
+    let refused = export().await;
+    assert_eq!(refused.headers()["retry-after"], "5");
+    problem(refused, 503, "unavailable").await;
+    eventually("it waits for its reader, and has its connection cut", || async {
+        let ended: i64 = sqlx::query_scalar(
+            "select count(pg_terminate_backend(pid)) from pg_stat_activity
+             where datname = current_database() and state = 'idle in transaction' and query like 'fetch%'",
+        )
+        .fetch_one(&owner)
+        .await
+        .unwrap();
+        (ended == 1).then_some(())
+    })
+    .await;
+    slow.bytes().await.unwrap_err();
+
+    let (length, rows) = {
+        let whole = export().await.bytes().await.unwrap();
+        let whole: Value = serde_json::from_slice(&whole).unwrap();
+        let rows = whole["notifications"].as_array().unwrap();
+        assert_eq!(rows[MANY - 1]["id"], MANY);
+        (whole.to_string().len(), rows.len())
+    };
+    assert_eq!(rows, MANY);
+    let grown = exchange.service.most_memory_mib() - before;
+    assert!(
+        grown < 32 && length > 48 << 20,
+        "{length} bytes took {grown} MiB more"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_user_can_leave_and_nothing_that_identifies_stays() {
     let farewell = Farewell::prepare().await;
     let bob = farewell.trade().await.bob;
