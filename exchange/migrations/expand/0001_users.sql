@@ -124,6 +124,13 @@ insert into user_data (topic, position, export, erase) values
              ''revoked_at'', revoked_at)
          from sessions where user_id = $1 order by created_at',
         'delete from sessions where user_id = $1'
+    ),
+    (
+        'refresh tokens', 901,
+        'select jsonb_build_object(''session_id'', session_id, ''created_at'', t.created_at, ''used_at'', used_at)
+         from sessions s join refresh_tokens t on session_id = s.id where user_id = $1 order by t.created_at',
+        -- They go with their sessions.
+        null
     );
 
 -- Erases a test lane, as the owner: services cannot delete such rows themselves, and nobody can delete live ones.

@@ -90,7 +90,7 @@ insert into user_data (topic, position, export, erase) values
     ),
     (
         'emails', 99,
-        'select jsonb_build_object(''notification'', seq, ''due_at'', due_at) from emails where user_id = $1 order by seq',
+        'select jsonb_build_object(''notification'', seq, ''attempts'', attempts, ''due_at'', due_at) from emails where user_id = $1 order by seq',
         'delete from emails where user_id = $1'
     ),
     (
@@ -100,7 +100,11 @@ insert into user_data (topic, position, export, erase) values
     ),
     (
         'dead letters', 120,
-        'select jsonb_build_object(''topic'', topic, ''payload'', payload, ''created_at'', created_at)
-         from dead_letters where payload ->> ''user_id'' = $1::text order by created_at',
+        -- Of a trade without the other side.
+        'select jsonb_build_object(''topic'', topic, ''payload'',
+                    payload - case when payload #>> ''{buyer,user_id}'' = $1::text then ''seller'' else ''buyer'' end,
+                    ''reason'', reason, ''created_at'', created_at)
+         from dead_letters where $1::text in
+             (payload ->> ''user_id'', payload #>> ''{buyer,user_id}'', payload #>> ''{seller,user_id}'') order by created_at',
         'delete from dead_letters where payload ->> ''user_id'' = $1::text'
     );
