@@ -247,7 +247,11 @@ impl Workers {
                     .rebuild(&self.app.db, time::OffsetDateTime::now_utc())
                     .await
                 {
-                    Ok(rebuilt) => info!(rebuilt.ticks, rebuilt.candles, "rebuilt the market data"),
+                    Ok(rebuilt) => info!(
+                        labels.ticks = rebuilt.ticks,
+                        labels.candles = rebuilt.candles,
+                        "rebuilt the market data"
+                    ),
                     Err(error) => warn!(error.message = %error, "failed to rebuild the market data"),
                 },
                 Err(error) => warn!(error.message = %error, "failed to look at the market data"),

@@ -554,6 +554,46 @@ impl Drop for Service {
         let _ = self.child.wait();
         if std::thread::panicking() {
             let _ = std::io::stderr().write_all(self.log().as_bytes());
+        } else {
+            assert_well_named(&self.log());
+        }
+    }
+}
+
+/// What lines of the log may have beside `labels.*`; see `docs/logging.md`.
+const LOGGED: [&str; 18] = [
+    "@timestamp",
+    "client.address",
+    "ecs.version",
+    "error.message",
+    "event.duration",
+    "event.id",
+    "http.request.method",
+    "http.response.status_code",
+    "http.route",
+    "log.level",
+    "log.logger",
+    "message",
+    "server.address",
+    "service.name",
+    "service.version",
+    "span.id",
+    "trace.id",
+    "user.id",
+];
+
+/// Fails if a line of ours has a field that a schema does not know. The last line may have been cut off.
+fn assert_well_named(log: &str) {
+    let entries = log
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    for entry in entries {
+        let ours = entry["log.logger"]
+            .as_str()
+            .is_some_and(|logger| logger.starts_with("exchange"));
+        for field in entry.as_object().unwrap().keys() {
+            let known = LOGGED.contains(&field.as_str()) || field.starts_with("labels.");
+            assert!(known || !ours, "{field} is no name for a field: {entry}");
         }
     }
 }
