@@ -159,6 +159,7 @@ async fn run(command: Command, release: Release, around: Around) -> anyhow::Resu
             let db = db::pool(&config, "exchange-market-rebuild")?;
             let store = Store::new(StoreConfig::from(&config)?);
             let rebuilt = store.rebuild(&db, time::OffsetDateTime::now_utc()).await?;
+            let rebuilt = rebuilt.context("another process is rebuilding the market data")?;
             info!(
                 labels.ticks = rebuilt.ticks,
                 labels.candles = rebuilt.candles,

@@ -372,7 +372,7 @@ async fn events_pass_and_mails_go_out_over_tls_only_to_whom_we_trust() {
     let untrusting = stores.notification(&["--role", "live", "--mail-url", &mail]);
     eventually("the service has refused the broker's certificate", || async {
         let log = untrusting.log();
-        log.contains("failed to look at the market data").then_some(())
+        log.contains("failed to restore the market data").then_some(())
     })
     .await;
     tokio::time::sleep(Duration::from_secs(1)).await;
