@@ -309,7 +309,9 @@ impl Postgres {
             .execute(&mut connection)
             .await
         {
-            let code = error.as_database_error().and_then(|error| error.code());
+            let code = error
+                .as_database_error()
+                .and_then(sqlx::error::DatabaseError::code);
             let in_use = code.is_some_and(|code| code == "55006");
             assert!(in_use && Instant::now() < deadline, "{error}");
             tokio::time::sleep(Duration::from_millis(50)).await;
