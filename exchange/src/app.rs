@@ -8,7 +8,7 @@ use std::{
 
 use prometheus_client::metrics::gauge::Gauge;
 use sqlx::PgPool;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use uuid::Uuid;
 
 use crate::{
@@ -42,6 +42,8 @@ pub struct Inner {
     pub keys: Keys,
     /// Where passwords are hashed.
     pub passwords: Passwords,
+    /// Whose turn it is to export: one at a time, as each keeps a connection to the database for long.
+    pub exports: Arc<Semaphore>,
     /// What is open on the public port.
     pub counts: Counts,
     /// Whether live messages are being taken from the queue; the consumer keeps it true to the fact.
@@ -82,6 +84,7 @@ impl App {
             role,
             metrics,
             stack,
+            exports: Arc::new(Semaphore::new(1)),
             counts: Counts::default(),
             consuming: AtomicBool::new(false),
             readiness,

@@ -241,6 +241,11 @@ impl Keys {
         })
     }
 
+    /// Makes sure that there is a key to sign with, so that a token can be issued without the database.
+    pub async fn prepare(&self) -> Result<(), ApiError> {
+        self.signing_key(OffsetDateTime::now_utc()).await.map(|_| ())
+    }
+
     /// Issues a token. Makes the first key, and further ones in time.
     pub async fn issue(
         &self,

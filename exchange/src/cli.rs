@@ -159,7 +159,12 @@ async fn run(command: Command, release: Release, around: Around) -> anyhow::Resu
             let db = db::pool(&config, "exchange-market-rebuild")?;
             let store = Store::new(StoreConfig::from(&config)?);
             let rebuilt = store.rebuild(&db, time::OffsetDateTime::now_utc()).await?;
-            info!(rebuilt.ticks, rebuilt.candles, "rebuilt the market data");
+            let rebuilt = rebuilt.context("another process is rebuilding the market data")?;
+            info!(
+                labels.ticks = rebuilt.ticks,
+                labels.candles = rebuilt.candles,
+                "rebuilt the market data"
+            );
         }
         Command::Smoke(args) => return smoke::run(*args).await,
         Command::Load(args) => return load::run(*args).await,

@@ -1,6 +1,6 @@
 //! Extractors whose rejections are problem documents that name the field.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use axum::{
     body::Bytes,
@@ -79,7 +79,8 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T>
     }
 }
 
-/// The address of the client: of the connection, or, behind trusted proxies, the last one that is not theirs.
+/// The address of the client: of the connection, or, behind trusted proxies, the last one that is not theirs. Of IPv6 the
+/// network: whoever has an address has all of its /64.
 #[derive(Clone, Copy, Debug)]
 pub struct ClientAddress(pub IpAddr);
 
@@ -91,11 +92,11 @@ impl FromRequestParts<App> for ClientAddress {
             .extensions
             .get::<ConnectInfo<SocketAddr>>()
             .ok_or_else(|| ApiError::internal("the accept loop left no peer address"))?;
-        Ok(Self(client_address(
+        Ok(Self(network(client_address(
             peer.ip(),
             &parts.headers,
             &app.config.trusted_proxies,
-        )))
+        ))))
     }
 }
 
@@ -114,6 +115,14 @@ fn client_address(peer: IpAddr, headers: &HeaderMap, proxies: &[IpNet]) -> IpAdd
     client
 }
 
+/// What one client has for certain: an address of IPv4, or the 64 bits of one of IPv6 that it cannot choose.
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+        address @ IpAddr::V4(_) => address,
+    }
+}
+
 fn at_path(problem: error::Problem, error: serde_path_to_error::Error<serde_json::Error>) -> ApiError {
     let path = error.path().to_string();
     let detail = ApiError::from(problem).detail(error.into_inner().to_string());
@@ -125,6 +134,19 @@ mod tests {
     use axum::http::HeaderValue;
 
     use super::*;
+
+    #[test]
+    fn a_client_cannot_choose_what_it_is_known_by() {
+        for (address, known_by) in [
+            ("203.0.113.7", "203.0.113.7"),
+            ("::ffff:203.0.113.7", "203.0.113.7"),
+            ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"),
+            ("2001:db8:1:2:ffff:ffff:ffff:ffff", "2001:db8:1:2::"),
+            ("2001:db8:1:3::1", "2001:db8:1:3::"),
+        ] {
+            assert_eq!(network(address.parse().unwrap()).to_string(), known_by);
+        }
+    }
 
     #[test]
     fn a_client_cannot_invent_its_address() {

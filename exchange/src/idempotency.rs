@@ -105,29 +105,34 @@ pub async fn claim(
     request: &impl Serialize,
 ) -> Result<Option<Value>, ApiError> {
     let hash = Sha256::digest(serde_json::to_vec(request).map_err(ApiError::internal)?);
-    let claimed = sqlx::query(
-        "insert into idempotency_keys (user_id, key, lane, request_hash) values ($1, $2, $3, $4)
-         on conflict (user_id, key) do nothing",
-    )
-    .bind(user)
-    .bind(key.as_str())
-    .bind(lane)
-    .bind(hash.as_slice())
-    .execute(&mut *connection)
-    .await?
-    .rows_affected();
-    if claimed == 1 {
-        return Ok(None);
-    }
-    let (known, answer): (Vec<u8>, Option<Value>) =
-        sqlx::query_as("select request_hash, answer from idempotency_keys where user_id = $1 and key = $2")
-            .bind(user)
-            .bind(key.as_str())
-            .fetch_one(connection)
-            .await?;
-    match answer {
-        Some(answer) if known == hash.as_slice() => Ok(Some(answer)),
-        _ => Err(ApiError::from(KEY_REUSED).field("Idempotency-Key")),
+    loop {
+        let claimed = sqlx::query(
+            "insert into idempotency_keys (user_id, key, lane, request_hash) values ($1, $2, $3, $4)
+             on conflict (user_id, key) do nothing",
+        )
+        .bind(user)
+        .bind(key.as_str())
+        .bind(lane)
+        .bind(hash.as_slice())
+        .execute(&mut *connection)
+        .await?
+        .rows_affected();
+        if claimed == 1 {
+            return Ok(None);
+        }
+        let known: Option<(Vec<u8>, Option<Value>)> = sqlx::query_as(
+            "select request_hash, answer from idempotency_keys where user_id = $1 and key = $2",
+        )
+        .bind(user)
+        .bind(key.as_str())
+        .fetch_optional(&mut *connection)
+        .await?;
+        match known {
+            Some((known, Some(answer))) if known == hash.as_slice() => return Ok(Some(answer)),
+            Some(_) => return Err(ApiError::from(KEY_REUSED).field("Idempotency-Key")),
+            // It has been forgotten between the two.
+            None => {}
+        }
     }
 }
 

@@ -131,7 +131,7 @@ impl Worker {
                 continue;
             }
             if let Err(error) = self.consume(scope, stop).await {
-                warn!(consumer = self.consumer.name(), scope = scope.stream(), error = %error, "failed to consume");
+                warn!(labels.consumer = self.consumer.name(), labels.stream = scope.stream(), error.message = %error, "failed to consume");
                 rest(stop, RETRY).await;
             }
         }
@@ -186,7 +186,7 @@ impl Worker {
                 Ok(event) => readable.push((event, message)),
                 // Not from an outbox, so nobody waits for its effect.
                 Err(reason) => {
-                    error!(consumer = self.consumer.name(), subject = %message.subject, reason, "dropped a message");
+                    error!(labels.consumer = self.consumer.name(), labels.subject = %message.subject, error.message = reason, "dropped a message");
                     self.metrics.dead.inc();
                     acknowledge(&message, AckKind::Term).await;
                 }
@@ -208,7 +208,7 @@ impl Worker {
             Err(error) => error,
         };
         if !error.is_permanent() {
-            warn!(consumer = self.consumer.name(), error = %error, "failed to handle messages; trying again");
+            warn!(labels.consumer = self.consumer.name(), error.message = %error, "failed to handle messages; trying again");
             for (_, message) in &readable {
                 acknowledge(message, AckKind::Nak(Some(RETRY))).await;
             }
@@ -223,7 +223,7 @@ impl Worker {
     async fn handle_alone(&self, event: &Delivered, message: &jetstream::Message) {
         let trace = event.traceparent.as_deref().and_then(TraceContext::parse);
         let trace = trace.map_or_else(TraceContext::root, TraceContext::child);
-        let span = info_span!("message", event.id = %event.id, event.topic = event.topic.as_str());
+        let span = info_span!("message", event.id = %event.id, labels.topic = event.topic.as_str());
         let handled = async {
             let kind = match self.apply(&[event]).await {
                 Ok(()) => AckKind::Ack,
@@ -234,7 +234,7 @@ impl Worker {
                     }
                 }
                 Err(error) => {
-                    warn!(error = %error, "failed to handle a message; trying again");
+                    warn!(error.message = %error, "failed to handle a message; trying again");
                     AckKind::Nak(Some(RETRY))
                 }
             };
@@ -282,8 +282,11 @@ impl Worker {
         Ok(())
     }
 
-    /// Keeps a message that cannot be handled for a person to look at, and counts it as handled.
+    /// Keeps a message that cannot be handled for a person to look at, and counts it as handled. What is about a user who is
+    /// gone is not kept; one who is about to go waits until this has been written and can be erased.
     async fn put_aside(&self, event: &Delivered, reason: &str) -> Result<(), sqlx::Error> {
+        let user = event.payload.get("user_id").and_then(serde_json::Value::as_str);
+        let user = user.and_then(|user| user.parse::<Uuid>().ok());
         let mut transaction = self.db.begin().await?;
         sqlx::query(
             "insert into inbox (consumer, event_id, lane) values ($1, $2, $3) on conflict do nothing",
@@ -294,8 +297,12 @@ impl Worker {
         .execute(&mut *transaction)
         .await?;
         sqlx::query(
-            "insert into dead_letters (consumer, event_id, lane, topic, payload, reason)
-             values ($1, $2, $3, $4, $5, $6) on conflict do nothing",
+            "with concerned as (
+                 select from users where id = $7 and deleted_at is null for key share
+             )
+             insert into dead_letters (consumer, event_id, lane, topic, payload, reason)
+             select $1, $2, $3, $4, $5, $6 where $7 is null or exists (select from concerned)
+             on conflict do nothing",
         )
         .bind(self.consumer.name())
         .bind(event.id)
@@ -303,10 +310,14 @@ impl Worker {
         .bind(event.topic.as_str())
         .bind(&event.payload)
         .bind(reason)
+        .bind(user)
         .execute(&mut *transaction)
         .await?;
         transaction.commit().await?;
-        error!(reason, "a message could not be handled and was put aside");
+        error!(
+            error.message = reason,
+            "a message could not be handled and was put aside"
+        );
         self.metrics.dead.inc();
         Ok(())
     }
@@ -339,6 +350,6 @@ fn deliveries(message: &jetstream::Message) -> i64 {
 /// A lost acknowledgement only means that the message comes again.
 async fn acknowledge(message: &jetstream::Message, kind: AckKind) {
     if let Err(error) = message.ack_with(kind).await {
-        warn!(error = %error, "failed to acknowledge a message");
+        warn!(error.message = %error, "failed to acknowledge a message");
     }
 }

@@ -20,6 +20,7 @@ use percent_encoding::percent_decode_str;
 use reqwest::Url;
 use secrecy::ExposeSecret;
 use sqlx::PgPool;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 use uuid::Uuid;
@@ -34,7 +35,7 @@ const IDLE: Duration = Duration::from_millis(500);
 /// refuses our password may lock us out if we insist.
 const PAUSE: Duration = Duration::from_secs(5);
 const LONGEST_PAUSE: Duration = Duration::from_mins(5);
-/// Longer than a connection to a healthy server ever takes.
+/// Longer than a healthy server ever takes, to get to know us or to take an e-mail.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// After so many tries, over four hours, an e-mail is given up.
 const MAX_ATTEMPTS: i32 = 8;
@@ -59,6 +60,10 @@ enum MailError {
     Unusable(String),
     #[error("the mail server does not take e-mails from here: {0}")]
     Server(String),
+    #[error("the mail server has not answered for {} s", TIMEOUT.as_secs())]
+    Silent(#[from] tokio::time::error::Elapsed),
+    #[error("told to stop")]
+    Stopped,
     #[error("{0}")]
     Database(#[from] sqlx::Error),
 }
@@ -68,7 +73,6 @@ struct Due {
     user_id: Uuid,
     seq: i64,
     attempts: i32,
-    address: Option<String>,
     title: String,
     data: serde_json::Value,
 }
@@ -77,21 +81,29 @@ struct Due {
 pub async fn run(db: &PgPool, config: &MailConfig, metrics: &MessageMetrics, stop: &CancellationToken) {
     let mut pause = PAUSE;
     while !stop.is_cancelled() {
-        let sent = send_due(db, config, metrics).await;
-        if let Err(error) = sent {
-            warn!(error.message = %error, "failed to send e-mails");
-            rest(stop, pause).await;
-            pause = (2 * pause).min(LONGEST_PAUSE);
-            continue;
-        }
-        pause = PAUSE;
-        if let Ok(0) = sent {
-            rest(stop, IDLE).await;
+        match send_due(db, config, metrics, stop).await {
+            Ok(sent) => {
+                pause = PAUSE;
+                if sent == 0 {
+                    rest(stop, IDLE).await;
+                }
+            }
+            Err(MailError::Stopped) => return,
+            Err(error) => {
+                warn!(error.message = %error, "failed to send e-mails");
+                rest(stop, pause).await;
+                pause = (2 * pause).min(LONGEST_PAUSE);
+            }
         }
     }
 }
 
-async fn send_due(db: &PgPool, config: &MailConfig, metrics: &MessageMetrics) -> Result<usize, MailError> {
+async fn send_due(
+    db: &PgPool,
+    config: &MailConfig,
+    metrics: &MessageMetrics,
+    stop: &CancellationToken,
+) -> Result<usize, MailError> {
     let any: bool = sqlx::query_scalar("select exists (select from emails where due_at <= now())")
         .fetch_one(db)
         .await?;
@@ -99,7 +111,7 @@ async fn send_due(db: &PgPool, config: &MailConfig, metrics: &MessageMetrics) ->
         return Ok(0);
     }
     // Before any is taken: what the server has against us is nothing that an e-mail should be given up for.
-    let mut server = connect(config).await?;
+    let mut server = answer(stop, connect(config)).await??;
     // Taken by moving the due time: no transaction stays open while the mail server thinks.
     let due: Vec<Due> = sqlx::query_as(
         "with taken as (
@@ -110,24 +122,32 @@ async fn send_due(db: &PgPool, config: &MailConfig, metrics: &MessageMetrics) ->
              from taken where emails.user_id = taken.user_id and emails.seq = taken.seq
              returning emails.user_id, emails.seq, emails.attempts
          )
-         select moved.user_id, moved.seq, attempts, users.email as address, title, data
+         select moved.user_id, moved.seq, attempts, title, data
          from moved
-         join notifications on notifications.user_id = moved.user_id and notifications.seq = moved.seq
-         join users on users.id = moved.user_id",
+         join notifications on notifications.user_id = moved.user_id and notifications.seq = moved.seq",
     )
     .bind(BATCH)
     .fetch_all(db)
     .await?;
     for email in &due {
-        let Some(message) = compose(&config.from, email) else {
+        // Only now: while others were sent the user may have gone.
+        let address: Option<Option<String>> = sqlx::query_scalar("select email from users where id = $1")
+            .bind(email.user_id)
+            .fetch_optional(db)
+            .await?;
+        let message = address
+            .flatten()
+            .and_then(|address| compose(&config.from, &address, email));
+        let Some(message) = message else {
             // Deleted in the meantime, or an address that no mail server would take.
             forget(db, email).await?;
             continue;
         };
         if server.has_broken() {
-            server = connect(config).await?;
+            server = answer(stop, connect(config)).await??;
         }
-        match server.send(message.envelope(), &message.formatted()).await {
+        let content = message.formatted();
+        match answer(stop, server.send(message.envelope(), &content)).await? {
             Ok(_) => {
                 forget(db, email).await?;
                 metrics.emails_sent.inc();
@@ -143,8 +163,22 @@ async fn send_due(db: &PgPool, config: &MailConfig, metrics: &MessageMetrics) ->
         }
     }
     // It has taken them, however it takes leave.
-    let _ = server.quit().await;
+    let _ = answer(stop, server.quit()).await;
     Ok(due.len())
+}
+
+/// What the mail server answers, unless it takes too long or we are told to stop. An e-mail that it takes meanwhile is sent
+/// once more.
+fn answer<T>(
+    stop: &CancellationToken,
+    call: impl Future<Output = T>,
+) -> impl Future<Output = Result<T, MailError>> {
+    // Not within the future: it is large.
+    let call = Box::pin(call);
+    async move {
+        let answer = stop.run_until_cancelled(timeout(TIMEOUT, call)).await;
+        Ok(answer.ok_or(MailError::Stopped)??)
+    }
 }
 
 /// Whether the server will never take this e-mail: it has refused its recipient or its content, and not us, which it may
@@ -220,8 +254,8 @@ async fn connect(config: &MailConfig) -> Result<AsyncSmtpConnection, MailError> 
     Ok(server)
 }
 
-fn compose(from: &Mailbox, email: &Due) -> Option<Message> {
-    let to: Mailbox = email.address.as_ref()?.parse().ok()?;
+fn compose(from: &Mailbox, address: &str, email: &Due) -> Option<Message> {
+    let to: Mailbox = address.parse().ok()?;
     let facts = email
         .data
         .as_object()
@@ -249,12 +283,11 @@ fn compose(from: &Mailbox, email: &Due) -> Option<Message> {
 mod tests {
     use super::*;
 
-    fn due(address: Option<&str>) -> Due {
+    fn due() -> Due {
         Due {
             user_id: Uuid::nil(),
             seq: 3,
             attempts: 1,
-            address: address.map(ToOwned::to_owned),
             title: "Received 1 BTC".into(),
             data: serde_json::json!({"currency": "BTC", "amount": "1"}),
         }
@@ -263,7 +296,7 @@ mod tests {
     #[test]
     fn the_same_notification_has_the_same_message_id() {
         let from: Mailbox = "Exchange <no-reply@exchange.example>".parse().unwrap();
-        let message = compose(&from, &due(Some("ann@example.org"))).unwrap().formatted();
+        let message = compose(&from, "ann@example.org", &due()).unwrap().formatted();
         let text = String::from_utf8(message).unwrap();
         assert!(
             text.contains("Message-ID: <00000000-0000-0000-0000-000000000000.3@exchange.example>"),
@@ -278,8 +311,7 @@ mod tests {
     #[test]
     fn nobody_is_written_to_without_a_usable_address() {
         let from: Mailbox = "no-reply@exchange.example".parse().unwrap();
-        assert!(compose(&from, &due(None)).is_none());
-        assert!(compose(&from, &due(Some("not an address"))).is_none());
-        assert!(compose(&from, &due(Some("a@b\r\nBcc: c@d"))).is_none());
+        assert!(compose(&from, "not an address", &due()).is_none());
+        assert!(compose(&from, "a@b\r\nBcc: c@d", &due()).is_none());
     }
 }

@@ -239,18 +239,17 @@ impl Workers {
     /// Rebuilds the live market data when the store has been lost.
     async fn restore(&self, stop: &CancellationToken) {
         while !stop.is_cancelled() {
-            match self.messages.store.is_complete().await {
-                Ok(true) => {}
-                Ok(false) => match self
-                    .messages
-                    .store
-                    .rebuild(&self.app.db, time::OffsetDateTime::now_utc())
-                    .await
-                {
-                    Ok(rebuilt) => info!(rebuilt.ticks, rebuilt.candles, "rebuilt the market data"),
-                    Err(error) => warn!(error.message = %error, "failed to rebuild the market data"),
-                },
-                Err(error) => warn!(error.message = %error, "failed to look at the market data"),
+            let now = time::OffsetDateTime::now_utc();
+            let restored = stop.run_until_cancelled(self.messages.store.restore(&self.app.db, now));
+            match restored.await {
+                // Told to stop; nothing is missing; or another process is at it.
+                None | Some(Ok(None)) => {}
+                Some(Ok(Some(rebuilt))) => info!(
+                    labels.ticks = rebuilt.ticks,
+                    labels.candles = rebuilt.candles,
+                    "rebuilt the market data"
+                ),
+                Some(Err(error)) => warn!(error.message = %error, "failed to restore the market data"),
             }
             outbox::rest(stop, TIDY).await;
         }

@@ -130,12 +130,12 @@ pub async fn observe(State(app): State<App>, mut request: Request, next: Next) -
                 status,
             };
             app.metrics.requests.get_or_create(&labels).inc();
-            let duration_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
+            let nanoseconds = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
             info!(
                 http.request.method = method,
                 http.route = route,
                 http.response.status_code = status,
-                event.duration_ms = duration_ms,
+                event.duration = nanoseconds,
                 labels.lane = lane,
                 "{method} {route} {status}",
             );

@@ -147,7 +147,11 @@ pub async fn relay(
             if looked_at.is_none_or(|at| at.elapsed() >= LOOK) {
                 if bus.ensure_stream(scope).await? {
                     let reopened = reopen_all(db, scope).await?;
-                    info!(scope = scope.stream(), reopened, "the stream was created");
+                    info!(
+                        labels.stream = scope.stream(),
+                        labels.reopened = reopened,
+                        "the stream was created"
+                    );
                 }
                 looked_at = Some(Instant::now());
             }
@@ -157,7 +161,7 @@ pub async fn relay(
             Ok(0) => rest(stop, IDLE).await,
             Ok(_) => {}
             Err(error) => {
-                warn!(scope = scope.stream(), error = %error, "failed to publish from the outbox");
+                warn!(labels.stream = scope.stream(), error.message = %error, "failed to publish from the outbox");
                 looked_at = None;
                 rest(stop, PAUSE).await;
             }
@@ -241,8 +245,9 @@ pub async fn sweep(db: &PgPool, scope: &Scope, metrics: &MessageMetrics, stop: &
             let reopened = reopen_overdue(db, scope).await?;
             if reopened > 0 {
                 warn!(
-                    scope = scope.stream(),
-                    reopened, "events were not handled in time; publishing them again"
+                    labels.stream = scope.stream(),
+                    labels.reopened = reopened,
+                    "events were not handled in time; publishing them again"
                 );
                 metrics.reopened.inc_by(reopened);
             }
@@ -254,7 +259,7 @@ pub async fn sweep(db: &PgPool, scope: &Scope, metrics: &MessageMetrics, stop: &
             Ok::<(), sqlx::Error>(())
         };
         if let Err(error) = pass.await {
-            warn!(scope = scope.stream(), error = %error, "failed to sweep the outbox");
+            warn!(labels.stream = scope.stream(), error.message = %error, "failed to sweep the outbox");
         }
         rest(stop, SWEEP).await;
     }

@@ -1,11 +1,21 @@
 //! What a user sees, changes, takes along and deletes: its own data, and nobody else's.
 
-use axum::{Json, extract::State, http::StatusCode};
+use std::{fmt::Display, mem, sync::Arc, time::Duration};
+
+use axum::{
+    Json,
+    body::Body as ResponseBody,
+    extract::State,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use futures::stream::{self, Stream};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
-use sqlx::{AssertSqlSafe, PgConnection};
+use serde_json::Value;
+use sqlx::{AssertSqlSafe, PgConnection, Postgres, Transaction};
 use time::OffsetDateTime;
-use tracing::info;
+use tokio::{sync::mpsc, time::timeout};
+use tracing::{info, warn};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
@@ -22,6 +32,14 @@ pub const ACCOUNTS_NOT_EMPTY: Problem = Problem::new(
     "accounts_not_empty",
     "Accounts with a balance or a hold are left.",
 );
+
+/// Rows of an export that are in memory at a time.
+const EXPORTED_AT_ONCE: u32 = 500;
+/// How long an export may take, also for whoever reads it slowly.
+const LONGEST_EXPORT: Duration = Duration::from_mins(5);
+/// When to come again while another export is under way.
+const AWAIT_TURN: Duration = Duration::from_secs(5);
+
 /// What a user sees and may change about itself.
 #[derive(Serialize, ToSchema, sqlx::FromRow)]
 pub(crate) struct Profile {
@@ -107,30 +125,118 @@ async fn topics(connection: &mut PgConnection) -> Result<Vec<Topic>, sqlx::Error
         .await
 }
 
-/// Everything that is stored about the caller, by topic, and nothing about others.
+/// Everything that is stored about the caller, by topic, and nothing about others. An answer that ends early is broken off,
+/// not completed.
 #[utoipa::path(
     get, path = "/user/export", tag = "user", security(("access_token" = [])),
     responses((status = 200, body = Value, description = "An array of objects per topic")),
 )]
-pub(crate) async fn export(
-    State(app): State<App>,
-    Session(caller): Session,
-) -> Result<Json<Map<String, Value>>, ApiError> {
+pub(crate) async fn export(State(app): State<App>, Session(caller): Session) -> Result<Response, ApiError> {
+    let Ok(turn) = Arc::clone(&app.exports).try_acquire_owned() else {
+        return Err(ApiError::from(error::UNAVAILABLE)
+            .detail("somebody else's data are being exported")
+            .retry_after(AWAIT_TURN));
+    };
     let mut transaction = app.db.begin().await?;
-    sqlx::query("set transaction isolation level repeatable read read only")
-        .execute(&mut *transaction)
-        .await?;
-    let mut exported = Map::new();
-    for topic in topics(&mut transaction).await? {
-        // Written by a migration, which is as trusted as this program.
-        let rows: Vec<Value> = sqlx::query_scalar(AssertSqlSafe(topic.export))
-            .bind(caller.user_id)
-            .fetch_all(&mut *transaction)
-            .await?;
-        exported.insert(topic.name, rows.into());
-    }
-    Ok(Json(exported))
+    // One moment for all of it. Whoever has traded much has left many rows, and may read them slowly.
+    sqlx::raw_sql(
+        "set transaction isolation level repeatable read read only;
+         set local statement_timeout = '2min';
+         set local idle_in_transaction_session_timeout = '5min';
+         set local cursor_tuple_fraction = 1",
+    )
+    .execute(&mut *transaction)
+    .await?;
+    let topics = topics(&mut transaction).await?;
+    let (pages, received) = mpsc::channel(1);
+    let user_id = caller.user_id;
+    // Not by whoever reads: a client that stops to read keeps neither the database nor the turn.
+    tokio::spawn(async move {
+        let _turn = turn;
+        let written = timeout(LONGEST_EXPORT, write(transaction, topics, user_id, pages)).await;
+        let failure = match &written {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error as &dyn Display,
+            Err(too_late) => too_late,
+        };
+        warn!(user.id = %user_id, error.message = %failure, "an export was broken off");
+    });
+    let content_type = [(header::CONTENT_TYPE, "application/json")];
+    Ok((content_type, ResponseBody::from_stream(read(received))).into_response())
 }
+
+/// A part of an export.
+enum Page {
+    More(String),
+    Last(String),
+}
+
+/// Writes an export until it is complete, or nobody reads it any more.
+async fn write(
+    mut transaction: Transaction<'static, Postgres>,
+    topics: Vec<Topic>,
+    user_id: Uuid,
+    pages: mpsc::Sender<Page>,
+) -> Result<(), sqlx::Error> {
+    let mut page = String::from("{");
+    for (number, topic) in topics.into_iter().enumerate() {
+        if number > 0 {
+            page.push(',');
+        }
+        page.push_str(&Value::from(topic.name).to_string());
+        page.push_str(":[");
+        // Written by a migration, which is as trusted as this program.
+        let declare = format!(
+            "declare rows no scroll cursor for select content::text from ({}) as topic (content)",
+            topic.export
+        );
+        sqlx::query(AssertSqlSafe(declare))
+            .bind(user_id)
+            .execute(&mut *transaction)
+            .await?;
+        let mut separator = "";
+        loop {
+            let rows: Vec<String> =
+                sqlx::query_scalar(AssertSqlSafe(format!("fetch {EXPORTED_AT_ONCE} from rows")))
+                    .fetch_all(&mut *transaction)
+                    .await?;
+            if rows.is_empty() {
+                break;
+            }
+            for row in rows {
+                page.push_str(separator);
+                page.push_str(&row);
+                separator = ",\n";
+            }
+            if pages.send(Page::More(mem::take(&mut page))).await.is_err() {
+                return Ok(());
+            }
+        }
+        sqlx::query("close rows").execute(&mut *transaction).await?;
+        page.push(']');
+    }
+    page.push('}');
+    // A reader who has gone misses nothing.
+    let _ = pages.send(Page::Last(page)).await;
+    Ok(())
+}
+
+/// The pages as a body, which fails unless the last one comes.
+fn read(pages: mpsc::Receiver<Page>) -> impl Stream<Item = Result<String, BrokenOff>> {
+    stream::try_unfold(Some(pages), |pages| async {
+        let Some(mut pages) = pages else { return Ok(None) };
+        match pages.recv().await {
+            Some(Page::More(page)) => Ok(Some((page, Some(pages)))),
+            Some(Page::Last(page)) => Ok(Some((page, None))),
+            None => Err(BrokenOff),
+        }
+    })
+}
+
+/// An export ends before its end.
+#[derive(Debug, thiserror::Error)]
+#[error("the export was broken off")]
+struct BrokenOff;
 
 /// Deletes the caller: personal data goes, the ledger's sums stay. Refused while anything of value is left.
 #[utoipa::path(

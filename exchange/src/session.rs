@@ -196,41 +196,40 @@ pub(crate) async fn refresh(
     Body(body): Body<Refresh>,
 ) -> Result<Json<Tokens>, ApiError> {
     let hash = token_hash(body.refresh_token.expose_secret());
+    // The token is used up by the commit: whatever may fail is done before.
+    app.keys.prepare().await?;
     let mut transaction = app.db.begin().await?;
-    let used: Option<Uuid> = sqlx::query_scalar(
-        "update refresh_tokens set used_at = now() where hash = $1 and used_at is null returning session_id",
+    // The session before its tokens, as whoever ends it does.
+    let session: Option<RefreshRow> = sqlx::query_as(
+        "select sessions.id as session_id, users.id as user_id, users.lane, users.scopes
+         from refresh_tokens join sessions on sessions.id = session_id join users on users.id = user_id
+         where hash = $1 and revoked_at is null and expires_at > now() and deleted_at is null
+         for update of sessions",
     )
     .bind(&hash)
     .fetch_optional(&mut *transaction)
     .await?;
-    let Some(session_id) = used else {
-        let ended = sqlx::query(
-            "update sessions set revoked_at = now()
-             where revoked_at is null and id = (select session_id from refresh_tokens where hash = $1)",
-        )
+    let session = session.ok_or(INVALID_REFRESH_TOKEN)?;
+    let used = sqlx::query("update refresh_tokens set used_at = now() where hash = $1 and used_at is null")
         .bind(&hash)
         .execute(&mut *transaction)
         .await?;
+    if used.rows_affected() == 0 {
+        sqlx::query("update sessions set revoked_at = now() where id = $1")
+            .bind(session.session_id)
+            .execute(&mut *transaction)
+            .await?;
         transaction.commit().await?;
-        if ended.rows_affected() > 0 {
-            warn!("a refresh token came twice; its session has been ended");
-        }
+        warn!("a refresh token came twice; its session has been ended");
         return Err(INVALID_REFRESH_TOKEN.into());
-    };
-    let session: Option<RefreshRow> = sqlx::query_as(
-        "update sessions set expires_at = $2 from users
-         where sessions.id = $1 and sessions.revoked_at is null and sessions.expires_at > now()
-             and users.id = sessions.user_id and users.deleted_at is null
-         returning sessions.id as session_id, users.id as user_id, users.lane, users.scopes",
-    )
-    .bind(session_id)
-    .bind(OffsetDateTime::now_utc() + app.config.refresh_token_lifetime)
-    .fetch_optional(&mut *transaction)
-    .await?;
-    let session = session.ok_or(INVALID_REFRESH_TOKEN)?;
-    let refresh_token = new_refresh_token(&mut transaction, &session.lane, session_id).await?;
-    transaction.commit().await?;
-    tokens(
+    }
+    sqlx::query("update sessions set expires_at = $2 where id = $1")
+        .bind(session.session_id)
+        .bind(OffsetDateTime::now_utc() + app.config.refresh_token_lifetime)
+        .execute(&mut *transaction)
+        .await?;
+    let refresh_token = new_refresh_token(&mut transaction, &session.lane, session.session_id).await?;
+    let tokens = tokens(
         &app,
         session.user_id,
         session.session_id,
@@ -238,7 +237,9 @@ pub(crate) async fn refresh(
         &session.scopes,
         &refresh_token,
     )
-    .await
+    .await?;
+    transaction.commit().await?;
+    Ok(tokens)
 }
 
 /// Ends the caller's session, with its refresh tokens.

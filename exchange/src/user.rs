@@ -388,11 +388,12 @@ async fn remove_expired(transaction: &mut PgConnection) -> Result<bool, sqlx::Er
     .bind(PORTION)
     .execute(&mut *transaction)
     .await?;
-    // A session has one for each few minutes of its life: too many to go with it.
+    // A session has one for each few minutes of its life: too many to go with it. Whoever has locked the session is at its
+    // tokens, or will be.
     let tokens = sqlx::query(
         "delete from refresh_tokens where hash in (
              select hash from refresh_tokens join sessions on sessions.id = session_id
-             where expires_at < now() limit $1)",
+             where expires_at < now() limit $1 for update of sessions skip locked)",
     )
     .bind(PORTION)
     .execute(&mut *transaction)
@@ -401,7 +402,7 @@ async fn remove_expired(transaction: &mut PgConnection) -> Result<bool, sqlx::Er
         "delete from sessions where id in (
              select id from sessions where expires_at < now()
                  and not exists (select from refresh_tokens where session_id = sessions.id)
-             limit $1)",
+             limit $1 for update skip locked)",
     )
     .bind(PORTION)
     .execute(&mut *transaction)

@@ -63,7 +63,8 @@ create trigger session_revoked after update of revoked_at on sessions
 create trigger session_deleted after delete on sessions
     for each row when (old.revoked_at is null) execute function session_ended_v1();
 
--- All refresh tokens of a session are its family: the use of one that has been used revokes them all.
+-- All refresh tokens of a session are its family: the use of one that has been used revokes them all. Whoever writes a token
+-- has locked its session before, and whoever erases sessions begins with them: no deadlock.
 create table refresh_tokens (
     hash bytea primary key,
     lane text not null,
@@ -104,8 +105,8 @@ create table instances (
 grant select, insert, update, delete on instances to exchange_app;
 
 insert into lane_tables (table_name, position) values
-    ('refresh_tokens', 900),
-    ('sessions', 910),
+    ('sessions', 900),
+    ('refresh_tokens', 910),
     ('users', 1000);
 
 insert into user_data (topic, position, export, erase) values
@@ -123,6 +124,13 @@ insert into user_data (topic, position, export, erase) values
              ''revoked_at'', revoked_at)
          from sessions where user_id = $1 order by created_at',
         'delete from sessions where user_id = $1'
+    ),
+    (
+        'refresh tokens', 901,
+        'select jsonb_build_object(''session_id'', session_id, ''created_at'', t.created_at, ''used_at'', used_at)
+         from sessions s join refresh_tokens t on session_id = s.id where user_id = $1 order by t.created_at',
+        -- They go with their sessions.
+        null
     );
 
 -- Erases a test lane, as the owner: services cannot delete such rows themselves, and nobody can delete live ones.

@@ -42,6 +42,19 @@ returns numeric language sql immutable as $$
         * 10::numeric ^ -scale end
 $$;
 
+-- Ends open orders that cannot be settled, and releases their holds. Who calls it has their books and their accounts.
+create function end_orders_v1(p_orders uuid[], p_at timestamptz) returns void language sql as $$
+    with ended as (
+        update orders o set status = 'cancelled', closed_at = p_at
+          from products p
+         where o.id = any (p_orders) and o.status = 'open' and p.symbol = o.product
+        returning case o.side when 'sell' then o.base_account_id else o.quote_account_id end as account,
+                  order_hold_v1(o.side, o.price, o.size - o.taken, o.remaining, o.maker_fee_rate, p.quote_scale) as hold
+    )
+    update accounts a set hold = a.hold - freed.hold, version = a.version + 1, updated_at = p_at
+      from (select account, sum(hold) as hold from ended group by account) freed where a.id = freed.account
+$$;
+
 -- Takes orders for one book, in the order given, and settles what matches: one transaction, one round trip. All arrays have the
 -- same length; no (user, client order id) may occur twice in them. Returns a row for each order, in order.
 --
@@ -49,6 +62,8 @@ $$;
 -- same user stops there: what it has traded stands, the rest is cancelled (`self_trade`), whatever its time in force.
 -- Funds: a limit order must be covered at its own price and the taker's fee when it arrives. A market order to buy goes on until
 -- the next trade would cost more than is available (`insufficient_funds`).
+-- Limit: no account holds 10^18. An order goes on until its next trade would bring its account there (`balance_limit`); one that
+-- rests, and whose next trade would, ends, with those behind it that would fill the same account.
 -- Fee: both sides pay in the quote currency. What an order has paid as taker is always rate × value so far, rounded up to the
 -- currency's smallest unit, and what it has paid as maker the same rounded down; each trade charges the difference. So an order
 -- is rounded once per role, not once per trade, and the hold of a resting order covers its fees exactly, in whatever parts it
@@ -69,6 +84,8 @@ create function submit_orders_v1(
 declare
     n constant int := cardinality(p_ids);
     accepted constant text := 'accepted';
+    -- What no account holds; the check on `accounts` has it too.
+    limit_of_account constant numeric := 1e18;
     -- The product.
     base_currency text; quote_currency text; product_status text;
     size_step numeric; price_step numeric; smallest_size numeric; maker_rate numeric; taker_rate numeric;
@@ -181,15 +198,8 @@ begin
         exit when array_position(m_base_at || m_quote_at, null::int) is null;
         -- An account cannot be deleted while an open order names it. If one is missing all the same, its order is cancelled: no
         -- book may stand still for it. Then the book is read anew, as there may be too little of it now.
-        with cancelled as (
-            update orders o set status = 'cancelled', closed_at = now_at
-              from unnest(m_id, m_base_at, m_quote_at) as given (id, base_at, quote_at), products p
-             where o.id = given.id and (given.base_at is null or given.quote_at is null) and p.symbol = p_product
-            returning case o.side when 'sell' then o.base_account_id else o.quote_account_id end as account,
-                      order_hold_v1(o.side, o.price, o.size - o.taken, o.remaining, o.maker_fee_rate, p.quote_scale) as hold
-        )
-        update accounts a set hold = a.hold - freed.hold, version = a.version + 1, updated_at = now_at
-          from (select account, sum(hold) as hold from cancelled group by account) freed where a.id = freed.account;
+        perform end_orders_v1(array(select given.id from unnest(m_id, m_base_at, m_quote_at) as given (id, base_at, quote_at)
+                                     where given.base_at is null or given.quote_at is null), now_at);
         m_id := '{}'; m_order := '{}'; m_user := '{}'; m_rank := '{}'; m_price := '{}'; m_left := '{}'; m_rested := '{}';
         m_rate := '{}'; m_base := '{}'; m_quote := '{}'; m_base_at := '{}'; m_quote_at := '{}'; sells := '{}'; buys := '{}';
     end loop;
@@ -239,6 +249,27 @@ begin
             end if;
             before := m_price[m] * (m_rested[m] - m_left[m]);
             maker_fee := floor((before + value) * m_rate[m] * units) * unit - floor(before * m_rate[m] * units) * unit;
+            if (case when buying then a_balance[base_at] + fill else a_balance[quote_at] + value - taker_fee end)
+               >= limit_of_account then
+                o_reason[i] := 'balance_limit';
+                exit;
+            end if;
+            -- No book may stand still for an order whose account is full. Then everything is done anew, as too little of the book
+            -- may have been read; nothing has been written yet. If the order came to rest in this very call, the call fails, and
+            -- its orders are sent again one by one.
+            if m_order[m] is null
+               and (case when buying then a_balance[m_quote_at[m]] + value - maker_fee else a_balance[m_base_at[m]] + fill end)
+                   >= limit_of_account then
+                perform end_orders_v1(array(
+                    select o.id from orders o
+                     where o.user_id = m_user[m] and o.status = 'open' and o.lane = p_lane and o.product = p_product
+                       and o.side <> p_sides[i] and o.rank >= m_rank[m]
+                       and case when buying then o.quote_account_id = m_quote[m] else o.base_account_id = m_base[m] end), now_at);
+                return query select * from submit_orders_v1(
+                    p_lane, p_product, p_ids, p_users, p_client_order_ids, p_sides, p_prices, p_sizes, p_times_in_force,
+                    p_base_accounts, p_quote_accounts, p_traces);
+                return;
+            end if;
             -- The taker gives and gets, then the maker, whose share was on hold.
             a_balance[base_at] := a_balance[base_at] + sign * fill;
             a_balance[quote_at] := a_balance[quote_at] - sign * value - taker_fee;
@@ -264,6 +295,9 @@ begin
 
         if trades < o_first[i] and o_reason[i] = 'insufficient_funds' then
             o_outcome[i] := 'insufficient_funds'; o_field[i] := 'size';
+            continue;
+        elsif trades < o_first[i] and o_reason[i] = 'balance_limit' then
+            o_outcome[i] := 'balance_limit'; o_field[i] := case when buying then 'base_account_id' else 'quote_account_id' end;
             continue;
         end if;
         any_accepted := true;

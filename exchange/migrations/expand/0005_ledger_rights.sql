@@ -2,7 +2,8 @@
 
 -- The services' role reads everything; it writes accounts only as to name, state and tombstone, and moves money only through the
 -- functions.
-revoke execute on function submit_orders_v1, cancel_order_v1, move_external_v1, audit_ledger_v1, exchange_account_v1 from public;
+revoke execute on function submit_orders_v1, cancel_order_v1, move_external_v1, audit_ledger_v1, exchange_account_v1,
+    end_orders_v1 from public;
 grant execute on function submit_orders_v1, cancel_order_v1, move_external_v1, audit_ledger_v1 to exchange_app;
 grant select on currencies, products, accounts, transfers, transfer_references, entries, orders, trades to exchange_app;
 grant insert (id, lane, user_id, currency, name), update (name, state, deleted_at, updated_at) on accounts to exchange_app;
@@ -24,7 +25,7 @@ insert into user_data (topic, position, export, erase, obstacle) values
         'accounts', 200,
         'select jsonb_build_object(''id'', id, ''currency'', currency, ''name'', name, ''state'', state,
              ''balance'', trim_scale(balance)::text, ''hold'', trim_scale(hold)::text, ''created_at'', created_at,
-             ''deleted_at'', deleted_at)
+             ''updated_at'', updated_at, ''deleted_at'', deleted_at)
          from accounts where user_id = $1 order by created_at, id',
         'update accounts set name = ''deleted'', deleted_at = coalesce(deleted_at, now()), updated_at = now()
          where user_id = $1',
@@ -35,6 +36,9 @@ insert into user_data (topic, position, export, erase, obstacle) values
         'select jsonb_build_object(''id'', id, ''client_order_id'', client_order_id, ''product'', product, ''type'', side,
              ''price'', trim_scale(price)::text, ''size'', trim_scale(size)::text,
              ''remaining'', trim_scale(remaining)::text, ''time_in_force'', time_in_force, ''status'', status,
+             ''base_account_id'', base_account_id, ''quote_account_id'', quote_account_id,
+             ''maker_fee_rate'', trim_scale(maker_fee_rate)::text, ''taken'', trim_scale(taken)::text,
+             ''taken_trades'', array(select id::text from unnest(taken_trades) as id), ''taken_reason'', taken_reason,
              ''created_at'', created_at, ''closed_at'', closed_at)
          from orders where user_id = $1 order by arrival',
         -- With a space, which no client order id has: none of the user's own can be in the way.
@@ -66,6 +70,16 @@ insert into user_data (topic, position, export, erase, obstacle) values
         'delete from outbox where key = $1::text and topic <> ''trade.executed''', null
     ),
     (
+        'trade events', 151,
+        -- Without the other side.
+        'select jsonb_build_object(''topic'', topic, ''payload'',
+                    payload - case when payload #>> ''{buyer,user_id}'' = $1::text then ''seller'' else ''buyer'' end,
+                    ''created_at'', created_at)
+         from outbox where topic = ''trade.executed''
+             and $1::text in (payload #>> ''{buyer,user_id}'', payload #>> ''{seller,user_id}'') order by id',
+        null, null
+    ),
+    (
         'entries', 110,
         'select jsonb_build_object(''transfer_id'', e.transfer_id::text, ''account_id'', e.account_id, ''currency'', e.currency,
              ''kind'', e.kind, ''amount'', trim_scale(e.amount)::text, ''transfer'', t.kind,
@@ -76,7 +90,7 @@ insert into user_data (topic, position, export, erase, obstacle) values
     ),
     (
         'idempotency keys', 140,
-        'select jsonb_build_object(''key'', key, ''created_at'', created_at) from idempotency_keys where user_id = $1
-         order by created_at',
+        'select jsonb_build_object(''key'', key, ''answer'', answer, ''created_at'', created_at) from idempotency_keys
+         where user_id = $1 order by created_at',
         'delete from idempotency_keys where user_id = $1', null
     );

@@ -67,8 +67,10 @@ create index outbox_unpublished on outbox (id) where published_at is null and do
 create index outbox_published on outbox (published_at) where published_at is not null and done_at is null;
 create index outbox_done on outbox (done_at) where done_at is not null;
 
--- Trades are stored in the order of time, so this small index finds a minute's; it costs their writers nothing.
-create index trades_by_time on trades using brin (executed_at) with (pages_per_range = 32);
+-- What market data are made of: a minute's trades again and again, and a product's newest. A BRIN index would cost their writers
+-- nothing, but the newest trades, which are asked for, are in ranges that it does not know until a vacuum: those are read whole,
+-- whichever products are in them. This one is written at the end of each product only, and no vacuum is needed for it to be of use.
+create index trades_of_market on trades (lane, product, executed_at);
 
 grant select, insert, update, delete on notification_counters, notifications, emails to exchange_app;
 grant select, insert, update on releases to exchange_app;
@@ -90,7 +92,7 @@ insert into user_data (topic, position, export, erase) values
     ),
     (
         'emails', 99,
-        'select jsonb_build_object(''notification'', seq, ''due_at'', due_at) from emails where user_id = $1 order by seq',
+        'select jsonb_build_object(''notification'', seq, ''attempts'', attempts, ''due_at'', due_at) from emails where user_id = $1 order by seq',
         'delete from emails where user_id = $1'
     ),
     (
@@ -100,7 +102,11 @@ insert into user_data (topic, position, export, erase) values
     ),
     (
         'dead letters', 120,
-        'select jsonb_build_object(''topic'', topic, ''payload'', payload, ''created_at'', created_at)
-         from dead_letters where payload ->> ''user_id'' = $1::text order by created_at',
+        -- Of a trade without the other side.
+        'select jsonb_build_object(''topic'', topic, ''payload'',
+                    payload - case when payload #>> ''{buyer,user_id}'' = $1::text then ''seller'' else ''buyer'' end,
+                    ''reason'', reason, ''created_at'', created_at)
+         from dead_letters where $1::text in
+             (payload ->> ''user_id'', payload #>> ''{buyer,user_id}'', payload #>> ''{seller,user_id}'') order by created_at',
         'delete from dead_letters where payload ->> ''user_id'' = $1::text'
     );

@@ -15,12 +15,13 @@ use time::OffsetDateTime;
 use tokio::sync::Mutex;
 
 use super::{
-    CHUNK, Candle, Interval, Market, TICKS, Tick,
-    trades::{CandleRow, TradeRow, join, read_minutes},
+    CHUNK, CHUNKS_KEPT, Candle, Interval, Market, TICKS, Tick,
+    trades::{TradeRow, join, read_chunk, read_minutes},
 };
 use crate::{
     config::{Config, StoreUrl},
     inbox::{ApplyError, Delivered},
+    lane::Lane,
 };
 
 /// Longer than a healthy store ever takes.
@@ -306,50 +307,142 @@ impl Store {
             .collect()
     }
 
-    /// Writes everything about the live lane that the trades say. Consumers may be at work meanwhile.
-    pub async fn rebuild(&self, db: &PgPool, now: OffsetDateTime) -> Result<Rebuilt, StoreError> {
+    /// Rebuilds the live lane if the store has been lost.
+    pub(crate) async fn restore(
+        &self,
+        db: &PgPool,
+        now: OffsetDateTime,
+    ) -> Result<Option<Rebuilt>, StoreError> {
+        if self.is_complete().await? {
+            return Ok(None);
+        }
+        self.rebuild(db, now).await
+    }
+
+    /// Makes everything about the live lane what the trades say, and removes the rest. Consumers may be at work meanwhile, and
+    /// readers see each candle as it was or as it should be. None if another process is at it.
+    pub async fn rebuild(&self, db: &PgPool, now: OffsetDateTime) -> Result<Option<Rebuilt>, StoreError> {
+        let mut transaction = db.begin().await?;
+        let (alone,): (bool,) =
+            sqlx::query_as("select pg_try_advisory_xact_lock(hashtextextended('market rebuild', 0))")
+                .fetch_one(&mut *transaction)
+                .await?;
+        if !alone {
+            return Ok(None);
+        }
+        // Over a generation's trades no query is quick.
+        sqlx::query("set local statement_timeout = 0")
+            .execute(&mut *transaction)
+            .await?;
         let mut rebuilt = Rebuilt { ticks: 0, candles: 0 };
+        let mut kept = BTreeSet::from([COMPLETE_KEY.to_owned()]);
         let products: Vec<(String,)> = sqlx::query_as("select symbol from products")
-            .fetch_all(db)
+            .fetch_all(&mut *transaction)
             .await?;
         for (product,) in products {
-            let trades: Vec<TradeRow> = sqlx::query_as(
-                "select id, lane, product, trim_scale(price)::text as price, trim_scale(size)::text as size,
-                        taker_side, executed_at
-                 from trades where lane = 'live' and product = $1 order by id desc limit $2",
-            )
-            .bind(product)
-            .bind(i64::try_from(TICKS).unwrap_or(i64::MAX))
-            .fetch_all(db)
-            .await?;
-            rebuilt.ticks += trades.len();
-            self.add_ticks(trades).await?;
+            let market = Market {
+                lane: Lane::live(),
+                product,
+            };
+            rebuilt.ticks += self.rebuild_ticks(&mut transaction, &market).await?;
+            kept.insert(market.ticks_key());
+            // Minutes first: whoever makes an hour meanwhile makes it of them.
+            for interval in Interval::ALL {
+                let chunk = CHUNK * interval.seconds();
+                let oldest = interval.oldest(now.unix_timestamp());
+                // And the next one, which may have begun.
+                for number in 0..=CHUNKS_KEPT + 1 {
+                    let start = oldest + number * chunk;
+                    rebuilt.candles += self
+                        .rebuild_chunk(&mut transaction, &market, interval, start)
+                        .await?;
+                    kept.insert(market.candles_key(interval, start));
+                }
+            }
         }
-        for interval in Interval::ALL {
-            let rows: Vec<CandleRow> = sqlx::query_as(
-                "select first.lane, first.product, start, trim_scale(first.price)::text as open,
-                        trim_scale(high)::text as high, trim_scale(low)::text as low,
-                        trim_scale(last.price)::text as close, trim_scale(volume)::text as volume,
-                        trim_scale(quote_volume)::text as quote_volume, trades
-                 from (select product, (floor(extract(epoch from executed_at) / $1) * $1)::bigint as start,
-                              min(id) as first_id, max(id) as last_id, max(price) as high, min(price) as low,
-                              sum(size) as volume, sum(price * size) as quote_volume, count(*) as trades
-                       from trades where lane = 'live' and executed_at >= to_timestamp($2)
-                       group by 1, 2) summed
-                 join trades as first on first.id = first_id
-                 join trades as last on last.id = last_id",
-            )
-            .bind(interval.seconds())
-            .bind(interval.oldest(now.unix_timestamp()))
-            .fetch_all(db)
-            .await?;
-            let candles: Vec<(Market, Candle)> = rows.into_iter().map(CandleRow::split).collect();
-            rebuilt.candles += candles.len();
-            self.write_candles(interval, &candles).await?;
+        let mut surplus = self.keys("exchange:live:").await?;
+        surplus.retain(|key| !kept.contains(key));
+        if !surplus.is_empty() {
+            self.remove(&surplus).await?;
         }
         let mut connection = self.connect().await?;
         let () = self.answer(connection.set(COMPLETE_KEY, "1")).await?;
-        Ok(rebuilt)
+        Ok(Some(rebuilt))
+    }
+
+    /// The newest ticks of a product. What was there before the trades were read and is not among them is wrong, or old.
+    async fn rebuild_ticks(
+        &self,
+        connection: &mut PgConnection,
+        market: &Market,
+    ) -> Result<usize, StoreError> {
+        let key = market.ticks_key();
+        let mut store = self.connect().await?;
+        let known: Vec<String> = self.answer(store.zrange(&key, 0, -1)).await?;
+        let trades: Vec<TradeRow> = sqlx::query_as(
+            "select id, lane, product, trim_scale(price)::text as price, trim_scale(size)::text as size,
+                    taker_side, executed_at
+             from trades where lane = 'live' and product = $1 order by executed_at desc, id desc limit $2",
+        )
+        .bind(&market.product)
+        .bind(i64::try_from(TICKS).unwrap_or(i64::MAX))
+        .fetch_all(connection)
+        .await?;
+        let mut ticks = BTreeMap::new();
+        for trade in trades {
+            let id = trade.id;
+            ticks.insert(serde_json::to_string(&trade.into_tick())?, id);
+        }
+        let mut pipeline = redis::pipe();
+        pipeline.atomic();
+        for tick in known.iter().filter(|tick| !ticks.contains_key(*tick)) {
+            pipeline.zrem(&key, tick).ignore();
+        }
+        for (tick, id) in &ticks {
+            pipeline.zadd(&key, tick, id).ignore();
+        }
+        pipeline.zremrangebyrank(&key, 0, -(TICKS + 1)).ignore();
+        let () = self.answer(pipeline.query_async(&mut store)).await?;
+        Ok(ticks.len())
+    }
+
+    /// The candles of one key. What has changed since it was looked at is by a consumer, who knows better.
+    async fn rebuild_chunk(
+        &self,
+        connection: &mut PgConnection,
+        market: &Market,
+        interval: Interval,
+        start: i64,
+    ) -> Result<usize, StoreError> {
+        let script = Script::new(
+            r"for at = 2, #ARGV, 3 do
+                  local field, known, right = ARGV[at], ARGV[at + 1], ARGV[at + 2]
+                  if (redis.call('HGET', KEYS[1], field) or '') == known then
+                      if right == '' then
+                          redis.call('HDEL', KEYS[1], field)
+                      else
+                          redis.call('HSET', KEYS[1], field, right)
+                      end
+                  end
+              end
+              redis.call('EXPIREAT', KEYS[1], ARGV[1])",
+        );
+        let key = market.candles_key(interval, start);
+        let mut store = self.connect().await?;
+        let mut known: BTreeMap<String, String> = self.answer(store.hgetall(&key)).await?;
+        let candles = read_chunk(connection, market, interval, start).await?;
+        let mut call = script.prepare_invoke();
+        call.key(&key).arg(interval.expiry(start));
+        for candle in &candles {
+            let field = candle.start.to_string();
+            let before = known.remove(&field).unwrap_or_default();
+            call.arg(field).arg(before).arg(serde_json::to_string(candle)?);
+        }
+        for (field, surplus) in known {
+            call.arg(field).arg(surplus).arg("");
+        }
+        let () = self.answer(call.invoke_async(&mut store)).await?;
+        Ok(candles.len())
     }
 
     /// Whether the store answers.
@@ -365,25 +458,32 @@ impl Store {
 
     /// The lanes with this prefix that have something in the store, and the keys of each.
     pub(crate) async fn test_lanes(&self, prefix: &str) -> Result<BTreeMap<String, Vec<String>>, StoreError> {
-        let mut connection = self.connect().await?;
         let mut lanes: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for key in self.keys(&format!("exchange:{prefix}")).await? {
+            if let Some(lane) = key.split(':').nth(1) {
+                lanes.entry(lane.to_owned()).or_default().push(key);
+            }
+        }
+        Ok(lanes)
+    }
+
+    /// All keys that begin like this.
+    async fn keys(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let mut connection = self.connect().await?;
+        let mut found = Vec::new();
         let mut cursor = 0_u64;
         loop {
             let mut scan = redis::cmd("SCAN");
             scan.arg(cursor)
                 .arg("MATCH")
-                .arg(format!("exchange:{prefix}*"))
+                .arg(format!("{prefix}*"))
                 .arg("COUNT")
                 .arg(1_000);
             let (next, keys): (u64, Vec<String>) = self.answer(scan.query_async(&mut connection)).await?;
-            for key in keys {
-                if let Some(lane) = key.split(':').nth(1) {
-                    lanes.entry(lane.to_owned()).or_default().push(key);
-                }
-            }
+            found.extend(keys);
             cursor = next;
             if cursor == 0 {
-                return Ok(lanes);
+                return Ok(found);
             }
         }
     }
@@ -419,7 +519,6 @@ fn trade_id(event: &Delivered) -> Result<i64, serde_json::Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lane::Lane;
 
     #[test]
     fn a_longer_candle_never_lies_in_two_chunks_of_the_shorter() {

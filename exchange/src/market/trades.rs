@@ -6,7 +6,7 @@ use rust_decimal::Decimal;
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 
-use super::{Candle, Market, Tick, store::StoreError};
+use super::{CHUNK, Candle, Interval, Market, Tick, store::StoreError};
 use crate::lane::Lane;
 
 /// The sum of candles in the order of time, as one that begins at `start`.
@@ -152,6 +152,37 @@ pub(super) async fn read_minutes(
     .fetch_all(connection)
     .await?;
     Ok(rows.into_iter().map(CandleRow::split).collect())
+}
+
+/// The candles of one key of the store, which begins at `start`.
+pub(super) async fn read_chunk(
+    connection: &mut PgConnection,
+    market: &Market,
+    interval: Interval,
+    start: i64,
+) -> Result<Vec<Candle>, sqlx::Error> {
+    let rows: Vec<CandleRow> = sqlx::query_as(
+        "select first.lane, first.product, start, trim_scale(first.price)::text as open,
+                trim_scale(high)::text as high, trim_scale(low)::text as low,
+                trim_scale(last.price)::text as close, trim_scale(volume)::text as volume,
+                trim_scale(quote_volume)::text as quote_volume, trades
+         from (select (floor(extract(epoch from executed_at) / $3) * $3)::bigint as start,
+                      min(id) as first_id, max(id) as last_id, max(price) as high, min(price) as low,
+                      sum(size) as volume, sum(price * size) as quote_volume, count(*) as trades
+               from trades
+               where lane = $1 and product = $2 and executed_at >= to_timestamp($4) and executed_at < to_timestamp($5)
+               group by 1) summed
+         join trades as first on first.id = first_id
+         join trades as last on last.id = last_id",
+    )
+    .bind(&market.lane)
+    .bind(&market.product)
+    .bind(interval.seconds())
+    .bind(start)
+    .bind(start + CHUNK * interval.seconds())
+    .fetch_all(connection)
+    .await?;
+    Ok(rows.into_iter().map(|row| row.split().1).collect())
 }
 
 #[cfg(test)]

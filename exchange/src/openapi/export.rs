@@ -50,6 +50,11 @@ const TOPICS: &[Topic] = &[
         ],
     ),
     (
+        "refresh tokens",
+        "When the refresh tokens of the sessions were issued and used.",
+        &[("session_id", Id), ("created_at", Time), ("used_at?", Time)],
+    ),
+    (
         "accounts",
         "Accounts, also deleted ones.",
         &[
@@ -60,12 +65,14 @@ const TOPICS: &[Topic] = &[
             ("balance", Text),
             ("hold", Text),
             ("created_at", Time),
+            ("updated_at", Time),
             ("deleted_at?", Time),
         ],
     ),
     (
         "orders",
-        "Orders, whatever has become of them. A market order has no price.",
+        "Orders, whatever has become of them. A market order has no price. `taken` was traded when the order arrived, in \
+         `taken_trades`; `taken_reason` is why it went no further.",
         &[
             ("id", Id),
             ("client_order_id", Text),
@@ -76,6 +83,12 @@ const TOPICS: &[Topic] = &[
             ("remaining", Text),
             ("time_in_force", Text),
             ("status", Text),
+            ("base_account_id", Id),
+            ("quote_account_id", Id),
+            ("maker_fee_rate", Text),
+            ("taken", Text),
+            ("taken_trades", Texts),
+            ("taken_reason?", Text),
             ("created_at", Time),
             ("closed_at?", Time),
         ],
@@ -116,8 +129,8 @@ const TOPICS: &[Topic] = &[
     ),
     (
         "idempotency keys",
-        "The keys of deposits and withdrawals of the last 30 days.",
-        &[("key", Text), ("created_at", Time)],
+        "The keys of deposits and withdrawals of the last 30 days, with what was answered.",
+        &[("key", Text), ("answer?", Object), ("created_at", Time)],
     ),
     (
         "events",
@@ -125,9 +138,19 @@ const TOPICS: &[Topic] = &[
         &[("topic", Text), ("payload", Object), ("created_at", Time)],
     ),
     (
-        "dead letters",
-        "What another service could not handle of it.",
+        "trade events",
+        "The same of trades, without the other side.",
         &[("topic", Text), ("payload", Object), ("created_at", Time)],
+    ),
+    (
+        "dead letters",
+        "What another service could not handle of it, and why.",
+        &[
+            ("topic", Text),
+            ("payload", Object),
+            ("reason", Text),
+            ("created_at", Time),
+        ],
     ),
     (
         "notifications",
@@ -149,7 +172,7 @@ const TOPICS: &[Topic] = &[
     (
         "emails",
         "E-mails that wait to be sent: the number of the notification that each is about.",
-        &[("notification", Number), ("due_at", Time)],
+        &[("notification", Number), ("attempts", Number), ("due_at", Time)],
     ),
 ];
 

@@ -275,6 +275,51 @@ async fn a_killed_migration_goes_on_where_it_stopped_and_waits_for_no_lock_for_l
     assert_eq!((rows, sum), (1000, 1_001_000));
 }
 
+/// Tables in which nothing is about a user. Who calls too often is there as a hash that nobody can undo.
+const NOT_OF_USERS: [&str; 11] = [
+    "currencies",
+    "inbox",
+    "instances",
+    "lane_tables",
+    "migrations",
+    "products",
+    "rate_limits",
+    "releases",
+    "schema_state",
+    "signing_keys",
+    "user_data",
+];
+
+/// Columns that a user does not get, and why; beside those that say whose a row is.
+const NOT_EXPORTED: &[(&[&str], &[&str], &str)] = &[
+    (
+        &["users"],
+        &["password_hash"],
+        "whoever finds it could guess the password",
+    ),
+    (&["refresh_tokens"], &["hash"], "it stands for the token"),
+    (&["users"], &["deleted_at"], "nobody is left to ask then"),
+    (&["accounts"], &["version"], "counts the changes of the row"),
+    (&["orders"], &["rank"], "the price once more"),
+    (
+        &["idempotency_keys"],
+        &["request_hash"],
+        "of a request that the answer tells",
+    ),
+    (
+        &["outbox"],
+        &["headers", "published_at", "done_at"],
+        "how far a message has come",
+    ),
+    (
+        &["dead_letters"],
+        &["consumer", "event_id"],
+        "where a message got stuck",
+    ),
+    (&["notifications"], &["event_id"], "which message it came by"),
+    (&["trades"], &["maker_user_id"], "the caller, or the other side"),
+];
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_table_of_users_can_be_exported_and_every_lane_erased() {
     let database = Database::migrated(Postgres::shared()).await;
@@ -310,29 +355,32 @@ async fn every_table_of_users_can_be_exported_and_every_lane_erased() {
                 .unwrap_or_else(|error| panic!("{error}: {sql}"));
         }
     }
-    let exports: Vec<&str> = topics
+    let exports: Vec<Vec<&str>> = topics
         .iter()
-        .flat_map(|(export, ..)| export.split(|c: char| !c.is_alphanumeric() && c != '_'))
+        .map(|(export, ..)| export.split(|c: char| !c.is_alphanumeric() && c != '_').collect())
         .collect();
-    // Tables that name users, in columns or in what they keep of events.
-    let of_users: Vec<String> = sqlx::query_scalar(
-        "select distinct table_name::text from information_schema.columns
+    let columns: Vec<(String, String)> = sqlx::query_as(
+        "select table_name::text, column_name::text from information_schema.columns
          join information_schema.tables using (table_schema, table_name)
-         where table_schema = 'public' and table_type = 'BASE TABLE'
-           and (column_name like '%user_id' or column_name = 'payload') order by 1",
+         where table_schema = 'public' and table_type = 'BASE TABLE' order by 1, 2",
     )
     .fetch_all(&owner)
     .await
     .unwrap();
-    assert!(
-        ["dead_letters", "outbox", "trades"]
+    let left_out = |table: &str, column: &str| {
+        NOT_OF_USERS.contains(&table)
+            || NOT_EXPORTED
+                .iter()
+                .any(|(tables, columns, _)| tables.contains(&table) && columns.contains(&column))
+            || ["lane", "user_id"].contains(&column)
+    };
+    for (table, column) in columns {
+        let exported = exports
             .iter()
-            .all(|table| of_users.iter().any(|of_users| of_users == table))
-    );
-    for table in of_users {
+            .any(|words| words.contains(&table.as_str()) && words.contains(&column.as_str()));
         assert!(
-            exports.contains(&table.as_str()),
-            "rows of {table} are not exported"
+            exported || left_out(&table, &column),
+            "{table}.{column} is neither exported nor left out for a reason"
         );
     }
 }

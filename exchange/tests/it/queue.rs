@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use exchange::market::Interval;
+use redis::AsyncCommands as _;
 use rust_decimal::Decimal;
 use serde_json::{Value, json};
 use time::{OffsetDateTime, Time};
@@ -178,6 +179,51 @@ async fn market_data_comes_back_equal() {
     stores.flush_market_data().await;
     stores.rebuild_market_data();
     assert_eq!(stores.redis.dump().await, before);
+
+    // What is wrong in the store is put right, and what is too much is gone.
+    let mut store = stores.redis.connect().await;
+    let keys: Vec<String> = store.keys("exchange:live:candles:*").await.unwrap();
+    for key in keys {
+        let candles: BTreeMap<String, String> = store.hgetall(&key).await.unwrap();
+        let (start, candle) = candles.first_key_value().unwrap();
+        let mut wrong: Value = serde_json::from_str(candle).unwrap();
+        wrong["trades"] = json!(1_000_000);
+        wrong["high"] = json!("999");
+        let () = store.hset(&key, start, wrong.to_string()).await.unwrap();
+        let () = store.hset(&key, "60", wrong.to_string()).await.unwrap();
+    }
+    let ticks: Vec<String> = store.zrange("exchange:live:ticks:BTC-USD", 0, 0).await.unwrap();
+    let wrong = ticks[0].replace("buy", "sell");
+    for (tick, id) in [(wrong.as_str(), 1_000_000_000_i64), ("nonsense", 0)] {
+        let () = store.zadd("exchange:live:ticks:BTC-USD", tick, id).await.unwrap();
+    }
+    let () = store
+        .zadd("exchange:live:ticks:NO-SUCH", "tick", 1)
+        .await
+        .unwrap();
+    assert_ne!(stores.redis.dump().await, before);
+    stores.rebuild_market_data();
+    assert_eq!(stores.redis.dump().await, before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn market_data_is_rebuilt_by_one_process_at_a_time() {
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let _service = stores.notification(&LIVE).ready().await;
+    stores.trade("live", ann, bob, 100, "1").await;
+    stores.settled("live").await;
+    let before = stores.complete_market_data().await;
+    let mut other = stores.owner.begin().await.unwrap();
+    sqlx::query("select pg_advisory_xact_lock(hashtextextended('market rebuild', 0))")
+        .execute(&mut *other)
+        .await
+        .unwrap();
+    stores.flush_market_data().await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(stores.redis.dump().await, [""; 0]);
+    other.rollback().await.unwrap();
+    assert_eq!(stores.complete_market_data().await, before);
 }
 
 /// The candles of trades, given as seconds, price and size in the order in which they happened.

@@ -383,6 +383,67 @@ async fn a_user_who_is_deleted_leaves_no_money_behind() {
     assert_clean(&owner, "live").await;
 }
 
+/// Both lock the session and its tokens. The row is kept from them until both wait, so that they meet each time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_is_deleted_while_a_token_is_refreshed() {
+    let arena = Arena::on(Postgres::shared()).await;
+    let users = Exchange::over(arena.database.clone(), &[]).await;
+    let owner = arena.database.owner().await;
+    let waiting = async |count: i64| {
+        eventually("they wait for the session", || async {
+            let waiting: i64 = sqlx::query_scalar(
+                "select count(distinct pid) from pg_locks join pg_stat_activity using (pid)
+                 where not granted and datname = current_database()",
+            )
+            .fetch_one(&owner)
+            .await
+            .unwrap();
+            (waiting == count).then_some(())
+        })
+        .await;
+    };
+    for deletion_first in [true, false] {
+        let user = users.user("ann@example.org").await;
+        let mut session = owner.begin().await.unwrap();
+        sqlx::query("select from sessions where user_id = $1 for update")
+            .bind(user.user_id.parse::<Uuid>().unwrap())
+            .execute(&mut *session)
+            .await
+            .unwrap();
+        let deletion = async |others| {
+            waiting(others).await;
+            users
+                .call(Method::DELETE, "/user", Some(&user.access_token), None)
+                .await
+        };
+        let refresh = async |others| {
+            waiting(others).await;
+            let body = json!({"refresh_token": user.refresh_token});
+            users.call(Method::POST, "/token/refresh", None, Some(body)).await
+        };
+        let release = async {
+            waiting(2).await;
+            session.rollback().await.unwrap();
+        };
+        let order = i64::from(deletion_first);
+        let (gone, refreshed, ()) = tokio::join!(deletion(1 - order), refresh(order), release);
+        assert_eq!(gone.status(), StatusCode::NO_CONTENT);
+        let expected = if deletion_first { 401 } else { 200 };
+        assert_eq!(
+            refreshed.status(),
+            expected,
+            "{}",
+            refreshed.text().await.unwrap()
+        );
+    }
+    let (tokens,): (i64,) = sqlx::query_as("select count(*) from refresh_tokens")
+        .fetch_one(&owner)
+        .await
+        .unwrap();
+    assert_eq!(tokens, 0);
+    assert_eq!(arena.deadlocks().await, 0);
+}
+
 /// PostgreSQL is killed while orders are being committed, and started again on the same files.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_database_loses_no_acknowledged_trade_and_doubles_none() {

@@ -5,7 +5,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
@@ -40,7 +40,8 @@ struct MailSink {
     refuses: Arc<Mutex<Option<Refusal>>>,
 }
 
-/// What a client says and a mail server refuses for good, whoever the mail is for.
+/// What a client says and a mail server refuses for good, whoever the mail is for; or, with no words,
+/// does not answer as long as it stands.
 type Refusal = (&'static str, &'static str);
 
 /// What a mail server knows of its clients.
@@ -129,6 +130,10 @@ impl Mailroom {
             if connection.read_line(&mut line).await? == 0 {
                 return Ok(None);
             }
+            let silent = |&(refused, words): &Refusal| words.is_empty() && line.starts_with(refused);
+            while self.refuses.lock().unwrap().as_ref().is_some_and(silent) {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
             let refusal = *self.refuses.lock().unwrap();
             let answer = match line.split([' ', '\r']).next().unwrap_or_default() {
                 word if refusal.is_some_and(|(refused, _)| refused == word) => refusal.unwrap().1,
@@ -154,7 +159,9 @@ impl Mailroom {
                     say(&mut connection, "354 go on").await?;
                     let mut mail = String::new();
                     while !mail.ends_with("\r\n.\r\n") {
-                        connection.read_line(&mut mail).await?;
+                        if connection.read_line(&mut mail).await? == 0 {
+                            return Ok(None);
+                        }
                     }
                     self.received.lock().unwrap().push(mail);
                     "250 taken"
@@ -257,6 +264,100 @@ async fn no_mail_is_lost_to_a_server_that_refuses_us() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn mails_wait_no_longer_than_needed_for_a_server_that_falls_silent() {
+    let certificates = Certificates::new();
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let sink = MailSink::start(&certificates, Encrypts::AtOnce, NOWHERE).await;
+    let url = format!("smtps://user:secret@localhost:{}", sink.port);
+    let authority = certificates.authority.to_str().unwrap();
+    let flags = ["--role", "live", "--mail-url", &url, "--mail-ca-file", authority];
+    for (price, word) in (100..).zip(["EHLO", "DATA"]) {
+        let sent = sink.received().len();
+        *sink.refuses.lock().unwrap() = Some((word, ""));
+        let service = stores.notification(&flags).ready().await;
+        stores.trade("live", ann, bob, price, "1").await;
+        eventually("it is not waited for any longer", || async {
+            service
+                .log()
+                .contains("the mail server has not answered for 10 s")
+                .then_some(())
+        })
+        .await;
+        *sink.refuses.lock().unwrap() = None;
+        sqlx::query("update emails set due_at = now()")
+            .execute(&stores.owner)
+            .await
+            .unwrap();
+        eventually("both have been sent after all", || async {
+            (sink.received().len() == sent + 2).then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_who_has_left_is_written_to() {
+    let certificates = Certificates::new();
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let sink = MailSink::start(&certificates, Encrypts::AtOnce, NOWHERE).await;
+    *sink.refuses.lock().unwrap() = Some(("DATA", ""));
+    let url = format!("smtps://user:secret@localhost:{}", sink.port);
+    let authority = certificates.authority.to_str().unwrap();
+    let flags = ["--role", "live", "--mail-url", &url, "--mail-ca-file", authority];
+    let _service = stores.notification(&flags).ready().await;
+    stores.trade("live", ann, bob, 100, "1").await;
+    eventually("both have been taken", || async {
+        (stores
+            .count("select count(*) from emails where attempts > 0")
+            .await
+            == 2)
+            .then_some(())
+    })
+    .await;
+    sqlx::query("update users set email = null, password_hash = null, deleted_at = now()")
+        .execute(&stores.owner)
+        .await
+        .unwrap();
+    *sink.refuses.lock().unwrap() = None;
+    eventually("none is left", || async {
+        (stores.count("select count(*) from emails").await == 0).then_some(())
+    })
+    .await;
+    // The first of them may have been under way.
+    assert!(sink.received().len() <= 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_told_to_stop_does_not_wait_for_a_silent_mail_server() {
+    let certificates = Certificates::new();
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let sink = MailSink::start(&certificates, Encrypts::AtOnce, NOWHERE).await;
+    *sink.refuses.lock().unwrap() = Some(("DATA", ""));
+    let url = format!("smtps://user:secret@localhost:{}", sink.port);
+    let authority = certificates.authority.to_str().unwrap();
+    let flags = ["--role", "live", "--mail-url", &url, "--mail-ca-file", authority];
+    let service = stores.notification(&flags).ready().await;
+    stores.trade("live", ann, bob, 100, "1").await;
+    eventually("it waits for the server", || async {
+        (sink.greetings.load(Ordering::Relaxed) > 0).then_some(())
+    })
+    .await;
+    let told = Instant::now();
+    service.signal("TERM");
+    eventually("it consumes no longer", || async {
+        service
+            .log()
+            .contains("no longer consuming live messages")
+            .then_some(())
+    })
+    .await;
+    assert!(told.elapsed() < Duration::from_secs(5), "{:?}", told.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn events_pass_and_mails_go_out_over_tls_only_to_whom_we_trust() {
     let certificates = Certificates::new();
     let mut stores = Stores::start().await;
@@ -271,7 +372,7 @@ async fn events_pass_and_mails_go_out_over_tls_only_to_whom_we_trust() {
     let untrusting = stores.notification(&["--role", "live", "--mail-url", &mail]);
     eventually("the service has refused the broker's certificate", || async {
         let log = untrusting.log();
-        log.contains("failed to look at the market data").then_some(())
+        log.contains("failed to restore the market data").then_some(())
     })
     .await;
     tokio::time::sleep(Duration::from_secs(1)).await;

@@ -528,11 +528,17 @@ impl Service {
 
     /// Resident memory, in MiB.
     pub(crate) fn memory_mib(&self) -> u64 {
+        self.memory("VmRSS:")
+    }
+
+    /// The most resident memory so far, in MiB.
+    pub(crate) fn most_memory_mib(&self) -> u64 {
+        self.memory("VmHWM:")
+    }
+
+    fn memory(&self, which: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let resident = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .unwrap();
+        let resident = status.lines().find_map(|line| line.strip_prefix(which)).unwrap();
         resident.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
     }
 
@@ -548,6 +554,46 @@ impl Drop for Service {
         let _ = self.child.wait();
         if std::thread::panicking() {
             let _ = std::io::stderr().write_all(self.log().as_bytes());
+        } else {
+            assert_well_named(&self.log());
+        }
+    }
+}
+
+/// What lines of the log may have beside `labels.*`; see `docs/logging.md`.
+const LOGGED: [&str; 18] = [
+    "@timestamp",
+    "client.address",
+    "ecs.version",
+    "error.message",
+    "event.duration",
+    "event.id",
+    "http.request.method",
+    "http.response.status_code",
+    "http.route",
+    "log.level",
+    "log.logger",
+    "message",
+    "server.address",
+    "service.name",
+    "service.version",
+    "span.id",
+    "trace.id",
+    "user.id",
+];
+
+/// Fails if a line of ours has a field that a schema does not know. The last line may have been cut off.
+fn assert_well_named(log: &str) {
+    let entries = log
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    for entry in entries {
+        let ours = entry["log.logger"]
+            .as_str()
+            .is_some_and(|logger| logger.starts_with("exchange"));
+        for field in entry.as_object().unwrap().keys() {
+            let known = LOGGED.contains(&field.as_str()) || field.starts_with("labels.");
+            assert!(known || !ours, "{field} is no name for a field: {entry}");
         }
     }
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use exchange::lane::Lane;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
+use sqlx::PgPool;
 use uuid::Uuid;
 
 use crate::{
@@ -414,6 +415,172 @@ async fn an_order_whose_account_is_missing_does_not_hold_up_its_book() {
     .unwrap();
     let cancelled = ("cancelled 0".to_owned(),);
     assert_eq!(left, [cancelled.clone(), cancelled]);
+    assert_clean(&owner, "live").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_forgotten_while_it_is_looked_for_is_as_good_as_new() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let trader = exchange.issuer.trader(&exchange.service).await;
+    let account = trader.account("USD").await;
+    let body = json!({"account_id": account, "amount": "1"});
+    let deposit = async || {
+        exchange
+            .treasury
+            .post_with_key("/account/deposit", "one", &body)
+            .await
+    };
+    accept(deposit().await, StatusCode::CREATED).await;
+    // Between the attempt to insert it, and the look at what is there.
+    sqlx::raw_sql(
+        "update idempotency_keys set request_hash = 'old';
+         create function forget() returns trigger language plpgsql as $$
+         begin
+             delete from idempotency_keys where request_hash = 'old';
+             return null;
+         end $$;
+         create trigger forget after insert on idempotency_keys for each statement execute function forget()",
+    )
+    .execute(&owner)
+    .await
+    .unwrap();
+    let again = deposit().await;
+    assert!(!again.headers().contains_key("idempotency-hit"));
+    accept(again, StatusCode::CREATED).await;
+    assert!(deposit().await.headers().contains_key("idempotency-hit"));
+    assert_clean(&owner, "live").await;
+}
+
+/// As if trades had brought so much into an account: no deposit would.
+async fn enrich(owner: &PgPool, account: &str, amount: &str) {
+    sqlx::query(
+        "with transferred as (
+             insert into transfers (id, lane, kind, created_at) values (nextval('transfer_ids'), 'live', 'deposit', now())
+             returning id
+         ), rich as (
+             update accounts set balance = balance + $2::numeric where id = $1 returning currency
+         )
+         insert into entries (account_id, transfer_id, line, lane, currency, kind, amount)
+         select account, transferred.id, line, 'live', currency, 'transfer', change
+         from transferred, rich,
+              lateral (values ($1, 1, $2::numeric), (exchange_account_v1('live', 'external', currency), 2, -$2::numeric))
+                  as entry (account, line, change)",
+    )
+    .bind(account.parse::<Uuid>().unwrap())
+    .bind(amount)
+    .execute(owner)
+    .await
+    .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_account_that_is_full_does_not_hold_up_its_book() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let trader = async |coins: &'static str, dollars: &'static str| {
+        let trader = exchange.issuer.trader(&exchange.service).await;
+        trader.wallet(&exchange.treasury, coins, dollars).await
+    };
+    // Two orders of somebody who cannot be paid for either, and one of somebody else behind them.
+    let full = trader("3", "1").await;
+    for price in ["100", "101"] {
+        full.place("sell", "1", price).await;
+    }
+    enrich(&owner, &full.usd, "999999999999999950").await;
+    let asking = trader("1", "0").await;
+    asking.place("sell", "1", "102").await;
+    let buying = trader("0", "1000").await;
+    let bid = buying.place("buy", "1", "110").await;
+    assert_eq!(bid["status"], "filled", "{bid}");
+    assert_eq!(bid["trades"][0]["price"], "102", "{bid}");
+    assert_eq!(full.balances().await, ["3", "0", "999999999999999951", "0"]);
+    let book = full.trader.get("/book?product=BTC-USD").await;
+    assert_eq!((&book["bids"], &book["asks"]), (&json!([]), &json!([])));
+
+    // As taker, it is told so: at once, or when it has got as much as it can.
+    for (size, price) in [("0.2", "100"), ("1", "90")] {
+        buying.place("buy", size, price).await;
+    }
+    let ask = full.place("sell", "1", "90").await;
+    assert_eq!(
+        (&ask["status"], &ask["filled"], &ask["reason"]),
+        (&json!("cancelled"), &json!("0.2"), &json!("balance_limit"))
+    );
+    let ask = full.order("sell", "1", "90");
+    let refused = full.trader.post("/trade/add", &ask).await;
+    let refused = accept(refused, StatusCode::UNPROCESSABLE_ENTITY).await;
+    assert_eq!(
+        (&refused["code"], &refused["field"]),
+        (&json!("balance_limit"), &json!("quote_account_id"))
+    );
+    // The same for what is bought.
+    enrich(&owner, &full.btc, "999999999999999996.5").await;
+    let bid = full.place("buy", "1", "80").await;
+    assert_eq!(bid["status"], "open");
+    let selling = trader("3", "0").await;
+    selling.place("sell", "1", "95").await;
+    let bid = full.order("buy", "0.9", "95");
+    let refused = full.trader.post("/trade/add", &bid).await;
+    let refused = accept(refused, StatusCode::UNPROCESSABLE_ENTITY).await;
+    assert_eq!(
+        (&refused["code"], &refused["field"]),
+        (&json!("balance_limit"), &json!("base_account_id"))
+    );
+    let ask = selling.place("sell", "2", "70").await;
+    assert_eq!(
+        (&ask["status"], &ask["filled"]),
+        (&json!("open"), &json!("1")),
+        "{ask}"
+    );
+    assert_eq!(ask["trades"][0]["price"], "90", "{ask}");
+    assert_eq!(
+        full.balances().await,
+        ["999999999999999999.3", "0", "999999999999999970.96", "0"]
+    );
+    assert_clean(&owner, "live").await;
+}
+
+/// What fills it comes with it in one transaction.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_account_that_is_full_at_once_does_not_hold_up_its_book() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let full = exchange.issuer.trader(&exchange.service).await;
+    let full = full.wallet(&exchange.treasury, "2", "1").await;
+    enrich(&owner, &full.usd, "999999999999999850").await;
+    let buying = exchange.issuer.trader(&exchange.service).await;
+    let buying = buying.wallet(&exchange.treasury, "0", "1000").await;
+    let mut book = owner.begin().await.unwrap();
+    sqlx::query("select lock_book_v1('live', 'BTC-USD')")
+        .execute(&mut *book)
+        .await
+        .unwrap();
+    // The first waits alone, and the others behind it.
+    let orders = [
+        buying.order("buy", "1", "1"),
+        full.order("sell", "1", "100"),
+        full.order("sell", "1", "101"),
+        buying.order("buy", "2", "110"),
+    ];
+    let mut placing = Vec::new();
+    for (order, wallet) in orders.into_iter().zip([&buying, &full, &full, &buying]) {
+        let trader = wallet.trader.clone();
+        placing.push(tokio::spawn(
+            async move { trader.post("/trade/add", &order).await },
+        ));
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    book.rollback().await.unwrap();
+    let mut placed = Vec::new();
+    for answer in placing {
+        placed.push(accept(answer.await.unwrap(), StatusCode::CREATED).await);
+    }
+    assert_eq!(
+        (&placed[3]["status"], &placed[3]["filled"]),
+        (&json!("open"), &json!("1")),
+        "{placed:?}"
+    );
     assert_clean(&owner, "live").await;
 }
 

@@ -4,6 +4,8 @@ use std::time::Instant;
 
 use reqwest::{Method, Response, StatusCode};
 use serde_json::{Value, json};
+use sqlx::Transaction;
+use uuid::Uuid;
 
 use crate::{
     servers::{Database, Postgres, Service, eventually},
@@ -352,6 +354,28 @@ async fn a_refresh_token_works_once_and_its_reuse_ends_the_session() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_that_could_not_be_answered_may_be_sent_again() {
+    let exchange = Exchange::start(&[]).await;
+    let tokens = exchange.user("ada@example.org").await;
+    // It has no keys yet, and cannot read them.
+    let newcomer = Exchange::over(exchange.database.clone(), &[]).await;
+    let owner = exchange.database.owner().await;
+    let mut keys = owner.begin().await.unwrap();
+    sqlx::query("lock table signing_keys in access exclusive mode")
+        .execute(&mut *keys)
+        .await
+        .unwrap();
+    let refresh = json!({"refresh_token": tokens.refresh_token});
+    let failed = newcomer.post("/token/refresh", refresh.clone()).await;
+    assert!(failed.headers().contains_key("retry-after"));
+    problem(failed, 503, "unavailable").await;
+    keys.rollback().await.unwrap();
+    let again = Tokens::from(newcomer.post("/token/refresh", refresh).await).await;
+    let profile = newcomer.call(Method::GET, "/profile", Some(&again.access_token), None);
+    assert_eq!(profile.await.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn of_many_refreshes_at_once_one_wins() {
     let exchange = Exchange::start(&[]).await;
     let tokens = exchange.user("ada@example.org").await;
@@ -583,6 +607,33 @@ impl Farewell {
         self.users.call(Method::DELETE, "/user", token, None).await
     }
 
+    /// Erases the user, in a transaction that is still open.
+    async fn begin_to_delete(&self) -> (Uuid, Transaction<'static, sqlx::Postgres>) {
+        let owner = &self.stores.owner;
+        let id: Uuid = self.ada.user_id.parse().unwrap();
+        // As the deletion does it.
+        let mut deleting = owner.begin().await.unwrap();
+        sqlx::query("select from users where id = $1 for update")
+            .bind(id)
+            .execute(&mut *deleting)
+            .await
+            .unwrap();
+        let erase: Vec<String> = sqlx::query_scalar(
+            "select erase from user_data where erase is not null order by position, topic",
+        )
+        .fetch_all(owner)
+        .await
+        .unwrap();
+        for sql in erase {
+            sqlx::query(sqlx::AssertSqlSafe(sql))
+                .bind(id)
+                .execute(&mut *deleting)
+                .await
+                .unwrap();
+        }
+        (id, deleting)
+    }
+
     /// Everything of the ledger that has to stay as it is.
     async fn ledger(&self) -> Vec<String> {
         sqlx::query_scalar(
@@ -667,6 +718,59 @@ async fn a_user_can_take_the_data_along() {
     ] {
         assert!(!text.contains(foreign), "{foreign} is in {text}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_export_is_read_in_small_parts_and_never_looks_complete_when_it_is_not() {
+    const MANY: usize = 150_000;
+    let exchange = Exchange::start(&[]).await;
+    let ada = exchange.user("ada@example.org").await;
+    let owner = exchange.database.owner().await;
+    sqlx::query(
+        "insert into notifications (user_id, seq, lane, kind, title, data)
+         select $1, seq, 'live', 'account', repeat('x', 150), jsonb_build_object('name', repeat('y', 100))
+         from generate_series(1, $2) as seq",
+    )
+    .bind(ada.user_id.parse::<Uuid>().unwrap())
+    .bind(i32::try_from(MANY).unwrap())
+    .execute(&owner)
+    .await
+    .unwrap();
+    let export = || exchange.call(Method::GET, "/user/export", Some(&ada.access_token), None);
+    let before = exchange.service.most_memory_mib();
+
+    // Somebody who has not begun to read keeps others waiting, who know for how long.
+    let slow = export().await;
+    assert_eq!(slow.status(), 200);
+    let refused = export().await;
+    assert_eq!(refused.headers()["retry-after"], "5");
+    problem(refused, 503, "unavailable").await;
+    eventually("it waits for its reader, and has its connection cut", || async {
+        let ended: i64 = sqlx::query_scalar(
+            "select count(pg_terminate_backend(pid)) from pg_stat_activity
+             where datname = current_database() and state = 'idle in transaction' and query like 'fetch%'",
+        )
+        .fetch_one(&owner)
+        .await
+        .unwrap();
+        (ended == 1).then_some(())
+    })
+    .await;
+    slow.bytes().await.unwrap_err();
+
+    let (length, rows) = {
+        let whole = export().await.bytes().await.unwrap();
+        let whole: Value = serde_json::from_slice(&whole).unwrap();
+        let rows = whole["notifications"].as_array().unwrap();
+        assert_eq!(rows[MANY - 1]["id"], MANY);
+        (whole.to_string().len(), rows.len())
+    };
+    assert_eq!(rows, MANY);
+    let grown = exchange.service.most_memory_mib() - before;
+    assert!(
+        grown < 32 && length > 48 << 20,
+        "{length} bytes took {grown} MiB more"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -776,26 +880,7 @@ async fn nothing_is_told_to_a_user_who_is_being_deleted() {
         .post_with_key("/account/withdraw", "all", &all);
     accept(withdrawn.await, StatusCode::CREATED).await;
     farewell.stores.settled("live").await;
-    let id: uuid::Uuid = farewell.ada.user_id.parse().unwrap();
-    // As the deletion does it.
-    let mut deleting = owner.begin().await.unwrap();
-    sqlx::query("select from users where id = $1 for update")
-        .bind(id)
-        .execute(&mut *deleting)
-        .await
-        .unwrap();
-    let erase: Vec<String> =
-        sqlx::query_scalar("select erase from user_data where erase is not null order by position, topic")
-            .fetch_all(owner)
-            .await
-            .unwrap();
-    for sql in erase {
-        sqlx::query(sqlx::AssertSqlSafe(sql))
-            .bind(id)
-            .execute(&mut *deleting)
-            .await
-            .unwrap();
-    }
+    let (id, deleting) = farewell.begin_to_delete().await;
     sqlx::query(
         "insert into outbox (id, lane, topic, key, payload)
          values (uuid_v7(), 'live', 'user.signed_in', 'late', jsonb_build_object('user_id', $1))",
@@ -824,6 +909,45 @@ async fn nothing_is_told_to_a_user_who_is_being_deleted() {
         .await
         .unwrap();
     assert_eq!(told, 0);
+}
+
+/// A message that nobody can handle, put aside when its user is deleted.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_put_aside_about_a_user_who_is_being_deleted() {
+    let farewell = Farewell::prepare().await;
+    let owner = &farewell.stores.owner;
+    let all = json!({"account_id": farewell.wallet.usd, "amount": "1000"});
+    let withdrawn = farewell
+        .wallet
+        .trader
+        .post_with_key("/account/withdraw", "all", &all);
+    accept(withdrawn.await, StatusCode::CREATED).await;
+    farewell.stores.settled("live").await;
+    let (id, deleting) = farewell.begin_to_delete().await;
+    sqlx::query(
+        "insert into outbox (id, lane, topic, key, payload)
+         values (uuid_v7(), 'live', 'transfer.posted', 'late', jsonb_build_object('user_id', $1, 'kind', 'zebra gift'))",
+    )
+    .bind(id)
+    .execute(owner)
+    .await
+    .unwrap();
+    eventually("it is being put aside, or has been", || async {
+        let waits: bool = sqlx::query_scalar(
+            "select exists (select from pg_stat_activity where wait_event_type = 'Lock'
+                 and query like '%insert into dead_letters%' and datname = current_database())
+                 or exists (select from inbox join outbox on id = event_id where key = 'late')",
+        )
+        .fetch_one(owner)
+        .await
+        .unwrap();
+        waits.then_some(())
+    })
+    .await;
+    deleting.commit().await.unwrap();
+    farewell.stores.settled("live").await;
+    // The event itself is not the user's by its key, and gone within the hour.
+    assert_eq!(farewell.tables_with_the_word().await, ["outbox"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
