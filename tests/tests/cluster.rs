@@ -812,8 +812,9 @@ fn an_interrupted_down_can_be_repeated() {
     // Between the last file and the directory itself.
     fs::create_dir_all(&cluster).unwrap();
     let third = down();
-    let all_gone = !cluster.exists();
-    fs::remove_dir_all(home).unwrap();
+    // With the last cluster the directory of all goes.
+    let all_gone = !home.exists();
+    let _ = fs::remove_dir_all(home);
     assert!(
         text(&interrupted).contains("cannot remove"),
         "{}",
@@ -865,7 +866,7 @@ fn what_is_not_ours_is_left_alone() {
     let alive = bystander.try_wait().unwrap().is_none();
     bystander.kill().unwrap();
     bystander.wait().unwrap();
-    fs::remove_dir_all(home).unwrap();
+    let _ = fs::remove_dir_all(home);
     assert!(
         alive,
         "down has killed a process that is not ours: {}",
