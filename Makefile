@@ -41,6 +41,12 @@ TESTBED := $(TARGET_DIR)/debug/testbed
 OPERATOR := $(TARGET_DIR)/debug/exchange-operator
 export CLUSTER
 export TESTBED_NAME := $(NAME)
+# Tests run in other directories than this one.
+ifneq ($(KUBECONFIG),)
+  empty :=
+  override KUBECONFIG := $(subst $(empty) $(empty),:,$(abspath $(subst :, ,$(KUBECONFIG))))
+  export KUBECONFIG
+endif
 ifdef STORES_VALUES
   override STORES_VALUES := $(abspath $(STORES_VALUES))
   export STORES_VALUES

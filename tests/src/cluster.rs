@@ -2,7 +2,7 @@
 
 use std::{
     env, fs,
-    io::ErrorKind,
+    io::{self, ErrorKind},
     os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
 };
@@ -441,29 +441,46 @@ pub fn starting() -> Result<fs::File> {
 /// As [`starting`].
 pub fn ending() -> Result<Option<fs::File>> {
     let home = home()?;
-    if home.exists() { lock(&home) } else { Ok(None) }
+    while home.exists() {
+        if let Some(lock) = lock(&home)? {
+            return Ok(Some(lock));
+        }
+    }
+    Ok(None)
 }
 
-/// Removes the directory of all clusters if there is none any more; for who has its lock.
-pub fn leave() -> Result<()> {
-    // A directory that is not empty resists.
-    let _ = fs::remove_dir(home()?);
-    Ok(())
+/// Removes the directory of all clusters if there is none any more; for who has its lock. One that somebody has chosen stays.
+pub fn leave() {
+    if env::var_os("TESTBED_HOME").is_none() {
+        // A directory that is not empty resists.
+        let _ = fs::remove_dir(DEFAULT_HOME);
+    }
 }
 
 /// Nothing if the directory is removed while its lock is waited for.
 fn lock(home: &Path) -> Result<Option<fs::File>> {
-    let found = fs::symlink_metadata(home)?;
+    let Some(found) = unless_gone(fs::symlink_metadata(home))? else {
+        return Ok(None);
+    };
     ensure!(
         found.is_dir() && found.uid() == geteuid().as_raw() && found.mode() & 0o022 == 0,
         "{} belongs to somebody else or can be written by others: remove it, or set TESTBED_HOME to another directory",
         home.display()
     );
-    let lock = fs::File::open(home)?;
+    let Some(lock) = unless_gone(fs::File::open(home))? else {
+        return Ok(None);
+    };
     progress::lock(&lock, "the start or end of another cluster")
         .with_context(|| format!("cannot lock {}", home.display()))?;
-    let now = fs::symlink_metadata(home).ok().map(|now| now.ino());
+    let now = unless_gone(fs::symlink_metadata(home))?.map(|now| now.ino());
     Ok((now == Some(lock.metadata()?.ino())).then_some(lock))
+}
+
+fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        other => other.map(Some),
+    }
 }
 
 fn make_private(path: &Path) -> Result<()> {

@@ -21,8 +21,8 @@ use crate::{
 
 /// Where CoreDNS says over HTTP whether it is ready.
 pub const DNS_READY_PORT: u16 = 8181;
-/// Where kube-proxy tells whether it has written its rules.
-pub const PROXY_HEALTH_PORT: u16 = 10256;
+/// Where kube-proxy tells, among its metrics, when the kernel last took its rules.
+pub const PROXY_METRICS_PORT: u16 = 10249;
 
 /// A process that the supervisor keeps running.
 #[derive(Clone, Debug)]
@@ -405,7 +405,7 @@ disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.
     let proxy = json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration",
         "clientConnection": {"kubeconfig": cluster.kubeconfig_of("proxy")},
-        "healthzBindAddress": format!("{address}:{PROXY_HEALTH_PORT}"),
+        "metricsBindAddress": format!("{address}:{PROXY_METRICS_PORT}"),
         "mode": "nftables", "clusterCIDR": POD_CIDR, "hostnameOverride": NODE,
         // The limits belong to the host.
         "conntrack": {"maxPerCore": 0, "min": 0},

@@ -202,29 +202,43 @@ fn load(cluster: &Cluster, archives: &[PathBuf]) -> Result<()> {
     Ok(())
 }
 
+/// For a shell: also kubectl and helm are the cluster's own, and what they remember goes with it.
+fn tell_how_to_use(cluster: &Cluster) -> Result<()> {
+    for (variable, value) in cluster.environment(&Tools::ensure()?) {
+        if variable == "PATH" {
+            say(format!(
+                "  export PATH=\"{}:$PATH\"",
+                Tools::ensure()?.dir().display()
+            ));
+        } else if variable.starts_with("KUBE") {
+            say(format!("  export {variable}={value}"));
+        }
+    }
+    Ok(())
+}
+
 fn start(cluster: &Cluster) -> Result<()> {
     let times = up::up(cluster)?;
     let seconds = |time: Duration| (time.as_secs_f64() * 10.0).round() / 10.0;
     if times.was_running {
         say(format!(
-            "Cluster {:?} runs already; looked at in {} s.\n  export KUBECONFIG={}",
+            "Cluster {:?} runs already; looked at in {} s.",
             cluster.name(),
             seconds(times.all_ready),
-            cluster.kubeconfig().display()
         ));
-        return Ok(());
+        return tell_how_to_use(cluster);
     }
     let build = times.build.map_or_else(
         || "components from the cache".into(),
         |took| format!("components built cold in {} s", seconds(took)),
     );
     say(format!(
-        "Cluster {:?} is ready: {build}, node Ready after {} s, everything after {} s.\n  export KUBECONFIG={}",
+        "Cluster {:?} is ready: {build}, node Ready after {} s, everything after {} s.",
         cluster.name(),
         seconds(times.node_ready),
         seconds(times.all_ready),
-        cluster.kubeconfig().display()
     ));
+    tell_how_to_use(cluster)?;
     let figures = json!({
         "cold_build_seconds": times.build.map(seconds),
         "node_ready_seconds": seconds(times.node_ready),

@@ -61,9 +61,16 @@ const KERNEL: [(Feature, &str); 9] = [
     ),
     (
         Feature::Nftables,
-        "the kernel has no nftables (CONFIG_NF_TABLES): `nft list tables` fails",
+        "the kernel has no nftables, or not all that kube-proxy writes with it (CONFIG_NF_TABLES, CONFIG_NFT_NAT, \
+         CONFIG_NFT_MASQ, CONFIG_NFT_FIB_IPV4, CONFIG_NFT_NUMGEN)",
     ),
 ];
+
+/// Of the kinds that kube-proxy writes.
+const RULES: &str = "add table ip probe; add chain ip probe out { type nat hook postrouting priority 100 ; }; \
+                     add rule ip probe out fib saddr type local masquerade; \
+                     add chain ip probe in { type nat hook prerouting priority -100 ; }; \
+                     add rule ip probe in dnat ip to numgen random mod 2 map { 0 : 10.0.0.1, 1 : 10.0.0.2 }";
 
 /// Free space below which images may not fit, in bytes.
 const DISK_MIN: u64 = 4 << 30;
@@ -176,7 +183,7 @@ fn is_there(feature: Feature) -> bool {
         Feature::Interface(kind) => {
             succeeds("unshare", &["--net", "ip", "link", "add", "probe", "type", kind])
         }
-        Feature::Nftables => succeeds("nft", &["list", "tables"]),
+        Feature::Nftables => succeeds("unshare", &["--net", "nft", RULES]),
     }
 }
 

@@ -328,7 +328,10 @@ fn is_first_of_a_namespace(pid: i32) -> bool {
 pub fn destroy(cluster: &Cluster) -> Result<()> {
     let lock = cluster::ending()?;
     destroy_locked(cluster)?;
-    if lock.is_some() { cluster::leave() } else { Ok(()) }
+    if lock.is_some() {
+        cluster::leave();
+    }
+    Ok(())
 }
 
 /// [`destroy`] for who holds the lock of all starts.

@@ -23,7 +23,7 @@ use kube::{
 use crate::{
     addons,
     cluster::{self, Cluster, NODE, Origin},
-    components::{self, DNS_READY_PORT, PROXY_HEALTH_PORT},
+    components::{self, DNS_READY_PORT, PROXY_METRICS_PORT},
     images, pki, preflight,
     progress::{Step, say},
     results::repository,
@@ -101,12 +101,9 @@ pub fn up(cluster: &Cluster) -> Result<Times> {
         .await?;
         times.node_ready = started.elapsed();
         apply_addons(cluster, &client).await?;
-        wait_async(cluster, &mut step, "DNS", async || {
-            says_yes(cluster, DNS_READY_PORT, "/ready")
-        })
-        .await?;
+        wait_async(cluster, &mut step, "DNS", async || dns_is_ready(cluster)).await?;
         wait_async(cluster, &mut step, "Services", async || {
-            says_yes(cluster, PROXY_HEALTH_PORT, "/healthz")
+            services_are_there(cluster)
         })
         .await?;
         wait_async(cluster, &mut step, "metrics", async || {
@@ -331,8 +328,22 @@ async fn node_is_ready(client: &Client) -> Result<bool> {
         .any(|condition| condition.type_ == "Ready" && condition.status == "True"))
 }
 
-/// Asks a component itself: CoreDNS is ready when it has seen all Services, kube-proxy when the kernel has taken its rules.
-fn says_yes(cluster: &Cluster, port: u16, path: &str) -> Result<bool> {
+/// Asks CoreDNS itself: it is ready when it has seen all Services.
+fn dns_is_ready(cluster: &Cluster) -> Result<bool> {
+    Ok(ask(cluster, DNS_READY_PORT, "/ready")?.contains(" 200 "))
+}
+
+/// Whether the kernel has taken kube-proxy's rules. Its health says so too early.
+fn services_are_there(cluster: &Cluster) -> Result<bool> {
+    let metrics = ask(cluster, PROXY_METRICS_PORT, "/metrics")?;
+    let mut lines = metrics.lines();
+    let last = lines.find(|line| line.starts_with("kubeproxy_sync_proxy_rules_last_timestamp_seconds"));
+    let time = last.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+    Ok(time.is_some_and(|time| time > 0.0))
+}
+
+/// What a component on the node answers.
+fn ask(cluster: &Cluster, port: u16, path: &str) -> Result<String> {
     const TIMEOUT: Duration = Duration::from_millis(500);
     let address = format!("{}:{port}", cluster.link()?.node_address());
     let mut stream = TcpStream::connect_timeout(&address.parse()?, TIMEOUT)?;
@@ -340,7 +351,7 @@ fn says_yes(cluster: &Cluster, port: u16, path: &str) -> Result<bool> {
     stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
-    Ok(answer.contains(" 200 "))
+    Ok(answer)
 }
 
 async fn metrics_are_served(client: &Client) -> Result<bool> {
