@@ -402,6 +402,8 @@ pub struct Pod {
     pub name: String,
     /// Its uid: another pod may have its name.
     pub uid: String,
+    /// Its IP address; empty if it has none yet.
+    pub address: String,
     /// Whether it serves.
     pub ready: bool,
     /// Whether it is on its way out.
@@ -418,6 +420,7 @@ impl Pod {
             service: text(object, "/metadata/labels/app.kubernetes.io~1component").to_owned(),
             name: text(object, "/metadata/name").to_owned(),
             uid: text(object, "/metadata/uid").to_owned(),
+            address: text(object, "/status/podIP").to_owned(),
             ready: conditions.any(|it| text(it, "/type") == "Ready" && text(it, "/status") == "True"),
             leaving: object.pointer("/metadata/deletionTimestamp").is_some(),
             running_since: text(object, "/status/containerStatuses/0/state/running/startedAt")
