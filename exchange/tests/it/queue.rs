@@ -220,7 +220,7 @@ async fn market_data_is_rebuilt_by_one_process_at_a_time() {
         .await
         .unwrap();
     stores.flush_market_data().await;
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    tokio::time::sleep(QUIET).await;
     assert_eq!(stores.redis.dump().await, [""; 0]);
     other.rollback().await.unwrap();
     assert_eq!(stores.complete_market_data().await, before);

@@ -14,6 +14,7 @@ use tokio::{
     net::TcpListener,
 };
 use tokio_rustls::TlsAcceptor;
+use uuid::Uuid;
 
 use crate::{
     servers::{Service, eventually, free_port, temporary_directory},
@@ -224,16 +225,65 @@ async fn mails_wait_for_a_server_that_encrypts_and_addresses_stay_out_of_the_log
     assert_eq!(refusing.received(), Vec::<String>::new());
 }
 
+/// Two users whose trades are told by mail, and the mail server.
+struct Post {
+    certificates: Certificates,
+    stores: Stores,
+    users: [Uuid; 2],
+    sink: MailSink,
+}
+
+impl Post {
+    async fn new() -> Self {
+        let certificates = Certificates::new();
+        let stores = Stores::start().await;
+        let users = [stores.user("live").await, stores.user("live").await];
+        let sink = MailSink::start(&certificates, Encrypts::AtOnce, NOWHERE).await;
+        Self {
+            certificates,
+            stores,
+            users,
+            sink,
+        }
+    }
+
+    /// A service that sends the mails.
+    async fn service(&self) -> Service {
+        let url = format!("smtps://user:secret@localhost:{}", self.sink.port);
+        let authority = self.certificates.authority.to_str().unwrap();
+        let flags = ["--role", "live", "--mail-url", &url, "--mail-ca-file", authority];
+        self.stores.notification(&flags).ready().await
+    }
+
+    /// A trade, which both are told of.
+    async fn trade(&self, price: u32) {
+        let [ann, bob] = self.users;
+        self.stores.trade("live", ann, bob, price, "1").await;
+    }
+
+    /// What the mail server refuses from now on.
+    fn refuse(&self, refusal: impl Into<Option<Refusal>>) {
+        *self.sink.refuses.lock().unwrap() = refusal.into();
+    }
+
+    /// With nothing refused any more, what was not sent is due at once.
+    async fn sends_two_after_all(&self, sent: usize) {
+        self.refuse(None);
+        sqlx::query("update emails set due_at = now()")
+            .execute(&self.stores.owner)
+            .await
+            .unwrap();
+        eventually("both have been sent after all", || async {
+            (self.sink.received().len() == sent + 2).then_some(())
+        })
+        .await;
+    }
+}
+
 /// What a server has against us, and not against a mail, passes when somebody has mended it.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_mail_is_lost_to_a_server_that_refuses_us() {
-    let certificates = Certificates::new();
-    let stores = Stores::start().await;
-    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
-    let sink = MailSink::start(&certificates, Encrypts::AtOnce, NOWHERE).await;
-    let url = format!("smtps://user:secret@localhost:{}", sink.port);
-    let authority = certificates.authority.to_str().unwrap();
-    let flags = ["--role", "live", "--mail-url", &url, "--mail-ca-file", authority];
+    let post = Post::new().await;
     for (price, refusal) in (100..).zip([
         ("AUTH", "535 the password has changed"),
         ("EHLO", "554 not from where you are"),
@@ -241,42 +291,28 @@ async fn no_mail_is_lost_to_a_server_that_refuses_us() {
         ("MAIL", "550 not from whom you are"),
         ("RCPT", "530 who are you"),
     ]) {
-        let sent = sink.received().len();
-        *sink.refuses.lock().unwrap() = Some(refusal);
-        let service = stores.notification(&flags).ready().await;
-        stores.trade("live", ann, bob, price, "1").await;
+        let sent = post.sink.received().len();
+        post.refuse(refusal);
+        let service = post.service().await;
+        post.trade(price).await;
         let code = format!("the mail server answered {}", &refusal.1[..3]);
         eventually("a mail has been refused", || async {
             service.log().contains(&code).then_some(())
         })
         .await;
-        *sink.refuses.lock().unwrap() = None;
-        sqlx::query("update emails set due_at = now()")
-            .execute(&stores.owner)
-            .await
-            .unwrap();
-        eventually("both have been sent after all", || async {
-            (sink.received().len() == sent + 2).then_some(())
-        })
-        .await;
+        post.sends_two_after_all(sent).await;
         assert!(!service.log().contains("was given up"), "{}", service.log());
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn mails_wait_no_longer_than_needed_for_a_server_that_falls_silent() {
-    let certificates = Certificates::new();
-    let stores = Stores::start().await;
-    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
-    let sink = MailSink::start(&certificates, Encrypts::AtOnce, NOWHERE).await;
-    let url = format!("smtps://user:secret@localhost:{}", sink.port);
-    let authority = certificates.authority.to_str().unwrap();
-    let flags = ["--role", "live", "--mail-url", &url, "--mail-ca-file", authority];
+    let post = Post::new().await;
     for (price, word) in (100..).zip(["EHLO", "DATA"]) {
-        let sent = sink.received().len();
-        *sink.refuses.lock().unwrap() = Some((word, ""));
-        let service = stores.notification(&flags).ready().await;
-        stores.trade("live", ann, bob, price, "1").await;
+        let sent = post.sink.received().len();
+        post.refuse((word, ""));
+        let service = post.service().await;
+        post.trade(price).await;
         eventually("it is not waited for any longer", || async {
             service
                 .log()
@@ -284,32 +320,19 @@ async fn mails_wait_no_longer_than_needed_for_a_server_that_falls_silent() {
                 .then_some(())
         })
         .await;
-        *sink.refuses.lock().unwrap() = None;
-        sqlx::query("update emails set due_at = now()")
-            .execute(&stores.owner)
-            .await
-            .unwrap();
-        eventually("both have been sent after all", || async {
-            (sink.received().len() == sent + 2).then_some(())
-        })
-        .await;
+        post.sends_two_after_all(sent).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_who_has_left_is_written_to() {
-    let certificates = Certificates::new();
-    let stores = Stores::start().await;
-    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
-    let sink = MailSink::start(&certificates, Encrypts::AtOnce, NOWHERE).await;
-    *sink.refuses.lock().unwrap() = Some(("DATA", ""));
-    let url = format!("smtps://user:secret@localhost:{}", sink.port);
-    let authority = certificates.authority.to_str().unwrap();
-    let flags = ["--role", "live", "--mail-url", &url, "--mail-ca-file", authority];
-    let _service = stores.notification(&flags).ready().await;
-    stores.trade("live", ann, bob, 100, "1").await;
+    let post = Post::new().await;
+    post.refuse(("DATA", ""));
+    let _service = post.service().await;
+    post.trade(100).await;
     eventually("both have been taken", || async {
-        (stores
+        (post
+            .stores
             .count("select count(*) from emails where attempts > 0")
             .await
             == 2)
@@ -317,32 +340,26 @@ async fn nobody_who_has_left_is_written_to() {
     })
     .await;
     sqlx::query("update users set email = null, password_hash = null, deleted_at = now()")
-        .execute(&stores.owner)
+        .execute(&post.stores.owner)
         .await
         .unwrap();
-    *sink.refuses.lock().unwrap() = None;
+    post.refuse(None);
     eventually("none is left", || async {
-        (stores.count("select count(*) from emails").await == 0).then_some(())
+        (post.stores.count("select count(*) from emails").await == 0).then_some(())
     })
     .await;
     // The first of them may have been under way.
-    assert!(sink.received().len() <= 1);
+    assert!(post.sink.received().len() <= 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn who_is_told_to_stop_does_not_wait_for_a_silent_mail_server() {
-    let certificates = Certificates::new();
-    let stores = Stores::start().await;
-    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
-    let sink = MailSink::start(&certificates, Encrypts::AtOnce, NOWHERE).await;
-    *sink.refuses.lock().unwrap() = Some(("DATA", ""));
-    let url = format!("smtps://user:secret@localhost:{}", sink.port);
-    let authority = certificates.authority.to_str().unwrap();
-    let flags = ["--role", "live", "--mail-url", &url, "--mail-ca-file", authority];
-    let service = stores.notification(&flags).ready().await;
-    stores.trade("live", ann, bob, 100, "1").await;
+    let post = Post::new().await;
+    post.refuse(("DATA", ""));
+    let service = post.service().await;
+    post.trade(100).await;
     eventually("it waits for the server", || async {
-        (sink.greetings.load(Ordering::Relaxed) > 0).then_some(())
+        (post.sink.greetings.load(Ordering::Relaxed) > 0).then_some(())
     })
     .await;
     let told = Instant::now();

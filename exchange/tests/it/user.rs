@@ -607,9 +607,13 @@ impl Farewell {
         self.users.call(Method::DELETE, "/user", token, None).await
     }
 
-    /// Erases the user, in a transaction that is still open.
+    /// Erases the user, who has taken everything out, in a transaction that is still open.
     async fn begin_to_delete(&self) -> (Uuid, Transaction<'static, sqlx::Postgres>) {
         let owner = &self.stores.owner;
+        let all = json!({"account_id": self.wallet.usd, "amount": "1000"});
+        let withdrawn = self.wallet.trader.post_with_key("/account/withdraw", "all", &all);
+        accept(withdrawn.await, StatusCode::CREATED).await;
+        self.stores.settled("live").await;
         let id: Uuid = self.ada.user_id.parse().unwrap();
         // As the deletion does it.
         let mut deleting = owner.begin().await.unwrap();
@@ -632,6 +636,23 @@ impl Farewell {
                 .unwrap();
         }
         (id, deleting)
+    }
+
+    /// Waits until what the message `late` writes to this table waits for the deletion, or is over.
+    async fn meets_the_deletion(&self, table: &str) {
+        eventually("it is being written, or has been", || async {
+            let meets: bool = sqlx::query_scalar(
+                "select exists (select from pg_stat_activity where wait_event_type = 'Lock'
+                     and query like '%insert into ' || $1 || '%' and datname = current_database())
+                     or exists (select from inbox join outbox on id = event_id where key = 'late')",
+            )
+            .bind(table)
+            .fetch_one(&self.stores.owner)
+            .await
+            .unwrap();
+            meets.then_some(())
+        })
+        .await;
     }
 
     /// Everything of the ledger that has to stay as it is.
@@ -873,13 +894,6 @@ fn text_of(value: &Value) -> String {
 async fn nothing_is_told_to_a_user_who_is_being_deleted() {
     let farewell = Farewell::prepare().await;
     let owner = &farewell.stores.owner;
-    let all = json!({"account_id": farewell.wallet.usd, "amount": "1000"});
-    let withdrawn = farewell
-        .wallet
-        .trader
-        .post_with_key("/account/withdraw", "all", &all);
-    accept(withdrawn.await, StatusCode::CREATED).await;
-    farewell.stores.settled("live").await;
     let (id, deleting) = farewell.begin_to_delete().await;
     sqlx::query(
         "insert into outbox (id, lane, topic, key, payload)
@@ -889,18 +903,7 @@ async fn nothing_is_told_to_a_user_who_is_being_deleted() {
     .execute(owner)
     .await
     .unwrap();
-    eventually("the notification is being written, or has been", || async {
-        let waits: bool = sqlx::query_scalar(
-            "select exists (select from pg_stat_activity where wait_event_type = 'Lock'
-                 and query like '%insert into notifications%' and datname = current_database())
-                 or exists (select from inbox join outbox on id = event_id where key = 'late')",
-        )
-        .fetch_one(owner)
-        .await
-        .unwrap();
-        waits.then_some(())
-    })
-    .await;
+    farewell.meets_the_deletion("notifications").await;
     deleting.commit().await.unwrap();
     farewell.stores.settled("live").await;
     let told: i64 = sqlx::query_scalar("select count(*) from notifications where user_id = $1")
@@ -916,13 +919,6 @@ async fn nothing_is_told_to_a_user_who_is_being_deleted() {
 async fn nothing_is_put_aside_about_a_user_who_is_being_deleted() {
     let farewell = Farewell::prepare().await;
     let owner = &farewell.stores.owner;
-    let all = json!({"account_id": farewell.wallet.usd, "amount": "1000"});
-    let withdrawn = farewell
-        .wallet
-        .trader
-        .post_with_key("/account/withdraw", "all", &all);
-    accept(withdrawn.await, StatusCode::CREATED).await;
-    farewell.stores.settled("live").await;
     let (id, deleting) = farewell.begin_to_delete().await;
     sqlx::query(
         "insert into outbox (id, lane, topic, key, payload)
@@ -932,18 +928,7 @@ async fn nothing_is_put_aside_about_a_user_who_is_being_deleted() {
     .execute(owner)
     .await
     .unwrap();
-    eventually("it is being put aside, or has been", || async {
-        let waits: bool = sqlx::query_scalar(
-            "select exists (select from pg_stat_activity where wait_event_type = 'Lock'
-                 and query like '%insert into dead_letters%' and datname = current_database())
-                 or exists (select from inbox join outbox on id = event_id where key = 'late')",
-        )
-        .fetch_one(owner)
-        .await
-        .unwrap();
-        waits.then_some(())
-    })
-    .await;
+    farewell.meets_the_deletion("dead_letters").await;
     deleting.commit().await.unwrap();
     farewell.stores.settled("live").await;
     // The event itself is not the user's by its key, and gone within the hour.
