@@ -71,10 +71,7 @@ demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C cl
 	  $(MAKE) --no-print-directory cluster images NAME=$(NAME) && $(TESTBED) demo
 
 .PHONY: test
-test: ## Check, integration, a new cluster of its own with a newcomer's release, and its end
-ifneq ($(TEST),)
-	@echo "error: TEST and CASE choose tests of one level: make unit, integration, e2e or cluster-test TEST=…" >&2; exit 1
-endif
+test: all-tests ## Check, integration, a new cluster of its own with a newcomer's release, and its end
 	@$(if $(filter existing,$(CLUSTER)),,tests/deps.sh --cluster)
 	@$(MAKE) --no-print-directory check $(if $(filter existing,$(CLUSTER)),,preflight integration)
 	@$(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,down) e2e down-test E2E="$(SHORT)" NAME=$(if $(filter dev,$(NAME)),test,$(NAME))
@@ -84,10 +81,7 @@ preflight: $(TESTBED)
 	@$(TESTBED) preflight
 
 .PHONY: check
-check: ## Format, lints, unit tests, generated files: minutes, no root, no cluster
-ifneq ($(TEST),)
-	@echo "error: TEST chooses tests of one level: make unit TEST=…" >&2; exit 1
-endif
+check: all-tests ## Format, lints, unit tests, generated files: minutes, no root, no cluster
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	@$(MAKE) --no-print-directory unit crds-check
@@ -127,6 +121,12 @@ cluster-test: not-existing ## Test the test cluster itself: kills, several at on
 	@$(MAKE) --no-print-directory $(TESTBED)
 	$(TESTBED) tools
 	@$(call run-tests,cargo test --workspace --locked --test cluster -- --ignored --test-threads 1 $(TEST))
+
+.PHONY: all-tests
+all-tests:
+ifneq ($(TEST),)
+	@echo "error: TEST and CASE choose tests of one level: make unit, integration, e2e or cluster-test TEST=…" >&2; exit 1
+endif
 
 .PHONY: not-existing
 not-existing:
