@@ -1,7 +1,9 @@
 //! A cluster's name, its files, its addresses: what every other module needs to agree on.
 
 use std::{
-    env, fs,
+    env,
+    fmt::Display,
+    fs,
     io::{self, ErrorKind},
     os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
@@ -311,6 +313,16 @@ impl Cluster {
             differences.push("its components have other versions or settings than this code's".to_owned());
         }
         differences
+    }
+
+    /// What a shell needs to speak with this cluster, by the programs of these directories; what they remember goes with it.
+    pub fn exports(&self, directories: impl Display) -> String {
+        let (variable, memory) = MEMORIES[0];
+        format!(
+            "  export KUBECONFIG={}\n  export {variable}={}\n  export PATH=\"{directories}:$PATH\"",
+            self.kubeconfig().display(),
+            self.home().join(memory).display()
+        )
     }
 
     /// An environment in which `kubectl`, `helm` and `ctr` speak with this cluster.

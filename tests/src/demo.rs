@@ -180,13 +180,12 @@ fn next_steps(session: &Session) -> Result<()> {
     let testbed_shown = testbed.display();
     if let Some(cluster) = &session.cluster {
         let tools = Tools::ensure()?;
-        let tools = tools.dir().display();
         // The plugin is beside the binaries of the images.
         let profile = env::var("PROFILE").context("PROFILE is not set: `make demo` says it")?;
         let built = testbed.ancestors().nth(2).context("no target directory")?;
         let plugin = built.join(profile);
-        say(format!("  export KUBECONFIG={}", cluster.kubeconfig().display()));
-        say(format!("  export PATH=\"{tools}:{}:$PATH\"", plugin.display()));
+        let programs = format!("{}:{}", tools.dir().display(), plugin.display());
+        say(cluster.exports(programs));
     }
     say(format!(
         "  kubectl get exchangedeployments --namespace {NAMESPACE}"

@@ -202,21 +202,6 @@ fn load(cluster: &Cluster, archives: &[PathBuf]) -> Result<()> {
     Ok(())
 }
 
-/// For a shell: also kubectl and helm are the cluster's own, and what they remember goes with it.
-fn tell_how_to_use(cluster: &Cluster) -> Result<()> {
-    for (variable, value) in cluster.environment(&Tools::ensure()?) {
-        if variable == "PATH" {
-            say(format!(
-                "  export PATH=\"{}:$PATH\"",
-                Tools::ensure()?.dir().display()
-            ));
-        } else if variable.starts_with("KUBE") {
-            say(format!("  export {variable}={value}"));
-        }
-    }
-    Ok(())
-}
-
 fn start(cluster: &Cluster) -> Result<()> {
     let times = up::up(cluster)?;
     let seconds = |time: Duration| (time.as_secs_f64() * 10.0).round() / 10.0;
@@ -226,7 +211,8 @@ fn start(cluster: &Cluster) -> Result<()> {
             cluster.name(),
             seconds(times.all_ready),
         ));
-        return tell_how_to_use(cluster);
+        say(cluster.exports(Tools::ensure()?.dir().display()));
+        return Ok(());
     }
     let build = times.build.map_or_else(
         || "components from the cache".into(),
@@ -238,7 +224,7 @@ fn start(cluster: &Cluster) -> Result<()> {
         seconds(times.node_ready),
         seconds(times.all_ready),
     ));
-    tell_how_to_use(cluster)?;
+    say(cluster.exports(Tools::ensure()?.dir().display()));
     let figures = json!({
         "cold_build_seconds": times.build.map(seconds),
         "node_ready_seconds": seconds(times.node_ready),
