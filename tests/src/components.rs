@@ -117,8 +117,6 @@ impl Parts<'_> {
                 ("listen-peer-urls", "http://127.0.0.1:2380"),
                 ("initial-advertise-peer-urls", "http://127.0.0.1:2380"),
                 ("initial-cluster", "node=http://127.0.0.1:2380"),
-                // The cluster does not outlive the machine, so its data need not either.
-                ("unsafe-no-fsync", "true"),
             ]),
         );
         let apiserver = self.component(
