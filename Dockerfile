@@ -17,9 +17,10 @@ COPY . .
 RUN cargo build --release --locked --package exchange --package exchange-operator \
  && mkdir /out && cd target/release && cp exchange exchange-2 exchange-faulty exchange-operator /out/
 
-# The context must then have the binaries in dist/.
+# The context must then have the binaries in dist/. (A builder that makes every stage, also those that are not used, finds at
+# least the license.)
 FROM scratch AS prebuilt
-COPY dist/ /out/
+COPY LICENSE dist* /out/
 
 FROM ${BINARIES} AS binaries
 

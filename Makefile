@@ -52,9 +52,9 @@ ifdef STORES_VALUES
   export STORES_VALUES
 endif
 export AGENT_IMAGE ?= exchange.local/testbed-agent:$(TAG)
-# Runs tests, and fails if a misspelt TEST selects none of them.
-run-tests = mkdir -p $(TARGET_DIR); $(1) 2>&1 | tee $(TARGET_DIR)/last-tests.log; \
-	  grep -q "^test result: ok. [1-9]" $(TARGET_DIR)/last-tests.log || \
+# Runs tests, then the second command whatever came of them; fails if a misspelt TEST selects none.
+run-tests = log=$$(mktemp); trap 'rm -f "$$log"; $(or $(2),true)' EXIT; $(1) 2>&1 | tee "$$log"; \
+	  grep -q "^test result: ok. [1-9]" "$$log" || \
 	  { echo "error: no test is named like TEST=$(TEST)" >&2; exit 1; }
 
 .PHONY: help
@@ -73,7 +73,7 @@ demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C cl
 .PHONY: test
 test: all-tests ## Check, integration, a new cluster of its own with a newcomer's release, and its end
 	@$(if $(filter existing,$(CLUSTER)),,tests/deps.sh --cluster)
-	@$(MAKE) --no-print-directory check $(if $(filter existing,$(CLUSTER)),,preflight integration)
+	@$(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,preflight) check $(if $(filter existing,$(CLUSTER)),,integration)
 	@$(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,down) e2e down-test E2E="$(SHORT)" NAME=$(if $(filter dev,$(NAME)),test,$(NAME))
 
 .PHONY: preflight
@@ -104,8 +104,7 @@ integration: not-existing deps ## The exchange against real PostgreSQL, NATS and
 .PHONY: e2e
 e2e: cluster images $(TESTBED) ## End-to-end tests on the cluster, which stays for the next run; CASE=2 runs one case of the proof
 	@$(TESTBED) results --begin
-	@trap '$(TESTBED) results' EXIT; \
-	  $(call run-tests,cargo test --workspace --locked $(E2E:%=--test %) --no-fail-fast -- --ignored --test-threads 3 $(TEST))
+	@$(call run-tests,cargo test --workspace --locked $(E2E:%=--test %) --no-fail-fast -- --ignored --test-threads 3 $(TEST),$(TESTBED) results)
 
 .PHONY: e2e-long
 e2e-long: ## The same with the full matrices: 20 releases in a row, every phase disturbed, the operator killed at every write (hours)

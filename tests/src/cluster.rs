@@ -429,7 +429,14 @@ pub(crate) fn home() -> Result<PathBuf> {
         "TESTBED_HOME {} is too long: sockets below it may have {SOCKET_PATH_MAX} bytes",
         home.display()
     );
-    Ok(home)
+    // A link to another disk is as good as where it leads, if it is the user's: anybody can put one into the usual place.
+    let is_chosen_link = env::var_os("TESTBED_HOME").is_some() && home.read_link().is_ok();
+    Ok(if is_chosen_link {
+        home.canonicalize()
+            .with_context(|| format!("TESTBED_HOME {} leads nowhere", home.display()))?
+    } else {
+        home
+    })
 }
 
 /// Makes the directory of all clusters, for this user only, and locks it: one start or end at a time. The directory
@@ -476,7 +483,7 @@ fn lock(home: &Path) -> Result<Option<fs::File>> {
     };
     ensure!(
         found.is_dir() && found.uid() == geteuid().as_raw() && found.mode() & 0o022 == 0,
-        "{} belongs to somebody else or can be written by others: remove it, or set TESTBED_HOME to another directory",
+        "{} is a link, belongs to somebody else or can be written by others: set TESTBED_HOME to another directory",
         home.display()
     );
     let Some(lock) = unless_gone(fs::File::open(home))? else {

@@ -371,6 +371,8 @@ disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.
 [plugins.'io.containerd.cri.v1.runtime']
   # A machine without CAP_SYS_RESOURCE may not lower a process's oom_score_adj, and no pod would start.
   restrict_oom_score_adj = true
+  # A profile would be the whole machine's, and stay.
+  disable_apparmor = true
 
 [plugins.'io.containerd.cri.v1.runtime'.cni]
   bin_dirs = ["{bin}"]
@@ -393,8 +395,10 @@ disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.
         // The host's resolver cannot be reached from here, and nothing outside may be.
         "resolvConf": "",
         "failSwapOn": false, "makeIPTablesUtilChains": false, "serializeImagePulls": false, "maxPods": 250,
-        // The machine's disk may be nearly full for reasons that are none of the cluster's business.
-        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
+        // The machine's disk may be nearly full for reasons that are none of the cluster's business: less than `up` asks for,
+        // however large the disk is.
+        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "256Mi", "imagefs.available": "256Mi",
+                         "nodefs.inodesFree": "1%", "imagefs.inodesFree": "1%"},
         "imageGCHighThresholdPercent": 100, "imageGCLowThresholdPercent": 99,
         "volumePluginDir": "/var/lib/kubelet/plugins-exec",
         "nodeStatusUpdateFrequency": "5s",

@@ -137,6 +137,8 @@ const RELEASES: [(&str, &str, Option<&str>); 7] = [
 /// # Errors
 /// If a binary is missing or an image cannot be built.
 pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Archive>> {
+    // Alone: another build would find half a binary in `dist`, and the cleaning at the end would take its unnamed stages.
+    let _lock = lock_images(&cache_dir()?.join("images"))?;
     let out = repository.join("target/images");
     fs::create_dir_all(&out)?;
     let dist = repository.join("dist");
@@ -182,8 +184,6 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
         archives.push(Archive { image, path });
         Ok(())
     };
-    // Alone: the cleaning at the end would take the unnamed stages of another build that still goes on.
-    let _lock = lock_images(&cache_dir()?.join("images"))?;
     make("testbed-agent", tag, &agent, &dist, &[])?;
     for target in TARGETS {
         make(target, tag, &root, repository, &["--target", target])?;
@@ -281,7 +281,8 @@ fn root_file_system(step: &mut Step, recipe: &Recipe, context: &Path) -> Result<
     command.args(SOURCES.iter().find(names_it));
     finish("mmdebstrap", command.env("TMPDIR", &scratch), |line| {
         step.update(line);
-    })?;
+    })
+    .map_err(|error| explain_full_disk(error, context))?;
     fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
 }
 
@@ -317,6 +318,7 @@ fn build(
         finish("buildah", command.args(args).env("TMPDIR", &scratch), |line| {
             step.update(line);
         })
+        .map_err(|error| explain_full_disk(error, archive))
     };
     run(&all)?;
     // Written beside and renamed, so that an interrupted run leaves no half archive.
@@ -325,7 +327,7 @@ fn build(
     let target = format!("oci-archive:{}:{image}", partial.display());
     if let Err(error) = run(&["push", image, &target]) {
         let _ = fs::remove_file(&partial);
-        return Err(explain_full_disk(error, &partial));
+        return Err(error);
     }
     fs::rename(&partial, archive).with_context(|| format!("cannot write {}", archive.display()))?;
     fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))

@@ -150,7 +150,7 @@ impl Session {
         }
     }
 
-    /// Ends a pod as a power failure would: its program gets no signal that it could hear. On the test cluster; the nodes of
+    /// Ends a pod as if its node had failed: its program gets no signal that it could hear. On the test cluster; the nodes of
     /// another one are not ours, so that there it is only deleted without grace.
     ///
     /// # Errors

@@ -214,10 +214,12 @@ fn start(cluster: &Cluster) -> Result<()> {
         say(cluster.exports(Tools::ensure()?.dir().display()));
         return Ok(());
     }
-    let build = times.build.map_or_else(
-        || "components from the cache".into(),
-        |took| format!("components built cold in {} s", seconds(took)),
-    );
+    let build = match (times.built_now, times.build) {
+        (true, Some(took)) => format!("components built in {} s", seconds(took)),
+        (true, None) => "components built, the rest of what an earlier run began".into(),
+        (false, Some(took)) => format!("components from the cache (built once, in {} s)", seconds(took)),
+        (false, None) => "components from the cache".into(),
+    };
     say(format!(
         "Cluster {:?} is ready: {build}, node Ready after {} s, everything after {} s.",
         cluster.name(),
@@ -226,7 +228,9 @@ fn start(cluster: &Cluster) -> Result<()> {
     ));
     say(cluster.exports(Tools::ensure()?.dir().display()));
     let figures = json!({
+        "cluster": cluster.name(),
         "cold_build_seconds": times.build.map(seconds),
+        "cold_build_was_now": times.built_now,
         "node_ready_seconds": seconds(times.node_ready),
         "all_ready_seconds": seconds(times.all_ready),
     });

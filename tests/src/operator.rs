@@ -211,7 +211,7 @@ impl<'a> Leader<'a> {
         self.signal(Signal::SIGCONT)
     }
 
-    /// Ends its process as a power failure would. The kubelet starts the container again, the first time at once.
+    /// Ends its process as if its node had failed. The kubelet starts the container again, the first time at once.
     ///
     /// # Errors
     /// If it has ended before.
@@ -219,7 +219,7 @@ impl<'a> Leader<'a> {
         self.signal(Signal::SIGKILL)
     }
 
-    /// Ends its process as a power failure would, and replaces its pod, so that the next kill does not find its restarts
+    /// Ends its process as if its node had failed, and replaces its pod, so that the next kill does not find its restarts
     /// delayed.
     ///
     /// # Errors

@@ -72,6 +72,9 @@ const RULES: &str = "add table ip probe; add chain ip probe out { type nat hook 
                      add chain ip probe in { type nat hook prerouting priority -100 ; }; \
                      add rule ip probe in dnat ip to numgen random mod 2 map { 0 : 10.0.0.1, 1 : 10.0.0.2 }";
 
+/// Where a network namespace says what of its bridges it filters.
+const BRIDGES: &str = "/proc/sys/net/bridge";
+
 /// Free space below which images may not fit, in bytes.
 const DISK_MIN: u64 = 4 << 30;
 
@@ -103,14 +106,18 @@ pub fn root() -> Result<()> {
 /// Lists everything that is missing at once.
 pub fn check() -> Result<()> {
     root()?;
-    let home = home()?;
-    let there = home.ancestors().find(|path| path.exists()).unwrap_or(&home);
+    let (home, cache) = (home()?, cache_dir()?);
+    let free = |place: &Path| {
+        let there = place.ancestors().find(|path| path.exists()).unwrap_or(place);
+        statvfs(there).map_or(u64::MAX, |disk| disk.blocks_available() * disk.fragment_size())
+    };
     let lacks = lacks(&Machine {
         has: &is_there,
         has_program: &is_installed,
-        free: statvfs(there).map_or(u64::MAX, |disk| disk.blocks_available() * disk.fragment_size()),
-        home: home.clone(),
-        cache: cache_dir()?,
+        free: free(&home),
+        home,
+        free_for_cache: free(&cache),
+        cache,
     });
     ensure!(
         lacks.is_empty(),
@@ -127,6 +134,8 @@ struct Machine<'a> {
     /// Bytes on the disk of the clusters' home.
     free: u64,
     home: PathBuf,
+    /// Bytes on the disk of the cache.
+    free_for_cache: u64,
     cache: PathBuf,
 }
 
@@ -158,6 +167,15 @@ fn lacks(machine: &Machine<'_>) -> Vec<String> {
             DISK_MIN >> 20
         ));
     }
+    if machine.free_for_cache < DISK_MIN {
+        lacks.push(format!(
+            "{} has {} MiB free, and built components and images need {} MiB: make room, or set TESTBED_CACHE to a directory \
+             on another disk",
+            machine.cache.display(),
+            machine.free_for_cache >> 20,
+            DISK_MIN >> 20
+        ));
+    }
     if let Some(directory) = hidden_by(&machine.cache) {
         lacks.push(format!(
             "the cache of built components, {}, is below {directory}, and inside a cluster that is another directory: set \
@@ -176,15 +194,25 @@ fn is_there(feature: Feature) -> bool {
             let filesystems = fs::read_to_string("/proc/filesystems").unwrap_or_default();
             filesystems.contains("overlay") || succeeds("modprobe", &["overlay"])
         }
-        Feature::BridgeFilter => {
-            Path::new("/proc/sys/net/bridge").exists() || succeeds("modprobe", &["br_netfilter"])
-        }
+        Feature::BridgeFilter => Path::new(BRIDGES).exists() || load_bridge_filter(),
         // In a network namespace of its own, which ends with it.
         Feature::Interface(kind) => {
             succeeds("unshare", &["--net", "ip", "link", "add", "probe", "type", kind])
         }
         Feature::Nftables => succeeds("unshare", &["--net", "nft", RULES]),
     }
+}
+
+/// The module makes every network namespace filter what its bridges carry. The machine's own go on as before; a cluster's, made
+/// later, does not take that over.
+fn load_bridge_filter() -> bool {
+    let loaded = succeeds("modprobe", &["br_netfilter"]);
+    if loaded {
+        for packets in ["arptables", "ip6tables", "iptables"] {
+            let _ = fs::write(format!("{BRIDGES}/bridge-nf-call-{packets}"), "0");
+        }
+    }
+    loaded
 }
 
 /// With cgroup v2 one hierarchy has all controllers, with v1 each has one of its own.
@@ -214,6 +242,7 @@ mod tests {
             has_program,
             free: DISK_MIN,
             home: "/var/tmp/clusters".into(),
+            free_for_cache: DISK_MIN,
             cache: "/var/cache/tools".into(),
         }
     }
@@ -268,8 +297,10 @@ mod tests {
     fn a_full_disk_and_a_hidden_cache_are_named_with_the_way_out() {
         let mut machine = machine(&|_| true, &|_| true);
         machine.free = DISK_MIN - 1;
+        machine.free_for_cache = DISK_MIN - 1;
         machine.cache = "/var/lib/jenkins/.cache".into();
         let lacks = lacks(&machine);
+        assert_eq!(lacks.len(), 3, "{lacks:?}");
         assert!(
             lacks.iter().any(|lack| lack.contains("TESTBED_HOME")),
             "{lacks:?}"

@@ -1,6 +1,7 @@
 //! Figures for machines: what a benchmark or an end-to-end run prints for people, as JSON.
 
 use std::{
+    env,
     fs::{self, File},
     path::{Path, PathBuf},
     process::Command,
@@ -9,8 +10,6 @@ use std::{
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
-/// Name of the end-to-end run's figures.
-const END_TO_END: &str = "e2e";
 /// What the table of an end-to-end run shows of a case, if the case has it.
 const COLUMNS: [(&str, &str); 6] = [
     ("seconds", "SECONDS"),
@@ -53,11 +52,20 @@ fn place(name: &str) -> Result<PathBuf> {
 /// # Errors
 /// If the old figures cannot be removed.
 pub fn begin() -> Result<()> {
-    let path = place(END_TO_END)?;
+    let path = place(&end_to_end())?;
     if path.exists() {
         fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
     }
     Ok(())
+}
+
+/// Name of the figures of an end-to-end run: on the cluster that is used when none is named, or on the named one. Two runs may
+/// go on at the same time.
+fn end_to_end() -> String {
+    match env::var("TESTBED_NAME") {
+        Ok(name) if name != "dev" => format!("e2e-{name}"),
+        _ => "e2e".into(),
+    }
 }
 
 /// Adds a case to the figures of the end-to-end run. Cases may end at the same time.
@@ -65,7 +73,7 @@ pub fn begin() -> Result<()> {
 /// # Errors
 /// If the figures cannot be read or written.
 pub fn add_case(case: &str, figures: Map<String, Value>) -> Result<()> {
-    add(END_TO_END, [(case.to_owned(), figures.into())]).map(drop)
+    add(&end_to_end(), [(case.to_owned(), figures.into())]).map(drop)
 }
 
 /// Adds to what is written already under a name, or replaces it.
@@ -87,7 +95,7 @@ pub fn add(name: &str, more: impl IntoIterator<Item = (String, Value)>) -> Resul
 pub fn table() -> Result<String> {
     let mut lines = vec![row("CASE", "VERDICT", COLUMNS.map(|(_, title)| title.to_owned()))];
     let number = |figures: &Value| figures.get("case").and_then(Value::as_u64);
-    let mut cases: Vec<_> = read(END_TO_END)?.into_iter().collect();
+    let mut cases: Vec<_> = read(&end_to_end())?.into_iter().collect();
     cases.sort_by_key(|(name, figures)| (number(figures), name.clone()));
     for (name, figures) in cases {
         let shown = |key: &str| match figures.get(key) {
@@ -98,7 +106,7 @@ pub fn table() -> Result<String> {
         let case = number(&figures).map_or_else(|| name.clone(), |number| format!("{number:>2} {name}"));
         lines.push(row(&case, verdict, COLUMNS.map(|(key, _)| shown(key))));
     }
-    lines.push(format!("  {}", place(END_TO_END)?.display()));
+    lines.push(format!("  {}", place(&end_to_end())?.display()));
     Ok(lines.join("\n"))
 }
 

@@ -331,6 +331,11 @@ pub fn supervisor(cluster: &Cluster) -> Option<Pid> {
     let Err(fs::TryLockError::WouldBlock) = lock.try_lock_shared() else {
         return None;
     };
+    noted_supervisor(cluster)
+}
+
+/// Process 1 of a namespace which has the id that the supervisor has noted. Without the lock it may be somebody else's.
+fn noted_supervisor(cluster: &Cluster) -> Option<Pid> {
     let pid = fs::read_to_string(cluster.pid_file()).ok()?.trim().parse().ok()?;
     is_first_of_a_namespace(pid).then_some(Pid::from_raw(pid))
 }
@@ -365,6 +370,12 @@ pub fn destroy(cluster: &Cluster) -> Result<()> {
 /// If something resists; the error names it.
 pub fn destroy_locked(cluster: &Cluster) -> Result<()> {
     cluster.check_home_is_ours()?;
+    // One that was killed has let go of its lock before the kernel has ended what it started.
+    if let Some(pid) = noted_supervisor(cluster)
+        && fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.is_empty())
+    {
+        wait_until(&format!("the end of process {pid}"), PATIENCE, || has_ended(pid))?;
+    }
     if let Some(pid) = supervisor(cluster) {
         let step = Step::start(format!("ending cluster {:?}", cluster.name()));
         kill(pid, Signal::SIGKILL).with_context(|| format!("cannot end the supervisor, process {pid}"))?;

@@ -42,6 +42,8 @@ pub struct Tools {
     /// How long it took to fetch the sources and build, now or when the cache got them; `None` if that was in several
     /// attempts.
     pub built_in: Option<Duration>,
+    /// That it was now.
+    pub built_now: bool,
 }
 
 impl Tools {
@@ -78,7 +80,11 @@ impl Tools {
         }
         let took = is_first_attempt.then(|| begun.elapsed().as_secs().to_string());
         fs::write(dir.join(COMPLETE), took.unwrap_or_default())?;
-        Self::built(&dir).context("the tool cache is gone")
+        let built = Self::built(&dir).context("the tool cache is gone")?;
+        Ok(Self {
+            built_now: true,
+            ..built
+        })
     }
 
     /// What is in the cache, if all of it is.
@@ -87,6 +93,7 @@ impl Tools {
         Some(Self {
             dir: dir.to_owned(),
             built_in: took.parse().ok().map(Duration::from_secs),
+            built_now: false,
         })
     }
 

@@ -42,6 +42,8 @@ const SUPERVISOR_PATIENCE: Duration = Duration::from_secs(10);
 pub struct Times {
     /// Building the components, for this start or an earlier one: [`Tools::built_in`].
     pub build: Option<Duration>,
+    /// That it was for this one: [`Tools::built_now`].
+    pub built_now: bool,
     /// From the first process to a Ready node.
     pub node_ready: Duration,
     /// From the first process to a cluster with all add-ons.
@@ -65,6 +67,7 @@ pub fn up(cluster: &Cluster) -> Result<Times> {
     let started = Instant::now();
     let mut times = Times {
         build: tools.built_in,
+        built_now: tools.built_now,
         was_running: sandbox::supervisor(cluster).is_some(),
         ..Times::default()
     };

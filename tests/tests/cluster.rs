@@ -127,6 +127,8 @@ struct Traces {
     interfaces: BTreeSet<PathBuf>,
     cgroups: BTreeSet<PathBuf>,
     files: BTreeSet<PathBuf>,
+    /// Of AppArmor, of the whole machine.
+    profiles: BTreeSet<String>,
 }
 
 fn traces(of: &Cluster) -> Traces {
@@ -138,10 +140,12 @@ fn traces(of: &Cluster) -> Traces {
             .map(|entry| entry.path())
             .collect()
     };
-    // What is mounted inside and would get out is below its home, or is itself a part of its home.
+    // What is mounted inside and would get out is below its home, or is itself a part of its home; or it is a pod's.
     let home = format!("/{}/root/", of.name());
+    let of_pods = ["/kubelet/", "/containerd/", "/netns/"];
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let mounts = mounts.lines().filter(|mount| mount.contains(&home));
+    let is_its_own = |mount: &&str| mount.contains(&home) || of_pods.iter().any(|part| mount.contains(part));
+    let mounts = mounts.lines().filter(is_its_own);
     let is_its_own = |interface: &PathBuf| {
         fs::read_to_string(interface.join("address")).is_ok_and(|mark| mark.trim() == of.mark_of_link())
     };
@@ -174,12 +178,14 @@ fn traces(of: &Cluster) -> Traces {
             .into_iter()
             .filter(|path| path.to_string_lossy().contains("/10.231.")),
     );
+    let profiles = fs::read_to_string("/sys/kernel/security/apparmor/profiles").unwrap_or_default();
     Traces {
         processes: processes(of),
         mounts: mounts.map(str::to_owned).collect(),
         interfaces,
         cgroups: cgroups.into_iter().filter(|cgroup| cgroup.exists()).collect(),
         files,
+        profiles: profiles.lines().map(str::to_owned).collect(),
     }
 }
 
@@ -321,6 +327,40 @@ fn start_pod(session: &Session, name: &str) {
         .unwrap();
 }
 
+/// A pod with a volume and a Service, which has a file in both.
+fn start_pod_with_volume(session: &Session, name: &str) {
+    let objects = format!(
+        "apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {{name: {name}}}
+spec: {{accessModes: [ReadWriteOnce], resources: {{requests: {{storage: 16Mi}}}}}}
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: {name}}}
+spec: {{selector: {{name: {name}}}, ports: [{{port: 80}}]}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, labels: {{name: {name}}}}}
+spec:
+  containers:
+  - name: main
+    image: {image}
+    imagePullPolicy: Never
+    command: [/bin/sh, -c, 'echo kept > /data/kept && exec /bin/sleep infinity']
+    volumeMounts: [{{name: data, mountPath: /data}}]
+  volumes: [{{name: data, persistentVolumeClaim: {{claimName: {name}}}}}]
+",
+        image = testbed::addons::HELPER_IMAGE
+    );
+    session.apply_manifest("default", &objects).unwrap();
+    let pod = format!("pod/{name}");
+    session
+        .wait("default", &pod, "condition=Ready", PATIENCE)
+        .unwrap();
+}
+
 #[test]
 #[ignore = "needs root, starts a cluster: make test"]
 fn down_leaves_nothing() {
@@ -337,6 +377,7 @@ fn down_leaves_nothing() {
 
     let running = Running::up(cluster.name());
     start_pod(&running.session(), "witness");
+    start_pod_with_volume(&running.session(), "with-a-volume");
     let inside = processes(&cluster);
     let inhabited = Namespaces::of(&cluster);
     assert!(
@@ -456,10 +497,7 @@ fn two_clusters_do_not_see_each_other() {
     assert!(!reaches("192.0.2.1", "80"), "a pod has a way out");
 
     drop(left);
-    right
-        .session()
-        .wait("default", "node/node", "condition=Ready", PATIENCE)
-        .unwrap();
+    start_pod(&right.session(), "goes-on");
 }
 
 fn start_up(name: &str) -> Child {
