@@ -334,6 +334,13 @@ pub fn supervisor(cluster: &Cluster) -> Option<Pid> {
     noted_supervisor(cluster)
 }
 
+/// The supervisor that somebody has killed: it lets go of its lock, and has no command line any more, before the kernel has
+/// ended what it started.
+fn dying_supervisor(cluster: &Cluster) -> Option<Pid> {
+    let is_dying = |pid: &Pid| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.is_empty());
+    noted_supervisor(cluster).filter(is_dying)
+}
+
 /// Process 1 of a namespace which has the id that the supervisor has noted. Without the lock it may be somebody else's.
 fn noted_supervisor(cluster: &Cluster) -> Option<Pid> {
     let pid = fs::read_to_string(cluster.pid_file()).ok()?.trim().parse().ok()?;
@@ -370,15 +377,13 @@ pub fn destroy(cluster: &Cluster) -> Result<()> {
 /// If something resists; the error names it.
 pub fn destroy_locked(cluster: &Cluster) -> Result<()> {
     cluster.check_home_is_ours()?;
-    // One that was killed has let go of its lock before the kernel has ended what it started.
-    if let Some(pid) = noted_supervisor(cluster)
-        && fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.is_empty())
-    {
-        wait_until(&format!("the end of process {pid}"), PATIENCE, || has_ended(pid))?;
-    }
-    if let Some(pid) = supervisor(cluster) {
+    let alive = supervisor(cluster);
+    if let Some(pid) = alive.or_else(|| dying_supervisor(cluster)) {
         let step = Step::start(format!("ending cluster {:?}", cluster.name()));
-        kill(pid, Signal::SIGKILL).with_context(|| format!("cannot end the supervisor, process {pid}"))?;
+        if alive.is_some() {
+            kill(pid, Signal::SIGKILL)
+                .with_context(|| format!("cannot end the supervisor, process {pid}"))?;
+        }
         // The kernel lets go of process 1 only after every other process of the namespace.
         wait_until(&format!("the end of process {pid}"), PATIENCE, || has_ended(pid))?;
         // The machine's process 1 collects it at once, if it is any good; if not, that is not our failure.
