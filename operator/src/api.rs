@@ -592,7 +592,8 @@ pub struct Verification {
             .message("maxLatencyP99 must lie between 1ms and 60s"),
     )]
     pub max_latency_p99: Duration,
-    /// With fewer requests than this per service, rate and latency say nothing and only the smoke test decides.
+    /// With fewer requests of clients than this per service, their rate says nothing, and with fewer timed ones their
+    /// latency: then only the smoke test decides.
     #[serde(default = "default_min_requests")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub min_requests: i32,

@@ -267,10 +267,12 @@ pub enum JobState {
 /// What the pods of one live service report since the swap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Figures {
-    /// Answered requests.
+    /// Answered requests of clients.
     pub requests: u64,
     /// Those with a status of 500 and above.
     pub errors: u64,
-    /// 99th percentile of the time to answer, in milliseconds.
+    /// Those whose time counts: without log-ins and event streams.
+    pub timed: u64,
+    /// 99th percentile of their time to answer, in milliseconds.
     pub p99_ms: u64,
 }

@@ -301,17 +301,19 @@ impl Turn<'_> {
         {
             return Some(Err(format!("the {service} service has no ready endpoints")));
         }
+        let enough = u64::try_from(limits.min_requests).unwrap_or(u64::MAX);
         for (service, figures) in &self.seen.figures {
-            if figures.requests < u64::try_from(limits.min_requests).unwrap_or(u64::MAX) {
-                continue;
-            }
-            if figures.errors * 100_000 > limits.max_error_millipercent() * figures.requests {
+            if figures.requests >= enough
+                && figures.errors * 100_000 > limits.max_error_millipercent() * figures.requests
+            {
                 let (errors, requests) = (figures.errors, figures.requests);
                 return Some(Err(format!(
                     "{errors} of {requests} requests to the {service} service failed"
                 )));
             }
-            if time::Duration::from_millis(figures.p99_ms) > limits.max_latency_p99.into() {
+            if figures.timed >= enough
+                && time::Duration::from_millis(figures.p99_ms) > limits.max_latency_p99.into()
+            {
                 return Some(Err(format!(
                     "the {service} service answers too slowly: p99 is {} ms",
                     figures.p99_ms

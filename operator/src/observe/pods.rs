@@ -26,6 +26,9 @@ const ANSWERS: u32 = 20;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// The admin port of the pods.
 const ADMIN: u16 = 9090;
+/// Routes that clients do not ask for: pods and this operator ask the live Services who answers, and what is no route at
+/// all costs nothing.
+const NOT_COUNTED: [&str; 2] = ["/version", "unmatched"];
 /// Routes whose time says nothing about the service: a password's hash is slow on purpose, a stream never ends.
 const NOT_TIMED: [&str; 4] = ["/login", "/register", "/password", "/notifications/stream"];
 /// The longest that is told of what a pod or a Job says.
@@ -150,7 +153,8 @@ impl Counters {
             let Some((name, labels, value)) = sample(line) else {
                 continue;
             };
-            if labels.get("lane") != Some(&"live") {
+            let among = |routes: &[&str]| labels.get("route").is_some_and(|route| routes.contains(route));
+            if labels.get("lane") != Some(&"live") || among(&NOT_COUNTED) {
                 continue;
             }
             match name {
@@ -161,8 +165,7 @@ impl Counters {
                     }
                 }
                 "http_server_request_duration_seconds_bucket" => {
-                    let timed = labels.get("route").is_none_or(|route| !NOT_TIMED.contains(route));
-                    if let Some(bound) = labels.get("le").filter(|_| timed) {
+                    if let Some(bound) = labels.get("le").filter(|_| !among(&NOT_TIMED)) {
                         *counters.buckets.entry((*bound).to_owned()).or_default() += value;
                     }
                 }
@@ -172,7 +175,7 @@ impl Counters {
         counters
     }
 
-    /// Requests, errors and the upper bound of the bucket with the 99th percentile.
+    /// Requests, errors, those that were timed, and the upper bound of the bucket with their 99th percentile.
     fn figures(&self) -> Figures {
         let mut bounds: Vec<(f64, u64)> = self
             .buckets
@@ -197,6 +200,7 @@ impl Counters {
         Figures {
             requests: self.requests,
             errors: self.errors,
+            timed: all,
             p99_ms: u64::try_from(p99.as_millis()).unwrap_or(u64::MAX),
         }
     }
@@ -481,21 +485,27 @@ mod tests {
 http_server_requests_total{method="POST",route="/trade/add",lane="live",status="201"} 990
 http_server_requests_total{method="POST",route="/trade/add",lane="live",status="503"} 10
 http_server_requests_total{method="POST",route="/trade/add",lane="test",status="500"} 7
+http_server_requests_total{method="GET",route="/version",lane="live",status="200"} 5000
+http_server_requests_total{method="GET",route="unmatched",lane="live",status="404"} 300
 http_server_request_duration_seconds_bucket{le="0.005",method="GET",route="/account/{id}",lane="live"} 98
 http_server_request_duration_seconds_bucket{le="0.05",method="GET",route="/account/{id}",lane="live"} 99
 http_server_request_duration_seconds_bucket{le="+Inf",method="GET",route="/account/{id}",lane="live"} 100
+http_server_request_duration_seconds_bucket{le="0.005",method="GET",route="/version",lane="live"} 5000
+http_server_request_duration_seconds_bucket{le="0.05",method="GET",route="/version",lane="live"} 5000
+http_server_request_duration_seconds_bucket{le="+Inf",method="GET",route="/version",lane="live"} 5000
 http_server_request_duration_seconds_bucket{le="0.005",method="POST",route="/login",lane="live"} 0
 http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/login",lane="live"} 100
 "#;
 
     #[test]
-    fn only_the_live_lane_counts_and_log_ins_are_not_timed() {
+    fn only_what_clients_ask_of_the_live_lane_counts_and_log_ins_are_not_timed() {
         let figures = Counters::parse(PAGE).figures();
         assert_eq!(
             figures,
             Figures {
                 requests: 1000,
                 errors: 10,
+                timed: 100,
                 p99_ms: 50
             }
         );

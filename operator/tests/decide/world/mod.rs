@@ -374,6 +374,7 @@ impl World {
             Figures {
                 requests: 1000,
                 errors,
+                timed: 1000,
                 p99_ms: 20,
             },
         )]
