@@ -249,7 +249,8 @@ pub struct ServiceSpec {
     pub env: Vec<EnvVar>,
 
     /// ConfigMaps and Secrets whose keys become environment variables. Their content is part of the
-    /// revision, and is copied for it.
+    /// revision, and is copied for it. What the operator itself sets they cannot change: with a URL of a store
+    /// or the secret of the lane in them nothing is begun.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(validation = Rule::new("self.all(e, has(e.configMapRef) != has(e.secretRef))")

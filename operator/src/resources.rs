@@ -436,6 +436,10 @@ impl Builder<'_> {
         let mut env = vec![
             var("EXCHANGE_COLOUR", stack.colour.as_str()),
             var("EXCHANGE_REVISION", &stack.revision),
+            // Said although it is the default: what is said here, nothing of envFrom can say otherwise.
+            var("EXCHANGE_ROLE", "follow"),
+            var("EXCHANGE_PUBLIC_ADDRESS", &format!("0.0.0.0:{PUBLIC}")),
+            var("EXCHANGE_ADMIN_ADDRESS", &format!("0.0.0.0:{ADMIN}")),
             var("EXCHANGE_DATABASE_URL_FILE", DATABASE_URL),
             var("EXCHANGE_QUEUE_URL_FILE", "/etc/exchange/queue/url"),
             var("EXCHANGE_MARKET_DATA_URL_FILE", "/etc/exchange/market-data/url"),

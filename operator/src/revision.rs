@@ -63,6 +63,40 @@ pub fn sources(spec: &Spec) -> BTreeMap<Source, bool> {
     all
 }
 
+/// Variables that pods must not have: the operator gives them files in their place. All others that are its own it sets
+/// itself, which counts for more than any source.
+const NEVER_SET: [&str; 4] = [
+    "EXCHANGE_DATABASE_URL",
+    "EXCHANGE_QUEUE_URL",
+    "EXCHANGE_MARKET_DATA_URL",
+    "EXCHANGE_LANE_SECRET",
+];
+
+/// A source that would set a variable which pods must not have, as a sentence. What is in `env` the schema refuses.
+pub fn reserved(spec: &Spec, content: &Content) -> Option<String> {
+    let each = Service::ALL.into_iter().flat_map(|service| {
+        let from = spec.services.get(service).env_from.iter();
+        from.map(move |from| (service, from))
+    });
+    each.flat_map(|(service, from)| {
+        let map = from.config_map_ref.as_ref().map(|it| &it.name);
+        let secret = from.secret_ref.as_ref().map(|it| &it.name);
+        let sources = [
+            map.map(|name| ("ConfigMap", name, Source::ConfigMap(name.clone()))),
+            secret.map(|name| ("Secret", name, Source::Secret(name.clone()))),
+        ];
+        let prefix = from.prefix.as_deref().unwrap_or_default();
+        sources.into_iter().flatten().filter_map(move |(kind, name, source)| {
+            let mut keys = content.get(&source)?.keys().map(|key| format!("{prefix}{key}"));
+            let variable = keys.find(|it| NEVER_SET.contains(&it.as_str()))?;
+            Some(format!(
+                "the {kind} {name} of spec.services.{service}.envFrom sets {variable}, which is the operator's: remove it"
+            ))
+        })
+    })
+    .next()
+}
+
 /// The revision of a spec, or the sources without which there is none.
 pub fn revision(spec: &Spec, content: &Content) -> Result<String, BTreeSet<Source>> {
     let sources = sources(spec);
@@ -230,6 +264,35 @@ mod tests {
         assert_eq!(
             missing.into_iter().collect::<Vec<_>>(),
             [Source::Secret("exchange-smtp".to_owned())]
+        );
+    }
+
+    #[test]
+    fn no_source_sets_what_is_the_operators() {
+        let spec = example("full");
+        let with = |keys: &[&str]| {
+            let mut content = content();
+            let keys = keys.iter().map(|key| ((*key).to_owned(), Vec::new())).collect();
+            content.insert(Source::ConfigMap("exchange-settings".to_owned()), keys);
+            content
+        };
+        assert_eq!(reserved(&spec, &content()), None);
+        // Set by the operator for all pods, and so without effect.
+        assert_eq!(
+            reserved(&spec, &with(&["EXCHANGE_ROLE", "EXCHANGE_REVISION"])),
+            None
+        );
+        let told = "the ConfigMap exchange-settings of spec.services.user.envFrom sets EXCHANGE_DATABASE_URL, which is the \
+                    operator's: remove it";
+        let refused = with(&["EXCHANGE_DATABASE_URL"]);
+        assert_eq!(reserved(&spec, &refused).as_deref(), Some(told));
+        let mut prefixed = spec;
+        let from = prefixed.services.user.env_from.first_mut().unwrap();
+        from.prefix = Some("EXCHANGE_".to_owned());
+        assert_eq!(reserved(&prefixed, &refused), None);
+        assert_eq!(
+            reserved(&prefixed, &with(&["DATABASE_URL"])).as_deref(),
+            Some(told)
         );
     }
 

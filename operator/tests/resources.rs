@@ -276,6 +276,24 @@ fn only_migrations_get_the_owner_of_the_database() {
     }
 }
 
+/// Variables set here count for more than those of `envFrom`, which may have any.
+#[test]
+fn pods_follow_their_live_service_whatever_their_sources_say() {
+    let rendered = BUILDER.render(&example("full"), &stack());
+    for service in Service::ALL {
+        let workload = rendered.objects.get(&(service, Part::Workload)).unwrap();
+        let env = &workload["spec"]["template"]["spec"]["containers"][0]["env"];
+        for (name, value) in [
+            ("EXCHANGE_ROLE", "follow"),
+            ("EXCHANGE_PUBLIC_ADDRESS", "0.0.0.0:8080"),
+            ("EXCHANGE_ADMIN_ADDRESS", "0.0.0.0:9090"),
+        ] {
+            let wanted = json!({"name": name, "value": value});
+            assert!(env.as_array().unwrap().contains(&wanted), "{service}: {name}");
+        }
+    }
+}
+
 #[test]
 fn pods_use_the_copies_of_what_they_refer_to() {
     let rendered = BUILDER.render(&example("full"), &stack());

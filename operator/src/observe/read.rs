@@ -35,7 +35,7 @@ use crate::{
     error::Error,
     plan::Action,
     resources::{Builder, MANAGER, Rendered},
-    revision::{Content, Source, gates, revision, sources},
+    revision::{Content, Source, gates, reserved, revision, sources},
     status::{ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack},
 };
 
@@ -344,13 +344,14 @@ impl Reader {
             Some(problem) => Err(problem),
             None => declared,
         };
+        let declared = declared
+            .map_err(|missing| format!("{missing}: create it, or change the spec"))
+            .and_then(|revision| reserved(spec, &content).map_or(Ok(revision), Err));
         Ok(References {
-            declared: declared
-                .map(|revision| Declared {
-                    revision,
-                    gates: gates(spec),
-                })
-                .map_err(|missing| format!("{missing}: create it, or change the spec")),
+            declared: declared.map(|revision| Declared {
+                revision,
+                gates: gates(spec),
+            }),
             content: copies,
         })
     }
