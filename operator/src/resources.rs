@@ -101,6 +101,15 @@ impl Builder<'_> {
         fit(format!("{}-{name}", self.stack_name(stack)), 253)
     }
 
+    /// A copy, as `<kind>/<name>`.
+    pub fn copy_path(&self, stack: &Stack, source: &Source) -> String {
+        let kind = match source {
+            Source::ConfigMap(_) => "ConfigMap",
+            Source::Secret(_) => "Secret",
+        };
+        format!("{kind}/{}", self.copy_name(stack, source))
+    }
+
     /// Name of a Job: all that its result is about.
     pub fn job_name(&self, job: &Job) -> String {
         fit(
@@ -212,13 +221,7 @@ impl Builder<'_> {
             ];
             objects.extend(parts.map(|(part, object)| ((service, part), object)));
         }
-        let copies = copies(spec).map(|source| {
-            let kind = match source {
-                Source::ConfigMap(_) => "ConfigMap",
-                Source::Secret(_) => "Secret",
-            };
-            format!("{kind}/{}", self.copy_name(stack, &source))
-        });
+        let copies = copies(spec).map(|source| self.copy_path(stack, &source));
         Rendered {
             version: spec.version.clone(),
             objects,

@@ -353,19 +353,26 @@ impl World {
 
     /// Everything up to the decision to move the traffic.
     async fn tested() -> Self {
-        let world = Self::new();
-        world.settle().await;
-        world.finish_jobs();
-        world.settle().await;
-        world.start_pods();
-        world.settle().await;
-        world.finish_jobs();
-        world
+        Self::new().passes_tests().await
+    }
+
+    async fn passes_tests(self) -> Self {
+        self.settle().await;
+        self.finish_jobs();
+        self.settle().await;
+        self.start_pods();
+        self.settle().await;
+        self.finish_jobs();
+        self
     }
 
     /// A version that is live and verified, and nothing else.
     async fn converged() -> Self {
-        let world = Self::tested().await;
+        Self::new().converges().await
+    }
+
+    async fn converges(self) -> Self {
+        let world = self.passes_tests().await;
         world.settle().await;
         world.change(OBJECT, |object| {
             let candidate = object["status"]["candidate"].take();
@@ -604,6 +611,23 @@ async fn a_converged_object_costs_no_write() {
     world.pass().await.0.unwrap();
     let reads = world.server.lock().unwrap().reads - before;
     assert!(reads <= 16, "{reads} reads in a pass at rest");
+}
+
+#[tokio::test]
+async fn a_reference_that_need_not_exist_costs_no_write_while_it_does_not() {
+    let world = World::new();
+    world.change(OBJECT, |object| {
+        object["spec"]["services"]["user"]["envFrom"] = json!([
+            {"configMapRef": {"name": "absent", "optional": true}},
+            {"secretRef": {"name": "also-absent", "optional": true}},
+        ]);
+    });
+    let world = world.converges().await;
+    for _ in 0..3 {
+        let (result, writes) = world.pass().await;
+        result.unwrap();
+        assert_eq!(paths(&writes), Vec::<String>::new());
+    }
 }
 
 #[tokio::test]

@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     api::{ExchangeDeployment, Service},
-    resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, job_word},
+    resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, copies, job_word},
     revision::Source,
     status::{Colour, Live, Stack},
 };
@@ -144,6 +144,9 @@ fn service_of(meta: &ObjectMeta) -> Option<Service> {
 pub(super) fn assemble(object: ExchangeDeployment, children: &Children, references: References) -> Look {
     let builder = builder(&object);
     let uid = builder.uid;
+    // Sources that need not exist, and do not.
+    let mut absent: Vec<Source> = copies(&object.spec).collect();
+    absent.retain(|source| !references.content.contains_key(source));
     let mut seen = Observed {
         generation: object.metadata.generation.unwrap_or(0),
         deleting: false,
@@ -184,7 +187,9 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
             .unwrap_or(0);
         if let Some(rendered) = rendered {
             there.version.clone_from(&rendered.version);
-            there.whole = is_whole(&builder, &stack, &rendered, &children.pieces);
+            let absent: BTreeSet<String> = absent.iter().map(|it| builder.copy_path(&stack, it)).collect();
+            let needed = rendered.copies.difference(&absent);
+            there.whole = is_whole(&builder, &stack, needed, &children.pieces);
             material.rendered.insert(stack, rendered);
         }
     }
@@ -256,16 +261,20 @@ where
     !another
 }
 
-fn is_whole(builder: &Builder<'_>, stack: &Stack, rendered: &Rendered, pieces: &[Piece]) -> bool {
+/// Whether all that can be made of what a stack's pods need is there.
+fn is_whole<'a>(
+    builder: &Builder<'_>,
+    stack: &Stack,
+    mut copies: impl Iterator<Item = &'a String>,
+    pieces: &[Piece],
+) -> bool {
     let name = builder.stack_name(stack);
     let own = [format!("ServiceAccount/{name}"), format!("Secret/{name}")];
     let there = pieces.iter().filter(|piece| !piece.going);
     let there: BTreeSet<String> = there
         .map(|piece| format!("{}/{}", piece.kind.kind, piece.name))
         .collect();
-    own.iter()
-        .chain(&rendered.copies)
-        .all(|piece| there.contains(piece))
+    own.iter().all(|piece| there.contains(piece)) && copies.all(|piece| there.contains(piece))
 }
 
 /// Sees the objects of stacks, and compares them with what was rendered.
