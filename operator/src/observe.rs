@@ -60,6 +60,8 @@ pub struct Observed {
     pub answers: Option<Stack>,
     /// The live stack's own figures since its swap, as far as they could be read.
     pub figures: BTreeMap<Service, Figures>,
+    /// What pods or Services were asked and did not say, in words: another stack answers, or a page cannot be read.
+    pub unheard: Option<String>,
     /// Whether this operator has already seen the whole of this phase of this attempt once before. What happened while
     /// no operator looked is judged only after the operator has had the chance to act on it.
     pub seen_before: bool,
@@ -147,6 +149,8 @@ pub struct StackSeen {
     pub services: BTreeMap<Service, ServiceSeen>,
     /// Open public connections and requests over all pods; nothing if a pod did not say.
     pub open: Option<u64>,
+    /// Which pod did not say, and why.
+    pub unheard: Option<String>,
 }
 
 impl StackSeen {

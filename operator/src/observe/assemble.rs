@@ -160,6 +160,7 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
         refused: None,
         answers: None,
         figures: BTreeMap::new(),
+        unheard: None,
         seen_before: false,
     };
     let mut material = Material {
@@ -522,10 +523,13 @@ pub(super) fn addresses(stack: &Stack, children: &Children) -> Vec<Address> {
         .filter_map(|pod| {
             let status = pod.status.as_ref()?;
             let ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+            let mut conditions = status.conditions.iter().flatten();
+            let ready = conditions.any(|it| it.type_ == "Ready" && it.status == "True");
             Some(Address {
                 service: service_of(&pod.metadata)?,
                 pod: pod.uid()?,
                 ip: status.pod_ip.clone().filter(|_| !ended)?,
+                ready: ready && pod.metadata.deletion_timestamp.is_none(),
             })
         })
         .collect()

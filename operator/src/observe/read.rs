@@ -458,15 +458,20 @@ impl Reader {
         let addresses = |stack: &Stack| addresses(stack, children);
         match status.phase {
             Phase::Promoting if all_moved(&look.seen) => {
-                let ips: Vec<String> = Service::ALL
-                    .iter()
-                    .filter_map(|service| {
-                        let name = builder(&look.object).live_name(*service);
-                        let service = look.material.services.get(&name)?;
-                        service.spec.as_ref()?.cluster_ip.clone()
-                    })
-                    .collect();
-                look.seen.answers = self.pods.answers(&ips).await;
+                let ips = Service::ALL.iter().map(|service| {
+                    let there = look
+                        .material
+                        .services
+                        .get(&builder(&look.object).live_name(*service))?;
+                    Some((*service, there.spec.as_ref()?.cluster_ip.clone()?))
+                });
+                let ips: Option<Vec<(Service, String)>> = ips.collect();
+                if let (Some(candidate), Some(ips)) = (&status.candidate, ips) {
+                    match self.pods.answers(&candidate.stack, &ips).await {
+                        Ok(()) => look.seen.answers = Some(candidate.stack.clone()),
+                        Err(why) => look.seen.unheard = Some(why),
+                    }
+                }
             }
             Phase::Verifying => {
                 if let Some(live) = &status.live {
@@ -479,10 +484,11 @@ impl Reader {
                     });
                     memory.baselines.begin((status.epoch, live.attempt), fresh);
                     let pods = addresses(&live.stack);
-                    look.seen.figures = self.pods.figures(&pods, &mut memory.baselines).await;
+                    let (figures, unheard) = self.pods.figures(&pods, &mut memory.baselines).await;
+                    (look.seen.figures, look.seen.unheard) = (figures, unheard);
                 }
             }
-            Phase::Provisioning | Phase::Testing => {
+            Phase::Provisioning | Phase::Testing | Phase::AwaitingPromotion => {
                 if let Some(candidate) = &status.candidate {
                     let excuses = self.pods.excuses(&addresses(&candidate.stack)).await;
                     let services = look.seen.stacks.get_mut(&candidate.stack);
@@ -509,7 +515,10 @@ impl Reader {
         {
             let open = self.pods.open(&addresses(&previous.stack)).await;
             if let Some(seen) = look.seen.stacks.get_mut(&previous.stack) {
-                seen.open = open;
+                (seen.open, seen.unheard) = match open {
+                    Ok(open) => (Some(open), None),
+                    Err(why) => (None, Some(why)),
+                };
             }
         }
     }
