@@ -212,7 +212,7 @@ impl Turn<'_> {
         self.next.rejected.as_ref().is_some_and(|rejected| {
             rejected.stack.revision == declared.revision
                 // Of what was adopted nobody knows the gates.
-                && (rejected.gates.is_empty() || rejected.gates == declared.gates)
+                && (rejected.gates.is_empty() || declared.has_gates(&rejected.gates))
                 && self
                     .spec
                     .rollout

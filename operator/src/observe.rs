@@ -89,8 +89,16 @@ pub struct Requests {
 pub struct Declared {
     /// Hash of everything that ends up in pods, the content of what is referenced included.
     pub revision: String,
-    /// Hash of the declared gates.
+    /// Hash of the declared gates, and of where the stores are found: `<gates>.<stores>`.
     pub gates: String,
+}
+
+impl Declared {
+    /// Whether these are the declared gates. Those that an older operator has recorded say nothing of stores.
+    pub fn has_gates(&self, recorded: &str) -> bool {
+        let rest = self.gates.strip_prefix(recorded);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    }
 }
 
 /// One live Service.
@@ -141,6 +149,8 @@ pub struct StackSeen {
     /// Whether it belongs to the object. What was left behind by one that was deleted without its children belongs to
     /// nobody.
     pub owned: bool,
+    /// A store that it finds elsewhere than is declared now, in words.
+    pub other_store: Option<String>,
     /// Attempt for which it was rendered.
     pub attempt: u32,
     /// Version of the rendered stack.

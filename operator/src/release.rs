@@ -80,6 +80,11 @@ impl Found {
                 spec.version
             ));
         }
+        if let Some(other) = seen.stacks.get(to).and_then(|it| it.other_store.as_ref()) {
+            return Self::Undecided(format!(
+                "the live Services point at {to}, which runs with {other}: declare what it runs with, and it is taken over"
+            ));
+        }
         match from.cloned() {
             Some(from) => Self::Moving { to: to.clone(), from },
             None => Self::Live(to.clone()),
@@ -181,7 +186,7 @@ impl Turn<'_> {
             revision: declared.revision,
         };
         match self.next.candidate.clone() {
-            Some(candidate) if candidate.stack == stack && candidate.gates == declared.gates => {
+            Some(candidate) if candidate.stack == stack && declared.has_gates(&candidate.gates) => {
                 self.climb(&candidate);
             }
             superseded => self.begin(stack, declared.gates, superseded.as_ref()),

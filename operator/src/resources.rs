@@ -677,6 +677,30 @@ pub fn job_word(kind: &JobKind) -> &str {
     }
 }
 
+/// A store that a rendered stack finds elsewhere than is declared, in words.
+pub fn other_store(spec: &Spec, rendered: &Rendered) -> Option<String> {
+    let workload = rendered.objects.get(&(Service::Trade, Part::Workload))?;
+    let volumes = workload.pointer("/spec/template/spec/volumes")?.as_array()?;
+    let stores = [
+        ("database", "database", &spec.database.secret_ref),
+        ("queue", "queue", &spec.queue.secret_ref),
+        ("market-data", "marketData", &spec.market_data.secret_ref),
+    ];
+    stores.into_iter().find_map(|(volume, field, declared)| {
+        let found = volumes
+            .iter()
+            .find(|it| it.get("name").is_some_and(|it| it == volume))?;
+        let name = found.pointer("/secret/secretName")?.as_str()?;
+        let key = found.pointer("/secret/items/0/key")?.as_str()?;
+        (name != declared.name || key != declared.key).then(|| {
+            format!(
+                "the key {key} of the Secret {name} as spec.{field}.secretRef, not the key {} of {}",
+                declared.key, declared.name
+            )
+        })
+    })
+}
+
 /// Copies that a stack needs: of every source that is declared.
 pub fn copies(spec: &Spec) -> impl Iterator<Item = Source> {
     sources(spec).into_keys()

@@ -151,6 +151,16 @@ pub fn gates(spec: &Spec) -> String {
     short(&all)
 }
 
+/// Hash of where the stores are found. What was begun for other stores is begun anew; what is in their Secrets does not
+/// count.
+pub fn stores(spec: &Spec) -> String {
+    short(&json!({
+        "database": spec.database.secret_ref,
+        "queue": spec.queue.secret_ref,
+        "marketData": spec.market_data.secret_ref,
+    }))
+}
+
 /// What differs from the default. A field that a later version of the API adds is none of it.
 fn changed<T: Serialize + Default>(value: &T) -> Value {
     let default = serde_json::to_value(T::default()).unwrap_or_default();
@@ -304,5 +314,19 @@ mod tests {
         assert_eq!(gates(&spec), before);
         spec.rollout.verification.min_requests += 1;
         assert_ne!(gates(&spec), before);
+    }
+
+    #[test]
+    fn stores_are_where_they_are_found() {
+        let before = stores(&example("full"));
+        for change in [
+            (|spec| spec.database.secret_ref.key = "other".to_owned()) as fn(&mut Spec),
+            |spec| spec.queue.secret_ref.name = "other".to_owned(),
+            |spec| spec.market_data.secret_ref.name = "other".to_owned(),
+        ] {
+            let mut spec = example("full");
+            change(&mut spec);
+            assert_ne!(stores(&spec), before);
+        }
     }
 }

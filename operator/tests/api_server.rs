@@ -679,6 +679,60 @@ async fn a_live_service_that_lost_its_labels_is_found_by_its_name() {
 }
 
 #[tokio::test]
+async fn a_first_release_begins_anew_for_another_store() {
+    let world = World::new();
+    world.settle().await;
+    world.finish_jobs();
+    world.settle().await;
+    assert_eq!(world.names("deployments").len(), 3);
+    let other = json!({"metadata": {"name": "db2"}, "data": {"url": ""}});
+    world.server.lock().unwrap().put("secrets/db2", other);
+    world.change(OBJECT, |object| {
+        object["spec"]["database"]["secretRef"]["name"] = json!("db2");
+    });
+    let uses = |name: &str| {
+        let database = |name: &String| {
+            let template = world.get(name)["spec"]["template"]["spec"].clone();
+            let volumes = template["volumes"].as_array().unwrap().clone();
+            volumes.into_iter().find(|it| it["name"] == "database").unwrap()["secret"]["secretName"].clone()
+        };
+        world.names(name).iter().map(database).collect::<Vec<_>>()
+    };
+    world.settle().await;
+    assert_eq!(world.get(OBJECT)["status"]["attempt"], 2);
+    // The schema of the other one has to be expanded, too.
+    assert!(uses("jobs").contains(&json!("db2")), "{:?}", uses("jobs"));
+    world.finish_jobs();
+    world.settle().await;
+    assert_eq!(uses("deployments"), ["db2"; 3]);
+}
+
+#[tokio::test]
+async fn what_runs_with_another_store_than_is_declared_is_told_and_left_alone() {
+    let world = World::converged().await;
+    let other = json!({"metadata": {"name": "db2"}, "data": {"url": ""}});
+    world.server.lock().unwrap().put("secrets/db2", other);
+    let name = |world: &World, name: &str| {
+        world.change(OBJECT, |object| {
+            object["spec"]["database"]["secretRef"]["name"] = json!(name);
+        });
+    };
+    world.change(OBJECT, |object| object["status"] = Value::Null);
+    name(&world, "db2");
+    world.settle().await;
+    let stalled = world.condition("Stalled");
+    assert_eq!(stalled["reason"], "AdoptionUndecided");
+    let message = stalled["message"].as_str().unwrap();
+    assert!(
+        message.contains("the key url of the Secret db as spec.database.secretRef, not the key url of db2"),
+        "{message}"
+    );
+    name(&world, "db");
+    world.settle().await;
+    assert_eq!(world.get(OBJECT)["status"]["phase"], "Verifying");
+}
+
+#[tokio::test]
 async fn what_a_deleted_object_left_behind_is_adopted() {
     let world = World::converged().await;
     let kinds = [

@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     api::{ExchangeDeployment, Service},
-    resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, copies, job_word},
+    resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, copies, job_word, other_store},
     revision::Source,
     status::{Colour, Live, Stack},
 };
@@ -188,6 +188,7 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
             .unwrap_or(0);
         if let Some(rendered) = rendered {
             there.version.clone_from(&rendered.version);
+            there.other_store = other_store(&object.spec, &rendered);
             let absent: BTreeSet<String> = absent.iter().map(|it| builder.copy_path(&stack, it)).collect();
             let needed = rendered.copies.difference(&absent);
             there.whole = is_whole(&builder, &stack, needed, &children.pieces);

@@ -35,7 +35,7 @@ use crate::{
     error::Error,
     plan::Action,
     resources::{Builder, MANAGER, Rendered},
-    revision::{Content, Source, gates, reserved, revision, sources},
+    revision::{self, Content, Source, gates, reserved, revision, sources},
     status::{ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack},
 };
 
@@ -350,7 +350,7 @@ impl Reader {
         Ok(References {
             declared: declared.map(|revision| Declared {
                 revision,
-                gates: gates(spec),
+                gates: format!("{}.{}", gates(spec), revision::stores(spec)),
             }),
             content: copies,
         })

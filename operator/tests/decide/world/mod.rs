@@ -453,6 +453,7 @@ impl World {
                     rendered,
                     whole: there.pieces.is_some(),
                     owned: !there.orphaned,
+                    other_store: None,
                     attempt,
                     version,
                     services,
