@@ -524,8 +524,8 @@ pub enum Promotion {
     Manual,
 }
 
-/// A test that runs as a Job against the candidate's own addresses.
-#[derive(Clone, Debug, PartialEq, Eq, KubeSchema, Serialize, Deserialize)]
+/// A test that runs as a Job against the candidate's own addresses, where the pods of the trade service may run.
+#[derive(Clone, Debug, PartialEq, KubeSchema, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SmokeTest {
     /// Name of the test.
@@ -546,6 +546,9 @@ pub struct SmokeTest {
     /// passes when the command ends with 0.
     #[schemars(length(min = 1, max = 64), inner(length(max = 4096)))]
     pub command: Vec<String>,
+    /// CPU and memory of the test. Without it: 100m and 64Mi, at most 1 and 512Mi.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resources: Option<ResourceRequirements>,
     /// How long the test may take; after it, it has failed.
     #[serde(default = "default_test_timeout")]
     #[schemars(length(max = 32), extend("default" = "5m"))]

@@ -183,7 +183,7 @@ impl Turn<'_> {
         }
         let stack = Stack {
             colour,
-            revision: declared.revision,
+            revision: declared.revision.clone(),
         };
         match self.next.candidate.clone() {
             Some(candidate) if candidate.stack == stack && declared.has_gates(&candidate.gates) => {

@@ -550,8 +550,8 @@ impl Builder<'_> {
 
     // ---- Jobs -------------------------------------------------------------------------------------------------
 
-    /// A Job. It runs the image of its stack as it was rendered, whatever is declared by now; only the expand runs
-    /// before there is one. A migration refuses every database but this one, if it is known which the live stack uses.
+    /// A Job. It runs the image of its stack's trade service as it was rendered, where that runs, whatever is declared by
+    /// now; only the expand runs before there is one. A test with an image of its own may have other nodes. A migration refuses every database but this one, if it is known which the live stack uses.
     /// Nothing if the stack is not rendered, or the test not declared any more.
     pub fn job(
         &self,
@@ -560,11 +560,18 @@ impl Builder<'_> {
         job: &Job,
         database: Option<&str>,
     ) -> Option<Value> {
-        let own = match job.kind {
-            JobKind::Expand => image(spec, &spec.services.trade),
-            _ => rendered?.image(Service::Trade)?,
+        let trade = match job.kind {
+            JobKind::Expand => self.workload(spec, &job.stack, Service::Trade),
+            _ => rendered?.objects.get(&(Service::Trade, Part::Workload))?.clone(),
         };
+        let trade = trade.pointer("/spec/template/spec")?;
+        let own = trade.pointer("/containers/0/image")?.as_str()?.to_owned();
         let deadline = seconds(spec.rollout.progress_deadline);
+        let mut placed: &[&str] = &["nodeSelector", "tolerations", "priorityClassName"];
+        let mut resources = json!({
+            "requests": {"cpu": "100m", "memory": "64Mi"},
+            "limits": {"cpu": "1", "memory": "512Mi"},
+        });
         let (image, command, deadline) = match &job.kind {
             JobKind::Expand | JobKind::Contract => {
                 let args = migrate(spec, &job.kind, deadline, database);
@@ -583,6 +590,12 @@ impl Builder<'_> {
                 let mut env = Self::addresses(&job.stack, |service| self.colour_name(&job.stack, service));
                 env.push(var("EXCHANGE_LANE_SECRET_FILE", LANE_SECRET));
                 let command = json!({"command": test.command, "env": env});
+                if test.image.is_some() {
+                    placed = &["tolerations", "priorityClassName"];
+                }
+                if let Some(own) = &test.resources {
+                    resources = json!(own);
+                }
                 (test.image.clone().unwrap_or(own), command, seconds(test.timeout))
             }
         };
@@ -606,6 +619,7 @@ impl Builder<'_> {
         let mut container = json!({
             "name": "job",
             "image": image,
+            "resources": resources,
             // What it said last is what people are told when it fails.
             "terminationMessagePolicy": "FallbackToLogsOnError",
             "securityContext": container_security(),
@@ -623,6 +637,9 @@ impl Builder<'_> {
         {
             container.extend(command);
             optional(pod, "imagePullSecrets", json!(spec.image_pull_secrets));
+            for field in placed {
+                optional(pod, field, trade.get(field).cloned().unwrap_or_default());
+            }
             pod.insert("containers".to_owned(), json!([container]));
         }
         Some(json!({
@@ -651,19 +668,6 @@ pub struct Rendered {
     pub objects: BTreeMap<(Service, Part), Value>,
     /// The copies of ConfigMaps and Secrets that its pods need, as `<kind>/<name>`.
     pub copies: BTreeSet<String>,
-}
-
-impl Rendered {
-    /// Image of a service.
-    pub fn image(&self, service: Service) -> Option<String> {
-        let workload = self.objects.get(&(service, Part::Workload))?;
-        Some(
-            workload
-                .pointer("/spec/template/spec/containers/0/image")?
-                .as_str()?
-                .to_owned(),
-        )
-    }
 }
 
 /// What a Job does, in its name and labels.

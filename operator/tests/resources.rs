@@ -243,6 +243,34 @@ fn pods_are_restricted() {
     }
 }
 
+/// A quota asks for both, and nodes may be tainted or of several architectures.
+#[test]
+fn jobs_run_where_the_trade_service_does_and_say_what_they_need() {
+    let all = everything(&example("full"));
+    let pod = |name: &str| all[name]["spec"]["template"]["spec"].clone();
+    let trade = pod("trade-workload");
+    for job in ["expand", "smoke", "verify", "contract", "reconcile-ledger"] {
+        let pod = pod(&format!("job-{job}"));
+        for field in ["tolerations", "priorityClassName", "nodeSelector"] {
+            // An image of its own may be of another architecture.
+            let own = field == "nodeSelector" && job == "reconcile-ledger";
+            let expected = if own { &Value::Null } else { &trade[field] };
+            assert_eq!(&pod[field], expected, "{job}: {field}");
+        }
+        let resources = &pod["containers"][0]["resources"];
+        for (kind, what) in [
+            ("requests", "cpu"),
+            ("requests", "memory"),
+            ("limits", "cpu"),
+            ("limits", "memory"),
+        ] {
+            assert!(resources[kind][what].is_string(), "{job}: {kind}.{what}");
+        }
+    }
+    let own = &pod("job-reconcile-ledger")["containers"][0]["resources"];
+    assert_eq!(own["limits"]["memory"], "1Gi");
+}
+
 #[test]
 fn selectors_are_never_empty_and_name_colour_and_revision() {
     for (name, object) in everything(&example("full")) {

@@ -1501,8 +1501,10 @@ fn what_is_awaited_is_told_with_what_keeps_it_and_until_when() {
     world.finish(0);
     let since = world.status.phase_since.unwrap();
     let stuck = |seen: &mut Observed| {
-        let verify = seen.jobs.iter_mut().find(|(job, _)| job.kind == JobKind::Verify);
-        verify.unwrap().1.trouble = Some("no node for it".to_owned());
+        for (job, seen) in &mut seen.jobs {
+            let verify = job.kind == JobKind::Verify;
+            seen.trouble = verify.then(|| "no node for it".to_owned());
+        }
     };
     let told_of = message(&world, &stuck);
     let until = format!(
