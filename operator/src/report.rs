@@ -222,10 +222,16 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
         ),
         Phase::Provisioning => candidate.map_or_else(String::new, |it| pods(seen, &it.stack, "starts")),
         Phase::Testing => format!("the tests of {version} run{}", kept(seen, of_candidate)),
-        Phase::AwaitingPromotion => {
-            let approve = candidate.map_or_else(String::new, |it| token(&it.stack, it.attempt));
-            format!("{version} has passed its gates; approve it with exchange.dev/promote={approve}")
-        }
+        Phase::AwaitingPromotion => match candidate.map(|it| (it, &it.approved_by)) {
+            Some((candidate, Some(by))) => {
+                let awaited = awaited(seen, Some(&candidate.stack));
+                format!("{version} has passed its gates and is approved by {by}{awaited}")
+            }
+            candidate => {
+                let approve = candidate.map_or_else(String::new, |(it, _)| token(&it.stack, it.attempt));
+                format!("{version} has passed its gates; approve it with exchange.dev/promote={approve}")
+            }
+        },
         Phase::Promoting => {
             let awaited = awaited(seen, of_candidate.map(|it| it.0));
             format!("the traffic goes from {live} to {version}{awaited}")

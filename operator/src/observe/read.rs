@@ -489,7 +489,10 @@ impl Reader {
                 }
             }
             Phase::Provisioning | Phase::Testing | Phase::AwaitingPromotion => {
-                if let Some(candidate) = &status.candidate {
+                // Who waits for a person waits for no pod.
+                let waits = status.phase == Phase::AwaitingPromotion;
+                let candidate = status.candidate.as_ref();
+                if let Some(candidate) = candidate.filter(|it| !waits || it.approved_by.is_some()) {
                     let excuses = self.pods.excuses(&addresses(&candidate.stack)).await;
                     let services = look.seen.stacks.get_mut(&candidate.stack);
                     for (service, seen) in services.into_iter().flat_map(|it| &mut it.services) {

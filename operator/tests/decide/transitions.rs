@@ -1536,6 +1536,29 @@ fn what_is_awaited_is_told_with_what_keeps_it_and_until_when() {
 }
 
 #[test]
+fn what_is_approved_and_lacks_pods_does_not_ask_for_an_approval() {
+    let mut world = at(AwaitingPromotion);
+    world.step(0, View::Fresh).unwrap();
+    world.finish(0);
+    world.ask(|requests, names| {
+        requests.promote = names.candidate;
+        requests.by = Some("alice".to_owned());
+    });
+    let recorded = records(&world, |seen| {
+        let candidate = seen.status.candidate.clone().unwrap().stack;
+        let stack = seen.stacks.get_mut(&candidate).unwrap();
+        let trade = stack.services.get_mut(&Service::Trade).unwrap();
+        trade.ready = 1;
+        trade.trouble = Some("no node for it".to_owned());
+    });
+    assert_eq!(recorded.phase, AwaitingPromotion);
+    let message = told(&recorded, "Reconciling");
+    let wanted = "is approved by alice: waiting for 1 of 2 trade pods: no node for it; since ";
+    assert!(message.contains(wanted), "{message}");
+    assert!(!message.contains("exchange.dev/promote"), "{message}");
+}
+
+#[test]
 fn pods_that_are_replaced_do_not_fail_the_verification() {
     let mut world = at(Verifying);
     world.finish(0);
