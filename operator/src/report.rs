@@ -159,7 +159,8 @@ fn stalled(
             .as_ref()
             .map_or_else(|| "nothing".to_owned(), |live| live.version.clone());
         let message = format!(
-            "spec wants {}, live is {live} because {}; change the spec, or try again with exchange.dev/retry={retry}",
+            "spec wants {}, live is {live} because {}; change the version, its settings or its gates; after any other change: \
+             exchange.dev/retry={retry}",
             spec.version, rejected.message
         );
         return Some(verdict(true, rejected.reason, message));
