@@ -352,8 +352,10 @@ pub struct FileSource {
     #[schemars(length(min = 2, max = 255))]
     #[x_kube(validation = Rule::new("self.startsWith('/') && !self.contains('..') && !self.contains(':')")
         .message("mountPath must be an absolute path without '..' and ':'"))]
-    #[x_kube(validation = Rule::new("!self.startsWith('/etc/exchange/') && self != '/etc/exchange'")
+    #[x_kube(validation = Rule::new("!self.matches('^/+etc/+exchange(/.*)?$')")
         .message("mountPath must not be below /etc/exchange: the operator mounts the stores there"))]
+    #[x_kube(validation = Rule::new("!self.matches('^/+(tmp|etc)?/*$')")
+        .message("mountPath must not be /, /etc or /tmp, where the operator mounts something: choose a folder of its own, for example /etc/templates"))]
     pub mount_path: String,
     /// Name of a ConfigMap of this namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -417,8 +419,8 @@ pub struct Rollout {
     #[serde(default)]
     pub promotion: Promotion,
 
-    /// How long each phase before the swap, and the swap itself, may take. Stands still while paused,
-    /// suspended, or waiting for a person.
+    /// How long each phase before the swap, and the swap itself, may take; the tests as long as the longest of
+    /// their timeouts, if that is longer. Stands still while paused, suspended, or waiting for a person.
     #[serde(default = "default_progress_deadline")]
     #[schemars(length(max = 32), extend("default" = "10m"))]
     #[x_kube(

@@ -10,7 +10,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
-    decide::{later, signed},
+    decide::{later, signed, time_for},
     observe::{Job, JobKind, JobState, Observed, StackSeen},
     status::{ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack, token},
 };
@@ -258,7 +258,7 @@ fn times(spec: &Spec, seen: &Observed, status: &Status) -> String {
     let Some(since) = status.phase_since.filter(|_| status.stopped_since.is_none()) else {
         return String::new();
     };
-    let deadline = signed(spec.rollout.progress_deadline);
+    let deadline = time_for(spec, status.phase);
     let (since, lasts) = match (status.phase, &status.previous) {
         (Phase::Live | Phase::Failed | Phase::Held, _) => return String::new(),
         (Phase::Pending, Some(previous)) if previous.state == PreviousState::Draining => {

@@ -1559,6 +1559,25 @@ fn what_is_approved_and_lacks_pods_does_not_ask_for_an_approval() {
 }
 
 #[test]
+fn a_test_may_take_the_time_that_is_declared_for_it() {
+    let mut world = at(Testing);
+    world.step(0, View::Fresh).unwrap();
+    world.finish(0);
+    world.declare(|spec| spec.rollout.smoke_tests[0].timeout = std::time::Duration::from_mins(20).into());
+    let after = |time: i64| {
+        records(&world, |seen| {
+            seen.status.phase_since = Some(world.now - seconds(time));
+        })
+    };
+    let runs = after(1199);
+    assert_eq!(runs.phase, Testing);
+    let until = format!("until {}", world.now + seconds(1));
+    let message = told(&runs, "Reconciling");
+    assert!(message.contains(&until), "{message}");
+    assert_eq!(after(1200).phase, Failed);
+}
+
+#[test]
 fn pods_that_are_replaced_do_not_fail_the_verification() {
     let mut world = at(Verifying);
     world.finish(0);
