@@ -78,11 +78,11 @@ pub const GROUP: &str = "exchange.dev";
         .message("metadata.name must be at most 40 characters: lower-case letters, digits and '-', starting with a letter and not ending with '-'"),
     validation = Rule::new("!self.metadata.name.endsWith('-blue') && !self.metadata.name.endsWith('-green')")
         .message("metadata.name must not end in -blue or -green: the operator adds the colour to it to name the services of a stack"),
-    validation = Rule::new("!has(oldSelf.status) || !has(oldSelf.status.live) || self.spec.database.secretRef == oldSelf.spec.database.secretRef")
+    validation = Rule::new("!has(oldSelf.status) || (!has(oldSelf.status.live) && (!has(oldSelf.status.phase) || oldSelf.status.phase != 'Promoting')) || self.spec.database.secretRef == oldSelf.spec.database.secretRef")
         .message("spec.database.secretRef cannot be changed while an exchange is live: change the content of the Secret to rotate a password, or create another ExchangeDeployment for another database"),
-    validation = Rule::new("!has(oldSelf.status) || !has(oldSelf.status.live) || self.spec.queue.secretRef == oldSelf.spec.queue.secretRef")
+    validation = Rule::new("!has(oldSelf.status) || (!has(oldSelf.status.live) && (!has(oldSelf.status.phase) || oldSelf.status.phase != 'Promoting')) || self.spec.queue.secretRef == oldSelf.spec.queue.secretRef")
         .message("spec.queue.secretRef cannot be changed while an exchange is live: change the content of the Secret instead"),
-    validation = Rule::new("!has(oldSelf.status) || !has(oldSelf.status.live) || self.spec.marketData.secretRef == oldSelf.spec.marketData.secretRef")
+    validation = Rule::new("!has(oldSelf.status) || (!has(oldSelf.status.live) && (!has(oldSelf.status.phase) || oldSelf.status.phase != 'Promoting')) || self.spec.marketData.secretRef == oldSelf.spec.marketData.secretRef")
         .message("spec.marketData.secretRef cannot be changed while an exchange is live: change the content of the Secret instead"),
 )]
 pub struct ExchangeDeploymentSpec {
@@ -249,7 +249,8 @@ pub struct ServiceSpec {
     pub env: Vec<EnvVar>,
 
     /// ConfigMaps and Secrets whose keys become environment variables. Their content is part of the
-    /// revision, and is copied for it.
+    /// revision, and is copied for it. What the operator itself sets they cannot change: with a URL of a store
+    /// or the secret of the lane in them nothing is begun.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(validation = Rule::new("self.all(e, has(e.configMapRef) != has(e.secretRef))")
@@ -351,8 +352,10 @@ pub struct FileSource {
     #[schemars(length(min = 2, max = 255))]
     #[x_kube(validation = Rule::new("self.startsWith('/') && !self.contains('..') && !self.contains(':')")
         .message("mountPath must be an absolute path without '..' and ':'"))]
-    #[x_kube(validation = Rule::new("!self.startsWith('/etc/exchange/') && self != '/etc/exchange'")
+    #[x_kube(validation = Rule::new("!self.matches('^/+etc/+exchange(/.*)?$')")
         .message("mountPath must not be below /etc/exchange: the operator mounts the stores there"))]
+    #[x_kube(validation = Rule::new("!self.matches('^/+(tmp|etc)?/*$')")
+        .message("mountPath must not be /, /etc or /tmp, where the operator mounts something: choose a folder of its own, for example /etc/templates"))]
     pub mount_path: String,
     /// Name of a ConfigMap of this namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -416,8 +419,8 @@ pub struct Rollout {
     #[serde(default)]
     pub promotion: Promotion,
 
-    /// How long each phase before the swap, and the swap itself, may take. Stands still while paused,
-    /// suspended, or waiting for a person.
+    /// How long each phase before the swap, and the swap itself, may take; the tests as long as the longest of
+    /// their timeouts, if that is longer. Stands still while paused, suspended, or waiting for a person.
     #[serde(default = "default_progress_deadline")]
     #[schemars(length(max = 32), extend("default" = "10m"))]
     #[x_kube(
@@ -523,8 +526,8 @@ pub enum Promotion {
     Manual,
 }
 
-/// A test that runs as a Job against the candidate's own addresses.
-#[derive(Clone, Debug, PartialEq, Eq, KubeSchema, Serialize, Deserialize)]
+/// A test that runs as a Job against the candidate's own addresses, where the pods of the trade service may run.
+#[derive(Clone, Debug, PartialEq, KubeSchema, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SmokeTest {
     /// Name of the test.
@@ -545,6 +548,9 @@ pub struct SmokeTest {
     /// passes when the command ends with 0.
     #[schemars(length(min = 1, max = 64), inner(length(max = 4096)))]
     pub command: Vec<String>,
+    /// CPU and memory of the test. Without it: 100m and 64Mi, at most 1 and 512Mi.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resources: Option<ResourceRequirements>,
     /// How long the test may take; after it, it has failed.
     #[serde(default = "default_test_timeout")]
     #[schemars(length(max = 32), extend("default" = "5m"))]
@@ -592,7 +598,8 @@ pub struct Verification {
             .message("maxLatencyP99 must lie between 1ms and 60s"),
     )]
     pub max_latency_p99: Duration,
-    /// With fewer requests than this per service, rate and latency say nothing and only the smoke test decides.
+    /// With fewer requests of clients than this per service, their rate says nothing, and with fewer timed ones their
+    /// latency: then only the smoke test decides.
     #[serde(default = "default_min_requests")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub min_requests: i32,

@@ -158,7 +158,7 @@ impl Turn<'_> {
     /// Whether the phase has lasted too long. Judged only when this operator has seen the phase before, so that the time
     /// in which none looked is not held against a release that only had to be looked at.
     pub(crate) fn overdue(&self) -> bool {
-        self.watched() && self.elapsed() >= signed(self.spec.rollout.progress_deadline)
+        self.watched() && self.elapsed() >= time_for(self.spec, self.next.phase)
     }
 
     /// Whether this operator has seen the whole of the phase before, and could do what was to be done.
@@ -212,7 +212,7 @@ impl Turn<'_> {
         self.next.rejected.as_ref().is_some_and(|rejected| {
             rejected.stack.revision == declared.revision
                 // Of what was adopted nobody knows the gates.
-                && (rejected.gates.is_empty() || rejected.gates == declared.gates)
+                && (rejected.gates.is_empty() || declared.has_gates(&rejected.gates))
                 && self
                     .spec
                     .rollout
@@ -490,6 +490,15 @@ pub(crate) fn named(candidate: &Candidate) -> (Stack, String, u32) {
 
 pub(crate) fn signed(duration: Duration) -> SignedDuration {
     SignedDuration::try_from(time::Duration::from(duration)).unwrap_or(SignedDuration::MAX)
+}
+
+/// How long a phase may last.
+pub(crate) fn time_for(spec: &Spec, phase: Phase) -> SignedDuration {
+    let deadline = signed(spec.rollout.progress_deadline);
+    // A test is given the time that is declared for it.
+    let tests = spec.rollout.smoke_tests.iter().map(|test| signed(test.timeout));
+    let longest = tests.max().filter(|_| phase == Phase::Testing);
+    longest.map_or(deadline, |longest| longest.max(deadline))
 }
 
 pub(crate) fn later(time: Timestamp, by: SignedDuration) -> Timestamp {

@@ -60,6 +60,8 @@ pub struct Observed {
     pub answers: Option<Stack>,
     /// The live stack's own figures since its swap, as far as they could be read.
     pub figures: BTreeMap<Service, Figures>,
+    /// What pods or Services were asked and did not say, in words: another stack answers, or a page cannot be read.
+    pub unheard: Option<String>,
     /// Whether this operator has already seen the whole of this phase of this attempt once before. What happened while
     /// no operator looked is judged only after the operator has had the chance to act on it.
     pub seen_before: bool,
@@ -87,8 +89,16 @@ pub struct Requests {
 pub struct Declared {
     /// Hash of everything that ends up in pods, the content of what is referenced included.
     pub revision: String,
-    /// Hash of the declared gates.
+    /// Hash of the declared gates, and of where the stores are found: `<gates>.<stores>`.
     pub gates: String,
+}
+
+impl Declared {
+    /// Whether these are the declared gates. Those that an older operator has recorded say nothing of stores.
+    pub fn has_gates(&self, recorded: &str) -> bool {
+        let rest = self.gates.strip_prefix(recorded);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    }
 }
 
 /// One live Service.
@@ -139,6 +149,8 @@ pub struct StackSeen {
     /// Whether it belongs to the object. What was left behind by one that was deleted without its children belongs to
     /// nobody.
     pub owned: bool,
+    /// A store that it finds elsewhere than is declared now, in words.
+    pub other_store: Option<String>,
     /// Attempt for which it was rendered.
     pub attempt: u32,
     /// Version of the rendered stack.
@@ -147,6 +159,8 @@ pub struct StackSeen {
     pub services: BTreeMap<Service, ServiceSeen>,
     /// Open public connections and requests over all pods; nothing if a pod did not say.
     pub open: Option<u64>,
+    /// Which pod did not say, and why.
+    pub unheard: Option<String>,
 }
 
 impl StackSeen {
@@ -267,10 +281,12 @@ pub enum JobState {
 /// What the pods of one live service report since the swap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Figures {
-    /// Answered requests.
+    /// Answered requests of clients.
     pub requests: u64,
     /// Those with a status of 500 and above.
     pub errors: u64,
-    /// 99th percentile of the time to answer, in milliseconds.
+    /// Those whose time counts: without log-ins and event streams.
+    pub timed: u64,
+    /// 99th percentile of their time to answer, in milliseconds.
     pub p99_ms: u64,
 }

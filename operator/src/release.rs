@@ -80,6 +80,11 @@ impl Found {
                 spec.version
             ));
         }
+        if let Some(other) = seen.stacks.get(to).and_then(|it| it.other_store.as_ref()) {
+            return Self::Undecided(format!(
+                "the live Services point at {to}, which runs with {other}: declare what it runs with, and it is taken over"
+            ));
+        }
         match from.cloned() {
             Some(from) => Self::Moving { to: to.clone(), from },
             None => Self::Live(to.clone()),
@@ -178,10 +183,10 @@ impl Turn<'_> {
         }
         let stack = Stack {
             colour,
-            revision: declared.revision,
+            revision: declared.revision.clone(),
         };
         match self.next.candidate.clone() {
-            Some(candidate) if candidate.stack == stack && candidate.gates == declared.gates => {
+            Some(candidate) if candidate.stack == stack && declared.has_gates(&candidate.gates) => {
                 self.climb(&candidate);
             }
             superseded => self.begin(stack, declared.gates, superseded.as_ref()),
@@ -271,7 +276,7 @@ impl Turn<'_> {
                 let message = self.late(
                     "the expand migration was not done in time",
                     JobKind::Expand,
-                    candidate,
+                    (stack, attempt),
                 );
                 return self.in_time(Reason::MigrationFailed, &message);
             }
@@ -301,7 +306,7 @@ impl Turn<'_> {
             let message = self
                 .tests()
                 .find(|kind| self.state(kind.clone(), stack, attempt) != Some(&JobState::Passed))
-                .map(|kind| self.late("the tests were not done in time", kind, candidate))
+                .map(|kind| self.late("the tests were not done in time", kind, (stack, attempt)))
                 .unwrap_or_default();
             return self.in_time(Reason::SmokeTestFailed, &message);
         }
@@ -339,11 +344,11 @@ impl Turn<'_> {
     }
 
     /// What is late, and what keeps it, as far as that is known.
-    fn late(&self, what: &str, kind: JobKind, candidate: &Candidate) -> String {
+    pub(crate) fn late(&self, what: &str, kind: JobKind, (stack, attempt): (&Stack, u32)) -> String {
         let job = Job {
             kind,
-            stack: candidate.stack.clone(),
-            attempt: candidate.attempt,
+            stack: stack.clone(),
+            attempt,
         };
         let trouble = self.seen.jobs.get(&job).and_then(|job| job.trouble.as_deref());
         trouble.map_or_else(|| what.to_owned(), |trouble| format!("{what}: {trouble}"))

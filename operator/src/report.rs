@@ -10,9 +10,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
-    decide::{later, signed},
+    decide::{later, signed, time_for},
     observe::{Job, JobKind, JobState, Observed, StackSeen},
-    status::{Candidate, ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack, token},
+    status::{ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack, token},
 };
 
 /// A verdict: true or false, one word, one sentence.
@@ -36,7 +36,7 @@ pub fn report(spec: &Spec, seen: &Observed, undecided: Option<&str>, status: &mu
     let story = format!(
         "{}{}{}",
         story(spec, seen, status),
-        times(spec, status),
+        times(spec, seen, status),
         refused(seen, status)
     );
     let way_back = status.previous.as_ref().filter(|it| it.leads_back());
@@ -159,7 +159,8 @@ fn stalled(
             .as_ref()
             .map_or_else(|| "nothing".to_owned(), |live| live.version.clone());
         let message = format!(
-            "spec wants {}, live is {live} because {}; change the spec, or try again with exchange.dev/retry={retry}",
+            "spec wants {}, live is {live} because {}; change the version, its settings or its gates; after any other change: \
+             exchange.dev/retry={retry}",
             spec.version, rejected.message
         );
         return Some(verdict(true, rejected.reason, message));
@@ -183,6 +184,8 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
         .as_ref()
         .map_or_else(|| "nothing".to_owned(), |live| live.version.clone());
     let candidate = status.candidate.as_ref();
+    let of_candidate = candidate.map(|it| (&it.stack, it.attempt));
+    let of_live = status.live.as_ref().map(|it| (&it.stack, it.attempt));
     let version = candidate.map_or_else(|| spec.version.clone(), |candidate| candidate.version.clone());
     let (live, version) = match (&status.live, candidate) {
         // Something else than the version was changed.
@@ -203,50 +206,93 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
     }
     match status.phase {
         Phase::Pending => match (&status.previous, &status.contract) {
-            (Some(previous), _) => format!("{version} waits until {} has left its colour", previous.version),
+            (Some(previous), _) => {
+                let unheard = seen
+                    .stacks
+                    .get(&previous.stack)
+                    .and_then(|it| it.unheard.as_deref());
+                let left = format!("{version} waits until {} has left its colour", previous.version);
+                format!("{left}{}", because(unheard))
+            }
             (None, Some(_)) => format!("{version} waits for the contract migration of {live}"),
             _ => format!("{version} waits until nothing is left of other versions"),
         },
-        Phase::Migrating => format!("the expand migration of {version} runs{}", kept(seen, candidate)),
+        Phase::Migrating => format!(
+            "the expand migration of {version} runs{}",
+            kept(seen, of_candidate)
+        ),
         Phase::Provisioning => candidate.map_or_else(String::new, |it| pods(seen, &it.stack, "starts")),
-        Phase::Testing => format!("the tests of {version} run{}", kept(seen, candidate)),
-        Phase::AwaitingPromotion => {
-            let approve = candidate.map_or_else(String::new, |it| token(&it.stack, it.attempt));
-            format!("{version} has passed its gates; approve it with exchange.dev/promote={approve}")
+        Phase::Testing => format!("the tests of {version} run{}", kept(seen, of_candidate)),
+        Phase::AwaitingPromotion => match candidate.map(|it| (it, &it.approved_by)) {
+            Some((candidate, Some(by))) => {
+                let awaited = awaited(seen, Some(&candidate.stack));
+                format!("{version} has passed its gates and is approved by {by}{awaited}")
+            }
+            candidate => {
+                let approve = candidate.map_or_else(String::new, |(it, _)| token(&it.stack, it.attempt));
+                format!("{version} has passed its gates; approve it with exchange.dev/promote={approve}")
+            }
+        },
+        Phase::Promoting => {
+            let awaited = awaited(seen, of_candidate.map(|it| it.0));
+            format!("the traffic goes from {live} to {version}{awaited}")
         }
-        Phase::Promoting => format!("the traffic goes from {live} to {version}"),
-        Phase::RollingBack => format!("the traffic goes back to {live}"),
-        Phase::Verifying => format!("{live} is live and is being watched"),
+        Phase::RollingBack => {
+            let awaited = awaited(seen, of_live.map(|it| it.0));
+            format!("the traffic goes back to {live}{awaited}")
+        }
+        Phase::Verifying => {
+            let unheard = because(seen.unheard.as_deref());
+            format!(
+                "{live} is live and is being watched{}{unheard}",
+                kept(seen, of_live)
+            )
+        }
         Phase::Live => format!("{live} is live and verified"),
         Phase::Failed | Phase::Held => format!("{live} is live"),
     }
 }
 
 /// Since when something is awaited, and until when at the latest. While time stands still nobody can know the latter.
-fn times(spec: &Spec, status: &Status) -> String {
+fn times(spec: &Spec, seen: &Observed, status: &Status) -> String {
     let Some(since) = status.phase_since.filter(|_| status.stopped_since.is_none()) else {
         return String::new();
     };
-    let rollout = &spec.rollout;
+    let deadline = time_for(spec, status.phase);
     let (since, lasts) = match (status.phase, &status.previous) {
         (Phase::Live | Phase::Failed | Phase::Held, _) => return String::new(),
         (Phase::Pending, Some(previous)) if previous.state == PreviousState::Draining => {
-            (previous.since, Some(rollout.drain_timeout))
+            (previous.since, Some(signed(spec.rollout.drain_timeout)))
         }
         (Phase::Pending | Phase::AwaitingPromotion, _) => (since, None),
-        (Phase::Verifying, _) => (since, Some(rollout.verification.duration)),
-        _ => (since, Some(rollout.progress_deadline)),
+        (Phase::Verifying, _) => {
+            let watched = signed(spec.rollout.verification.duration);
+            let lasts = match &seen.unheard {
+                _ if !verify_passed(seen, status) => deadline,
+                None => watched,
+                Some(_) => watched + deadline,
+            };
+            (since, Some(lasts))
+        }
+        _ => (since, Some(deadline)),
     };
     lasts.map_or_else(
         || format!("; since {}", second(since)),
-        |lasts| {
-            format!(
-                "; since {}, until {}",
-                second(since),
-                second(later(since, signed(lasts)))
-            )
-        },
+        |lasts| format!("; since {}, until {}", second(since), second(later(since, lasts))),
     )
+}
+
+/// Whether the smoke test through the live address has passed.
+fn verify_passed(seen: &Observed, status: &Status) -> bool {
+    status.live.as_ref().is_some_and(|live| {
+        let job = Job {
+            kind: JobKind::Verify,
+            stack: live.stack.clone(),
+            attempt: live.attempt,
+        };
+        let job = seen.jobs.get(&job);
+        job.is_some_and(|job| job.state == JobState::Passed)
+    })
 }
 
 fn second(time: Timestamp) -> Timestamp {
@@ -261,6 +307,20 @@ fn pods(seen: &Observed, stack: &Stack, what: &str) -> String {
     } else {
         format!("waiting for {}", missing.join(", "))
     }
+}
+
+/// What a stack lacks that the traffic goes to, or what is heard instead of it, as the end of a sentence.
+pub(crate) fn awaited(seen: &Observed, stack: Option<&Stack>) -> String {
+    let missing = stack.map(|stack| missing(seen, stack)).unwrap_or_default();
+    if missing.is_empty() {
+        because(seen.unheard.as_deref())
+    } else {
+        format!(": waiting for {}", missing.join(", "))
+    }
+}
+
+fn because(why: Option<&str>) -> String {
+    why.map_or_else(String::new, |why| format!(": {why}"))
 }
 
 /// The pods that a stack lacks, and what keeps them, per service.
@@ -280,14 +340,13 @@ pub(crate) fn missing(seen: &Observed, stack: &Stack) -> Vec<String> {
     missing
 }
 
-/// What keeps Jobs of the candidate from starting.
-fn kept(seen: &Observed, candidate: Option<&Candidate>) -> String {
-    let job = seen.jobs.iter().find(|(job, seen)| {
-        let own = candidate.is_some_and(|it| it.stack == job.stack && it.attempt == job.attempt);
+/// What keeps Jobs of an attempt from starting.
+fn kept(seen: &Observed, of: Option<(&Stack, u32)>) -> String {
+    let mut jobs = seen.jobs.iter().filter(|(job, seen)| {
+        let own = of == Some((&job.stack, job.attempt));
         own && seen.state == JobState::Running && seen.trouble.is_some()
     });
-    job.and_then(|(_, seen)| seen.trouble.clone())
-        .map_or_else(String::new, |trouble| format!(": {trouble}"))
+    because(jobs.next().and_then(|(_, seen)| seen.trouble.as_deref()))
 }
 
 fn available(seen: &Observed, status: &Status) -> Verdict {

@@ -101,6 +101,15 @@ impl Builder<'_> {
         fit(format!("{}-{name}", self.stack_name(stack)), 253)
     }
 
+    /// A copy, as `<kind>/<name>`.
+    pub fn copy_path(&self, stack: &Stack, source: &Source) -> String {
+        let kind = match source {
+            Source::ConfigMap(_) => "ConfigMap",
+            Source::Secret(_) => "Secret",
+        };
+        format!("{kind}/{}", self.copy_name(stack, source))
+    }
+
     /// Name of a Job: all that its result is about.
     pub fn job_name(&self, job: &Job) -> String {
         fit(
@@ -212,13 +221,7 @@ impl Builder<'_> {
             ];
             objects.extend(parts.map(|(part, object)| ((service, part), object)));
         }
-        let copies = copies(spec).map(|source| {
-            let kind = match source {
-                Source::ConfigMap(_) => "ConfigMap",
-                Source::Secret(_) => "Secret",
-            };
-            format!("{kind}/{}", self.copy_name(stack, &source))
-        });
+        let copies = copies(spec).map(|source| self.copy_path(stack, &source));
         Rendered {
             version: spec.version.clone(),
             objects,
@@ -436,6 +439,10 @@ impl Builder<'_> {
         let mut env = vec![
             var("EXCHANGE_COLOUR", stack.colour.as_str()),
             var("EXCHANGE_REVISION", &stack.revision),
+            // Said although it is the default: what is said here, nothing of envFrom can say otherwise.
+            var("EXCHANGE_ROLE", "follow"),
+            var("EXCHANGE_PUBLIC_ADDRESS", &format!("0.0.0.0:{PUBLIC}")),
+            var("EXCHANGE_ADMIN_ADDRESS", &format!("0.0.0.0:{ADMIN}")),
             var("EXCHANGE_DATABASE_URL_FILE", DATABASE_URL),
             var("EXCHANGE_QUEUE_URL_FILE", "/etc/exchange/queue/url"),
             var("EXCHANGE_MARKET_DATA_URL_FILE", "/etc/exchange/market-data/url"),
@@ -543,8 +550,8 @@ impl Builder<'_> {
 
     // ---- Jobs -------------------------------------------------------------------------------------------------
 
-    /// A Job. It runs the image of its stack as it was rendered, whatever is declared by now; only the expand runs
-    /// before there is one. A migration refuses every database but this one, if it is known which the live stack uses.
+    /// A Job. It runs the image of its stack's trade service as it was rendered, where that runs, whatever is declared by
+    /// now; only the expand runs before there is one. A test with an image of its own may have other nodes. A migration refuses every database but this one, if it is known which the live stack uses.
     /// Nothing if the stack is not rendered, or the test not declared any more.
     pub fn job(
         &self,
@@ -553,11 +560,18 @@ impl Builder<'_> {
         job: &Job,
         database: Option<&str>,
     ) -> Option<Value> {
-        let own = match job.kind {
-            JobKind::Expand => image(spec, &spec.services.trade),
-            _ => rendered?.image(Service::Trade)?,
+        let trade = match job.kind {
+            JobKind::Expand => self.workload(spec, &job.stack, Service::Trade),
+            _ => rendered?.objects.get(&(Service::Trade, Part::Workload))?.clone(),
         };
+        let trade = trade.pointer("/spec/template/spec")?;
+        let own = trade.pointer("/containers/0/image")?.as_str()?.to_owned();
         let deadline = seconds(spec.rollout.progress_deadline);
+        let mut placed: &[&str] = &["nodeSelector", "tolerations", "priorityClassName"];
+        let mut resources = json!({
+            "requests": {"cpu": "100m", "memory": "64Mi"},
+            "limits": {"cpu": "1", "memory": "512Mi"},
+        });
         let (image, command, deadline) = match &job.kind {
             JobKind::Expand | JobKind::Contract => {
                 let args = migrate(spec, &job.kind, deadline, database);
@@ -576,6 +590,12 @@ impl Builder<'_> {
                 let mut env = Self::addresses(&job.stack, |service| self.colour_name(&job.stack, service));
                 env.push(var("EXCHANGE_LANE_SECRET_FILE", LANE_SECRET));
                 let command = json!({"command": test.command, "env": env});
+                if test.image.is_some() {
+                    placed = &["tolerations", "priorityClassName"];
+                }
+                if let Some(own) = &test.resources {
+                    resources = json!(own);
+                }
                 (test.image.clone().unwrap_or(own), command, seconds(test.timeout))
             }
         };
@@ -599,6 +619,7 @@ impl Builder<'_> {
         let mut container = json!({
             "name": "job",
             "image": image,
+            "resources": resources,
             // What it said last is what people are told when it fails.
             "terminationMessagePolicy": "FallbackToLogsOnError",
             "securityContext": container_security(),
@@ -616,6 +637,9 @@ impl Builder<'_> {
         {
             container.extend(command);
             optional(pod, "imagePullSecrets", json!(spec.image_pull_secrets));
+            for field in placed {
+                optional(pod, field, trade.get(field).cloned().unwrap_or_default());
+            }
             pod.insert("containers".to_owned(), json!([container]));
         }
         Some(json!({
@@ -646,19 +670,6 @@ pub struct Rendered {
     pub copies: BTreeSet<String>,
 }
 
-impl Rendered {
-    /// Image of a service.
-    pub fn image(&self, service: Service) -> Option<String> {
-        let workload = self.objects.get(&(service, Part::Workload))?;
-        Some(
-            workload
-                .pointer("/spec/template/spec/containers/0/image")?
-                .as_str()?
-                .to_owned(),
-        )
-    }
-}
-
 /// What a Job does, in its name and labels.
 pub fn job_word(kind: &JobKind) -> &str {
     match kind {
@@ -668,6 +679,30 @@ pub fn job_word(kind: &JobKind) -> &str {
         JobKind::Verify => "verify",
         JobKind::Contract => "contract",
     }
+}
+
+/// A store that a rendered stack finds elsewhere than is declared, in words.
+pub fn other_store(spec: &Spec, rendered: &Rendered) -> Option<String> {
+    let workload = rendered.objects.get(&(Service::Trade, Part::Workload))?;
+    let volumes = workload.pointer("/spec/template/spec/volumes")?.as_array()?;
+    let stores = [
+        ("database", "database", &spec.database.secret_ref),
+        ("queue", "queue", &spec.queue.secret_ref),
+        ("market-data", "marketData", &spec.market_data.secret_ref),
+    ];
+    stores.into_iter().find_map(|(volume, field, declared)| {
+        let found = volumes
+            .iter()
+            .find(|it| it.get("name").is_some_and(|it| it == volume))?;
+        let name = found.pointer("/secret/secretName")?.as_str()?;
+        let key = found.pointer("/secret/items/0/key")?.as_str()?;
+        (name != declared.name || key != declared.key).then(|| {
+            format!(
+                "the key {key} of the Secret {name} as spec.{field}.secretRef, not the key {} of {}",
+                declared.key, declared.name
+            )
+        })
+    })
 }
 
 /// Copies that a stack needs: of every source that is declared.

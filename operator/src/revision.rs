@@ -63,6 +63,40 @@ pub fn sources(spec: &Spec) -> BTreeMap<Source, bool> {
     all
 }
 
+/// Variables that pods must not have: the operator gives them files in their place. All others that are its own it sets
+/// itself, which counts for more than any source.
+const NEVER_SET: [&str; 4] = [
+    "EXCHANGE_DATABASE_URL",
+    "EXCHANGE_QUEUE_URL",
+    "EXCHANGE_MARKET_DATA_URL",
+    "EXCHANGE_LANE_SECRET",
+];
+
+/// A source that would set a variable which pods must not have, as a sentence. What is in `env` the schema refuses.
+pub fn reserved(spec: &Spec, content: &Content) -> Option<String> {
+    let each = Service::ALL.into_iter().flat_map(|service| {
+        let from = spec.services.get(service).env_from.iter();
+        from.map(move |from| (service, from))
+    });
+    each.flat_map(|(service, from)| {
+        let map = from.config_map_ref.as_ref().map(|it| &it.name);
+        let secret = from.secret_ref.as_ref().map(|it| &it.name);
+        let sources = [
+            map.map(|name| ("ConfigMap", name, Source::ConfigMap(name.clone()))),
+            secret.map(|name| ("Secret", name, Source::Secret(name.clone()))),
+        ];
+        let prefix = from.prefix.as_deref().unwrap_or_default();
+        sources.into_iter().flatten().filter_map(move |(kind, name, source)| {
+            let mut keys = content.get(&source)?.keys().map(|key| format!("{prefix}{key}"));
+            let variable = keys.find(|it| NEVER_SET.contains(&it.as_str()))?;
+            Some(format!(
+                "the {kind} {name} of spec.services.{service}.envFrom sets {variable}, which is the operator's: remove it"
+            ))
+        })
+    })
+    .next()
+}
+
 /// The revision of a spec, or the sources without which there is none.
 pub fn revision(spec: &Spec, content: &Content) -> Result<String, BTreeSet<Source>> {
     let sources = sources(spec);
@@ -115,6 +149,16 @@ pub fn gates(spec: &Spec) -> String {
     });
     drop_empty(&mut all);
     short(&all)
+}
+
+/// Hash of where the stores are found. What was begun for other stores is begun anew; what is in their Secrets does not
+/// count.
+pub fn stores(spec: &Spec) -> String {
+    short(&json!({
+        "database": spec.database.secret_ref,
+        "queue": spec.queue.secret_ref,
+        "marketData": spec.market_data.secret_ref,
+    }))
 }
 
 /// What differs from the default. A field that a later version of the API adds is none of it.
@@ -190,7 +234,13 @@ mod tests {
         );
         assert_eq!(revision(&example("full"), &content()).unwrap(), "4027bd639f");
         assert_eq!(gates(&example("minimal")), "44136fa355");
-        assert_eq!(gates(&example("full")), "030c67f7ba");
+        let mut full = example("full");
+        // A field that was added later.
+        full.rollout
+            .smoke_tests
+            .iter_mut()
+            .for_each(|test| test.resources = None);
+        assert_eq!(gates(&full), "030c67f7ba");
     }
 
     #[test]
@@ -234,6 +284,35 @@ mod tests {
     }
 
     #[test]
+    fn no_source_sets_what_is_the_operators() {
+        let spec = example("full");
+        let with = |keys: &[&str]| {
+            let mut content = content();
+            let keys = keys.iter().map(|key| ((*key).to_owned(), Vec::new())).collect();
+            content.insert(Source::ConfigMap("exchange-settings".to_owned()), keys);
+            content
+        };
+        assert_eq!(reserved(&spec, &content()), None);
+        // Set by the operator for all pods, and so without effect.
+        assert_eq!(
+            reserved(&spec, &with(&["EXCHANGE_ROLE", "EXCHANGE_REVISION"])),
+            None
+        );
+        let told = "the ConfigMap exchange-settings of spec.services.user.envFrom sets EXCHANGE_DATABASE_URL, which is the \
+                    operator's: remove it";
+        let refused = with(&["EXCHANGE_DATABASE_URL"]);
+        assert_eq!(reserved(&spec, &refused).as_deref(), Some(told));
+        let mut prefixed = spec;
+        let from = prefixed.services.user.env_from.first_mut().unwrap();
+        from.prefix = Some("EXCHANGE_".to_owned());
+        assert_eq!(reserved(&prefixed, &refused), None);
+        assert_eq!(
+            reserved(&prefixed, &with(&["DATABASE_URL"])).as_deref(),
+            Some(told)
+        );
+    }
+
+    #[test]
     fn other_gates_are_other_gates() {
         let mut spec = example("full");
         let before = gates(&spec);
@@ -241,5 +320,19 @@ mod tests {
         assert_eq!(gates(&spec), before);
         spec.rollout.verification.min_requests += 1;
         assert_ne!(gates(&spec), before);
+    }
+
+    #[test]
+    fn stores_are_where_they_are_found() {
+        let before = stores(&example("full"));
+        for change in [
+            (|spec| spec.database.secret_ref.key = "other".to_owned()) as fn(&mut Spec),
+            |spec| spec.queue.secret_ref.name = "other".to_owned(),
+            |spec| spec.market_data.secret_ref.name = "other".to_owned(),
+        ] {
+            let mut spec = example("full");
+            change(&mut spec);
+            assert_ne!(stores(&spec), before);
+        }
     }
 }

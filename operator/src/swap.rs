@@ -11,6 +11,7 @@ use crate::{
     api::Service,
     decide::{KEPT_FOR_LOGS, SHORT_OF_ENDPOINTS, Turn, later, named, signed},
     observe::{JobKind, JobState, StackSeen},
+    report::awaited,
     status::{Candidate, Live, Outcome, Phase, Previous, PreviousState, Reason, Scale, Stack},
 };
 
@@ -30,7 +31,8 @@ impl Turn<'_> {
                 format!("the {service} service of the new stack lost its endpoints during the swap");
             self.roll_back(Some((Reason::PromotionFailed, message)), "operator");
         } else if self.overdue() && !self.is_forced(&candidate.stack) {
-            let message = self.blamed("the swap was not finished in time");
+            let awaited = awaited(self.seen, Some(&candidate.stack));
+            let message = self.blamed(&format!("the swap was not finished in time{awaited}"));
             self.roll_back(Some((Reason::PromotionFailed, message)), "operator");
         }
     }
@@ -301,17 +303,19 @@ impl Turn<'_> {
         {
             return Some(Err(format!("the {service} service has no ready endpoints")));
         }
+        let enough = u64::try_from(limits.min_requests).unwrap_or(u64::MAX);
         for (service, figures) in &self.seen.figures {
-            if figures.requests < u64::try_from(limits.min_requests).unwrap_or(u64::MAX) {
-                continue;
-            }
-            if figures.errors * 100_000 > limits.max_error_millipercent() * figures.requests {
+            if figures.requests >= enough
+                && figures.errors * 100_000 > limits.max_error_millipercent() * figures.requests
+            {
                 let (errors, requests) = (figures.errors, figures.requests);
                 return Some(Err(format!(
                     "{errors} of {requests} requests to the {service} service failed"
                 )));
             }
-            if time::Duration::from_millis(figures.p99_ms) > limits.max_latency_p99.into() {
+            if figures.timed >= enough
+                && time::Duration::from_millis(figures.p99_ms) > limits.max_latency_p99.into()
+            {
                 return Some(Err(format!(
                     "the {service} service answers too slowly: p99 is {} ms",
                     figures.p99_ms
@@ -323,15 +327,25 @@ impl Turn<'_> {
                 "the smoke test through the live address failed: {why}"
             ))),
             Some(JobState::Passed) if self.serves(&live.stack) => {
-                (self.elapsed() >= signed(limits.duration)).then_some(Ok(()))
+                let due = signed(limits.duration);
+                let late =
+                    self.watched() && self.elapsed() >= due + signed(self.spec.rollout.progress_deadline);
+                match &self.seen.unheard {
+                    _ if self.elapsed() < due => None,
+                    None => Some(Ok(())),
+                    // What nobody can read is not good.
+                    Some(why) => late.then(|| Err(why.clone())),
+                }
             }
             Some(JobState::Passed) if self.overdue() => {
                 Some(Err(self.blamed("its traffic had not reached it in time")))
             }
             Some(JobState::Passed) => None,
-            _ if self.overdue() => Some(Err(
-                self.blamed("the smoke test through the live address was not done in time")
-            )),
+            _ if self.overdue() => {
+                let late = "the smoke test through the live address was not done in time";
+                let late = self.late(late, JobKind::Verify, (&live.stack, live.attempt));
+                Some(Err(self.blamed(&late)))
+            }
             _ => None,
         }
     }

@@ -353,19 +353,26 @@ impl World {
 
     /// Everything up to the decision to move the traffic.
     async fn tested() -> Self {
-        let world = Self::new();
-        world.settle().await;
-        world.finish_jobs();
-        world.settle().await;
-        world.start_pods();
-        world.settle().await;
-        world.finish_jobs();
-        world
+        Self::new().passes_tests().await
+    }
+
+    async fn passes_tests(self) -> Self {
+        self.settle().await;
+        self.finish_jobs();
+        self.settle().await;
+        self.start_pods();
+        self.settle().await;
+        self.finish_jobs();
+        self
     }
 
     /// A version that is live and verified, and nothing else.
     async fn converged() -> Self {
-        let world = Self::tested().await;
+        Self::new().converges().await
+    }
+
+    async fn converges(self) -> Self {
+        let world = self.passes_tests().await;
         world.settle().await;
         world.change(OBJECT, |object| {
             let candidate = object["status"]["candidate"].take();
@@ -607,6 +614,23 @@ async fn a_converged_object_costs_no_write() {
 }
 
 #[tokio::test]
+async fn a_reference_that_need_not_exist_costs_no_write_while_it_does_not() {
+    let world = World::new();
+    world.change(OBJECT, |object| {
+        object["spec"]["services"]["user"]["envFrom"] = json!([
+            {"configMapRef": {"name": "absent", "optional": true}},
+            {"secretRef": {"name": "also-absent", "optional": true}},
+        ]);
+    });
+    let world = world.converges().await;
+    for _ in 0..3 {
+        let (result, writes) = world.pass().await;
+        result.unwrap();
+        assert_eq!(paths(&writes), Vec::<String>::new());
+    }
+}
+
+#[tokio::test]
 async fn a_foreign_edit_is_put_right_with_what_was_observed() {
     let world = World::converged().await;
     world.change("services/exchange-trade", |service| {
@@ -620,22 +644,32 @@ async fn a_foreign_edit_is_put_right_with_what_was_observed() {
     assert!(writes[0].body["spec"]["selector"]["tier"].is_null());
 
     let workload = world.names("deployments").remove(0);
-    world.change(&workload, |deployment| {
-        deployment["spec"]["template"]["spec"]["containers"][0]["image"] = json!("acme/other:1");
-    });
-    let version = world.get(&workload)["metadata"]["resourceVersion"].clone();
-    let (result, writes) = world.pass().await;
-    result.unwrap();
-    assert_eq!(paths(&writes), [format!("PATCH {workload}")]);
-    assert!(
-        writes[0].query.contains("force=true") && writes[0].query.contains("fieldManager=exchange-operator")
-    );
-    assert_eq!(writes[0].body["metadata"]["resourceVersion"], version);
-    assert_eq!(
-        writes[0].body["spec"]["template"]["spec"]["containers"][0]["image"],
-        "acme/exchange:1.0.0"
-    );
-    world.settle().await;
+    let rendered = world.get(&workload)["spec"].clone();
+    let edits: [fn(&mut Value); 4] = [
+        |pod| pod["containers"][0]["image"] = json!("acme/other:1"),
+        |pod| {
+            let env = pod["containers"][0]["env"].as_array_mut().unwrap();
+            env.push(json!({"name": "EXCHANGE_ROLE", "value": "live"}));
+        },
+        |pod| pod["containers"][0]["securityContext"]["privileged"] = json!(true),
+        |pod| pod["hostNetwork"] = json!(true),
+    ];
+    for edit in edits {
+        world.change(&workload, |deployment| {
+            edit(&mut deployment["spec"]["template"]["spec"]);
+        });
+        let version = world.get(&workload)["metadata"]["resourceVersion"].clone();
+        let (result, writes) = world.pass().await;
+        result.unwrap();
+        assert_eq!(paths(&writes), [format!("PATCH {workload}")]);
+        assert!(writes[0].query.contains("fieldManager=exchange-operator"));
+        assert_eq!(writes[0].body["metadata"]["resourceVersion"], version);
+        let pod = &writes[0].body["spec"]["template"]["spec"];
+        assert_eq!(pod["containers"], rendered["template"]["spec"]["containers"]);
+        // Said, so that a merge takes it away.
+        assert!(pod.as_object().unwrap().contains_key("hostNetwork") && pod["hostNetwork"].is_null());
+        world.settle().await;
+    }
 }
 
 #[tokio::test]
@@ -652,6 +686,60 @@ async fn a_live_service_that_lost_its_labels_is_found_by_its_name() {
         assert_eq!(&writes[0].body["metadata"]["labels"][label], value);
     }
     assert_eq!(writes[0].body["metadata"]["labels"]["team"], "trading");
+}
+
+#[tokio::test]
+async fn a_first_release_begins_anew_for_another_store() {
+    let world = World::new();
+    world.settle().await;
+    world.finish_jobs();
+    world.settle().await;
+    assert_eq!(world.names("deployments").len(), 3);
+    let other = json!({"metadata": {"name": "db2"}, "data": {"url": ""}});
+    world.server.lock().unwrap().put("secrets/db2", other);
+    world.change(OBJECT, |object| {
+        object["spec"]["database"]["secretRef"]["name"] = json!("db2");
+    });
+    let uses = |name: &str| {
+        let database = |name: &String| {
+            let template = world.get(name)["spec"]["template"]["spec"].clone();
+            let volumes = template["volumes"].as_array().unwrap().clone();
+            volumes.into_iter().find(|it| it["name"] == "database").unwrap()["secret"]["secretName"].clone()
+        };
+        world.names(name).iter().map(database).collect::<Vec<_>>()
+    };
+    world.settle().await;
+    assert_eq!(world.get(OBJECT)["status"]["attempt"], 2);
+    // The schema of the other one has to be expanded, too.
+    assert!(uses("jobs").contains(&json!("db2")), "{:?}", uses("jobs"));
+    world.finish_jobs();
+    world.settle().await;
+    assert_eq!(uses("deployments"), ["db2"; 3]);
+}
+
+#[tokio::test]
+async fn what_runs_with_another_store_than_is_declared_is_told_and_left_alone() {
+    let world = World::converged().await;
+    let other = json!({"metadata": {"name": "db2"}, "data": {"url": ""}});
+    world.server.lock().unwrap().put("secrets/db2", other);
+    let name = |world: &World, name: &str| {
+        world.change(OBJECT, |object| {
+            object["spec"]["database"]["secretRef"]["name"] = json!(name);
+        });
+    };
+    world.change(OBJECT, |object| object["status"] = Value::Null);
+    name(&world, "db2");
+    world.settle().await;
+    let stalled = world.condition("Stalled");
+    assert_eq!(stalled["reason"], "AdoptionUndecided");
+    let message = stalled["message"].as_str().unwrap();
+    assert!(
+        message.contains("the key url of the Secret db as spec.database.secretRef, not the key url of db2"),
+        "{message}"
+    );
+    name(&world, "db");
+    world.settle().await;
+    assert_eq!(world.get(OBJECT)["status"]["phase"], "Verifying");
 }
 
 #[tokio::test]

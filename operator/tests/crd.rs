@@ -230,20 +230,32 @@ fn every_invalid_object_gets_a_message_for_people() {
     }
 }
 
+/// The status of an exchange whose first version is about to be live.
+fn promoting() -> Value {
+    json!({"status": {"attempt": 1, "epoch": 1, "phase": "Promoting", "candidate": {
+        "colour": "blue", "revision": "12345678", "version": "1.4.0", "attempt": 1, "gates": "12345678"}}})
+}
+
 #[test]
 fn what_is_unsafe_under_a_live_exchange_cannot_be_changed() {
     let schema = schema();
     let old = apply_defaults(&schema, &example("minimal.yaml"));
-    let mut live = old.clone();
-    merge(&mut live, &invalid::live());
+    let with = |status: Value| {
+        let mut object = old.clone();
+        merge(&mut object, &status);
+        object
+    };
+    let live = with(invalid::live());
     for (patch, expected) in invalid::changes() {
-        let mut changed = live.clone();
-        merge(&mut changed, &patch);
-        let found = complaints(&schema, &changed, Some(&live));
-        assert!(
-            found.iter().any(|message| message.contains(expected)),
-            "{expected}: {found:?}"
-        );
+        for before in [&live, &with(promoting())] {
+            let mut changed = before.clone();
+            merge(&mut changed, &patch);
+            let found = complaints(&schema, &changed, Some(before));
+            assert!(
+                found.iter().any(|message| message.contains(expected)),
+                "{expected}: {found:?}"
+            );
+        }
         let mut early = old.clone();
         merge(&mut early, &patch);
         assert_eq!(

@@ -243,6 +243,34 @@ fn pods_are_restricted() {
     }
 }
 
+/// A quota asks for both, and nodes may be tainted or of several architectures.
+#[test]
+fn jobs_run_where_the_trade_service_does_and_say_what_they_need() {
+    let all = everything(&example("full"));
+    let pod = |name: &str| all[name]["spec"]["template"]["spec"].clone();
+    let trade = pod("trade-workload");
+    for job in ["expand", "smoke", "verify", "contract", "reconcile-ledger"] {
+        let pod = pod(&format!("job-{job}"));
+        for field in ["tolerations", "priorityClassName", "nodeSelector"] {
+            // An image of its own may be of another architecture.
+            let own = field == "nodeSelector" && job == "reconcile-ledger";
+            let expected = if own { &Value::Null } else { &trade[field] };
+            assert_eq!(&pod[field], expected, "{job}: {field}");
+        }
+        let resources = &pod["containers"][0]["resources"];
+        for (kind, what) in [
+            ("requests", "cpu"),
+            ("requests", "memory"),
+            ("limits", "cpu"),
+            ("limits", "memory"),
+        ] {
+            assert!(resources[kind][what].is_string(), "{job}: {kind}.{what}");
+        }
+    }
+    let own = &pod("job-reconcile-ledger")["containers"][0]["resources"];
+    assert_eq!(own["limits"]["memory"], "1Gi");
+}
+
 #[test]
 fn selectors_are_never_empty_and_name_colour_and_revision() {
     for (name, object) in everything(&example("full")) {
@@ -273,6 +301,24 @@ fn only_migrations_get_the_owner_of_the_database() {
             ["job-expand", "job-contract"].contains(&name.as_str()),
             "{name}"
         );
+    }
+}
+
+/// Variables set here count for more than those of `envFrom`, which may have any.
+#[test]
+fn pods_follow_their_live_service_whatever_their_sources_say() {
+    let rendered = BUILDER.render(&example("full"), &stack());
+    for service in Service::ALL {
+        let workload = rendered.objects.get(&(service, Part::Workload)).unwrap();
+        let env = &workload["spec"]["template"]["spec"]["containers"][0]["env"];
+        for (name, value) in [
+            ("EXCHANGE_ROLE", "follow"),
+            ("EXCHANGE_PUBLIC_ADDRESS", "0.0.0.0:8080"),
+            ("EXCHANGE_ADMIN_ADDRESS", "0.0.0.0:9090"),
+        ] {
+            let wanted = json!({"name": name, "value": value});
+            assert!(env.as_array().unwrap().contains(&wanted), "{service}: {name}");
+        }
     }
 }
 

@@ -30,8 +30,8 @@ use super::{
     read::{Look, Material, builder},
 };
 use crate::{
-    api::{ExchangeDeployment, Service},
-    resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, job_word},
+    api::{ExchangeDeployment, ExchangeDeploymentSpec as Spec, Service},
+    resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, copies, job_word, other_store},
     revision::Source,
     status::{Colour, Live, Stack},
 };
@@ -157,6 +157,7 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
         refused: None,
         answers: None,
         figures: BTreeMap::new(),
+        unheard: None,
         seen_before: false,
     };
     let mut material = Material {
@@ -165,8 +166,8 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
     };
     for piece in &children.pieces {
         if let Some(stack) = &piece.stack {
-            let of_stack = material.pieces.entry(stack.clone()).or_default();
-            of_stack.push(piece.clone());
+            let of_stack = material.pieces.entry(stack.clone());
+            of_stack.or_default().push(piece.clone());
         }
     }
     for revision in &children.revisions {
@@ -184,17 +185,15 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
             .unwrap_or(0);
         if let Some(rendered) = rendered {
             there.version.clone_from(&rendered.version);
-            there.whole = is_whole(&builder, &stack, &rendered, &children.pieces);
+            there.other_store = other_store(&object.spec, &rendered);
+            let absent = absent(&builder, &stack, &object.spec, &material.content);
+            there.whole = is_whole(&builder, &stack, &rendered.copies - &absent, &children.pieces);
             material.rendered.insert(stack, rendered);
         }
     }
-    let services = children
-        .services
-        .iter()
-        .filter(|it| mine(*it, uid, &mut seen.taken));
-    for service in services.cloned().collect::<Vec<_>>() {
-        material.services.insert(service.name_any(), service);
-    }
+    let services = children.services.iter();
+    let services = services.filter(|it| mine(*it, uid, &mut seen.taken));
+    material.services = services.map(|it| (it.name_any(), it.clone())).collect();
     let mut parts = Parts {
         builder,
         live: object.status.as_ref().and_then(|status| status.live.as_ref()),
@@ -256,16 +255,26 @@ where
     !another
 }
 
-fn is_whole(builder: &Builder<'_>, stack: &Stack, rendered: &Rendered, pieces: &[Piece]) -> bool {
+/// Copies of what need not exist, and does not.
+fn absent(
+    builder: &Builder<'_>,
+    stack: &Stack,
+    spec: &Spec,
+    content: &BTreeMap<Source, Map<String, Value>>,
+) -> BTreeSet<String> {
+    let absent = copies(spec).filter(|source| !content.contains_key(source));
+    absent.map(|source| builder.copy_path(stack, &source)).collect()
+}
+
+/// Whether all that can be made of what a stack's pods need is there.
+fn is_whole(builder: &Builder<'_>, stack: &Stack, mut needed: BTreeSet<String>, pieces: &[Piece]) -> bool {
     let name = builder.stack_name(stack);
-    let own = [format!("ServiceAccount/{name}"), format!("Secret/{name}")];
+    needed.extend([format!("ServiceAccount/{name}"), format!("Secret/{name}")]);
     let there = pieces.iter().filter(|piece| !piece.going);
     let there: BTreeSet<String> = there
         .map(|piece| format!("{}/{}", piece.kind.kind, piece.name))
         .collect();
-    own.iter()
-        .chain(&rendered.copies)
-        .all(|piece| there.contains(piece))
+    needed.is_subset(&there)
 }
 
 /// Sees the objects of stacks, and compares them with what was rendered.
@@ -513,10 +522,13 @@ pub(super) fn addresses(stack: &Stack, children: &Children) -> Vec<Address> {
         .filter_map(|pod| {
             let status = pod.status.as_ref()?;
             let ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+            let mut conditions = status.conditions.iter().flatten();
+            let ready = conditions.any(|it| it.type_ == "Ready" && it.status == "True");
             Some(Address {
                 service: service_of(&pod.metadata)?,
                 pod: pod.uid()?,
                 ip: status.pod_ip.clone().filter(|_| !ended)?,
+                ready: ready && pod.metadata.deletion_timestamp.is_none(),
             })
         })
         .collect()

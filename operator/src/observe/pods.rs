@@ -1,9 +1,6 @@
 //! What only the pods know: who answers, what is open, how requests went; and what keeps a pod or a Job from going on.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Duration,
-};
+use std::{collections::BTreeMap, error::Error, time::Duration};
 
 use futures::future::join_all;
 use k8s_openapi::api::{
@@ -15,17 +12,21 @@ use kube::ResourceExt;
 use serde::Deserialize;
 
 use super::{Figures, JobState};
-use crate::{
-    api::Service,
-    status::{Colour, Stack},
-};
+use crate::{api::Service, status::Stack};
 
 /// New connections to each live Service that have to be answered by the new stack, one after the other.
 const ANSWERS: u32 = 20;
 /// For each request to a pod.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// For its connection: shorter, so that what does not even connect is told as that.
+const CONNECT: Duration = Duration::from_millis(1500);
+/// The port of the live Services.
+const LIVE: u16 = 80;
 /// The admin port of the pods.
 const ADMIN: u16 = 9090;
+/// Routes that clients do not ask for: pods and this operator ask the live Services who answers, and what is no route at
+/// all costs nothing.
+const NOT_COUNTED: [&str; 2] = ["/version", "unmatched"];
 /// Routes whose time says nothing about the service: a password's hash is slow on purpose, a stream never ends.
 const NOT_TIMED: [&str; 4] = ["/login", "/register", "/password", "/notifications/stream"];
 /// The longest that is told of what a pod or a Job says.
@@ -40,12 +41,19 @@ pub struct Address {
     pub pod: String,
     /// Its address.
     pub ip: String,
+    /// Whether it is ready, and not going.
+    pub ready: bool,
 }
 
 impl Address {
+    /// Its admin port.
+    fn admin(&self) -> String {
+        format!("{}:{ADMIN}", host(&self.ip))
+    }
+
     /// A page of its admin port.
     fn url(&self, path: &str) -> String {
-        format!("http://{}:{ADMIN}/{path}", host(&self.ip))
+        format!("http://{}/{path}", self.admin())
     }
 }
 
@@ -150,7 +158,8 @@ impl Counters {
             let Some((name, labels, value)) = sample(line) else {
                 continue;
             };
-            if labels.get("lane") != Some(&"live") {
+            let among = |routes: &[&str]| labels.get("route").is_some_and(|route| routes.contains(route));
+            if labels.get("lane") != Some(&"live") || among(&NOT_COUNTED) {
                 continue;
             }
             match name {
@@ -161,8 +170,7 @@ impl Counters {
                     }
                 }
                 "http_server_request_duration_seconds_bucket" => {
-                    let timed = labels.get("route").is_none_or(|route| !NOT_TIMED.contains(route));
-                    if let Some(bound) = labels.get("le").filter(|_| timed) {
+                    if let Some(bound) = labels.get("le").filter(|_| !among(&NOT_TIMED)) {
                         *counters.buckets.entry((*bound).to_owned()).or_default() += value;
                     }
                 }
@@ -172,7 +180,7 @@ impl Counters {
         counters
     }
 
-    /// Requests, errors and the upper bound of the bucket with the 99th percentile.
+    /// Requests, errors, those that were timed, and the upper bound of the bucket with their 99th percentile.
     fn figures(&self) -> Figures {
         let mut bounds: Vec<(f64, u64)> = self
             .buckets
@@ -197,6 +205,7 @@ impl Counters {
         Figures {
             requests: self.requests,
             errors: self.errors,
+            timed: all,
             p99_ms: u64::try_from(p99.as_millis()).unwrap_or(u64::MAX),
         }
     }
@@ -235,6 +244,7 @@ impl Pods {
         let client = reqwest::Client::builder()
             .pool_max_idle_per_host(0)
             .timeout(PATIENCE)
+            .connect_timeout(CONNECT)
             .no_proxy()
             // Plain HTTP, in the cluster: no authorities are needed, and an image may have none.
             .tls_certs_only([])
@@ -243,48 +253,42 @@ impl Pods {
         Ok(Self { client })
     }
 
-    /// The stack that answers a row of new connections to each of these Services, if all answers are the same.
-    pub async fn answers(&self, ips: &[String]) -> Option<Stack> {
-        let rows = join_all(ips.iter().map(|ip| self.row(ip))).await;
-        let names: BTreeSet<Option<String>> = rows.into_iter().collect();
-        let name = names
-            .first()
-            .filter(|_| names.len() == 1 && ips.len() == Service::ALL.len())?;
-        let (colour, revision) = name.as_ref()?.split_once('-')?;
-        let colour = [Colour::Blue, Colour::Green]
-            .into_iter()
-            .find(|known| known.as_str() == colour)?;
-        Some(Stack {
-            colour,
-            revision: revision.to_owned(),
-        })
+    /// Whether this stack answers a row of new connections to each of these Services; if not, what is heard instead.
+    pub async fn answers(&self, stack: &Stack, ips: &[(Service, String)]) -> Result<(), String> {
+        let name = stack.to_string();
+        let rows = ips.iter().map(async |(service, ip)| {
+            let at = format!("{}:{LIVE}", host(ip));
+            let row = self.row(&name, &at).await;
+            row.map_err(|heard| format!("no answer of {name} from {at} ({service}): {heard}"))
+        });
+        join_all(rows).await.into_iter().collect()
     }
 
-    async fn row(&self, ip: &str) -> Option<String> {
-        let host = host(ip);
-        let mut first: Option<String> = None;
+    async fn row(&self, name: &str, at: &str) -> Result<(), String> {
         for _ in 0..ANSWERS {
-            let response = self
-                .client
-                .get(format!("http://{host}/version"))
-                .send()
-                .await
-                .ok()?;
-            let name = response.headers().get("x-exchange-stack")?.to_str().ok()?;
-            if first.get_or_insert_with(|| name.to_owned()) != name {
-                return None;
+            let response = self.client.get(format!("http://{at}/version")).send().await;
+            let response = response.map_err(|error| why(&error))?;
+            let stack = response.headers().get("x-exchange-stack");
+            match stack.and_then(|stack| stack.to_str().ok()) {
+                Some(answering) if answering == name => {}
+                Some(other) => return Err(format!("{other} answers")),
+                None => return Err(format!("status {}, of no stack", response.status())),
             }
         }
-        first
+        Ok(())
     }
 
-    /// Open public connections and requests over all of these pods; nothing if one does not say.
-    pub async fn open(&self, pods: &[Address]) -> Option<u64> {
+    /// Open public connections and requests over all of these pods; or why one does not say.
+    pub async fn open(&self, pods: &[Address]) -> Result<u64, String> {
         let reports = join_all(pods.iter().map(|pod| self.report(pod))).await;
-        reports
-            .into_iter()
-            .map(|report| report.map(|report| report.connections + report.in_flight))
-            .sum()
+        let counts = pods.iter().zip(reports).map(|(pod, report)| {
+            let open = report.map(|report| report.connections + report.in_flight);
+            let (service, at) = (pod.service, pod.admin());
+            open.map_err(|why| {
+                format!("the connections of the {service} service cannot be counted at {at}: {why}")
+            })
+        });
+        counts.sum()
     }
 
     /// The database that these pods use, if one of them says so.
@@ -304,25 +308,61 @@ impl Pods {
         told.await.into_iter().flatten().collect()
     }
 
-    /// How requests of the live lane went since the verification began, per service.
-    pub async fn figures(&self, pods: &[Address], baselines: &mut Baselines) -> BTreeMap<Service, Figures> {
+    /// How requests of the live lane went since the verification began, per service; and which pod that is ready does not
+    /// say it.
+    pub async fn figures(
+        &self,
+        pods: &[Address],
+        baselines: &mut Baselines,
+    ) -> (BTreeMap<Service, Figures>, Option<String>) {
         let pages = join_all(pods.iter().map(|pod| self.page(pod, "metrics"))).await;
+        let mut unheard = None;
         for (pod, page) in pods.iter().zip(pages) {
-            if let Some(page) = page {
-                baselines.said(pod, &Counters::parse(&page));
+            match page {
+                Ok(page) => baselines.said(pod, &Counters::parse(&page)),
+                Err(why) if pod.ready => {
+                    let (service, at) = (pod.service, pod.admin());
+                    let told = format!("the figures of the {service} service cannot be read at {at}: {why}");
+                    unheard.get_or_insert(told);
+                }
+                Err(_) => {}
             }
         }
-        baselines.figures()
+        (baselines.figures(), unheard)
     }
 
-    async fn report(&self, pod: &Address) -> Option<Report> {
-        serde_json::from_str(&self.page(pod, "stack").await?).ok()
+    async fn report(&self, pod: &Address) -> Result<Report, String> {
+        let page = self.page(pod, "stack").await?;
+        serde_json::from_str(&page).map_err(|error| format!("it cannot be understood: {error}"))
     }
 
-    async fn page(&self, pod: &Address, path: &str) -> Option<String> {
-        let response = self.client.get(pod.url(path)).send().await.ok()?;
-        response.error_for_status().ok()?.text().await.ok()
+    async fn page(&self, pod: &Address, path: &str) -> Result<String, String> {
+        let page = async {
+            let response = self.client.get(pod.url(path)).send().await?;
+            response.error_for_status()?.text().await
+        };
+        page.await.map_err(|error| why(&error))
     }
+}
+
+/// Why there was no answer, in few words, which are the same each time.
+fn why(error: &reqwest::Error) -> String {
+    if error.is_timeout() {
+        let what = if error.is_connect() {
+            "connect"
+        } else {
+            "the answer"
+        };
+        return format!("{what} timed out");
+    }
+    if let Some(status) = error.status() {
+        return format!("status {status}");
+    }
+    let mut cause: &dyn Error = error;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    cause.to_string()
 }
 
 /// What keeps a pod from becoming ready, if that can be told. Words that do not change from one look to the next.
@@ -475,27 +515,36 @@ pub(crate) fn short(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use axum::{Router, routing::get};
+    use tokio::net::TcpListener;
+
     use super::*;
 
     const PAGE: &str = r#"# TYPE http_server_requests counter
 http_server_requests_total{method="POST",route="/trade/add",lane="live",status="201"} 990
 http_server_requests_total{method="POST",route="/trade/add",lane="live",status="503"} 10
 http_server_requests_total{method="POST",route="/trade/add",lane="test",status="500"} 7
+http_server_requests_total{method="GET",route="/version",lane="live",status="200"} 5000
+http_server_requests_total{method="GET",route="unmatched",lane="live",status="404"} 300
 http_server_request_duration_seconds_bucket{le="0.005",method="GET",route="/account/{id}",lane="live"} 98
 http_server_request_duration_seconds_bucket{le="0.05",method="GET",route="/account/{id}",lane="live"} 99
 http_server_request_duration_seconds_bucket{le="+Inf",method="GET",route="/account/{id}",lane="live"} 100
+http_server_request_duration_seconds_bucket{le="0.005",method="GET",route="/version",lane="live"} 5000
+http_server_request_duration_seconds_bucket{le="0.05",method="GET",route="/version",lane="live"} 5000
+http_server_request_duration_seconds_bucket{le="+Inf",method="GET",route="/version",lane="live"} 5000
 http_server_request_duration_seconds_bucket{le="0.005",method="POST",route="/login",lane="live"} 0
 http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/login",lane="live"} 100
 "#;
 
     #[test]
-    fn only_the_live_lane_counts_and_log_ins_are_not_timed() {
+    fn only_what_clients_ask_of_the_live_lane_counts_and_log_ins_are_not_timed() {
         let figures = Counters::parse(PAGE).figures();
         assert_eq!(
             figures,
             Figures {
                 requests: 1000,
                 errors: 10,
+                timed: 100,
                 p99_ms: 50
             }
         );
@@ -515,6 +564,23 @@ http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/logi
         // It was started anew.
         later.errors = 1;
         assert_eq!(baselines.since("pod", &later).errors, 1);
+    }
+
+    #[tokio::test]
+    async fn why_a_stack_does_not_answer_is_told() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let pods = Pods::new().unwrap();
+        let listen = || TcpListener::bind("127.0.0.1:0");
+        let listener = listen().await.unwrap();
+        let at = listener.local_addr().unwrap().to_string();
+        let route = get(|| async { [("x-exchange-stack", "blue-1")] });
+        let router = Router::new().route("/version", route);
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        assert_eq!(pods.row("blue-1", &at).await, Ok(()));
+        assert_eq!(pods.row("green-2", &at).await, Err("blue-1 answers".to_owned()));
+        let nobody = listen().await.unwrap().local_addr().unwrap().to_string();
+        let heard = pods.row("blue-1", &nobody).await.unwrap_err();
+        assert!(heard.starts_with("Connection refused"), "{heard}");
     }
 
     #[test]

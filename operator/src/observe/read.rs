@@ -35,7 +35,7 @@ use crate::{
     error::Error,
     plan::Action,
     resources::{Builder, MANAGER, Rendered},
-    revision::{Content, Source, gates, revision, sources},
+    revision::{self, Content, Source, gates, reserved, revision, sources},
     status::{ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack},
 };
 
@@ -344,13 +344,14 @@ impl Reader {
             Some(problem) => Err(problem),
             None => declared,
         };
+        let declared = declared
+            .map_err(|missing| format!("{missing}: create it, or change the spec"))
+            .and_then(|revision| reserved(spec, &content).map_or(Ok(revision), Err));
         Ok(References {
-            declared: declared
-                .map(|revision| Declared {
-                    revision,
-                    gates: gates(spec),
-                })
-                .map_err(|missing| format!("{missing}: create it, or change the spec")),
+            declared: declared.map(|revision| Declared {
+                revision,
+                gates: format!("{}.{}", gates(spec), revision::stores(spec)),
+            }),
             content: copies,
         })
     }
@@ -457,15 +458,20 @@ impl Reader {
         let addresses = |stack: &Stack| addresses(stack, children);
         match status.phase {
             Phase::Promoting if all_moved(&look.seen) => {
-                let ips: Vec<String> = Service::ALL
-                    .iter()
-                    .filter_map(|service| {
-                        let name = builder(&look.object).live_name(*service);
-                        let service = look.material.services.get(&name)?;
-                        service.spec.as_ref()?.cluster_ip.clone()
-                    })
-                    .collect();
-                look.seen.answers = self.pods.answers(&ips).await;
+                let ips = Service::ALL.iter().map(|service| {
+                    let there = look
+                        .material
+                        .services
+                        .get(&builder(&look.object).live_name(*service))?;
+                    Some((*service, there.spec.as_ref()?.cluster_ip.clone()?))
+                });
+                let ips: Option<Vec<(Service, String)>> = ips.collect();
+                if let (Some(candidate), Some(ips)) = (&status.candidate, ips) {
+                    match self.pods.answers(&candidate.stack, &ips).await {
+                        Ok(()) => look.seen.answers = Some(candidate.stack.clone()),
+                        Err(why) => look.seen.unheard = Some(why),
+                    }
+                }
             }
             Phase::Verifying => {
                 if let Some(live) = &status.live {
@@ -478,11 +484,15 @@ impl Reader {
                     });
                     memory.baselines.begin((status.epoch, live.attempt), fresh);
                     let pods = addresses(&live.stack);
-                    look.seen.figures = self.pods.figures(&pods, &mut memory.baselines).await;
+                    let (figures, unheard) = self.pods.figures(&pods, &mut memory.baselines).await;
+                    (look.seen.figures, look.seen.unheard) = (figures, unheard);
                 }
             }
-            Phase::Provisioning | Phase::Testing => {
-                if let Some(candidate) = &status.candidate {
+            Phase::Provisioning | Phase::Testing | Phase::AwaitingPromotion => {
+                // Who waits for a person waits for no pod.
+                let waits = status.phase == Phase::AwaitingPromotion;
+                let candidate = status.candidate.as_ref();
+                if let Some(candidate) = candidate.filter(|it| !waits || it.approved_by.is_some()) {
                     let excuses = self.pods.excuses(&addresses(&candidate.stack)).await;
                     let services = look.seen.stacks.get_mut(&candidate.stack);
                     for (service, seen) in services.into_iter().flat_map(|it| &mut it.services) {
@@ -508,7 +518,10 @@ impl Reader {
         {
             let open = self.pods.open(&addresses(&previous.stack)).await;
             if let Some(seen) = look.seen.stacks.get_mut(&previous.stack) {
-                seen.open = open;
+                (seen.open, seen.unheard) = match open {
+                    Ok(open) => (Some(open), None),
+                    Err(why) => (None, Some(why)),
+                };
             }
         }
     }

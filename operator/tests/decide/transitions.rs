@@ -1,11 +1,11 @@
 //! Each phase and each way out of it, and the four stories of an operator that wakes too late.
 
-use crate::world::{Ban, View, World};
+use crate::world::{Ban, UNREADABLE, View, World};
 use exchange_operator::{
     api::{ColourChoice, Promotion, Service},
     decide::decide,
     guard::{self, Refusal},
-    observe::{Observed, Part, StackSeen},
+    observe::{Figures, JobKind, Observed, Part, StackSeen},
     plan::{Action, Intent},
     status::{
         Colour, Contract, ExchangeDeploymentStatus as Status, Outcome,
@@ -1370,6 +1370,211 @@ fn what_no_client_reaches_is_not_verified() {
         let message = recorded.rejected.map(|it| it.message).unwrap_or_default();
         assert_eq!(message, why, "{name}");
     }
+}
+
+/// The message of a condition.
+fn told(status: &Status, kind: &str) -> String {
+    let condition = status.conditions.iter().find(|it| it.type_ == kind).unwrap();
+    condition.message.clone()
+}
+
+#[test]
+fn what_cannot_be_read_is_not_verified() {
+    for readable_again in [true, false] {
+        let mut world = at(Verifying);
+        world.unreadable = true;
+        for _ in 0..100 {
+            world.step(0, View::Fresh).unwrap();
+            world.finish(0);
+            world.round();
+        }
+        assert_eq!(world.status.phase, Verifying);
+        let message = told(&world.status, "Reconciling");
+        assert!(message.contains(UNREADABLE), "{message}");
+        if readable_again {
+            world.unreadable = false;
+            world.until(0, Live);
+            assert!(world.status.live.unwrap().verified);
+        } else {
+            world.until(0, RollingBack);
+            assert_eq!(world.status.rejected.clone().unwrap().message, UNREADABLE);
+            let since = world.journey.len();
+            assert_eq!(world.journey[since - 2..], [Verifying, RollingBack]);
+        }
+    }
+}
+
+#[test]
+fn figures_of_few_requests_say_nothing() {
+    let mut world = at(Verifying);
+    for _ in 0..5 {
+        world.step(0, View::Fresh).unwrap();
+        world.finish(0);
+        world.round();
+    }
+    world.wait(100);
+    let few = Figures {
+        requests: 99,
+        errors: 99,
+        timed: 99,
+        p99_ms: 10_000,
+    };
+    let rows = [
+        ("few of both", few, Live, ""),
+        (
+            "errors",
+            Figures { requests: 100, ..few },
+            RollingBack,
+            "99 of 100 requests to the trade service failed",
+        ),
+        (
+            "log-ins are no timed requests",
+            Figures {
+                requests: 10_000,
+                ..few
+            },
+            Live,
+            "",
+        ),
+        (
+            "slow",
+            Figures {
+                requests: 10_000,
+                timed: 100,
+                ..few
+            },
+            RollingBack,
+            "the trade service answers too slowly: p99 is 10000 ms",
+        ),
+    ];
+    for (name, figures, phase, why) in rows {
+        let recorded = records(&world, |seen| seen.figures = [(Service::Trade, figures)].into());
+        assert_eq!(recorded.phase, phase, "{name}");
+        let message = recorded.rejected.map(|it| it.message).unwrap_or_default();
+        assert_eq!(message, why, "{name}");
+    }
+}
+
+#[test]
+fn what_is_awaited_is_told_with_what_keeps_it_and_until_when() {
+    let silent = "no answer of green-r1 from 10.96.0.7:80 (trade): connect timed out";
+    let unheard = |seen: &mut Observed| {
+        seen.answers = None;
+        seen.unheard = Some(silent.to_owned());
+    };
+    let lacks_pods = |seen: &mut Observed| {
+        for stack in seen.stacks.values_mut() {
+            let trade = stack.services.get_mut(&Service::Trade).unwrap();
+            trade.ready = 1;
+            trade.trouble = Some("no node for it".to_owned());
+        }
+    };
+    let pods = ": waiting for 1 of 2 trade pods: no node for it; since 2026-";
+    let late = |world: &World, seen: &mut Observed| seen.status.phase_since = Some(world.now - seconds(600));
+
+    let mut world = at(Promoting);
+    let message =
+        |world: &World, change: &dyn Fn(&mut Observed)| told(&records(world, change), "Reconciling");
+    let told_of = message(&world, &lacks_pods);
+    assert!(
+        told_of.contains(pods) && told_of.contains(", until 2026-"),
+        "{told_of}"
+    );
+    world.finish(0);
+    let told_of = message(&world, &unheard);
+    assert!(told_of.contains(silent), "{told_of}");
+    let given_up = records(&world, |seen| {
+        unheard(seen);
+        late(&world, seen);
+    });
+    let why = given_up.rejected.unwrap().message;
+    assert_eq!(why, format!("the swap was not finished in time: {silent}"));
+
+    let told_of = message(&releasing(6, RollingBack), &lacks_pods);
+    assert!(
+        told_of.contains(pods) && told_of.contains(", until 2026-"),
+        "{told_of}"
+    );
+
+    let mut world = at(Verifying);
+    world.step(0, View::Fresh).unwrap();
+    world.finish(0);
+    let since = world.status.phase_since.unwrap();
+    let stuck = |seen: &mut Observed| {
+        for (job, seen) in &mut seen.jobs {
+            let verify = job.kind == JobKind::Verify;
+            seen.trouble = verify.then(|| "no node for it".to_owned());
+        }
+    };
+    let told_of = message(&world, &stuck);
+    let until = format!(
+        "being watched: no node for it; since {since}, until {}",
+        since + seconds(600)
+    );
+    assert!(told_of.contains(&until), "{told_of}");
+    let given_up = records(&world, |seen| {
+        stuck(seen);
+        late(&world, seen);
+    });
+    assert_eq!(
+        given_up.rejected.unwrap().message,
+        "the smoke test through the live address was not done in time: no node for it"
+    );
+
+    let mut world = after_a_release();
+    world.release(2);
+    world.until(0, Pending);
+    let told_of = message(&world, &|seen| {
+        for stack in seen.stacks.values_mut() {
+            stack.unheard = Some("the connections cannot be counted".to_owned());
+        }
+    });
+    assert!(
+        told_of.contains("its colour: the connections cannot be counted"),
+        "{told_of}"
+    );
+}
+
+#[test]
+fn what_is_approved_and_lacks_pods_does_not_ask_for_an_approval() {
+    let mut world = at(AwaitingPromotion);
+    world.step(0, View::Fresh).unwrap();
+    world.finish(0);
+    world.ask(|requests, names| {
+        requests.promote = names.candidate;
+        requests.by = Some("alice".to_owned());
+    });
+    let recorded = records(&world, |seen| {
+        let candidate = seen.status.candidate.clone().unwrap().stack;
+        let stack = seen.stacks.get_mut(&candidate).unwrap();
+        let trade = stack.services.get_mut(&Service::Trade).unwrap();
+        trade.ready = 1;
+        trade.trouble = Some("no node for it".to_owned());
+    });
+    assert_eq!(recorded.phase, AwaitingPromotion);
+    let message = told(&recorded, "Reconciling");
+    let wanted = "is approved by alice: waiting for 1 of 2 trade pods: no node for it; since ";
+    assert!(message.contains(wanted), "{message}");
+    assert!(!message.contains("exchange.dev/promote"), "{message}");
+}
+
+#[test]
+fn a_test_may_take_the_time_that_is_declared_for_it() {
+    let mut world = at(Testing);
+    world.step(0, View::Fresh).unwrap();
+    world.finish(0);
+    world.declare(|spec| spec.rollout.smoke_tests[0].timeout = std::time::Duration::from_mins(20).into());
+    let after = |time: i64| {
+        records(&world, |seen| {
+            seen.status.phase_since = Some(world.now - seconds(time));
+        })
+    };
+    let runs = after(1199);
+    assert_eq!(runs.phase, Testing);
+    let until = format!("until {}", world.now + seconds(1));
+    let message = told(&runs, "Reconciling");
+    assert!(message.contains(&until), "{message}");
+    assert_eq!(after(1200).phase, Failed);
 }
 
 #[test]

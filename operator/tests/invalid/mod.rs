@@ -224,6 +224,16 @@ pub(crate) fn objects() -> Vec<Invalid> {
             "must not be below /etc/exchange",
         ),
         (
+            "folder for temporary files",
+            service(json!({"files": [{"mountPath": "/tmp", "configMap": "a"}]})),
+            "mountPath must not be /, /etc or /tmp",
+        ),
+        (
+            "folder above the operator's",
+            service(json!({"files": [{"mountPath": "//etc/", "configMap": "a"}]})),
+            "mountPath must not be /, /etc or /tmp",
+        ),
+        (
             "colour",
             rollout(json!({"colour": "Red"})),
             r#"Unsupported value: "Red": supported values: "Auto", "Blue", "Green""#,

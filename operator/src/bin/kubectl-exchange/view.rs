@@ -518,6 +518,11 @@ fn gate_line(gate: &Gate, now: Timestamp) -> String {
 pub(crate) fn explain(object: &ExchangeDeployment, view: &View, now: Timestamp) -> String {
     let status = object.status.clone().unwrap_or_default();
     let mut text = String::new();
+    let approved = view.phase == Phase::AwaitingPromotion
+        && status
+            .candidate
+            .as_ref()
+            .is_some_and(|it| it.approved_by.is_some());
     let lasts = view.since.map_or_else(String::new, |since| {
         format!(", since {} ({} ago)", at(since), span(now.duration_since(since)))
     });
@@ -525,7 +530,11 @@ pub(crate) fn explain(object: &ExchangeDeployment, view: &View, now: Timestamp) 
         text,
         "{}: {}{lasts}.\n{}\n",
         view.phase,
-        meaning(view.phase),
+        if approved {
+            "all gates are passed and it is approved, but pods of it are not ready"
+        } else {
+            meaning(view.phase)
+        },
         view.message
     );
     if let Some(since) = status.stopped_since {

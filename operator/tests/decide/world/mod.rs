@@ -207,6 +207,10 @@ impl Operator {
 }
 
 /// The cluster, and what has been true in it.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is something that can be the matter"
+)]
 pub(crate) struct World {
     pub(crate) now: Timestamp,
     counter: u64,
@@ -243,6 +247,10 @@ pub(crate) struct World {
     pub(crate) missing: bool,
     /// A name that is needed belongs to somebody else.
     pub(crate) taken: bool,
+    /// The pages of the trade service's pods cannot be read.
+    pub(crate) unreadable: bool,
+    /// Verifications in which somebody has read all pages.
+    read: BTreeSet<(u32, u32)>,
     /// Stacks whose pods have died for good.
     collapsed: BTreeSet<Stack>,
     /// Changes of what is declared that make a release that was given up another one; their number when it was.
@@ -258,6 +266,10 @@ pub(crate) struct World {
     /// The phases that were recorded, in order.
     pub(crate) journey: Vec<Phase>,
 }
+
+/// What is told while pages cannot be read.
+pub(crate) const UNREADABLE: &str =
+    "the figures of the trade service cannot be read at 192.0.2.1:9090: connect timed out";
 
 /// A state of the world as operators may be shown it: what is seen, the object's version, and what is there of stacks.
 type Past = (Observed, u64, BTreeMap<Stack, (bool, Option<Fence>)>);
@@ -301,6 +313,8 @@ impl World {
             ban: None,
             missing: false,
             taken: false,
+            unreadable: false,
+            read: BTreeSet::new(),
             collapsed: BTreeSet::new(),
             declarations: 0,
             given_up: 0,
@@ -369,15 +383,13 @@ impl World {
             .as_ref()
             .is_some_and(|it| nature(&it.stack.revision) == Nature::ServesErrors);
         let errors = if errors { 500 } else { 5 };
-        let figures = [(
-            Service::Trade,
-            Figures {
-                requests: 1000,
-                errors,
-                p99_ms: 20,
-            },
-        )]
-        .into();
+        let figures = Figures {
+            requests: 1000,
+            errors,
+            timed: 1000,
+            p99_ms: 20,
+        };
+        let figures = Some((Service::Trade, figures)).filter(|_| !self.unreadable);
         Observed {
             generation: self.generation,
             deleting: false,
@@ -401,7 +413,8 @@ impl World {
                 .collect(),
             refused: None,
             answers,
-            figures,
+            figures: figures.into_iter().collect(),
+            unheard: self.unreadable.then(|| UNREADABLE.to_owned()),
             seen_before: false,
         }
     }
@@ -444,10 +457,12 @@ impl World {
                     rendered,
                     whole: there.pieces.is_some(),
                     owned: !there.orphaned,
+                    other_store: None,
                     attempt,
                     version,
                     services,
                     open: Some(there.open),
+                    unheard: None,
                 },
             );
         }
@@ -589,6 +604,9 @@ impl World {
         let now = (seen.status.phase, seen.status.attempt);
         seen.seen_before = self.operators[who].known == Some(now);
         seen.refused.clone_from(&self.operators[who].refused);
+        if seen.unheard.is_none() && seen.status.phase == Phase::Verifying {
+            self.read.insert((seen.status.epoch, seen.status.attempt));
+        }
         let plan = decide(&self.spec, &seen, self.now);
         let operator = &mut self.operators[who];
         operator.phase = Some(
@@ -646,6 +664,10 @@ impl World {
         }
         if new.phase == Phase::Promoting && old.phase != Phase::Promoting && old.phase != Phase::RollingBack {
             self.may_promote(&new)?;
+        }
+        let verified = old.phase == Phase::Verifying && new.phase == Phase::Live;
+        if verified && !self.read.contains(&(old.epoch, old.attempt)) {
+            return Err("P3: what nobody could read was verified".to_owned());
         }
         if new.phase == Phase::Migrating && old.phase == Phase::Pending {
             may_expand(&new)?;
