@@ -36,6 +36,11 @@ COPY --from=binaries /out/${BINARY} /usr/bin/exchange
 USER 65532:65532
 ENTRYPOINT ["/usr/bin/exchange"]
 
+# For tests only, with BINARY=exchange-faulty: a release with a fault.
+FROM exchange AS exchange-faulty
+ARG FAULT
+ENV EXCHANGE_FAULT=${FAULT}
+
 FROM exchange AS exchange-user
 CMD ["user"]
 
@@ -44,8 +49,3 @@ CMD ["trade"]
 
 FROM exchange AS exchange-notification
 CMD ["notification"]
-
-# For tests only, with BINARY=exchange-faulty: a release with a fault.
-FROM exchange AS exchange-faulty
-ARG FAULT
-ENV EXCHANGE_FAULT=${FAULT}

@@ -52,8 +52,11 @@ ifdef STORES_VALUES
   export STORES_VALUES
 endif
 export AGENT_IMAGE ?= exchange.local/testbed-agent:$(TAG)
-# Runs tests, then the second command whatever came of them; fails if a misspelt TEST selects none.
-run-tests = log=$$(mktemp); trap 'rm -f "$$log"; $(or $(2),true)' EXIT; $(1) 2>&1 | tee "$$log"; \
+# Runs tests of the workspace, chosen by arguments of cargo's and arguments of their own; then the third, a command, whatever
+# came of them. Fails if a misspelt TEST selects none. Compiles first, with cargo's progress: through a pipe it shows none.
+run-tests = cargo test --workspace --locked $(1) --no-run; \
+	  log=$$(mktemp); trap 'rm -f "$$log"; $(or $(3),true)' EXIT; \
+	  cargo test --workspace --locked $(1) $(2) 2>&1 | tee "$$log"; \
 	  grep -q "^test result: ok. [1-9]" "$$log" || \
 	  { echo "error: no test is named like TEST=$(TEST)" >&2; exit 1; }
 
@@ -74,7 +77,8 @@ demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C cl
 test: all-tests ## Check, integration, a new cluster of its own with a newcomer's release, and its end
 	@$(if $(filter existing,$(CLUSTER)),,tests/deps.sh --cluster)
 	@$(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,preflight) check $(if $(filter existing,$(CLUSTER)),,integration)
-	@$(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,down) e2e down-test E2E="$(SHORT)" NAME=$(if $(filter dev,$(NAME)),test,$(NAME))
+	@name=$(if $(filter dev,$(NAME)),test,$(NAME)); $(TESTBED) --name $$name alone -- \
+	  $(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,down) e2e down-test E2E="$(SHORT)" NAME=$$name
 
 .PHONY: preflight
 preflight: $(TESTBED)
@@ -88,7 +92,7 @@ check: all-tests ## Format, lints, unit tests, generated files: minutes, no root
 
 .PHONY: unit
 unit: ## Unit tests
-	@$(call run-tests,cargo test --workspace --locked --lib --bins --test argo --test api_server --test crd --test decide --test docs --test process --test resources $(TEST))
+	@$(call run-tests,--lib --bins --test argo --test api_server --test crd --test decide --test docs --test process --test resources,$(TEST))
 
 .PHONY: simulate
 simulate: ## The operator in HISTORIES=200000 simulated histories from FIRST=0 on; SEED=17 replays one
@@ -99,12 +103,12 @@ simulate: ## The operator in HISTORIES=200000 simulated histories from FIRST=0 o
 integration: not-existing deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine; the charts as helm renders them
 	@$(MAKE) --no-print-directory $(TESTBED)
 	@tools=$$($(TESTBED) tools); export PATH="$$tools:$$PATH"; \
-	  $(call run-tests,cargo test --workspace --locked --test it --test charts $(TEST))
+	  $(call run-tests,--test it --test charts,$(TEST))
 
 .PHONY: e2e
 e2e: cluster images $(TESTBED) ## End-to-end tests on the cluster, which stays for the next run; CASE=2 runs one case of the proof
 	@$(TESTBED) results --begin
-	@$(call run-tests,cargo test --workspace --locked $(E2E:%=--test %) --no-fail-fast -- --ignored --test-threads 3 $(TEST),$(TESTBED) results)
+	@$(call run-tests,$(E2E:%=--test %) --no-fail-fast,-- --ignored --test-threads 3 $(TEST),$(TESTBED) results)
 
 .PHONY: e2e-long
 e2e-long: ## The same with the full matrices: 20 releases in a row, every phase disturbed, the operator killed at every write (hours)
@@ -112,14 +116,14 @@ e2e-long: ## The same with the full matrices: 20 releases in a row, every phase 
 
 .PHONY: rbac
 rbac: $(TESTBED) ## Compare the operator's rights with what it did on the test cluster; after `make e2e`
-	@$(call run-tests,cargo test --workspace --locked --test rbac -- --ignored)
+	@$(call run-tests,--test rbac,-- --ignored)
 
 .PHONY: cluster-test
 cluster-test: not-existing ## Test the test cluster itself: kills, several at once, leavings, wrong use (about 10 minutes)
 	@tests/deps.sh --cluster
 	@$(MAKE) --no-print-directory $(TESTBED)
 	$(TESTBED) tools
-	@$(call run-tests,cargo test --workspace --locked --test cluster -- --ignored --test-threads 1 $(TEST))
+	@$(call run-tests,--test cluster,-- --ignored --test-threads 1 $(TEST))
 
 .PHONY: all-tests
 all-tests:
@@ -137,7 +141,7 @@ endif
 down-test:
 ifneq ($(CLUSTER),existing)
 	@$(if $(KEEP),echo "KEEP=1: cluster $(NAME) goes on",$(TESTBED) down)
-	@$(call run-tests,cargo test --workspace --locked --test cluster -- --ignored --exact down_leaves_nothing)
+	@$(call run-tests,--test cluster,-- --ignored --exact down_leaves_nothing)
 endif
 
 .PHONY: cluster

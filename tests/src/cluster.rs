@@ -296,10 +296,15 @@ impl Cluster {
             .with_context(|| format!("cannot write {}", path.display()))
     }
 
+    /// Who has started it, as far as that is noted.
+    pub fn origin(&self) -> Option<Origin> {
+        let text = fs::read_to_string(self.home.join("origin.json")).ok()?;
+        serde_json::from_str(&text).ok()
+    }
+
     /// What somebody should know who would have started this cluster himself, but has found it.
     pub fn differs_from(&self, own: &Origin) -> Vec<String> {
-        let text = fs::read_to_string(self.home.join("origin.json")).unwrap_or_default();
-        let Ok(found) = serde_json::from_str::<Origin>(&text) else {
+        let Some(found) = self.origin() else {
             return vec!["nobody knows by which version of the code it was started".to_owned()];
         };
         let mut differences = Vec::new();
@@ -313,6 +318,22 @@ impl Cluster {
             differences.push("its components have other versions or settings than this code's".to_owned());
         }
         differences
+    }
+
+    /// Takes the name for a run that begins with ending what an earlier one has left under it.
+    ///
+    /// # Errors
+    /// If another such run goes on.
+    pub fn reserve(&self) -> Result<fs::File> {
+        let directory = cache_dir()?.join("runs");
+        fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
+        let lock = fs::File::create(directory.join(&self.name))?;
+        ensure!(
+            lock.try_lock().is_ok(),
+            "another run uses the cluster {0:?} now: wait for its end, or choose another name, such as NAME={0}-2",
+            self.name
+        );
+        Ok(lock)
     }
 
     /// What a shell needs to speak with this cluster, by the programs of these directories; what they remember goes with it.

@@ -62,6 +62,12 @@ enum Action {
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
+    /// Run a command unless another one, so run, uses the cluster of this name.
+    Alone {
+        /// The command and its arguments.
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
     /// Build the pinned components if needed and print the directory of their binaries.
     Tools,
     /// Build the images of the stores, the exchange and the operator from binaries in a directory, and print their
@@ -139,8 +145,13 @@ fn run(cli: &Cli) -> Result<()> {
                 preflight::root()?;
             }
             for cluster in clusters {
+                let from = cluster.origin().map(|origin| origin.clone);
+                let from = from.filter(|clone| results::repository().is_ok_and(|own| own != clone));
                 sandbox::destroy(&cluster)?;
-                say(format!("Cluster {:?} is gone.", cluster.name()));
+                let from = from.map_or_else(String::new, |clone| {
+                    format!(" It was started from {}.", clone.display())
+                });
+                say(format!("Cluster {:?} is gone.{from}", cluster.name()));
             }
             Ok(())
         }
@@ -162,6 +173,7 @@ fn run(cli: &Cli) -> Result<()> {
                 .exec();
             Err(error).with_context(|| format!("cannot start `{program}`"))
         }
+        Action::Alone { command } => alone(&cluster, command),
         Action::Tools => print(&Tools::ensure()?.dir().display().to_string()),
         Action::Images {
             repository,
@@ -184,6 +196,15 @@ fn run(cli: &Cli) -> Result<()> {
         Action::Results { begin: false } => print(&results::table()?),
         Action::Launch | Action::Supervise => Ok(()),
     }
+}
+
+fn alone(cluster: &Cluster, command: &[String]) -> Result<()> {
+    let _lock = cluster.reserve()?;
+    let (program, args) = command.split_first().context("no command")?;
+    let status = Command::new(program).args(args).status();
+    let status = status.with_context(|| format!("cannot start `{program}`"))?;
+    ensure!(status.success(), "`{}` failed", command.join(" "));
+    Ok(())
 }
 
 fn load(cluster: &Cluster, archives: &[PathBuf]) -> Result<()> {
@@ -214,11 +235,11 @@ fn start(cluster: &Cluster) -> Result<()> {
         say(cluster.exports(Tools::ensure()?.dir().display()));
         return Ok(());
     }
-    let build = match (times.built_now, times.build) {
-        (true, Some(took)) => format!("components built in {} s", seconds(took)),
-        (true, None) => "components built, the rest of what an earlier run began".into(),
-        (false, Some(took)) => format!("components from the cache (built once, in {} s)", seconds(took)),
-        (false, None) => "components from the cache".into(),
+    let took = seconds(times.build);
+    let build = if times.built_now {
+        format!("components built in {took} s")
+    } else {
+        format!("components from the cache (built once, in {took} s)")
     };
     say(format!(
         "Cluster {:?} is ready: {build}, node Ready after {} s, everything after {} s.",
@@ -229,7 +250,7 @@ fn start(cluster: &Cluster) -> Result<()> {
     say(cluster.exports(Tools::ensure()?.dir().display()));
     let figures = json!({
         "cluster": cluster.name(),
-        "cold_build_seconds": times.build.map(seconds),
+        "cold_build_seconds": took,
         "cold_build_was_now": times.built_now,
         "node_ready_seconds": seconds(times.node_ready),
         "all_ready_seconds": seconds(times.all_ready),

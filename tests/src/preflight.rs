@@ -62,7 +62,7 @@ const KERNEL: [(Feature, &str); 9] = [
     (
         Feature::Nftables,
         "the kernel has no nftables, or not all that kube-proxy writes with it (CONFIG_NF_TABLES, CONFIG_NFT_NAT, \
-         CONFIG_NFT_MASQ, CONFIG_NFT_FIB_IPV4, CONFIG_NFT_NUMGEN)",
+         CONFIG_NFT_MASQ, CONFIG_NFT_FIB_IPV4, CONFIG_NFT_NUMGEN, CONFIG_NFT_CT, CONFIG_NFT_REJECT)",
     ),
 ];
 
@@ -70,7 +70,9 @@ const KERNEL: [(Feature, &str); 9] = [
 const RULES: &str = "add table ip probe; add chain ip probe out { type nat hook postrouting priority 100 ; }; \
                      add rule ip probe out fib saddr type local masquerade; \
                      add chain ip probe in { type nat hook prerouting priority -100 ; }; \
-                     add rule ip probe in dnat ip to numgen random mod 2 map { 0 : 10.0.0.1, 1 : 10.0.0.2 }";
+                     add rule ip probe in dnat ip to numgen random mod 2 map { 0 : 10.0.0.1, 1 : 10.0.0.2 }; \
+                     add chain ip probe through { type filter hook forward priority 0 ; }; \
+                     add rule ip probe through ct state new ct status dnat reject";
 
 /// Where a network namespace says what of its bridges it filters.
 const BRIDGES: &str = "/proc/sys/net/bridge";

@@ -35,7 +35,10 @@ pub fn write(name: &str, figures: &Value) -> Result<PathBuf> {
 }
 
 /// The repository's root.
-pub(crate) fn repository() -> Result<&'static Path> {
+///
+/// # Errors
+/// If the crate has been moved out of it.
+pub fn repository() -> Result<&'static Path> {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .context("no repository")
@@ -76,7 +79,7 @@ pub fn add_case(case: &str, figures: Map<String, Value>) -> Result<()> {
     add(&end_to_end(), [(case.to_owned(), figures.into())]).map(drop)
 }
 
-/// Adds to what is written already under a name, or replaces it.
+/// Adds to what is written already under a name, or replaces it. Figures of another commit are forgotten.
 ///
 /// # Errors
 /// If the figures cannot be read or written.
@@ -122,8 +125,9 @@ fn read(name: &str) -> Result<Map<String, Value>> {
     }
     let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let mut document: Value = serde_json::from_slice(&text)?;
+    let is_of_now = document.get("commit") == Some(&json!(commit(repository()?)));
     match document.get_mut("figures").map(Value::take) {
-        Some(Value::Object(figures)) => Ok(figures),
+        Some(Value::Object(figures)) if is_of_now => Ok(figures),
         _ => Ok(Map::new()),
     }
 }

@@ -32,6 +32,9 @@ const TAGS: &str = "seccomp,no_btrfs";
 /// The file that says that all binaries are there, and how many seconds that took.
 const COMPLETE: &str = "complete";
 
+/// The file that says how many seconds a build has taken so far.
+const SPENT: &str = "spent";
+
 /// How often a build that says nothing is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -39,9 +42,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug)]
 pub struct Tools {
     dir: PathBuf,
-    /// How long it took to fetch the sources and build, now or when the cache got them; `None` if that was in several
-    /// attempts.
-    pub built_in: Option<Duration>,
+    /// How long it took to fetch the sources and build, now or when the cache got them, in all attempts together.
+    pub built_in: Duration,
     /// That it was now.
     pub built_now: bool,
 }
@@ -58,7 +60,6 @@ impl Tools {
         if let Some(built) = Self::built(&dir) {
             return Ok(built);
         }
-        let is_first_attempt = !dir.exists();
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let lock = fs::File::create(dir.join("lock"))?;
         progress::lock(&lock, "another run that builds the components")
@@ -66,20 +67,20 @@ impl Tools {
         if let Some(built) = Self::built(&dir) {
             return Ok(built); // by somebody else, while we waited
         }
-        let begun = Instant::now();
+        let spent = Spent::go_on(dir.join(SPENT));
         say(format!(
             "Building the cluster's components into {} (once per set of pins).",
             dir.display()
         ));
         for module in MODULES {
-            build(&module_dir(module), &dir)?;
+            build(&module_dir(module), &dir, &spent)?;
         }
         let (unnamed, etcd) = (dir.join("server"), dir.join("etcd")); // etcd's main package is called `server`
         if unnamed.exists() {
             fs::rename(&unnamed, &etcd).context("cannot rename the etcd binary")?;
         }
-        let took = is_first_attempt.then(|| begun.elapsed().as_secs().to_string());
-        fs::write(dir.join(COMPLETE), took.unwrap_or_default())?;
+        fs::write(dir.join(COMPLETE), spent.seconds().to_string())?;
+        fs::remove_file(dir.join(SPENT))?;
         let built = Self::built(&dir).context("the tool cache is gone")?;
         Ok(Self {
             built_now: true,
@@ -92,7 +93,7 @@ impl Tools {
         let took = fs::read_to_string(dir.join(COMPLETE)).ok()?;
         Some(Self {
             dir: dir.to_owned(),
-            built_in: took.parse().ok().map(Duration::from_secs),
+            built_in: Duration::from_secs(took.parse().ok()?),
             built_now: false,
         })
     }
@@ -110,6 +111,33 @@ impl Tools {
     /// `PATH` with the tools in front.
     pub fn path_variable(&self) -> String {
         format!("{}:{}", self.dir.display(), sandbox::search_path())
+    }
+}
+
+/// How long a build has taken so far, earlier attempts included: also one that was killed has noted it.
+struct Spent {
+    file: PathBuf,
+    before: u64,
+    begun: Instant,
+}
+
+impl Spent {
+    fn go_on(file: PathBuf) -> Self {
+        let before = fs::read_to_string(&file).unwrap_or_default();
+        Self {
+            file,
+            before: before.parse().unwrap_or(0),
+            begun: Instant::now(),
+        }
+    }
+
+    fn seconds(&self) -> u64 {
+        self.before + self.begun.elapsed().as_secs()
+    }
+
+    fn note(&self) -> Result<()> {
+        fs::write(&self.file, self.seconds().to_string())
+            .with_context(|| format!("cannot write {}", self.file.display()))
     }
 }
 
@@ -170,7 +198,7 @@ fn go(module: &Path) -> Command {
 
 /// Builds all tools of a module. Go prints each module as it fetches it and each package as it compiles it, which is
 /// our progress.
-fn build(module: &Path, bin: &Path) -> Result<()> {
+fn build(module: &Path, bin: &Path, spent: &Spent) -> Result<()> {
     let name = module
         .file_name()
         .map(|name| name.to_string_lossy().into_owned())
@@ -220,6 +248,7 @@ fn build(module: &Path, bin: &Path) -> Result<()> {
         let lines = BufReader::new(output).lines().map_while(Result::ok);
         lines.for_each(|line| drop(sender.send(line)));
     });
+    spent.note()?;
     let there_before = count(bin);
     let (mut done, mut last) = (0_usize, Vec::<String>::new());
     loop {
@@ -232,7 +261,7 @@ fn build(module: &Path, bin: &Path) -> Result<()> {
                     last.remove(0);
                 }
             }
-            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Timeout) => spent.note()?,
             Err(RecvTimeoutError::Disconnected) => break,
         }
         let percent = (done * 100 / stale.max(1)).min(100);
@@ -249,7 +278,7 @@ fn build(module: &Path, bin: &Path) -> Result<()> {
         );
     }
     step.done();
-    Ok(())
+    spent.note()
 }
 
 fn count(directory: &Path) -> usize {
@@ -314,10 +343,15 @@ mod tests {
     fn the_cache_says_how_long_it_took_to_fill() {
         let cache = tempfile::tempdir().expect("a directory");
         assert!(Tools::built(cache.path()).is_none());
-        for (noted, took) in [("812", Some(Duration::from_secs(812))), ("", None)] {
-            fs::write(cache.path().join(COMPLETE), noted).expect("a file");
-            let tools = Tools::built(cache.path()).expect("complete");
-            assert_eq!(tools.built_in, took);
-        }
+        let spent = Spent::go_on(cache.path().join(SPENT));
+        assert_eq!(spent.seconds(), 0);
+        fs::write(cache.path().join(SPENT), "811").expect("a file");
+        let spent = Spent::go_on(cache.path().join(SPENT));
+        spent.note().expect("a file");
+        let noted = fs::read_to_string(cache.path().join(SPENT)).expect("a file");
+        assert_eq!(noted, "811", "an earlier attempt counts");
+        fs::write(cache.path().join(COMPLETE), noted).expect("a file");
+        let tools = Tools::built(cache.path()).expect("complete");
+        assert_eq!(tools.built_in, Duration::from_secs(811));
     }
 }

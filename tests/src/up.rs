@@ -41,7 +41,7 @@ const SUPERVISOR_PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug, Default)]
 pub struct Times {
     /// Building the components, for this start or an earlier one: [`Tools::built_in`].
-    pub build: Option<Duration>,
+    pub build: Duration,
     /// That it was for this one: [`Tools::built_now`].
     pub built_now: bool,
     /// From the first process to a Ready node.

@@ -468,10 +468,10 @@ fn idle() {
     let images = Images::from_environment().unwrap();
     operator::install(&session, &images).unwrap();
     let namespace = Namespace::new(&session, "bench-idle").unwrap();
-    let cluster = session
-        .cluster
-        .as_ref()
-        .expect("CLUSTER=existing: no fake nodes there");
+    // An existing cluster gets no fake node.
+    let Some(cluster) = session.cluster.as_ref() else {
+        return;
+    };
     let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "store"},
                         "stringData": {"url": "none", "owner-url": "none"}});
     session.apply(&namespace.name, &secret).unwrap();

@@ -214,6 +214,20 @@ fn names_a_component(path: &Path) -> bool {
     names.iter().any(|part| name.contains(part))
 }
 
+#[test]
+#[ignore = "needs root: make cluster-test"]
+fn a_run_does_not_end_the_cluster_of_another_run() {
+    let reserved = Cluster::named("reserved").unwrap().reserve().unwrap();
+    let other = testbed("reserved", &["alone", "--", "true"]);
+    let refused = { other }.output().unwrap();
+    assert!(!refused.status.success(), "{}", text(&refused));
+    assert!(text(&refused).contains("NAME=reserved-2"), "{}", text(&refused));
+    drop(reserved);
+    succeed("reserved", &["alone", "--", "true"]);
+    let failed = testbed("reserved", &["alone", "--", "false"]).output().unwrap();
+    assert!(!failed.status.success(), "{}", text(&failed));
+}
+
 /// The ids of all processes of this machine.
 fn pids() -> Vec<i32> {
     let entries = fs::read_dir("/proc").unwrap().flatten();
@@ -1111,6 +1125,7 @@ fn an_interrupted_build_is_continued() {
     const AT_A_TIME: usize = 2;
     let cache = Path::new("/var/tmp/exchange-testbed-cache");
     let _ = fs::remove_dir_all(cache);
+    let begun = Instant::now();
     let mut build = testbed("build", &["tools"])
         .env("TESTBED_CACHE", cache)
         .env("GOMAXPROCS", AT_A_TIME.to_string())
@@ -1128,7 +1143,7 @@ fn an_interrupted_build_is_continued() {
             // One gets another name when all are there, and one is no binary.
             .filter(|(path, _)| {
                 path.file_name()
-                    .is_some_and(|name| name != "server" && name != "lock")
+                    .is_some_and(|name| name != "server" && name != "lock" && name != "spent")
             })
             .collect()
     };
@@ -1137,6 +1152,7 @@ fn an_interrupted_build_is_continued() {
     })
     .unwrap();
     kill_now(&mut build);
+    let first_half = begun.elapsed().as_secs();
     let mut linked: Vec<_> = binaries().into_iter().collect();
     linked.sort_by_key(|(_, (time, _))| *time);
     linked.truncate(linked.len() - AT_A_TIME);
@@ -1151,7 +1167,13 @@ fn an_interrupted_build_is_continued() {
     let took = fs::read_to_string(Path::new(&tools).join("complete"));
     fs::remove_dir_all(cache).unwrap();
     assert!(again.status.success() && complete, "{}", text(&again));
-    assert_eq!(took.unwrap(), "", "two halves do not say what the whole takes");
+    let took: u64 = took.unwrap().parse().unwrap();
+    let whole = begun.elapsed().as_secs();
+    // It has noted the time at the latest when it last was silent for a while.
+    assert!(
+        took > whole - first_half && took <= whole,
+        "{took} s, and {first_half} s of {whole} s were the first half"
+    );
     for (binary, (_, file)) in linked {
         assert_eq!(
             after.get(&binary).map(|(_, file)| *file),

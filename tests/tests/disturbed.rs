@@ -243,8 +243,9 @@ fn an_old_leader_wakes_up() {
 #[ignore = "needs a cluster: make e2e"]
 fn the_api_server_is_away() {
     let ground = Ground::alone();
+    // That of an existing cluster is not ours to stop.
     let Some(cluster) = &ground.session.cluster else {
-        panic!("CLUSTER=existing: an API server that is not ours is not stopped")
+        return;
     };
     let namespace = Namespace::new(&ground.session, "no-api").unwrap();
     let mut story = ground.live(&namespace, |_| {});
