@@ -2,7 +2,8 @@
 //!
 //! Each kind of write has its own protection. What is new is *created*: if the name is taken, nothing happens. What
 //! exists is written by server-side apply with the uid and `resourceVersion` that were observed; Services by a
-//! replacement with the same, because server-side apply would leave others' keys in a selector. Deletions have them as
+//! replacement and workloads by a merge patch with the same, because server-side apply would leave others' keys in a
+//! selector, and others' variables in a container. Deletions have them as
 //! preconditions. If any is refused, the pass ends, and the next one looks again.
 
 use std::{collections::BTreeMap, time::Duration};
@@ -33,7 +34,9 @@ use crate::{
     guard,
     metrics::Metrics,
     observe::{
-        Fence, Job, Part, is_nobodys, is_ours,
+        Fence, Job, Part,
+        intact::OF_NODE,
+        is_nobodys, is_ours,
         read::{Look, Reader, builder, selector},
     },
     plan::Action,
@@ -185,6 +188,7 @@ impl Writer {
         match fence {
             None => self.create_kind(&kind(part), look, object).await,
             Some(fence) if part == Part::ColourService => self.replace_service(look, object, fence).await,
+            Some(fence) if part == Part::Workload => self.overwrite(look, object, fence).await,
             Some(fence) => self.patch(&kind(part), look, object, fence).await,
         }
     }
@@ -301,6 +305,19 @@ impl Writer {
         let patch = Patch::Apply(&object);
         let patched = api.patch(&name, &params, &patch);
         self.limited("apply", &kind.kind, &name, patched).await.map(drop)
+    }
+
+    /// Writes a workload as it was rendered. Lists are replaced, and the node's own is taken back: server-side apply would
+    /// leave the variables and rights that others have added.
+    async fn overwrite(&self, look: &Look, mut object: Value, fence: &Fence) -> Result<(), Error> {
+        carry(&mut object, fence);
+        let name = dynamic(object.clone())?.name_any();
+        if let Some(Value::Object(pod)) = object.pointer_mut("/spec/template/spec") {
+            for field in OF_NODE {
+                pod.entry(field).or_insert(Value::Null);
+            }
+        }
+        self.merge(&kind(Part::Workload), look, &name, &object).await
     }
 
     /// Writes a Service as it was built, and keeps what is not ours of what was observed: the address, other labels and

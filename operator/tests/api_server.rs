@@ -644,22 +644,32 @@ async fn a_foreign_edit_is_put_right_with_what_was_observed() {
     assert!(writes[0].body["spec"]["selector"]["tier"].is_null());
 
     let workload = world.names("deployments").remove(0);
-    world.change(&workload, |deployment| {
-        deployment["spec"]["template"]["spec"]["containers"][0]["image"] = json!("acme/other:1");
-    });
-    let version = world.get(&workload)["metadata"]["resourceVersion"].clone();
-    let (result, writes) = world.pass().await;
-    result.unwrap();
-    assert_eq!(paths(&writes), [format!("PATCH {workload}")]);
-    assert!(
-        writes[0].query.contains("force=true") && writes[0].query.contains("fieldManager=exchange-operator")
-    );
-    assert_eq!(writes[0].body["metadata"]["resourceVersion"], version);
-    assert_eq!(
-        writes[0].body["spec"]["template"]["spec"]["containers"][0]["image"],
-        "acme/exchange:1.0.0"
-    );
-    world.settle().await;
+    let rendered = world.get(&workload)["spec"].clone();
+    let edits: [fn(&mut Value); 4] = [
+        |pod| pod["containers"][0]["image"] = json!("acme/other:1"),
+        |pod| {
+            let env = pod["containers"][0]["env"].as_array_mut().unwrap();
+            env.push(json!({"name": "EXCHANGE_ROLE", "value": "live"}));
+        },
+        |pod| pod["containers"][0]["securityContext"]["privileged"] = json!(true),
+        |pod| pod["hostNetwork"] = json!(true),
+    ];
+    for edit in edits {
+        world.change(&workload, |deployment| {
+            edit(&mut deployment["spec"]["template"]["spec"]);
+        });
+        let version = world.get(&workload)["metadata"]["resourceVersion"].clone();
+        let (result, writes) = world.pass().await;
+        result.unwrap();
+        assert_eq!(paths(&writes), [format!("PATCH {workload}")]);
+        assert!(writes[0].query.contains("fieldManager=exchange-operator"));
+        assert_eq!(writes[0].body["metadata"]["resourceVersion"], version);
+        let pod = &writes[0].body["spec"]["template"]["spec"];
+        assert_eq!(pod["containers"], rendered["template"]["spec"]["containers"]);
+        // Said, so that a merge takes it away.
+        assert!(pod.as_object().unwrap().contains_key("hostNetwork") && pod["hostNetwork"].is_null());
+        world.settle().await;
+    }
 }
 
 #[tokio::test]

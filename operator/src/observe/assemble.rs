@@ -30,7 +30,7 @@ use super::{
     read::{Look, Material, builder},
 };
 use crate::{
-    api::{ExchangeDeployment, Service},
+    api::{ExchangeDeployment, ExchangeDeploymentSpec as Spec, Service},
     resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, copies, job_word, other_store},
     revision::Source,
     status::{Colour, Live, Stack},
@@ -144,9 +144,6 @@ fn service_of(meta: &ObjectMeta) -> Option<Service> {
 pub(super) fn assemble(object: ExchangeDeployment, children: &Children, references: References) -> Look {
     let builder = builder(&object);
     let uid = builder.uid;
-    // Sources that need not exist, and do not.
-    let mut absent: Vec<Source> = copies(&object.spec).collect();
-    absent.retain(|source| !references.content.contains_key(source));
     let mut seen = Observed {
         generation: object.metadata.generation.unwrap_or(0),
         deleting: false,
@@ -169,8 +166,8 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
     };
     for piece in &children.pieces {
         if let Some(stack) = &piece.stack {
-            let of_stack = material.pieces.entry(stack.clone()).or_default();
-            of_stack.push(piece.clone());
+            let of_stack = material.pieces.entry(stack.clone());
+            of_stack.or_default().push(piece.clone());
         }
     }
     for revision in &children.revisions {
@@ -189,19 +186,14 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
         if let Some(rendered) = rendered {
             there.version.clone_from(&rendered.version);
             there.other_store = other_store(&object.spec, &rendered);
-            let absent: BTreeSet<String> = absent.iter().map(|it| builder.copy_path(&stack, it)).collect();
-            let needed = rendered.copies.difference(&absent);
-            there.whole = is_whole(&builder, &stack, needed, &children.pieces);
+            let absent = absent(&builder, &stack, &object.spec, &material.content);
+            there.whole = is_whole(&builder, &stack, &rendered.copies - &absent, &children.pieces);
             material.rendered.insert(stack, rendered);
         }
     }
-    let services = children
-        .services
-        .iter()
-        .filter(|it| mine(*it, uid, &mut seen.taken));
-    for service in services.cloned().collect::<Vec<_>>() {
-        material.services.insert(service.name_any(), service);
-    }
+    let services = children.services.iter();
+    let services = services.filter(|it| mine(*it, uid, &mut seen.taken));
+    material.services = services.map(|it| (it.name_any(), it.clone())).collect();
     let mut parts = Parts {
         builder,
         live: object.status.as_ref().and_then(|status| status.live.as_ref()),
@@ -263,20 +255,26 @@ where
     !another
 }
 
-/// Whether all that can be made of what a stack's pods need is there.
-fn is_whole<'a>(
+/// Copies of what need not exist, and does not.
+fn absent(
     builder: &Builder<'_>,
     stack: &Stack,
-    mut copies: impl Iterator<Item = &'a String>,
-    pieces: &[Piece],
-) -> bool {
+    spec: &Spec,
+    content: &BTreeMap<Source, Map<String, Value>>,
+) -> BTreeSet<String> {
+    let absent = copies(spec).filter(|source| !content.contains_key(source));
+    absent.map(|source| builder.copy_path(stack, &source)).collect()
+}
+
+/// Whether all that can be made of what a stack's pods need is there.
+fn is_whole(builder: &Builder<'_>, stack: &Stack, mut needed: BTreeSet<String>, pieces: &[Piece]) -> bool {
     let name = builder.stack_name(stack);
-    let own = [format!("ServiceAccount/{name}"), format!("Secret/{name}")];
+    needed.extend([format!("ServiceAccount/{name}"), format!("Secret/{name}")]);
     let there = pieces.iter().filter(|piece| !piece.going);
     let there: BTreeSet<String> = there
         .map(|piece| format!("{}/{}", piece.kind.kind, piece.name))
         .collect();
-    own.iter().all(|piece| there.contains(piece)) && copies.all(|piece| there.contains(piece))
+    needed.is_subset(&there)
 }
 
 /// Sees the objects of stacks, and compares them with what was rendered.

@@ -1,13 +1,18 @@
 //! Whether an object is as it was rendered.
 //!
 //! The API server adds defaults, others may add labels and annotations, and admission webhooks may add what they like:
-//! what was rendered only has to be *in* the object. Two things are compared as a whole, because an addition changes
-//! what they mean: selectors and the ports of Services.
+//! what was rendered only has to be *in* the object. Some things are compared as a whole, because an addition changes
+//! what they mean: selectors, the ports of Services, and what our own container is told and may do. Other containers, which
+//! are added to a pod, are no difference.
 
 use serde_json::{Map, Value};
 
 /// Compared as a whole.
-const EXACT: [&str; 3] = ["selector", "matchLabels", "ports"];
+const EXACT: [&str; 5] = ["selector", "matchLabels", "ports", "env", "envFrom"];
+/// What a pod can have of its node.
+pub const OF_NODE: [&str; 5] = ["hostNetwork", "hostPID", "hostIPC", "hostUsers", "hostAliases"];
+/// What a container is told, also if nothing was rendered.
+const TOLD: [&str; 4] = ["command", "args", "env", "envFrom"];
 /// Below these are quantities, which the API server writes in its own way.
 const QUANTITIES: [&str; 3] = ["requests", "limits", "sizeLimit"];
 
@@ -23,9 +28,13 @@ fn within(wanted: &Value, there: &Value, exact: bool, quantity: bool) -> bool {
                 let exact = EXACT.contains(&key.as_str());
                 let quantity = quantity || QUANTITIES.contains(&key.as_str());
                 let there = there.get(key).unwrap_or(&Value::Null);
-                is_empty(value) && is_empty(there) || within(value, there, exact, quantity)
+                // What a container may do; nothing may be added to that.
+                let closed =
+                    key == "capabilities" || key == "securityContext" && wanted.contains_key("image");
+                is_empty(value) && is_empty(there)
+                    || within(value, there, exact, quantity) && !(closed && has_more(value, there))
             });
-            all && (!exact || has_no_other(wanted, there))
+            all && (!exact || has_no_other(wanted, there)) && !is_told_more(wanted, there)
         }
         (Value::Array(wanted), Value::Array(there)) => {
             if exact || wanted.iter().all(|item| !item.is_object()) {
@@ -47,6 +56,24 @@ fn within(wanted: &Value, there: &Value, exact: bool, quantity: bool) -> bool {
 
 fn has_no_other(wanted: &Map<String, Value>, there: &Map<String, Value>) -> bool {
     there.keys().all(|key| wanted.contains_key(key))
+}
+
+/// Whether something was added that says something.
+fn has_more(wanted: &Value, there: &Value) -> bool {
+    let other = |(key, value): (&String, &Value)| wanted.get(key).is_none() && !is_empty(value);
+    there.as_object().is_some_and(|there| there.iter().any(other))
+}
+
+/// Whether a container has been told something although nothing was rendered, or a pod been given what is the node's.
+fn is_told_more(wanted: &Map<String, Value>, there: &Map<String, Value>) -> bool {
+    let (container, pod) = (wanted.contains_key("image"), wanted.contains_key("containers"));
+    let mut others = there
+        .iter()
+        .filter(|(key, value)| !wanted.contains_key(*key) && !is_empty(value));
+    others.any(|(key, _)| {
+        let key = key.as_str();
+        container && TOLD.contains(&key) || pod && OF_NODE.contains(&key)
+    })
 }
 
 /// What the API server leaves out.
@@ -182,8 +209,71 @@ mod tests {
                 false,
             ),
         ];
+        compare(&rows);
+    }
+
+    fn compare(rows: &[(&str, Value, Value, bool)]) {
         for (name, rendered, object, expected) in rows {
-            assert_eq!(contains(&object, &rendered), expected, "{name}");
+            assert_eq!(contains(object, rendered), *expected, "{name}");
         }
+    }
+
+    #[test]
+    fn what_a_container_is_told_and_may_do_is_as_rendered() {
+        let rows = [
+            (
+                "a variable more",
+                json!({"containers": [{"image": "a", "env": [{"name": "A", "value": "1"}]}]}),
+                json!({"containers": [{"image": "a", "env": [
+                    {"name": "A", "value": "1"}, {"name": "EXCHANGE_ROLE", "value": "live"},
+                ]}]}),
+                false,
+            ),
+            (
+                "a default of a variable",
+                json!({"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "a"}}}]}),
+                json!({"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "a", "apiVersion": "v1"}}}]}),
+                true,
+            ),
+            (
+                "variables where there were none",
+                json!({"containers": [{"image": "a"}]}),
+                json!({"containers": [{"image": "a", "envFrom": [{"secretRef": {"name": "a"}}]}]}),
+                false,
+            ),
+            (
+                "another command",
+                json!({"containers": [{"image": "a", "args": ["a"]}]}),
+                json!({"containers": [{"image": "a", "args": ["a"], "command": ["sh"]}]}),
+                false,
+            ),
+            (
+                "more rights",
+                json!({"containers": [{"image": "a", "securityContext": {"capabilities": {"drop": ["ALL"]}}}]}),
+                json!({"containers": [{"image": "a", "securityContext": {
+                    "capabilities": {"drop": ["ALL"]}, "privileged": true,
+                }}]}),
+                false,
+            ),
+            (
+                "one right more",
+                json!({"securityContext": {"capabilities": {"drop": ["ALL"]}}}),
+                json!({"securityContext": {"capabilities": {"drop": ["ALL"], "add": ["SYS_ADMIN"]}}}),
+                false,
+            ),
+            (
+                "the node's network",
+                json!({"containers": [{"image": "a"}]}),
+                json!({"containers": [{"image": "a"}], "hostNetwork": true}),
+                false,
+            ),
+            (
+                "not the node's network",
+                json!({"containers": [{"image": "a", "securityContext": {}}]}),
+                json!({"containers": [{"image": "a", "securityContext": {"privileged": false}}], "hostNetwork": false}),
+                true,
+            ),
+        ];
+        compare(&rows);
     }
 }

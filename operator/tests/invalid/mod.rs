@@ -337,12 +337,6 @@ pub(crate) fn live() -> Value {
         "colour": "blue", "revision": "12345678", "version": "1.4.0", "attempt": 1, "since": "2026-01-01T00:00:00Z"}}})
 }
 
-/// The status of an exchange whose first version is about to be live.
-pub(crate) fn promoting() -> Value {
-    json!({"status": {"attempt": 1, "epoch": 1, "phase": "Promoting", "candidate": {
-        "colour": "blue", "revision": "12345678", "version": "1.4.0", "attempt": 1, "gates": "12345678"}}})
-}
-
 /// Changes that are refused once it is live, and their messages.
 pub(crate) fn changes() -> Vec<(Value, &'static str)> {
     vec![

@@ -437,11 +437,6 @@ pub(crate) fn span(duration: SignedDuration) -> String {
 /// The view as a tree.
 pub(crate) fn tree(view: &View, now: Timestamp) -> String {
     let mut text = String::new();
-    let approved = view.phase == Phase::AwaitingPromotion
-        && status
-            .candidate
-            .as_ref()
-            .is_some_and(|it| it.approved_by.is_some());
     let lasts = view.since.map_or_else(String::new, |since| {
         format!(" for {}", span(now.duration_since(since)))
     });

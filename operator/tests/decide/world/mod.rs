@@ -207,6 +207,10 @@ impl Operator {
 }
 
 /// The cluster, and what has been true in it.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is something that can be the matter"
+)]
 pub(crate) struct World {
     pub(crate) now: Timestamp,
     counter: u64,
