@@ -34,7 +34,9 @@ use crate::{
     guard,
     metrics::Metrics,
     observe::{
-        Fence, Job, Part, is_nobodys, is_ours,
+        Fence, Job, Part,
+        intact::OF_NODE,
+        is_nobodys, is_ours,
         read::{Look, Reader, builder, selector},
     },
     plan::Action,
@@ -311,14 +313,7 @@ impl Writer {
         carry(&mut object, fence);
         let name = dynamic(object.clone())?.name_any();
         if let Some(Value::Object(pod)) = object.pointer_mut("/spec/template/spec") {
-            for field in [
-                "hostNetwork",
-                "hostPID",
-                "hostIPC",
-                "hostUsers",
-                "hostAliases",
-                "hostname",
-            ] {
+            for field in OF_NODE {
                 pod.entry(field).or_insert(Value::Null);
             }
         }

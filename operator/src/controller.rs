@@ -229,6 +229,7 @@ impl Context {
                 secondary: None,
             };
             // A recorder joins the Events of one reason and keeps only what the first of them says.
+            self.metrics.write("create", "Event");
             let recorder = Recorder::new(self.client.clone(), self.reporter.clone());
             let published = recorder.publish(&event, &look.object.object_ref(&())).await;
             if let Err(error) = published {

@@ -101,8 +101,8 @@ fn all_moved(services: &Changes, since: u64, revision: &str) -> u64 {
         .unwrap()
 }
 
-/// Writes of all replicas of the operator since they started, by verb and kind, without the lease.
-fn writes(session: &Session) -> u64 {
+/// Writes of all replicas of the operator since they started: those of events, and all others. The lease is not counted.
+fn writes(session: &Session) -> (u64, u64) {
     let pods = session
         .kubectl(&[
             "get",
@@ -112,31 +112,65 @@ fn writes(session: &Session) -> u64 {
             "--output=jsonpath={.items[*].metadata.name}",
         ])
         .unwrap();
-    let count = |pod: &str| -> u64 {
+    let pages = pods.split_whitespace().map(|pod| {
         let path = format!("/api/v1/namespaces/{OPERATOR_NAMESPACE}/pods/{pod}:8080/proxy/metrics");
-        let page = session.kubectl(&["get", "--raw", &path]).unwrap();
-        page.lines()
-            .filter(|line| line.starts_with("exchange_operator_writes_total{") && !line.contains("Lease"))
-            .filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok())
-            .sum()
-    };
-    pods.split_whitespace().map(count).sum()
+        session.kubectl(&["get", "--raw", &path]).unwrap()
+    });
+    let (mut events, mut others) = (0, 0);
+    for page in pages {
+        for line in page.lines() {
+            if !line.starts_with("exchange_operator_writes_total{") {
+                continue;
+            }
+            let count: u64 = line.rsplit(' ').next().unwrap().parse().unwrap();
+            let sum = if line.contains(r#"kind="Event""#) {
+                &mut events
+            } else {
+                &mut others
+            };
+            *sum += count;
+        }
+    }
+    (events, others)
 }
 
-/// Events that the operator has told in a namespace. Those of the same reason are one object, and each is one write.
-fn events(session: &Session, namespace: &str) -> u64 {
-    let args = [
-        "get",
-        "events",
-        "--output=json",
-        "--field-selector=involvedObject.kind=ExchangeDeployment",
-        "--namespace",
-        namespace,
-    ];
-    let list: Value = serde_json::from_str(&session.kubectl(&args).unwrap()).unwrap();
-    let told = list["items"].as_array().unwrap().iter();
-    told.map(|event| event["series"]["count"].as_u64().unwrap_or(1))
-        .sum()
+/// What figures should be at most.
+const AIMS: [(&str, u64); 12] = [
+    ("tests_passed_to_selectors_moved_milliseconds", 100),
+    ("selectors_moved_to_last_answer_of_the_old_milliseconds", 3000),
+    ("reverted_spec_to_selectors_moved_milliseconds", 300),
+    ("reverted_spec_to_last_answer_of_the_new_milliseconds", 3000),
+    (
+        "operator_killed_with_its_pod_to_selectors_moved_milliseconds_of_two_replicas",
+        6000,
+    ),
+    (
+        "operator_killed_and_restarted_to_selectors_moved_milliseconds_of_two_replicas",
+        6000,
+    ),
+    (
+        "operator_killed_with_its_pod_to_selectors_moved_milliseconds_of_one_replica",
+        6000,
+    ),
+    (
+        "operator_killed_and_restarted_to_selectors_moved_milliseconds_of_one_replica",
+        6000,
+    ),
+    ("requests_failed", 0),
+    ("connections_cut_off", 0),
+    ("memory_kib_200_objects", 40 * 1024),
+    ("writes_per_minute_when_idle_200_objects", 0),
+];
+
+/// What a figure should be at most, and its ratio to that, in words: at most 1 is as aimed at.
+fn judge(what: &str, figure: u64) -> Option<(u64, String)> {
+    let (_, aim) = AIMS.into_iter().find(|(name, _)| *name == what)?;
+    let hundredths = (figure * 100).checked_div(aim);
+    let ratio = hundredths.map_or_else(
+        || if figure == 0 { "reached" } else { "missed" }.to_owned(),
+        |it| format!("{}.{:02}", it / 100, it % 100),
+    );
+    Some((aim, ratio))
 }
 
 fn median(values: &mut [u64]) -> u64 {
@@ -144,19 +178,46 @@ fn median(values: &mut [u64]) -> u64 {
     values[values.len() / 2]
 }
 
-/// Prints medians, and adds them to the figures of the operator.
+/// Prints medians beside their aims, and adds them to the figures of the operator.
 fn publish(mut figures: BTreeMap<String, Value>, measured: BTreeMap<&str, Vec<u64>>) {
-    say(format!("  {:<60} {:>8} {:>8} {:>8}", "", "MEDIAN", "MIN", "MAX"));
+    say(format!(
+        "  {:<80} {:>8} {:>8} {:>8} {:>8} {:>8}",
+        "", "MEDIAN", "MIN", "MAX", "AIM", "OF AIM"
+    ));
+    let row = |what: &str, figure: u64, least: &str, most: &str| {
+        let judged = judge(what, figure);
+        let (aim, ratio) = judged
+            .clone()
+            .map_or_else(Default::default, |(aim, ratio)| (format!("≤ {aim}"), ratio));
+        say(format!(
+            "  {what:<80} {figure:>8} {least:>8} {most:>8} {aim:>8} {ratio:>8}"
+        ));
+        judged
+    };
+    let mut judged = BTreeMap::new();
+    for (what, figure) in &figures {
+        if let Some(figure) = figure.as_u64()
+            && let Some((aim, ratio)) = row(what, figure, "", "")
+        {
+            judged.insert(what.clone(), json!({"aim": aim, "ratio_to_aim": ratio}));
+        }
+    }
     for (what, mut values) in measured {
         let middle = median(&mut values);
         let (least, most) = (values[0], values[values.len() - 1]);
-        say(format!("  {what:<60} {middle:>8} {least:>8} {most:>8}"));
+        if let Some((aim, ratio)) = row(what, middle, &least.to_string(), &most.to_string()) {
+            judged.insert(what.to_owned(), json!({"aim": aim, "ratio_to_aim": ratio}));
+        }
         let times = values.len();
         figures.insert(
             what.to_owned(),
             json!({"median": middle, "min": least, "max": most, "measured": times}),
         );
     }
+    let judged = judged
+        .into_iter()
+        .map(|(what, judged)| (format!("{what}_aim"), judged));
+    figures.extend(judged);
     let path = results::add("operator", figures).unwrap();
     say(format!("  {}", path.display()));
 }
@@ -235,12 +296,10 @@ fn releases() {
     let mut measure = |what, milliseconds| measured.entry(what).or_default().push(milliseconds);
     let (mut forth, mut back) = (Vec::new(), Vec::new());
     for number in 0..rounds() {
-        let (written, told) = (writes(&session), events(&session, &namespace.name));
+        let before = writes(&session);
         let there = release(&declaration(&exchange, number));
-        let (written, told) = (
-            writes(&session) - written,
-            events(&session, &namespace.name) - told,
-        );
+        let after = writes(&session);
+        let (told, written) = (after.0 - before.0, after.1 - before.1);
         measure("writes_per_release_without_events", written);
         measure("events_per_release", told);
         measure("writes_per_release", written + told);

@@ -9,8 +9,8 @@ use serde_json::{Map, Value};
 
 /// Compared as a whole.
 const EXACT: [&str; 5] = ["selector", "matchLabels", "ports", "env", "envFrom"];
-/// To these nothing may be added but what says nothing.
-const CLOSED: [&str; 2] = ["securityContext", "capabilities"];
+/// What a pod can have of its node.
+pub const OF_NODE: [&str; 5] = ["hostNetwork", "hostPID", "hostIPC", "hostUsers", "hostAliases"];
 /// What a container is told, also if nothing was rendered.
 const TOLD: [&str; 4] = ["command", "args", "env", "envFrom"];
 /// Below these are quantities, which the API server writes in its own way.
@@ -28,7 +28,9 @@ fn within(wanted: &Value, there: &Value, exact: bool, quantity: bool) -> bool {
                 let exact = EXACT.contains(&key.as_str());
                 let quantity = quantity || QUANTITIES.contains(&key.as_str());
                 let there = there.get(key).unwrap_or(&Value::Null);
-                let closed = CLOSED.contains(&key.as_str());
+                // What a container may do; nothing may be added to that.
+                let closed =
+                    key == "capabilities" || key == "securityContext" && wanted.contains_key("image");
                 is_empty(value) && is_empty(there)
                     || within(value, there, exact, quantity) && !(closed && has_more(value, there))
             });
@@ -68,7 +70,10 @@ fn is_told_more(wanted: &Map<String, Value>, there: &Map<String, Value>) -> bool
     let mut others = there
         .iter()
         .filter(|(key, value)| !wanted.contains_key(*key) && !is_empty(value));
-    others.any(|(key, _)| container && TOLD.contains(&key.as_str()) || pod && key.starts_with("host"))
+    others.any(|(key, _)| {
+        let key = key.as_str();
+        container && TOLD.contains(&key) || pod && OF_NODE.contains(&key)
+    })
 }
 
 /// What the API server leaves out.
