@@ -101,6 +101,8 @@ const REFUSALS: &[(&str, &str, &[&str])] = &[
             "account_frozen",
             "currency_mismatch",
             "insufficient_funds",
+            "balance_limit",
+            "open_order_limit",
             "idempotency_key_reused",
             "invalid_field",
         ],

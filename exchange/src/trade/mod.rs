@@ -114,6 +114,10 @@ pub const PROBLEMS: &[Problem] = &[
     conflict("account_exists", "There is an account of this currency and name."),
     conflict("account_not_empty", "The account has a balance or a hold."),
     conflict("account_in_use", "An open order names the account."),
+    conflict(
+        "open_order_limit",
+        "There are as many open orders in the product as a user may have.",
+    ),
     conflict("insufficient_funds", "The account has not enough available."),
     conflict("order_filled", "The order has been filled."),
     Problem::new(
