@@ -199,6 +199,9 @@ pub struct ConfigArgs {
     /// Log-ins per client address in 15 minutes that may fail, and registrations.
     #[arg(long, env = "EXCHANGE_LOGIN_ATTEMPTS_PER_ADDRESS", default_value = "100")]
     login_attempts_per_address: String,
+    /// Log-ins per account in 15 minutes that may succeed.
+    #[arg(long, env = "EXCHANGE_LOGINS_PER_ACCOUNT", default_value = "100")]
+    logins_per_account: String,
     /// Passwords hashed at the same time; further ones wait.
     #[arg(long, env = "EXCHANGE_PASSWORD_HASHERS", default_value = "1")]
     password_hashers: String,
@@ -257,6 +260,8 @@ pub struct Config {
     pub login_attempts_per_account: i32,
     /// Failed log-ins per address and window.
     pub login_attempts_per_address: i32,
+    /// Log-ins per account and window that may succeed.
+    pub logins_per_account: i32,
     /// Passwords hashed at the same time.
     pub password_hashers: usize,
 }
@@ -380,6 +385,7 @@ impl ConfigArgs {
             problems.duration("refresh-token-lifetime", &self.refresh_token_lifetime);
         let per_account = problems.positive("login-attempts-per-account", &self.login_attempts_per_account);
         let per_address = problems.positive("login-attempts-per-address", &self.login_attempts_per_address);
+        let logins_per_account = problems.positive("logins-per-account", &self.logins_per_account);
         let password_hashers = problems.positive("password-hashers", &self.password_hashers);
 
         // Each `None` below has left a problem, except for the optional ones.
@@ -410,6 +416,7 @@ impl ConfigArgs {
                 refresh_token_lifetime: refresh_token_lifetime?,
                 login_attempts_per_account: per_account?,
                 login_attempts_per_address: per_address?,
+                logins_per_account: logins_per_account?,
                 password_hashers: password_hashers?,
             })
         };
