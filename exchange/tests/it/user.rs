@@ -903,7 +903,7 @@ async fn nothing_is_told_to_a_user_who_is_being_deleted() {
     .execute(owner)
     .await
     .unwrap();
-    farewell.meets_the_deletion("notifications").await;
+    farewell.meets_the_deletion("notification_counters").await;
     deleting.commit().await.unwrap();
     farewell.stores.settled("live").await;
     let told: i64 = sqlx::query_scalar("select count(*) from notifications where user_id = $1")
