@@ -193,6 +193,12 @@ pub struct ConfigArgs {
     /// How long a session lives without a refresh.
     #[arg(long, env = "EXCHANGE_REFRESH_TOKEN_LIFETIME", default_value = "720h")]
     refresh_token_lifetime: String,
+    /// How long an export of a user's data waits for its reader to take the next part.
+    #[arg(long, env = "EXCHANGE_EXPORT_PATIENCE", default_value = "10s")]
+    export_patience: String,
+    /// How often a live trade service audits the ledger.
+    #[arg(long, env = "EXCHANGE_AUDIT_INTERVAL", default_value = "5m")]
+    audit_interval: String,
     /// Log-ins per account in 15 minutes that may fail.
     #[arg(long, env = "EXCHANGE_LOGIN_ATTEMPTS_PER_ACCOUNT", default_value = "10")]
     login_attempts_per_account: String,
@@ -256,6 +262,10 @@ pub struct Config {
     pub access_token_lifetime: Duration,
     /// Validity of a refresh token.
     pub refresh_token_lifetime: Duration,
+    /// How long an export waits for its reader.
+    pub export_patience: Duration,
+    /// How often the ledger is audited.
+    pub audit_interval: Duration,
     /// Failed log-ins per account and window.
     pub login_attempts_per_account: i32,
     /// Failed log-ins per address and window.
@@ -383,6 +393,8 @@ impl ConfigArgs {
         let access_token_lifetime = problems.duration("access-token-lifetime", &self.access_token_lifetime);
         let refresh_token_lifetime =
             problems.duration("refresh-token-lifetime", &self.refresh_token_lifetime);
+        let export_patience = problems.duration("export-patience", &self.export_patience);
+        let audit_interval = problems.duration("audit-interval", &self.audit_interval);
         let per_account = problems.positive("login-attempts-per-account", &self.login_attempts_per_account);
         let per_address = problems.positive("login-attempts-per-address", &self.login_attempts_per_address);
         let logins_per_account = problems.positive("logins-per-account", &self.logins_per_account);
@@ -414,6 +426,8 @@ impl ConfigArgs {
                 issuer: self.issuer,
                 access_token_lifetime: access_token_lifetime?,
                 refresh_token_lifetime: refresh_token_lifetime?,
+                export_patience: export_patience?,
+                audit_interval: audit_interval?,
                 login_attempts_per_account: per_account?,
                 login_attempts_per_address: per_address?,
                 logins_per_account: logins_per_account?,

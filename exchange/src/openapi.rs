@@ -42,7 +42,7 @@ const REFUSALS: &[(&str, &str, &[&str])] = &[
         "/password",
         &["wrong_credentials", "invalid_field", "too_many_requests"],
     ),
-    ("get", "/user/export", &[]),
+    ("get", "/user/export", &["too_many_requests"]),
     ("delete", "/user", &["accounts_not_empty"]),
     ("delete", "/lane", &["lane_refused"]),
     ("get", "/.well-known/jwks.json", &[]),
