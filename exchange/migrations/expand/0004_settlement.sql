@@ -614,9 +614,20 @@ language sql stable security definer set search_path = public, pg_temp as $$
     select 'transfer without entries', t.id::text, 2, 0
       from transfers t where t.lane = p_lane and not exists (select from entries e where e.transfer_id = t.id)
     union all
-    select 'trade is not its transfer''s entries', t.id::text, t.size, coalesce(sum(e.amount), 0)
-      from trades t left join entries e on e.transfer_id = t.id and e.line in (3, 4) and e.amount > 0
-     where t.lane = p_lane group by t.id, t.size having coalesce(sum(e.amount), 0) <> t.size
+    -- What changes hands, by what its receiver gets, and the fees, by what each side pays.
+    select 'trade is not its transfer''s entries', trade.id || ' ' || leg.name, leg.expected, coalesce(leg.actual, 0)
+      from (select t.id, t.size, t.price * t.size as value, t.taker_fee, t.maker_fee,
+                   sum(e.amount) filter (where e.line in (3, 4) and e.amount > 0) as got_size,
+                   sum(e.amount) filter (where e.line in (1, 2) and e.amount > 0) as got_value,
+                   -sum(e.amount) filter (where e.line = 5) as paid_by_taker,
+                   -sum(e.amount) filter (where e.line = 6) as paid_by_maker,
+                   sum(e.amount) filter (where e.line = 7) as got_fees
+              from trades t left join entries e on e.transfer_id = t.id
+             where t.lane = p_lane group by t.id) trade,
+           lateral (values ('size', size, got_size), ('value', value, got_value), ('taker fee', taker_fee, paid_by_taker),
+                           ('maker fee', maker_fee, paid_by_maker), ('fees', taker_fee + maker_fee, got_fees)
+                   ) as leg (name, expected, actual)
+     where leg.expected <> coalesce(leg.actual, 0)
     union all
     select 'order is not the sum of its trades', o.id::text, o.size - o.remaining, coalesce(sum(t.size), 0)
       from orders o left join (select taker_order_id as order_id, size from trades where lane = p_lane

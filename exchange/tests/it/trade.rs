@@ -853,6 +853,43 @@ async fn an_order_meets_so_many_others_and_no_more() {
     assert_clean(&owner, "live").await;
 }
 
+/// Every figure of a trade is one of the ledger's, not its size alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_audit_finds_a_trade_that_says_other_than_its_entries() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let trader = async |coins, dollars| {
+        let trader = exchange.issuer.trader(&exchange.service).await;
+        trader.wallet(&exchange.treasury, coins, dollars).await
+    };
+    trader("1", "0").await.place("sell", "1", "100").await;
+    trader("0", "1000").await.place("buy", "1", "100").await;
+    assert_clean(&owner, "live").await;
+    for (change, found) in [
+        ("size = size / 2", &["size", "value"][..]),
+        ("price = price / 2", &["value"]),
+        ("taker_fee = taker_fee / 2", &["fees", "taker fee"]),
+        ("maker_fee = maker_fee / 2", &["fees", "maker fee"]),
+    ] {
+        let mut forged = owner.begin().await.unwrap();
+        sqlx::raw_sql(sqlx::AssertSqlSafe(format!(
+            "alter table trades disable trigger trades_append_only; update trades set {change}"
+        )))
+        .execute(&mut *forged)
+        .await
+        .unwrap();
+        let legs: Vec<String> = sqlx::query_scalar(
+            "select substring(subject from ' (.*)') from audit_ledger_v1('live')
+             where problem = 'trade is not its transfer''s entries' order by 1",
+        )
+        .fetch_all(&mut *forged)
+        .await
+        .unwrap();
+        assert_eq!(legs, found, "{change}");
+        forged.rollback().await.unwrap();
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn accounts_are_named_frozen_emptied_and_closed() {
     let exchange = Exchange::start().await;
