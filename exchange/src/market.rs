@@ -172,7 +172,9 @@ impl FromRequestParts<Reader> for Viewer {
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         match error {
-            StoreError::Redis(_) | StoreError::Timeout | StoreError::Config(_) => Self::unavailable(error),
+            StoreError::Redis(_) | StoreError::Timeout | StoreError::Config(_) | StoreError::Lost => {
+                Self::unavailable(error)
+            }
             StoreError::Trades(error) => error.into(),
             StoreError::Damaged(_) | StoreError::Overflow => Self::internal(error),
         }

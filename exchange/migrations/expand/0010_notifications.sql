@@ -51,6 +51,15 @@ create table releases (
 );
 create index releases_unannounced on releases (live_at) where announced_at is null;
 
+-- How often something has been applied to the live lane's market data. The same number is written to their store before the
+-- commit: a store that knows of fewer has lost something since.
+create table market_data (
+    applied bigint not null
+);
+create unique index market_data_one_row on market_data ((true));
+insert into market_data values (0);
+grant select, update on market_data to exchange_app;
+
 -- Messages that a consumer could not handle, for a person to look at.
 create table dead_letters (
     consumer   text not null,

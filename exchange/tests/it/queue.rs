@@ -226,6 +226,84 @@ async fn market_data_is_rebuilt_by_one_process_at_a_time() {
     assert_eq!(stores.complete_market_data().await, before);
 }
 
+/// A copy of the store from before some trades is as good as none, whatever happens before somebody looks.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_copy_of_the_market_data_is_noticed() {
+    for trades_meanwhile in [0, 1] {
+        let mut stores = Stores::start().await;
+        let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+        let service = stores.notification(&LIVE).ready().await;
+        let trade = async |stores: &Stores, number: u32| {
+            for price in 1..=number {
+                stores.trade("live", ann, bob, price, "0.5").await;
+            }
+            stores.settled("live").await;
+        };
+        trade(&stores, 3).await;
+        stores.complete_market_data().await;
+        stores.redis.save().await;
+        trade(&stores, 4).await;
+        // Nobody looks at the store until it is back and the next trade, if any, has been applied.
+        let mut other = stores.owner.begin().await.unwrap();
+        sqlx::query("select pg_advisory_xact_lock(hashtextextended('market rebuild', 0))")
+            .execute(&mut *other)
+            .await
+            .unwrap();
+        stores.redis.kill_and_restart();
+        trade(&stores, trades_meanwhile).await;
+        let older = stores.redis.dump().await.join("\n");
+        assert_eq!(
+            older.matches(":ticks:").count(),
+            3 + trades_meanwhile as usize,
+            "{older}"
+        );
+        other.rollback().await.unwrap();
+        let rebuilt = eventually("all trades are there again", || async {
+            let dump = stores.redis.dump().await;
+            let ticks = dump.iter().filter(|line| line.contains(":ticks:")).count();
+            let over = !dump.iter().any(|line| line == "exchange:live:rebuilding");
+            (over && ticks == 7 + trades_meanwhile as usize).then_some(dump)
+        })
+        .await;
+        drop(service);
+        stores.flush_market_data().await;
+        stores.rebuild_market_data();
+        assert_eq!(stores.redis.dump().await, rebuilt);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_emptied_while_it_is_rebuilt_is_not_complete() {
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let service = stores.notification(&LIVE).ready().await;
+    stores.trade("live", ann, bob, 100, "1").await;
+    stores.settled("live").await;
+    let before = stores.complete_market_data().await;
+    let mut lock = stores.owner.begin().await.unwrap();
+    sqlx::query("lock table trades")
+        .execute(&mut *lock)
+        .await
+        .unwrap();
+    stores.flush_market_data().await;
+    eventually("the rebuild reads trades", || async {
+        let waits = "select count(*) from pg_locks join pg_stat_activity using (pid)
+                     where not granted and query like '%from trades%' and datname = current_database()";
+        (stores.count(waits).await == 1).then_some(())
+    })
+    .await;
+    stores.flush_market_data().await;
+    lock.rollback().await.unwrap();
+    eventually("it is not taken for whole", || async {
+        service
+            .log()
+            .contains("was lost while it was rebuilt")
+            .then_some(())
+    })
+    .await;
+    assert_eq!(stores.complete_market_data().await, before);
+}
+
 /// The candles of trades, given as seconds, price and size in the order in which they happened.
 fn candles_of(trades: &[(i64, u32, &str)], interval: Interval) -> Vec<Value> {
     let mut candles: BTreeMap<i64, Vec<(Decimal, Decimal)>> = BTreeMap::new();
