@@ -190,6 +190,9 @@ pub struct ConfigArgs {
     /// How long an access token is valid.
     #[arg(long, env = "EXCHANGE_ACCESS_TOKEN_LIFETIME", default_value = "5m")]
     access_token_lifetime: String,
+    /// For how long the signing keys are trusted as they were read: a key that is deleted is refused after that.
+    #[arg(long, env = "EXCHANGE_KEYS_REFRESH", default_value = "1m")]
+    keys_refresh: String,
     /// How long a session lives without a refresh.
     #[arg(long, env = "EXCHANGE_REFRESH_TOKEN_LIFETIME", default_value = "720h")]
     refresh_token_lifetime: String,
@@ -260,6 +263,8 @@ pub struct Config {
     pub issuer: String,
     /// Validity of an access token.
     pub access_token_lifetime: Duration,
+    /// How long a copy of the signing keys is trusted.
+    pub keys_refresh: Duration,
     /// Validity of a refresh token.
     pub refresh_token_lifetime: Duration,
     /// How long an export waits for its reader.
@@ -391,6 +396,7 @@ impl ConfigArgs {
         let request_timeout = problems.duration("request-timeout", &self.request_timeout);
         let max_body_size = problems.positive("max-body-size", &self.max_body_size);
         let access_token_lifetime = problems.duration("access-token-lifetime", &self.access_token_lifetime);
+        let keys_refresh = problems.duration("keys-refresh", &self.keys_refresh);
         let refresh_token_lifetime =
             problems.duration("refresh-token-lifetime", &self.refresh_token_lifetime);
         let export_patience = problems.duration("export-patience", &self.export_patience);
@@ -425,6 +431,7 @@ impl ConfigArgs {
                 lane_secret,
                 issuer: self.issuer,
                 access_token_lifetime: access_token_lifetime?,
+                keys_refresh: keys_refresh?,
                 refresh_token_lifetime: refresh_token_lifetime?,
                 export_patience: export_patience?,
                 audit_interval: audit_interval?,
