@@ -7,6 +7,7 @@ use redis::AsyncCommands as _;
 use rust_decimal::Decimal;
 use serde_json::{Value, json};
 use time::{OffsetDateTime, Time};
+use uuid::Uuid;
 
 use crate::{
     servers::{Service, eventually},
@@ -521,6 +522,58 @@ async fn a_message_that_cannot_be_handled_is_put_aside_and_holds_up_nobody() {
         line.contains(r#""trace.id":"0af7651916cd43dd8448eb211c80319c""#),
         "{line}"
     );
+}
+
+/// Of a topic that only a newer version knows: that one will handle it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_newer_version_has_written_waits_for_a_newer_version() {
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let service = stores.notification(&LIVE).ready().await;
+    sqlx::query(
+        "insert into outbox (id, lane, topic, key, payload) values (gen_random_uuid(), 'live', 'trade.corrected', 'x', '{}')",
+    )
+    .execute(&stores.owner)
+    .await
+    .unwrap();
+    eventually("it is published", || async {
+        let published =
+            "select count(*) from outbox where topic = 'trade.corrected' and published_at is not null";
+        (stores.count(published).await == 1).then_some(())
+    })
+    .await;
+    // What comes after it is done, in a sweep that has seen both.
+    for price in 1..=3 {
+        stores.trade("live", ann, bob, price, "1").await;
+    }
+    eventually("the trades are done", || async {
+        let done = "select count(*) from outbox where topic = 'trade.executed' and done_at is not null";
+        (stores.count(done).await == 3).then_some(())
+    })
+    .await;
+    let open = "select count(*) from outbox where topic = 'trade.corrected' and done_at is null";
+    assert_eq!(stores.count(open).await, 1);
+
+    // A consumer that both versions share has the newer one's topics, too.
+    let jetstream = stores.nats.jetstream().await;
+    let mut headers = async_nats::HeaderMap::new();
+    headers.insert("Nats-Msg-Id", Uuid::now_v7().to_string());
+    headers.insert("exchange-lane", "live");
+    headers.insert("exchange-topic", "trade.corrected");
+    let sent = jetstream.publish_with_headers("exchange.live.trade.executed", headers, "{}".into());
+    sent.await.unwrap().await.unwrap();
+    stores.trade("live", ann, bob, 4, "1").await;
+    eventually("what comes after it is done", || async {
+        let done = "select count(*) from outbox where topic = 'trade.executed' and done_at is not null";
+        (stores.count(done).await == 4).then_some(())
+    })
+    .await;
+    let mut consumer: async_nats::jetstream::consumer::PullConsumer = jetstream
+        .get_consumer_from_stream("notification", "exchange-live")
+        .await
+        .unwrap();
+    assert_eq!(consumer.info().await.unwrap().num_ack_pending, 1);
+    assert_eq!(metric(&service, "messages_dead_total").await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
