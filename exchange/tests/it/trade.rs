@@ -890,6 +890,32 @@ async fn the_audit_finds_a_trade_that_says_other_than_its_entries() {
     }
 }
 
+/// The answer to a deposit says what is in the account now, which is somebody else's.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_treasury_takes_along_says_nothing_of_others_balances() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let trader = exchange.issuer.trader(&exchange.service).await;
+    trader.wallet(&exchange.treasury, "0", "987.65").await;
+    let (treasury, export): (Uuid, String) = sqlx::query_as(
+        "select user_id, export from idempotency_keys, user_data where topic = 'idempotency keys'",
+    )
+    .fetch_one(&owner)
+    .await
+    .unwrap();
+    let exported: Value = sqlx::query_scalar(sqlx::AssertSqlSafe(export))
+        .bind(treasury)
+        .fetch_one(&owner)
+        .await
+        .unwrap();
+    let answer = exported["answer"].as_object().unwrap();
+    assert_eq!(answer["amount"], "987.65");
+    assert!(
+        !answer.contains_key("balance") && !answer.contains_key("hold"),
+        "{exported}"
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn accounts_are_named_frozen_emptied_and_closed() {
     let exchange = Exchange::start().await;
