@@ -10,7 +10,10 @@ mod ledger;
 mod orders;
 mod views;
 
-use std::time::Duration;
+pub(crate) use orders::check_product;
+pub(crate) use views::require_product;
+
+use std::{sync::atomic::AtomicU64, time::Instant};
 
 use axum::Extension;
 use http::StatusCode;

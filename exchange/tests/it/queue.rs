@@ -402,6 +402,15 @@ async fn clients_read_the_candles_that_follow_from_the_trades() {
         let refused = (400, &json!("invalid_parameter"));
         assert_eq!((status, &problem["code"]), refused, "{wrong}");
     }
+    for unknown in ["XYZ-USD", "not a product"] {
+        let (status, problem) = ask(&format!("{unknown}&interval=1h"), None).await;
+        let refused = (422, &json!("unknown_product"), &json!("product"));
+        assert_eq!(
+            (status, &problem["code"], &problem["field"]),
+            refused,
+            "{unknown}"
+        );
+    }
     drop(notification);
 }
 

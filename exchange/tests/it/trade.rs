@@ -917,6 +917,32 @@ async fn what_the_treasury_takes_along_says_nothing_of_others_balances() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_parameter_that_cannot_be_read_is_named() {
+    let exchange = Exchange::start().await;
+    let trader = exchange.issuer.trader(&exchange.service).await;
+    let account = trader.account("USD").await;
+    for (path, field) in [
+        (
+            format!("/trade/getTradeByAccount?account_id={account}&curser=1"),
+            "curser",
+        ),
+        (
+            format!("/trade/getTradeByAccount?account_id={account}&limit=x"),
+            "limit",
+        ),
+        ("/trade/getTradeByAccount?account_id=x".to_owned(), "account_id"),
+        ("/book?product=BTC-USD&deep=1".to_owned(), "deep"),
+    ] {
+        let problem = accept(trader.try_get(&path).await, StatusCode::BAD_REQUEST).await;
+        assert_eq!(
+            (&problem["code"], &problem["field"]),
+            (&json!("invalid_parameter"), &json!(field)),
+            "{path}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn accounts_are_named_frozen_emptied_and_closed() {
     let exchange = Exchange::start().await;
     let trader = exchange.issuer.trader(&exchange.service).await;
