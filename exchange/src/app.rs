@@ -8,12 +8,12 @@ use std::{
 
 use prometheus_client::metrics::gauge::Gauge;
 use sqlx::PgPool;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::{
-    auth::Keys, config::Config, db, lane::Lane, metrics::Metrics, password::Passwords, release::Release,
-    role::Role, server::Counts,
+    auth::Keys, config::Config, db, lane::Lane, metrics::Metrics, password::Passwords, personal::Exports,
+    release::Release, role::Role, server::Counts,
 };
 
 /// Everything that handlers and background work need. Clones share it.
@@ -42,8 +42,8 @@ pub struct Inner {
     pub keys: Keys,
     /// Where passwords are hashed.
     pub passwords: Passwords,
-    /// Whose turn it is to export: one at a time, as each keeps a connection to the database for long.
-    pub exports: Arc<Semaphore>,
+    /// Whose turn it is to export.
+    pub exports: Exports,
     /// What is open on the public port.
     pub counts: Counts,
     /// Whether live messages are being taken from the queue; the consumer keeps it true to the fact.
@@ -84,7 +84,7 @@ impl App {
             role,
             metrics,
             stack,
-            exports: Arc::new(Semaphore::new(1)),
+            exports: Exports::default(),
             counts: Counts::default(),
             consuming: AtomicBool::new(false),
             readiness,

@@ -19,8 +19,11 @@ use serde::{Deserialize, Serialize};
 use sqlx::PgPool;
 use subtle::ConstantTimeEq;
 use time::OffsetDateTime;
-use tokio::sync::Mutex;
-use tokio::time::Instant;
+use tokio::{
+    sync::Mutex,
+    time::{Instant, timeout},
+};
+use tracing::warn;
 use uuid::Uuid;
 
 use crate::{
@@ -43,7 +46,8 @@ pub const LANE_SECRET_HEADER: &str = "x-exchange-lane-secret";
 /// The audience of access tokens.
 const AUDIENCE: &str = "exchange";
 
-/// How long a key is published before it signs: longer than any verifier trusts its copy of the keys.
+/// How long a key is published before it signs: for verifiers elsewhere, which ask for the published keys now and then. Ours
+/// read them all again when their copy is old, and at once for a key id that is not in it.
 const PUBLISHED_BEFORE: time::Duration = time::Duration::hours(1);
 
 /// How long a key signs.
@@ -55,8 +59,12 @@ const LEEWAY: i64 = 5;
 /// An unknown key id reads the keys again, but not more often than this: who comes sooner waits.
 const REFETCH_AFTER: Duration = Duration::from_secs(1);
 
-/// How long the published keys are answered from memory: much shorter than a key is published before it signs.
-const PUBLISHED_FROM_MEMORY: Duration = Duration::from_mins(1);
+/// How long is waited for the keys when the copy is old. The copy goes on being trusted while the database is away: then
+/// nobody can do much with a token, and those who can should not be refused.
+const READ_IN: Duration = Duration::from_secs(1);
+
+/// When it is tried again.
+const READ_AGAIN_AFTER: Duration = Duration::from_secs(10);
 
 /// Who makes a request, from a verified access token.
 #[derive(Clone, Debug)]
@@ -144,6 +152,10 @@ pub struct Keys {
     known: RwLock<Arc<Vec<Key>>>,
     /// When the last read of the keys began.
     read_at: Mutex<Option<Instant>>,
+    /// When they could last not be read, though the copy was old.
+    failed_at: Mutex<Option<Instant>>,
+    /// How old a copy may be.
+    trusted_for: Duration,
     /// Held by whoever reads them for an unknown key id.
     reading: Mutex<()>,
 }
@@ -196,11 +208,14 @@ impl Keys {
             lifetime: config.access_token_lifetime,
             known: RwLock::default(),
             read_at: Mutex::new(None),
+            failed_at: Mutex::new(None),
+            trusted_for: config.keys_refresh,
             reading: Mutex::new(()),
         }
     }
 
-    /// Checks a token and says whose it is. An unknown key id reads the keys once more.
+    /// Checks a token and says whose it is. An unknown key id reads the keys once more, and so does an old copy of them: one
+    /// that somebody has deleted has leaked.
     pub async fn verify(&self, token: &str) -> Result<Caller, ApiError> {
         let mut parts = token.split('.');
         let (Some(header), Some(claims), Some(signature), None) =
@@ -218,6 +233,7 @@ impl Keys {
             .map_err(|_| error::UNAUTHENTICATED)?;
         let signature = Signature::from_slice(&signature).map_err(|_| error::UNAUTHENTICATED)?;
         let now = OffsetDateTime::now_utc();
+        self.refresh().await;
         let key = self.verifying_key(&header.kid, now).await?;
         key.verify_strict(signed.as_bytes(), &signature)
             .map_err(|_| error::UNAUTHENTICATED)?;
@@ -284,7 +300,7 @@ impl Keys {
     /// All unexpired public keys, also those that do not sign yet.
     pub async fn published(&self) -> Result<Vec<Jwk>, ApiError> {
         let read_at = *self.read_at.lock().await;
-        if read_at.is_none_or(|at| at.elapsed() > PUBLISHED_FROM_MEMORY) {
+        if read_at.is_none_or(|at| at.elapsed() > self.trusted_for) {
             self.ensure_keys().await?;
         }
         let now = OffsetDateTime::now_utc();
@@ -332,6 +348,7 @@ impl Keys {
             keys.iter()
                 .any(|key| key.signs_until > now + PUBLISHED_BEFORE * 2)
         };
+        self.refresh().await;
         let known = self.known();
         if let Some(key) = find(&known, now)
             && succeeded(&known)
@@ -341,6 +358,40 @@ impl Keys {
         self.ensure_keys().await?;
         // The first key signs from the moment at which it was made: just now.
         find(&self.known(), OffsetDateTime::now_utc()).ok_or_else(|| ApiError::internal("no key signs"))
+    }
+
+    /// Reads the keys if the copy is old.
+    async fn refresh(&self) {
+        if !self.is_old().await {
+            return;
+        }
+        let _reading = self.reading.lock().await;
+        // Somebody may have read them, or tried to, in the meantime.
+        if !self.is_old().await {
+            return;
+        }
+        let began = Instant::now();
+        let rows = timeout(READ_IN, read_keys(&self.db)).await;
+        let read = match rows {
+            Ok(Ok(rows)) => self.store(rows).map_err(|error| error.to_string()),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(late) => Err(late.to_string()),
+        };
+        match read {
+            Ok(()) => *self.read_at.lock().await = Some(began),
+            Err(error) => {
+                warn!(error.message = error, "the signing keys could not be read again");
+                *self.failed_at.lock().await = Some(Instant::now());
+            }
+        }
+    }
+
+    /// Whether there is a copy that should be read again.
+    async fn is_old(&self) -> bool {
+        let since = |at: Option<Instant>, time| at.is_some_and(|at: Instant| at.elapsed() > time);
+        let failed_at = *self.failed_at.lock().await;
+        since(*self.read_at.lock().await, self.trusted_for)
+            && (failed_at.is_none() || since(failed_at, READ_AGAIN_AFTER))
     }
 
     /// Reads the keys, unless a read has begun since the caller asked: a key that signed before that is in it.

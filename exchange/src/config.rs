@@ -190,15 +190,27 @@ pub struct ConfigArgs {
     /// How long an access token is valid.
     #[arg(long, env = "EXCHANGE_ACCESS_TOKEN_LIFETIME", default_value = "5m")]
     access_token_lifetime: String,
+    /// For how long the signing keys are trusted as they were read: a key that is deleted is refused after that.
+    #[arg(long, env = "EXCHANGE_KEYS_REFRESH", default_value = "1m")]
+    keys_refresh: String,
     /// How long a session lives without a refresh.
     #[arg(long, env = "EXCHANGE_REFRESH_TOKEN_LIFETIME", default_value = "720h")]
     refresh_token_lifetime: String,
+    /// How long an export of a user's data waits for its reader to take the next part.
+    #[arg(long, env = "EXCHANGE_EXPORT_PATIENCE", default_value = "10s")]
+    export_patience: String,
+    /// How often a live trade service audits the ledger.
+    #[arg(long, env = "EXCHANGE_AUDIT_INTERVAL", default_value = "5m")]
+    audit_interval: String,
     /// Log-ins per account in 15 minutes that may fail.
     #[arg(long, env = "EXCHANGE_LOGIN_ATTEMPTS_PER_ACCOUNT", default_value = "10")]
     login_attempts_per_account: String,
     /// Log-ins per client address in 15 minutes that may fail, and registrations.
     #[arg(long, env = "EXCHANGE_LOGIN_ATTEMPTS_PER_ADDRESS", default_value = "100")]
     login_attempts_per_address: String,
+    /// Log-ins per account in 15 minutes that may succeed.
+    #[arg(long, env = "EXCHANGE_LOGINS_PER_ACCOUNT", default_value = "100")]
+    logins_per_account: String,
     /// Passwords hashed at the same time; further ones wait.
     #[arg(long, env = "EXCHANGE_PASSWORD_HASHERS", default_value = "1")]
     password_hashers: String,
@@ -251,12 +263,20 @@ pub struct Config {
     pub issuer: String,
     /// Validity of an access token.
     pub access_token_lifetime: Duration,
+    /// How long a copy of the signing keys is trusted.
+    pub keys_refresh: Duration,
     /// Validity of a refresh token.
     pub refresh_token_lifetime: Duration,
+    /// How long an export waits for its reader.
+    pub export_patience: Duration,
+    /// How often the ledger is audited.
+    pub audit_interval: Duration,
     /// Failed log-ins per account and window.
     pub login_attempts_per_account: i32,
     /// Failed log-ins per address and window.
     pub login_attempts_per_address: i32,
+    /// Log-ins per account and window that may succeed.
+    pub logins_per_account: i32,
     /// Passwords hashed at the same time.
     pub password_hashers: usize,
 }
@@ -376,10 +396,14 @@ impl ConfigArgs {
         let request_timeout = problems.duration("request-timeout", &self.request_timeout);
         let max_body_size = problems.positive("max-body-size", &self.max_body_size);
         let access_token_lifetime = problems.duration("access-token-lifetime", &self.access_token_lifetime);
+        let keys_refresh = problems.duration("keys-refresh", &self.keys_refresh);
         let refresh_token_lifetime =
             problems.duration("refresh-token-lifetime", &self.refresh_token_lifetime);
+        let export_patience = problems.duration("export-patience", &self.export_patience);
+        let audit_interval = problems.duration("audit-interval", &self.audit_interval);
         let per_account = problems.positive("login-attempts-per-account", &self.login_attempts_per_account);
         let per_address = problems.positive("login-attempts-per-address", &self.login_attempts_per_address);
+        let logins_per_account = problems.positive("logins-per-account", &self.logins_per_account);
         let password_hashers = problems.positive("password-hashers", &self.password_hashers);
 
         // Each `None` below has left a problem, except for the optional ones.
@@ -407,9 +431,13 @@ impl ConfigArgs {
                 lane_secret,
                 issuer: self.issuer,
                 access_token_lifetime: access_token_lifetime?,
+                keys_refresh: keys_refresh?,
                 refresh_token_lifetime: refresh_token_lifetime?,
+                export_patience: export_patience?,
+                audit_interval: audit_interval?,
                 login_attempts_per_account: per_account?,
                 login_attempts_per_address: per_address?,
+                logins_per_account: logins_per_account?,
                 password_hashers: password_hashers?,
             })
         };

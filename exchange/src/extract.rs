@@ -1,10 +1,16 @@
 //! Extractors whose rejections are problem documents that name the field.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::{
+    error::Error as _,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+};
 
 use axum::{
     body::Bytes,
-    extract::{ConnectInfo, FromRequest, FromRequestParts, Request, rejection::BytesRejection},
+    extract::{
+        ConnectInfo, FromRequest, FromRequestParts, MatchedPath, Request,
+        rejection::{BytesRejection, QueryRejection},
+    },
     http::{HeaderMap, StatusCode, header, request::Parts},
 };
 use ipnet::IpNet;
@@ -60,8 +66,26 @@ impl<T: DeserializeOwned, S: Sync> FromRequestParts<S> for Query<T> {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
         axum::extract::Query::try_from_uri(&parts.uri)
             .map(|axum::extract::Query(value)| Self(value))
-            .map_err(|rejection| ApiError::from(error::INVALID_PARAMETER).detail(rejection.body_text()))
+            .map_err(|rejection| {
+                let error = ApiError::from(error::INVALID_PARAMETER).detail(rejection.body_text());
+                match parameter(&rejection) {
+                    Some(parameter) => error.field(parameter),
+                    None => error,
+                }
+            })
     }
+}
+
+/// The query parameter at fault, if it is there.
+fn parameter(rejection: &QueryRejection) -> Option<String> {
+    let mut cause = rejection.source();
+    while let Some(error) = cause {
+        if let Some(found) = error.downcast_ref::<serde_path_to_error::Error<serde::de::value::Error>>() {
+            return Some(found.path().to_string()).filter(|path| path != ".");
+        }
+        cause = error.source();
+    }
+    None
 }
 
 /// The path parameters.
@@ -72,10 +96,18 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T>
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        axum::extract::Path::from_request_parts(parts, state)
-            .await
-            .map(|axum::extract::Path(value)| Self(value))
-            .map_err(|rejection| ApiError::from(error::INVALID_PARAMETER).detail(rejection.body_text()))
+        let read = axum::extract::Path::from_request_parts(parts, state).await;
+        read.map(|axum::extract::Path(value)| Self(value))
+            .map_err(|rejection| {
+                let error = ApiError::from(error::INVALID_PARAMETER).detail(rejection.body_text());
+                // No path has more than one.
+                let pattern = parts.extensions.get::<MatchedPath>().map(MatchedPath::as_str);
+                let parameter = pattern.and_then(|pattern| pattern.split(['{', '}']).nth(1));
+                match parameter {
+                    Some(parameter) => error.field(parameter),
+                    None => error,
+                }
+            })
     }
 }
 

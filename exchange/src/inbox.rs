@@ -34,6 +34,8 @@ const PULL: Duration = Duration::from_secs(2);
 const MAX_DELIVERIES: i64 = 5;
 /// How long a message waits that could not be handled.
 const RETRY: Duration = Duration::from_secs(1);
+/// How long one waits whose topic only a newer version knows: that one is there already, or will be.
+const FOR_ANOTHER: Duration = Duration::from_secs(30);
 
 /// The consumers, which share messages but not their progress.
 #[derive(Clone, Debug)]
@@ -184,8 +186,11 @@ impl Worker {
         for message in messages {
             match read(&message) {
                 Ok(event) => readable.push((event, message)),
+                Err(Unread::UnknownTopic) => {
+                    acknowledge(&message, AckKind::Nak(Some(FOR_ANOTHER))).await;
+                }
                 // Not from an outbox, so nobody waits for its effect.
-                Err(reason) => {
+                Err(Unread::Malformed(reason)) => {
                     error!(labels.consumer = self.consumer.name(), labels.subject = %message.subject, error.message = reason, "dropped a message");
                     self.metrics.dead.inc();
                     acknowledge(&message, AckKind::Term).await;
@@ -323,22 +328,30 @@ impl Worker {
     }
 }
 
-/// The event in a message, with the reason if there is none.
-fn read(message: &jetstream::Message) -> Result<Delivered, &'static str> {
-    let headers = message.headers.as_ref().ok_or("no headers")?;
+/// Why there is no event in a message.
+enum Unread {
+    /// There is, and a newer version has written it.
+    UnknownTopic,
+    /// There is none.
+    Malformed(&'static str),
+}
+
+/// The event in a message.
+fn read(message: &jetstream::Message) -> Result<Delivered, Unread> {
+    use Unread::{Malformed, UnknownTopic};
+    let headers = message.headers.as_ref().ok_or(Malformed("no headers"))?;
     let header = |name: &str| headers.get(name).map(HeaderValue::as_str);
     Ok(Delivered {
         id: headers
             .get(NATS_MESSAGE_ID)
             .and_then(|id| id.as_str().parse().ok())
-            .ok_or("no event id")?,
+            .ok_or(Malformed("no event id"))?,
         lane: header(LANE_HEADER)
             .and_then(|lane| lane.parse().ok())
-            .ok_or("no lane")?,
-        topic: header(TOPIC_HEADER)
-            .and_then(Topic::parse)
-            .ok_or("no known topic")?,
-        payload: serde_json::from_slice(&message.payload).map_err(|_| "the payload is not JSON")?,
+            .ok_or(Malformed("no lane"))?,
+        topic: Topic::parse(header(TOPIC_HEADER).ok_or(Malformed("no topic"))?).ok_or(UnknownTopic)?,
+        payload: serde_json::from_slice(&message.payload)
+            .map_err(|_| Malformed("the payload is not JSON"))?,
         traceparent: header(TRACE_HEADER).map(ToOwned::to_owned),
     })
 }

@@ -3,7 +3,7 @@
 //! An e-mail cannot be taken back or sent in a transaction, so it is sent at least once: a crash between the
 //! server's answer and our mark sends it again, under the same `Message-ID`, by which mailboxes drop the second.
 
-use std::{fmt::Display, path::PathBuf, time::Duration};
+use std::{collections::VecDeque, fmt::Display, path::PathBuf, time::Duration};
 
 use lettre::{
     Message,
@@ -37,8 +37,11 @@ const PAUSE: Duration = Duration::from_secs(5);
 const LONGEST_PAUSE: Duration = Duration::from_mins(5);
 /// Longer than a healthy server ever takes, to get to know us or to take an e-mail.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// After so many tries, over four hours, an e-mail is given up.
+/// After so many tries, over two hours, an e-mail is given up.
 const MAX_ATTEMPTS: i32 = 8;
+/// For how long e-mails are taken: longer than sending a batch to the slowest server that is still waited for. Those of a process
+/// that has died are free again then.
+const TAKEN_FOR: Duration = Duration::from_mins(5);
 
 /// How e-mail is sent.
 #[derive(Clone, Debug)]
@@ -68,11 +71,13 @@ enum MailError {
     Database(#[from] sqlx::Error),
 }
 
-#[derive(sqlx::FromRow)]
+#[derive(Clone, sqlx::FromRow)]
 struct Due {
     user_id: Uuid,
     seq: i64,
+    /// That have failed.
     attempts: i32,
+    kind: String,
     title: String,
     data: serde_json::Value,
 }
@@ -113,23 +118,46 @@ async fn send_due(
     // Before any is taken: what the server has against us is nothing that an e-mail should be given up for.
     let mut server = answer(stop, connect(config)).await??;
     // Taken by moving the due time: no transaction stays open while the mail server thinks.
-    let due: Vec<Due> = sqlx::query_as(
+    let mut due: VecDeque<Due> = sqlx::query_as(
         "with taken as (
              select user_id, seq from emails where due_at <= now()
              order by due_at limit $1 for update skip locked
          ), moved as (
-             update emails set attempts = attempts + 1, due_at = now() + interval '1 minute' * 2 ^ attempts
-             from taken where emails.user_id = taken.user_id and emails.seq = taken.seq
+             update emails set due_at = now() + make_interval(secs => $2) from taken
+             where emails.user_id = taken.user_id and emails.seq = taken.seq
              returning emails.user_id, emails.seq, emails.attempts
          )
-         select moved.user_id, moved.seq, attempts, title, data
+         select moved.user_id, moved.seq, attempts, kind, title, data
          from moved
          join notifications on notifications.user_id = moved.user_id and notifications.seq = moved.seq",
     )
     .bind(BATCH)
+    .bind(TAKEN_FOR.as_secs_f64())
     .fetch_all(db)
-    .await?;
-    for email in &due {
+    .await?
+    .into();
+    let taken = due.len();
+    let sent = send(db, config, metrics, stop, &mut server, &mut due).await;
+    if sent.is_err() {
+        // Nothing has come of the others, and nothing is held against them.
+        give_back(db, &due).await?;
+    }
+    sent?;
+    // It has taken them, however it takes leave.
+    let _ = answer(stop, server.quit()).await;
+    Ok(taken)
+}
+
+/// Sends e-mails. Those that are left have not been tried.
+async fn send(
+    db: &PgPool,
+    config: &MailConfig,
+    metrics: &MessageMetrics,
+    stop: &CancellationToken,
+    server: &mut AsyncSmtpConnection,
+    due: &mut VecDeque<Due>,
+) -> Result<(), MailError> {
+    while let Some(email) = due.front().cloned() {
         // Only now: while others were sent the user may have gone.
         let address: Option<Option<String>> = sqlx::query_scalar("select email from users where id = $1")
             .bind(email.user_id)
@@ -137,34 +165,69 @@ async fn send_due(
             .await?;
         let message = address
             .flatten()
-            .and_then(|address| compose(&config.from, &address, email));
+            .and_then(|address| compose(&config.from, &address, &email));
         let Some(message) = message else {
             // Deleted in the meantime, or an address that no mail server would take.
-            forget(db, email).await?;
+            forget(db, &email).await?;
+            due.pop_front();
             continue;
         };
         if server.has_broken() {
-            server = answer(stop, connect(config)).await??;
+            *server = answer(stop, connect(config)).await??;
         }
         let content = message.formatted();
-        match answer(stop, server.send(message.envelope(), &content)).await? {
+        let answered = answer(stop, server.send(message.envelope(), &content)).await;
+        if matches!(answered, Err(MailError::Silent(_))) {
+            // Perhaps it is this one that it cannot take: others come first.
+            put_off(db, &email).await?;
+            due.pop_front();
+        }
+        match answered? {
             Ok(_) => {
-                forget(db, email).await?;
+                forget(db, &email).await?;
                 metrics.emails_sent.inc();
             }
-            Err(cause) if is_final(&cause) || email.attempts >= MAX_ATTEMPTS => {
+            Err(cause) if is_final(&cause) || email.attempts + 1 >= MAX_ATTEMPTS => {
                 error!(user.id = %email.user_id, error.message = reason(&cause), "an e-mail was given up");
-                forget(db, email).await?;
+                forget(db, &email).await?;
                 metrics.emails_given_up.inc();
             }
             Err(cause) => {
                 warn!(user.id = %email.user_id, error.message = reason(&cause), "failed to send an e-mail");
+                put_off(db, &email).await?;
             }
         }
+        due.pop_front();
     }
-    // It has taken them, however it takes leave.
-    let _ = answer(stop, server.quit()).await;
-    Ok(due.len())
+    Ok(())
+}
+
+/// Each failure doubles the time until the next attempt, up to an hour.
+async fn put_off(db: &PgPool, email: &Due) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update emails set attempts = attempts + 1,
+             due_at = now() + least(interval '1 minute' * 2 ^ least(attempts, 6), interval '1 hour')
+         where user_id = $1 and seq = $2",
+    )
+    .bind(email.user_id)
+    .bind(email.seq)
+    .execute(db)
+    .await
+    .map(|_| ())
+}
+
+/// Makes e-mails due again that have not been tried.
+async fn give_back(db: &PgPool, emails: &VecDeque<Due>) -> Result<(), sqlx::Error> {
+    let (users, seqs): (Vec<Uuid>, Vec<i64>) = emails.iter().map(|email| (email.user_id, email.seq)).unzip();
+    sqlx::query(
+        "update emails set due_at = now() from unnest($1::uuid[], $2::bigint[]) as given (user_id, seq)
+         where emails.user_id = given.user_id and emails.seq = given.seq",
+    )
+    .bind(users)
+    .bind(seqs)
+    .execute(db)
+    .await
+    .map(|_| ())
 }
 
 /// What the mail server answers, unless it takes too long or we are told to stop. An e-mail that it takes meanwhile is sent
@@ -254,28 +317,44 @@ async fn connect(config: &MailConfig) -> Result<AsyncSmtpConnection, MailError> 
     Ok(server)
 }
 
-fn compose(from: &Mailbox, address: &str, email: &Due) -> Option<Message> {
-    let to: Mailbox = address.parse().ok()?;
-    let facts = email
-        .data
-        .as_object()
-        .into_iter()
-        .flatten()
+/// What an e-mail says: nothing that a user has put into words. Nobody has confirmed that the address is the user's own, and
+/// whoever registers somebody else's shall not write to it in our name.
+fn content(email: &Due) -> (String, String) {
+    let fact = |name| {
+        let fact = email.data.get(name);
+        fact.and_then(serde_json::Value::as_str).unwrap_or_default()
+    };
+    let subject = match email.kind.as_str() {
+        "trade" | "deposit" | "withdrawal" | "sign_in" => email.title.clone(),
+        "account" => format!("{} account was {}", fact("currency"), fact("change")),
+        // Of a newer version, which knows what may be said.
+        _ => return ("There is news about your account".to_owned(), String::new()),
+    };
+    let facts = email.data.as_object().into_iter().flatten();
+    let facts = facts
+        .filter(|(name, _)| *name != "name")
         .map(|(name, value)| match value.as_str() {
             Some(text) => format!("{name}: {text}\n"),
             None => format!("{name}: {value}\n"),
         });
+    let facts = facts.collect();
+    (subject, facts)
+}
+
+fn compose(from: &Mailbox, address: &str, email: &Due) -> Option<Message> {
+    let to: Mailbox = address.parse().ok()?;
+    let (subject, facts) = content(email);
     Message::builder()
         .from(from.clone())
         .to(to)
-        .subject(&email.title)
+        .subject(&subject)
         .message_id(Some(format!(
             "<{}.{}@{}>",
             email.user_id,
             email.seq,
             from.email.domain()
         )))
-        .body(format!("{}\n\n{}", email.title, facts.collect::<String>()))
+        .body(format!("{subject}\n\n{facts}"))
         .ok()
 }
 
@@ -287,7 +366,8 @@ mod tests {
         Due {
             user_id: Uuid::nil(),
             seq: 3,
-            attempts: 1,
+            attempts: 0,
+            kind: "deposit".into(),
             title: "Received 1 BTC".into(),
             data: serde_json::json!({"currency": "BTC", "amount": "1"}),
         }
@@ -306,6 +386,26 @@ mod tests {
             text.contains("Subject: Received 1 BTC") && text.contains("amount: 1"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn no_mail_says_what_a_user_has_put_into_words() {
+        let from: Mailbox = "no-reply@exchange.example".parse().unwrap();
+        let words = "Win at http://evil.example";
+        for (kind, subject) in [
+            ("account", "Subject: USD account was updated\r\n"),
+            ("not known yet", "Subject: There is news about your account\r\n"),
+        ] {
+            let email = Due {
+                kind: kind.into(),
+                title: format!("USD account {words} was updated"),
+                data: serde_json::json!({"currency": "USD", "change": "updated", "name": words}),
+                ..due()
+            };
+            let message = compose(&from, "ann@example.org", &email).unwrap().formatted();
+            let text = String::from_utf8(message).unwrap();
+            assert!(text.contains(subject) && !text.contains("evil"), "{text}");
+        }
     }
 
     #[test]

@@ -26,6 +26,7 @@ use crate::{
     error::{self, ApiError},
     extract::Query,
     lane::Lane,
+    trade,
 };
 
 /// Ticks kept for each product.
@@ -172,7 +173,9 @@ impl FromRequestParts<Reader> for Viewer {
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         match error {
-            StoreError::Redis(_) | StoreError::Timeout | StoreError::Config(_) => Self::unavailable(error),
+            StoreError::Redis(_) | StoreError::Timeout | StoreError::Config(_) | StoreError::Lost => {
+                Self::unavailable(error)
+            }
             StoreError::Trades(error) => error.into(),
             StoreError::Damaged(_) | StoreError::Overflow => Self::internal(error),
         }
@@ -180,13 +183,18 @@ impl From<StoreError> for ApiError {
 }
 
 fn market(lane: Lane, product: String) -> Result<Market, ApiError> {
-    let well_formed = |byte: u8| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'-';
-    if product.is_empty() || product.len() > 21 || !product.bytes().all(well_formed) {
-        return Err(ApiError::from(error::INVALID_PARAMETER)
-            .field("product")
-            .detail("not a product's symbol"));
-    }
+    trade::check_product(&product)?;
     Ok(Market { lane, product })
+}
+
+impl Reader {
+    /// What has been found about a market. Where there is nothing, there must at least be such a product.
+    async fn of_product<T>(&self, market: &Market, found: Vec<T>) -> Result<Vec<T>, ApiError> {
+        if found.is_empty() {
+            trade::require_product(&self.app.db, &market.product).await?;
+        }
+        Ok(found)
+    }
 }
 
 /// Which product.
@@ -224,7 +232,8 @@ async fn ticker(
     Query(query): Query<TickerQuery>,
 ) -> Result<Json<Ticker>, ApiError> {
     let market = market(lane, query.product)?;
-    let last = reader.store.read_ticks(&market, 1).await?.pop();
+    let last = reader.store.read_ticks(&market, 1).await?;
+    let last = reader.of_product(&market, last).await?.pop();
     let last =
         last.ok_or_else(|| ApiError::from(error::NOT_FOUND).detail("the product has not been traded"))?;
     let end = Interval::Hour.start(OffsetDateTime::now_utc().unix_timestamp()) + Interval::Hour.seconds();
@@ -300,6 +309,7 @@ async fn candles(
         .store
         .read_candles(&market, query.interval, from, to)
         .await?;
+    let candles = reader.of_product(&market, candles).await?;
     Ok(Json(Candles { candles }))
 }
 
@@ -342,7 +352,7 @@ async fn trades(
             .field("limit")
             .detail("from 1 to 1000"));
     }
-    Ok(Json(Trades {
-        trades: reader.store.read_ticks(&market, limit).await?,
-    }))
+    let trades = reader.store.read_ticks(&market, limit).await?;
+    let trades = reader.of_product(&market, trades).await?;
+    Ok(Json(Trades { trades }))
 }

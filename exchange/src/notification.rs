@@ -25,6 +25,8 @@ use crate::{
 
 /// The PostgreSQL channel on which the ids of users with new notifications are announced.
 pub const CHANNEL: &str = "notifications";
+/// The e-mails that a user is sent in an hour, at most: nobody has confirmed that the address is the user's own.
+const MAILS_PER_HOUR: i64 = 20;
 /// Most notifications in one page.
 const MAX_PAGE: i64 = 200;
 
@@ -223,10 +225,15 @@ impl Writer {
                       with ordinality as given (user_id, event_id, lane, kind, title, data, place)
                  join told on told.id = given.user_id
              ), counted as (
-                 insert into notification_counters as counter (user_id, lane, last_seq)
-                 select user_id, min(lane), count(*) from input group by user_id order by user_id
-                 on conflict (user_id) do update set last_seq = counter.last_seq + excluded.last_seq
-                 returning user_id, last_seq
+                 insert into notification_counters as counter (user_id, lane, last_seq, hour_began_at, hour_began_after)
+                 select user_id, min(lane), count(*), now(), 0 from input group by user_id order by user_id
+                 on conflict (user_id) do update set
+                     last_seq = counter.last_seq + excluded.last_seq,
+                     hour_began_at = case when counter.hour_began_at > now() - interval '1 hour'
+                                          then counter.hour_began_at else now() end,
+                     hour_began_after = case when counter.hour_began_at > now() - interval '1 hour'
+                                             then counter.hour_began_after else counter.last_seq end
+                 returning user_id, last_seq, hour_began_after
              ), written as (
                  insert into notifications (user_id, seq, lane, event_id, kind, title, data)
                  select input.user_id,
@@ -235,7 +242,9 @@ impl Writer {
                  from input join counted on counted.user_id = input.user_id
                  returning user_id, seq, lane
              ), mailed as (
-                 insert into emails (user_id, seq) select user_id, seq from written where $7 and lane = 'live'
+                 insert into emails (user_id, seq)
+                 select user_id, seq from written join counted using (user_id)
+                 where $7 and lane = 'live' and seq <= hour_began_after + $9
              )
              select pg_notify($8, user_id::text) from (select distinct user_id from written) news",
         )
@@ -247,6 +256,7 @@ impl Writer {
         .bind(rows.data)
         .bind(self.emails)
         .bind(CHANNEL)
+        .bind(MAILS_PER_HOUR)
         .execute(connection)
         .await?;
         Ok(())

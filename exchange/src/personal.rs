@@ -1,6 +1,12 @@
 //! What a user sees, changes, takes along and deletes: its own data, and nobody else's.
 
-use std::{fmt::Display, mem, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    fmt::Display,
+    mem,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use axum::{
     Json,
@@ -14,7 +20,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, PgConnection, Postgres, Transaction};
 use time::OffsetDateTime;
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::{
+        OwnedSemaphorePermit, Semaphore,
+        mpsc::{self, error::SendTimeoutError},
+    },
+    time::timeout,
+};
 use tracing::{info, warn};
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -35,10 +47,73 @@ pub const ACCOUNTS_NOT_EMPTY: Problem = Problem::new(
 
 /// Rows of an export that are in memory at a time.
 const EXPORTED_AT_ONCE: u32 = 500;
+/// How many are under way at a time: each keeps a connection to the database, and what has been deleted since it began.
+const EXPORTS: usize = 2;
 /// How long an export may take, also for whoever reads it slowly.
 const LONGEST_EXPORT: Duration = Duration::from_mins(5);
 /// When to come again while another export is under way.
 const AWAIT_TURN: Duration = Duration::from_secs(5);
+
+/// The exports that are under way in this process: a few at a time, and one of each user. Clones share them.
+#[derive(Clone)]
+pub struct Exports {
+    turns: Arc<Semaphore>,
+    users: Arc<Mutex<HashSet<Uuid>>>,
+}
+
+impl Default for Exports {
+    fn default() -> Self {
+        Self {
+            turns: Arc::new(Semaphore::new(EXPORTS)),
+            users: Arc::default(),
+        }
+    }
+}
+
+/// An export that is under way.
+struct Turn {
+    user_id: Uuid,
+    exports: Exports,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Exports {
+    fn begin(&self, user_id: Uuid) -> Result<Turn, ApiError> {
+        let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
+        if users.contains(&user_id) {
+            return Err(ApiError::from(error::TOO_MANY_REQUESTS)
+                .detail("your data are being exported")
+                .retry_after(AWAIT_TURN));
+        }
+        let Ok(permit) = Arc::clone(&self.turns).try_acquire_owned() else {
+            return Err(ApiError::from(error::UNAVAILABLE)
+                .detail("others' data are being exported")
+                .retry_after(AWAIT_TURN));
+        };
+        users.insert(user_id);
+        Ok(Turn {
+            user_id,
+            exports: self.clone(),
+            _permit: permit,
+        })
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let mut users = self.exports.users.lock().unwrap_or_else(PoisonError::into_inner);
+        users.remove(&self.user_id);
+    }
+}
+
+/// Why an export was broken off.
+#[derive(Debug, thiserror::Error)]
+enum ExportError {
+    #[error("{0}")]
+    Database(#[from] sqlx::Error),
+    #[error("its reader has not taken the next part for too long")]
+    Unread,
+}
 
 /// What a user sees and may change about itself.
 #[derive(Serialize, ToSchema, sqlx::FromRow)]
@@ -132,11 +207,7 @@ async fn topics(connection: &mut PgConnection) -> Result<Vec<Topic>, sqlx::Error
     responses((status = 200, body = Value, description = "An array of objects per topic")),
 )]
 pub(crate) async fn export(State(app): State<App>, Session(caller): Session) -> Result<Response, ApiError> {
-    let Ok(turn) = Arc::clone(&app.exports).try_acquire_owned() else {
-        return Err(ApiError::from(error::UNAVAILABLE)
-            .detail("somebody else's data are being exported")
-            .retry_after(AWAIT_TURN));
-    };
+    let turn = app.exports.begin(caller.user_id)?;
     let mut transaction = app.db.begin().await?;
     // One moment for all of it. Whoever has traded much has left many rows, and may read them slowly.
     sqlx::raw_sql(
@@ -150,10 +221,15 @@ pub(crate) async fn export(State(app): State<App>, Session(caller): Session) -> 
     let topics = topics(&mut transaction).await?;
     let (pages, received) = mpsc::channel(1);
     let user_id = caller.user_id;
-    // Not by whoever reads: a client that stops to read keeps neither the database nor the turn.
+    let patience = app.config.export_patience;
+    // Not by whoever reads: a client that stops to read keeps the database and the turn for no longer than is waited for it.
     tokio::spawn(async move {
         let _turn = turn;
-        let written = timeout(LONGEST_EXPORT, write(transaction, topics, user_id, pages)).await;
+        let written = timeout(
+            LONGEST_EXPORT,
+            write(transaction, topics, user_id, pages, patience),
+        )
+        .await;
         let failure = match &written {
             Ok(Ok(())) => return,
             Ok(Err(error)) => error as &dyn Display,
@@ -177,7 +253,8 @@ async fn write(
     topics: Vec<Topic>,
     user_id: Uuid,
     pages: mpsc::Sender<Page>,
-) -> Result<(), sqlx::Error> {
+    patience: Duration,
+) -> Result<(), ExportError> {
     let mut page = String::from("{");
     for (number, topic) in topics.into_iter().enumerate() {
         if number > 0 {
@@ -208,17 +285,24 @@ async fn write(
                 page.push_str(&row);
                 separator = ",\n";
             }
-            if pages.send(Page::More(mem::take(&mut page))).await.is_err() {
-                return Ok(());
+            let part = Page::More(mem::take(&mut page));
+            match pages.send_timeout(part, patience).await {
+                Ok(()) => {}
+                Err(SendTimeoutError::Timeout(_)) => return Err(ExportError::Unread),
+                Err(SendTimeoutError::Closed(_)) => return Ok(()),
             }
         }
         sqlx::query("close rows").execute(&mut *transaction).await?;
         page.push(']');
     }
     page.push('}');
-    // A reader who has gone misses nothing.
-    let _ = pages.send(Page::Last(page)).await;
-    Ok(())
+    // What comes last waits without the database.
+    transaction.rollback().await?;
+    match pages.send_timeout(Page::Last(page), patience).await {
+        Err(SendTimeoutError::Timeout(_)) => Err(ExportError::Unread),
+        // A reader who has gone misses nothing.
+        Ok(()) | Err(SendTimeoutError::Closed(_)) => Ok(()),
+    }
 }
 
 /// The pages as a body, which fails unless the last one comes.

@@ -98,7 +98,7 @@ struct LoginRow {
     scopes: Vec<String>,
 }
 
-/// Starts a session. Wrong attempts are limited per account and per address.
+/// Starts a session. Wrong attempts are limited per account and per address, right ones per account.
 #[utoipa::path(
     post, path = "/login", tag = "user", request_body = Credentials,
     params(("x-exchange-lane" = Option<String>, Header, description = "The test lane of the user")),
@@ -121,7 +121,14 @@ pub(crate) async fn login(
         &format!("{lane}:{email}"),
         app.config.login_attempts_per_account,
     );
+    // Each leaves a session, a notification and perhaps an e-mail.
+    let successes = Limit::new(
+        "logged-in-to",
+        &format!("{lane}:{email}"),
+        app.config.logins_per_account,
+    );
     let attempts = [by_address.begin(&app.db).await?, by_account.begin(&app.db).await?];
+    let success = successes.begin(&app.db).await?;
     let user: Option<LoginRow> =
         sqlx::query_as("select id, password_hash, scopes from users where lane = $1 and email = $2")
             .bind(&lane)
@@ -129,7 +136,10 @@ pub(crate) async fn login(
             .fetch_optional(&app.db)
             .await?;
     let hash = user.as_ref().and_then(|user| user.password_hash.clone());
-    let correct = app.passwords.verify(credentials.password, hash.clone()).await?;
+    let correct = app
+        .passwords
+        .verify(address, credentials.password, hash.clone())
+        .await?;
     let Some(user) = user.filter(|_| correct) else {
         for attempt in attempts {
             attempt.count().await?;
@@ -139,6 +149,7 @@ pub(crate) async fn login(
     for attempt in attempts {
         attempt.forgive().await;
     }
+    success.count().await?;
 
     let session_id = Uuid::now_v7();
     let mut transaction = app.db.begin().await?;

@@ -142,7 +142,7 @@ async fn register(
     } else {
         None
     };
-    let hash = app.passwords.hash(registration.password).await?;
+    let hash = app.passwords.hash(address, registration.password).await?;
     if let Some(attempt) = attempt {
         attempt.count().await?;
     }
@@ -183,6 +183,7 @@ struct PasswordChange {
 async fn change_password(
     State(app): State<App>,
     Session(caller): Session,
+    ClientAddress(address): ClientAddress,
     Body(change): Body<PasswordChange>,
 ) -> Result<StatusCode, ApiError> {
     valid_new_password("new_password", &change.new_password)?;
@@ -199,14 +200,14 @@ async fn change_password(
         .flatten();
     if !app
         .passwords
-        .verify(change.current_password, hash.clone())
+        .verify(address, change.current_password, hash.clone())
         .await?
     {
         attempt.count().await?;
         return Err(WRONG_CREDENTIALS.into());
     }
     attempt.forgive().await;
-    let new_hash = app.passwords.hash(change.new_password).await?;
+    let new_hash = app.passwords.hash(address, change.new_password).await?;
     let mut transaction = app.db.begin().await?;
     // Of two changes at the same time one has verified a password that is not the current one any more.
     let changed = sqlx::query(

@@ -37,7 +37,7 @@ create table orders (
 ) with (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05);
 create index orders_book on orders (lane, product, side, rank, arrival) where status = 'open';
 create index orders_of_test_lane on orders (lane) where lane <> 'live';
-create index orders_open_of_user on orders (user_id) where status = 'open';
+create index orders_open_of_user on orders (user_id, product) where status = 'open';
 
 -- An open order will move money in both of its accounts, whatever is in them now. The row is locked, and whoever places or
 -- fills an order has locked it too, so no order can come in between.

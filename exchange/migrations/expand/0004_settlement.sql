@@ -62,6 +62,9 @@ $$;
 -- same user stops there: what it has traded stands, the rest is cancelled (`self_trade`), whatever its time in force.
 -- Funds: a limit order must be covered at its own price and the taker's fee when it arrives. A market order to buy goes on until
 -- the next trade would cost more than is available (`insufficient_funds`).
+-- Effort: an order makes 500 trades at most, then its rest is cancelled (`trade_limit`). Of the book as much is read and locked as
+-- orders can take that are covered when the call begins; an order that has become covered since, or comes after as many trades,
+-- is `deferred`. A user has 1000 open orders in a book at most: beyond, what could rest is refused (`open_order_limit`).
 -- Limit: no account holds 10^18. An order goes on until its next trade would bring its account there (`balance_limit`); one that
 -- rests, and whose next trade would, ends, with those behind it that would fill the same account.
 -- Fee: both sides pay in the quote currency. What an order has paid as taker is always rate × value so far, rounded up to the
@@ -73,7 +76,8 @@ create function submit_orders_v1(
     p_lane text, p_product text, p_ids uuid[], p_users uuid[], p_client_order_ids text[], p_sides text[], p_prices numeric[],
     p_sizes numeric[], p_times_in_force text[], p_base_accounts uuid[], p_quote_accounts uuid[], p_traces text[]
 ) returns table (
-    -- `accepted`, `replayed` (this very order is known: the first answer again), or why it was refused, and the field at fault.
+    -- `accepted`, `replayed` (this very order is known: the first answer again), `deferred` (nothing has been done, send it again),
+    -- or why it was refused, and the field at fault.
     outcome text, field text,
     order_id uuid, status text, reason text, taken numeric, created_at timestamptz,
     trade_ids bigint[], trade_prices numeric[], trade_sizes numeric[], trade_fees numeric[]
@@ -86,6 +90,8 @@ declare
     accepted constant text := 'accepted';
     -- What no account holds; the check on `accounts` has it too.
     limit_of_account constant numeric := 1e18;
+    most_trades constant int := 500;
+    most_open constant int := 1000;
     -- The product.
     base_currency text; quote_currency text; product_status text;
     size_step numeric; price_step numeric; smallest_size numeric; maker_rate numeric; taker_rate numeric;
@@ -96,13 +102,15 @@ declare
     o_reason text[] := array_fill(null::text, array[n]); o_status text[] := array_fill(null::text, array[n]);
     o_taken numeric[] := array_fill(null::numeric, array[n]); o_left numeric[] := array_fill(null::numeric, array[n]);
     o_first int[] := array_fill(null::int, array[n]); o_last int[] := array_fill(null::int, array[n]);
+    -- What must be available for it, and what is when the call begins: null unless that is enough.
+    o_needs numeric[] := array_fill(0::numeric, array[n]); o_means numeric[] := array_fill(null::numeric, array[n]);
     -- Resting orders: those loaded from the book (m_order null), then those of the call that came to rest (their position).
     m_id uuid[] := '{}'; m_order int[] := '{}'; m_user uuid[] := '{}'; m_rank numeric[] := '{}'; m_price numeric[] := '{}';
     m_left numeric[] := '{}'; m_rested numeric[] := '{}'; m_rate numeric[] := '{}';
     m_base uuid[] := '{}'; m_quote uuid[] := '{}'; m_base_at int[] := '{}'; m_quote_at int[] := '{}';
     -- Positions in m_*, best first, of the two sides of the book, and the heads of the two queues.
     sells int[] := '{}'; buys int[] := '{}'; sells_head int := 1; buys_head int := 1;
-    -- Accounts, by position: all that could take part, locked in the order of their ids.
+    -- Accounts, by position: first those that the orders name, then all that could take part, locked in the order of their ids.
     a_id uuid[]; a_user uuid[]; a_currency text[]; a_state text[]; a_balance numeric[]; a_hold numeric[];
     -- Trades.
     t_id bigint[] := '{}'; t_taker int[] := '{}'; t_maker int[] := '{}'; t_price numeric[] := '{}'; t_size numeric[] := '{}';
@@ -112,7 +120,9 @@ declare
     buying boolean; sign int; price numeric; reach numeric; remaining numeric; base_at int; quote_at int; available numeric;
     m int; k int; fill numeric; value numeric; before numeric; taker_value numeric; taker_fee numeric; maker_fee numeric;
     taker_fees numeric; any_accepted boolean := false;
-    demand numeric; supply numeric; limit_rank numeric; side_taken text; r record;
+    own_accounts uuid[] := '{}'; could_rest uuid[] := '{}'; takers uuid[];
+    demand numeric; market_demand numeric; means numeric; supply numeric; worth numeric; limit_rank numeric; rows int;
+    side_taken text; r record;
 begin
     perform lock_book_v1(p_lane, p_product);
     now_at := clock_timestamp();
@@ -151,23 +161,73 @@ begin
             o_outcome[i] := 'price_increment'; o_field[i] := 'price';
         elsif p_sizes[i] * coalesce(p_prices[i], 1) >= 1e15 then
             o_outcome[i] := 'value_too_large'; o_field[i] := 'size';
+        elsif p_sides[i] = 'sell' then
+            o_needs[i] := p_sizes[i];
+        elsif p_prices[i] is not null then
+            o_needs[i] := p_prices[i] * p_sizes[i] + ceil(p_prices[i] * p_sizes[i] * taker_rate * units) * unit;
+        end if;
+    end loop;
+
+    -- Before anything is locked: nobody who cannot pay, or names accounts of others, may make others wait.
+    select array_agg(id), array_agg(user_id), array_agg(currency), array_agg(state), array_agg(balance), array_agg(hold)
+      into a_id, a_user, a_currency, a_state, a_balance, a_hold
+      from accounts where id = any (p_base_accounts || p_quote_accounts) and lane = p_lane and deleted_at is null;
+    for i in 1 .. n loop
+        continue when o_outcome[i] <> accepted;
+        base_at := array_position(a_id, p_base_accounts[i]);
+        quote_at := array_position(a_id, p_quote_accounts[i]);
+        if base_at is null or a_user[base_at] is distinct from p_users[i] then
+            o_outcome[i] := 'account_not_found'; o_field[i] := 'base_account_id';
+        elsif quote_at is null or a_user[quote_at] is distinct from p_users[i] then
+            o_outcome[i] := 'account_not_found'; o_field[i] := 'quote_account_id';
+        elsif a_currency[base_at] <> base_currency then
+            o_outcome[i] := 'currency_mismatch'; o_field[i] := 'base_account_id';
+        elsif a_currency[quote_at] <> quote_currency then
+            o_outcome[i] := 'currency_mismatch'; o_field[i] := 'quote_account_id';
+        else
+            own_accounts := own_accounts || p_base_accounts[i];
+            own_accounts := own_accounts || p_quote_accounts[i];
+            k := case p_sides[i] when 'buy' then quote_at else base_at end;
+            available := a_balance[k] - a_hold[k];
+            if a_state[base_at] = 'active' and a_state[quote_at] = 'active' and available >= o_needs[i] then
+                o_means[i] := available;
+            end if;
+        end if;
+    end loop;
+    for i in 1 .. n loop
+        continue when o_outcome[i] <> accepted or p_times_in_force[i] <> 'gtc';
+        select count(*) into k
+          from (select from orders
+                 where user_id = p_users[i] and product = p_product and orders.status = 'open' limit most_open) open;
+        -- Those of the call as if all of them came to rest.
+        if k + cardinality(array_positions(could_rest, p_users[i])) >= most_open then
+            o_outcome[i] := 'open_order_limit'; o_field[i] := 'product';
+        else
+            could_rest := could_rest || p_users[i];
         end if;
     end loop;
 
     loop
-        -- As much of each side of the book as the orders could use up, whichever of them will turn out to be covered.
+        -- As much of each side of the book as the orders can use up.
         foreach side_taken in array array['sell', 'buy'] loop
-            demand := 0;
+            demand := 0; market_demand := 0; means := 0;
+            takers := '{}';
             limit_rank := '-infinity';
             for i in 1 .. n loop
-                continue when o_outcome[i] <> accepted or p_sides[i] = side_taken;
-                demand := demand + p_sizes[i];
+                continue when o_outcome[i] <> accepted or o_means[i] is null or p_sides[i] = side_taken;
+                if p_prices[i] is null and side_taken = 'sell' then
+                    market_demand := market_demand + p_sizes[i];
+                    means := means + o_means[i];
+                else
+                    demand := demand + p_sizes[i];
+                end if;
+                if p_users[i] <> all (takers) then takers := takers || p_users[i]; end if;
                 limit_rank := greatest(limit_rank,
                     case when p_prices[i] is null then 'infinity'
                          when side_taken = 'sell' then p_prices[i] else -p_prices[i] end);
             end loop;
-            continue when demand = 0;
-            supply := 0;
+            continue when cardinality(takers) = 0;
+            supply := 0; worth := 0; rows := 0;
             for r in
                 select id, user_id, rank, price, remaining, size - taken as rested, maker_fee_rate, base_account_id,
                        quote_account_id
@@ -180,15 +240,20 @@ begin
                 m_rate := m_rate || r.maker_fee_rate;
                 m_base := m_base || r.base_account_id; m_quote := m_quote || r.quote_account_id;
                 if side_taken = 'sell' then sells := sells || cardinality(m_id); else buys := buys || cardinality(m_id); end if;
-                supply := supply + r.remaining;
-                exit when supply >= demand;
+                supply := supply + r.remaining; worth := worth + r.price * r.remaining; rows := rows + 1;
+                -- Market orders to buy cannot pay for more than this.
+                if worth > means then market_demand := least(market_demand, supply); end if;
+                -- The last order of a call begins before `most_trades`, so there are fewer than twice as many. And nobody gets
+                -- past an order of one's own.
+                exit when supply >= demand + market_demand or rows = 2 * most_trades
+                       or (cardinality(takers) = 1 and r.user_id = takers[1]);
             end loop;
         end loop;
 
         select array_agg(id), array_agg(user_id), array_agg(currency), array_agg(state), array_agg(balance), array_agg(hold)
           into a_id, a_user, a_currency, a_state, a_balance, a_hold
           from (select id, user_id, currency, state, balance, hold from accounts
-                 where id = any (p_base_accounts || p_quote_accounts || m_base || m_quote) and lane = p_lane
+                 where id = any (own_accounts || m_base || m_quote) and lane = p_lane
                    and deleted_at is null
                  order by id for no key update) locked;
         for j in 1 .. cardinality(m_id) loop
@@ -210,23 +275,21 @@ begin
         buying := p_sides[i] = 'buy'; sign := case when buying then 1 else -1 end; price := p_prices[i]; remaining := p_sizes[i];
         base_at := array_position(a_id, p_base_accounts[i]);
         quote_at := array_position(a_id, p_quote_accounts[i]);
-        if base_at is null or a_user[base_at] is distinct from p_users[i] then
+        k := case when buying then quote_at else base_at end;
+        available := a_balance[k] - a_hold[k];
+        if base_at is null then
             o_outcome[i] := 'account_not_found'; o_field[i] := 'base_account_id';
-        elsif quote_at is null or a_user[quote_at] is distinct from p_users[i] then
+        elsif quote_at is null then
             o_outcome[i] := 'account_not_found'; o_field[i] := 'quote_account_id';
-        elsif a_currency[base_at] <> base_currency then
-            o_outcome[i] := 'currency_mismatch'; o_field[i] := 'base_account_id';
-        elsif a_currency[quote_at] <> quote_currency then
-            o_outcome[i] := 'currency_mismatch'; o_field[i] := 'quote_account_id';
         elsif a_state[base_at] <> 'active' then
             o_outcome[i] := 'account_frozen'; o_field[i] := 'base_account_id';
         elsif a_state[quote_at] <> 'active' then
             o_outcome[i] := 'account_frozen'; o_field[i] := 'quote_account_id';
-        elsif not buying and a_balance[base_at] - a_hold[base_at] < remaining then
+        elsif available < o_needs[i] then
             o_outcome[i] := 'insufficient_funds'; o_field[i] := 'size';
-        elsif buying and price is not null
-              and a_balance[quote_at] - a_hold[quote_at] < price * remaining + ceil(price * remaining * taker_rate * units) * unit then
-            o_outcome[i] := 'insufficient_funds'; o_field[i] := 'size';
+        elsif o_means[i] is null or (buying and price is null and available > o_means[i]) or trades >= most_trades then
+            -- It could take more than has been read of the book, and so leave a crossed one.
+            o_outcome[i] := 'deferred';
         end if;
         continue when o_outcome[i] <> accepted;
 
@@ -238,6 +301,9 @@ begin
             exit when m is null or m_rank[m] > reach;
             if m_user[m] = p_users[i] then
                 o_reason[i] := 'self_trade';
+                exit;
+            elsif trades - o_first[i] + 1 = most_trades then
+                o_reason[i] := 'trade_limit';
                 exit;
             end if;
             fill := least(remaining, m_left[m]);
@@ -548,9 +614,20 @@ language sql stable security definer set search_path = public, pg_temp as $$
     select 'transfer without entries', t.id::text, 2, 0
       from transfers t where t.lane = p_lane and not exists (select from entries e where e.transfer_id = t.id)
     union all
-    select 'trade is not its transfer''s entries', t.id::text, t.size, coalesce(sum(e.amount), 0)
-      from trades t left join entries e on e.transfer_id = t.id and e.line in (3, 4) and e.amount > 0
-     where t.lane = p_lane group by t.id, t.size having coalesce(sum(e.amount), 0) <> t.size
+    -- What changes hands, by what its receiver gets, and the fees, by what each side pays.
+    select 'trade is not its transfer''s entries', trade.id || ' ' || leg.name, leg.expected, coalesce(leg.actual, 0)
+      from (select t.id, t.size, t.price * t.size as value, t.taker_fee, t.maker_fee,
+                   sum(e.amount) filter (where e.line in (3, 4) and e.amount > 0) as got_size,
+                   sum(e.amount) filter (where e.line in (1, 2) and e.amount > 0) as got_value,
+                   -sum(e.amount) filter (where e.line = 5) as paid_by_taker,
+                   -sum(e.amount) filter (where e.line = 6) as paid_by_maker,
+                   sum(e.amount) filter (where e.line = 7) as got_fees
+              from trades t left join entries e on e.transfer_id = t.id
+             where t.lane = p_lane group by t.id) trade,
+           lateral (values ('size', size, got_size), ('value', value, got_value), ('taker fee', taker_fee, paid_by_taker),
+                           ('maker fee', maker_fee, paid_by_maker), ('fees', taker_fee + maker_fee, got_fees)
+                   ) as leg (name, expected, actual)
+     where leg.expected <> coalesce(leg.actual, 0)
     union all
     select 'order is not the sum of its trades', o.id::text, o.size - o.remaining, coalesce(sum(t.size), 0)
       from orders o left join (select taker_order_id as order_id, size from trades where lane = p_lane

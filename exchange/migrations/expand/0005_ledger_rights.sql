@@ -90,7 +90,9 @@ insert into user_data (topic, position, export, erase, obstacle) values
     ),
     (
         'idempotency keys', 140,
-        'select jsonb_build_object(''key'', key, ''answer'', answer, ''created_at'', created_at) from idempotency_keys
+        -- Without what was in the account that was credited: it may be another user's.
+        'select jsonb_build_object(''key'', key, ''answer'', answer - ''balance'' - ''hold'', ''created_at'', created_at)
+         from idempotency_keys
          where user_id = $1 order by created_at',
         'delete from idempotency_keys where user_id = $1', null
     );

@@ -5,7 +5,10 @@
 create table notification_counters (
     user_id  uuid primary key,
     lane     text not null,
-    last_seq bigint not null
+    last_seq bigint not null,
+    -- When the hour began that is being counted, and after which number: the first ones of it are also sent by e-mail.
+    hour_began_at    timestamptz,
+    hour_began_after bigint not null default 0
 );
 create index notification_counters_of_test_lane on notification_counters (lane) where lane <> 'live';
 
@@ -47,6 +50,15 @@ create table releases (
     announced_at timestamptz
 );
 create index releases_unannounced on releases (live_at) where announced_at is null;
+
+-- How often something has been applied to the live lane's market data. The same number is written to their store before the
+-- commit: a store that knows of fewer has lost something since.
+create table market_data (
+    applied bigint not null
+);
+create unique index market_data_one_row on market_data ((true));
+insert into market_data values (0);
+grant select, update on market_data to exchange_app;
 
 -- Messages that a consumer could not handle, for a person to look at.
 create table dead_letters (
@@ -97,7 +109,8 @@ insert into user_data (topic, position, export, erase) values
     ),
     (
         'notification_counters', 101,
-        'select jsonb_build_object(''notifications'', last_seq) from notification_counters where user_id = $1',
+        'select jsonb_build_object(''notifications'', last_seq, ''hour_began_at'', hour_began_at,
+             ''hour_began_after'', hour_began_after) from notification_counters where user_id = $1',
         'delete from notification_counters where user_id = $1'
     ),
     (

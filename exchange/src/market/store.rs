@@ -13,6 +13,7 @@ use serde::Deserialize;
 use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 use tokio::sync::Mutex;
+use uuid::Uuid;
 
 use super::{
     CHUNK, CHUNKS_KEPT, Candle, Interval, Market, TICKS, Tick,
@@ -67,6 +68,9 @@ pub enum StoreError {
     /// What is in it was not written by us.
     #[error("the market-data store holds {0:?}, which is no market data")]
     Damaged(String),
+    /// It has been emptied, or has come back as another copy, in the middle of a rebuild.
+    #[error("the market-data store was lost while it was rebuilt")]
+    Lost,
     /// A sum with more digits than fit.
     #[error("a volume has too many digits")]
     Overflow,
@@ -106,6 +110,10 @@ impl Market {
 
 /// The key that says that the live lane is complete. It is lost with the rest.
 const COMPLETE_KEY: &str = "exchange:live:complete";
+/// How often something has been applied to the live lane: PostgreSQL knows of no more, unless some of it is lost.
+const APPLIED_KEY: &str = "exchange:live:applied";
+/// The token of the rebuild that is under way. If it is lost, so is what has been rebuilt.
+const REBUILDING_KEY: &str = "exchange:live:rebuilding";
 
 impl Store {
     /// Does not connect yet.
@@ -187,6 +195,33 @@ impl Store {
         self.write_candles(Interval::Minute, &candles).await?;
         self.summarize(Interval::Minute, Interval::Hour, &minutes).await?;
         self.summarize(Interval::Hour, Interval::Day, &minutes).await?;
+        if events.iter().any(|event| event.lane.is_live()) {
+            self.count_applied(connection).await?;
+        }
+        Ok(())
+    }
+
+    /// Counts what has been written, there and here, after it and before the commit. A store that has not counted what has been
+    /// committed before is an older copy: it is not complete.
+    async fn count_applied(&self, connection: &mut PgConnection) -> Result<(), ApplyError> {
+        let applied: i64 =
+            sqlx::query_scalar("update market_data set applied = applied + 1 returning applied")
+                .fetch_one(connection)
+                .await?;
+        let script = Script::new(
+            r"local known = tonumber(redis.call('GET', KEYS[1]) or -1)
+              local applied = tonumber(ARGV[1])
+              if known < applied - 1 then
+                  redis.call('DEL', KEYS[2])
+              end
+              if known < applied then
+                  redis.call('SET', KEYS[1], ARGV[1])
+              end",
+        );
+        let mut call = script.prepare_invoke();
+        call.key(APPLIED_KEY).key(COMPLETE_KEY).arg(applied);
+        let mut store = self.connect().await?;
+        let () = self.answer(call.invoke_async(&mut store)).await?;
         Ok(())
     }
 
@@ -313,7 +348,7 @@ impl Store {
         db: &PgPool,
         now: OffsetDateTime,
     ) -> Result<Option<Rebuilt>, StoreError> {
-        if self.is_complete().await? {
+        if self.is_complete(db).await? {
             return Ok(None);
         }
         self.rebuild(db, now).await
@@ -334,8 +369,12 @@ impl Store {
         sqlx::query("set local statement_timeout = 0")
             .execute(&mut *transaction)
             .await?;
+        let applied = read_applied(&mut *transaction).await?;
+        let token = Uuid::now_v7().to_string();
+        let mut connection = self.connect().await?;
+        let () = self.answer(connection.set(REBUILDING_KEY, &token)).await?;
         let mut rebuilt = Rebuilt { ticks: 0, candles: 0 };
-        let mut kept = BTreeSet::from([COMPLETE_KEY.to_owned()]);
+        let mut kept = BTreeSet::from([COMPLETE_KEY, APPLIED_KEY, REBUILDING_KEY].map(str::to_owned));
         let products: Vec<(String,)> = sqlx::query_as("select symbol from products")
             .fetch_all(&mut *transaction)
             .await?;
@@ -365,9 +404,27 @@ impl Store {
         if !surplus.is_empty() {
             self.remove(&surplus).await?;
         }
+        let script = Script::new(
+            r"if redis.call('GET', KEYS[1]) ~= ARGV[1] then
+                  return 0
+              end
+              redis.call('DEL', KEYS[1])
+              if tonumber(redis.call('GET', KEYS[2]) or -1) < tonumber(ARGV[2]) then
+                  redis.call('SET', KEYS[2], ARGV[2])
+              end
+              redis.call('SET', KEYS[3], '1')
+              return 1",
+        );
+        let mut call = script.prepare_invoke();
+        call.key(REBUILDING_KEY).key(APPLIED_KEY).key(COMPLETE_KEY);
+        call.arg(&token).arg(applied);
         let mut connection = self.connect().await?;
-        let () = self.answer(connection.set(COMPLETE_KEY, "1")).await?;
-        Ok(Some(rebuilt))
+        let whole: bool = self.answer(call.invoke_async(&mut connection)).await?;
+        if whole {
+            Ok(Some(rebuilt))
+        } else {
+            Err(StoreError::Lost)
+        }
     }
 
     /// The newest ticks of a product. What was there before the trades were read and is not among them is wrong, or old.
@@ -447,13 +504,25 @@ impl Store {
 
     /// Whether the store answers.
     pub async fn reach(&self) -> Result<(), StoreError> {
-        self.is_complete().await.map(|_| ())
+        let mut connection = self.connect().await?;
+        let _: bool = self.answer(connection.exists(COMPLETE_KEY)).await?;
+        Ok(())
     }
 
-    /// Whether the live lane is complete: false after the store has been lost.
-    pub async fn is_complete(&self) -> Result<bool, StoreError> {
+    /// Whether the live lane is complete: false after the store has been lost, or has come back as an older copy.
+    async fn is_complete(&self, db: &PgPool) -> Result<bool, StoreError> {
+        // In this order: the store is ahead, if anything.
+        let applied = read_applied(db).await?;
         let mut connection = self.connect().await?;
-        self.answer(connection.exists(COMPLETE_KEY)).await
+        let (complete, known): (bool, Option<i64>) = self
+            .answer(
+                redis::pipe()
+                    .exists(COMPLETE_KEY)
+                    .get(APPLIED_KEY)
+                    .query_async(&mut connection),
+            )
+            .await?;
+        Ok(complete && known.is_some_and(|known| known >= applied))
     }
 
     /// The lanes with this prefix that have something in the store, and the keys of each.
@@ -502,6 +571,13 @@ pub struct Rebuilt {
     pub ticks: usize,
     /// Candles of all intervals.
     pub candles: usize,
+}
+
+/// How often something has been applied, as far as it is committed.
+async fn read_applied(executor: impl sqlx::PgExecutor<'_>) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar("select applied from market_data")
+        .fetch_one(executor)
+        .await
 }
 
 fn trade_id(event: &Delivered) -> Result<i64, serde_json::Error> {

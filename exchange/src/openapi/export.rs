@@ -166,8 +166,12 @@ const TOPICS: &[Topic] = &[
     ),
     (
         "notification_counters",
-        "The number of the newest notification.",
-        &[("notifications", Number)],
+        "The number of the newest notification, and after which one the hour began in which e-mails are counted.",
+        &[
+            ("notifications", Number),
+            ("hour_began_at?", Time),
+            ("hour_began_after", Number),
+        ],
     ),
     (
         "emails",

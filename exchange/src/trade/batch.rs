@@ -40,6 +40,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// How long one of those orders is tried again: not after it has waited for an account.
 const PATIENCE_ALONE: Duration = Duration::from_millis(500);
 
+/// What the settlement function says of an order that belongs into the next transaction.
+const DEFERRED: &str = "deferred";
+
 /// An order as the settlement function takes it.
 #[derive(Clone, Debug)]
 pub(super) struct Submission {
@@ -140,9 +143,20 @@ impl Books {
                 .map(|waiting| (waiting.submission, waiting.answer))
                 .unzip();
             let results = self.settle(&book, &submissions).await;
-            for (answer, result) in answers.into_iter().zip(results) {
-                // A client that is gone will ask again.
-                let _ = answer.send(result);
+            let mut deferred = Vec::new();
+            for ((submission, answer), result) in submissions.into_iter().zip(answers).zip(results) {
+                if result.as_ref().is_ok_and(|settled| settled.outcome == DEFERRED) {
+                    deferred.push(Waiting { submission, answer });
+                } else {
+                    // A client that is gone will ask again.
+                    let _ = answer.send(result);
+                }
+            }
+            // Before all others, as they came.
+            if let Some(queue) = self.lock().get_mut(&book) {
+                for waiting in deferred.into_iter().rev() {
+                    queue.push_front(waiting);
+                }
             }
         }
     }

@@ -12,6 +12,9 @@ use crate::money::{Amount, OutOfRange, Price, Size};
 
 use super::{Side, TimeInForce};
 
+/// The trades of an arriving order, at most.
+const MOST_TRADES: usize = 500;
+
 /// What is traded, and at which fees.
 #[derive(Clone, Debug)]
 pub struct Market {
@@ -178,6 +181,8 @@ impl Book {
         {
             if maker.user == order.user {
                 stopped = Some("self_trade");
+            } else if fills.len() == MOST_TRADES {
+                stopped = Some("trade_limit");
             } else {
                 match self.trade(order, value, left, &mut maker)? {
                     Some(fill) => {

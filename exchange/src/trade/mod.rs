@@ -10,7 +10,10 @@ mod ledger;
 mod orders;
 mod views;
 
-use std::time::Duration;
+pub(crate) use orders::check_product;
+pub(crate) use views::require_product;
+
+use std::{sync::atomic::AtomicU64, time::Instant};
 
 use axum::Extension;
 use http::StatusCode;
@@ -21,6 +24,7 @@ use prometheus_client::metrics::{
     histogram::{Histogram, exponential_buckets},
 };
 use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 use utoipa::ToSchema;
@@ -34,9 +38,6 @@ use crate::{
 };
 
 use batch::Books;
-
-/// How often a live stack audits the whole ledger and forgets old keys.
-const HOUSEKEEPING: Duration = Duration::from_mins(5);
 
 /// Whether an order buys or sells the base currency.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
@@ -114,6 +115,10 @@ pub const PROBLEMS: &[Problem] = &[
     conflict("account_exists", "There is an account of this currency and name."),
     conflict("account_not_empty", "The account has a balance or a hold."),
     conflict("account_in_use", "An open order names the account."),
+    conflict(
+        "open_order_limit",
+        "There are as many open orders in the product as a user may have.",
+    ),
     conflict("insufficient_funds", "The account has not enough available."),
     conflict("order_filled", "The order has been filled."),
     Problem::new(
@@ -199,22 +204,50 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(views::read_book))
 }
 
-/// While this stack is live: audits the ledger of the live lane (`ledger_imbalance` is the number of things found wrong)
-/// and forgets idempotency keys after their time.
+/// What an audit has found, and when. Not there before the first: no news is no good news.
+struct Audited {
+    imbalance: Gauge,
+    at: Gauge,
+    took: Gauge<f64, AtomicU64>,
+}
+
+impl Audited {
+    fn register(app: &App) -> Self {
+        let audited = Self {
+            imbalance: Gauge::default(),
+            at: Gauge::default(),
+            took: Gauge::default(),
+        };
+        app.metrics.register(|registry| {
+            registry.register(
+                "ledger_imbalance",
+                "Things that the last audit of the live ledger found wrong",
+                audited.imbalance.clone(),
+            );
+            registry.register(
+                "ledger_audited_timestamp_seconds",
+                "When this process last audited the live ledger, in Unix seconds",
+                audited.at.clone(),
+            );
+            registry.register(
+                "ledger_audit_duration_seconds",
+                "How long that took",
+                audited.took.clone(),
+            );
+        });
+        audited
+    }
+}
+
+/// While this stack is live: audits the ledger of the live lane and forgets idempotency keys after their time.
 pub async fn run(app: App, shutdown: CancellationToken) {
-    let imbalance: Gauge = Gauge::default();
-    app.metrics.register(|registry| {
-        registry.register(
-            "ledger_imbalance",
-            "Things that the last audit of the live ledger found wrong",
-            imbalance.clone(),
-        );
-    });
-    let mut pace = tokio::time::interval(HOUSEKEEPING);
+    let mut audited = None;
+    let mut pace = tokio::time::interval(app.config.audit_interval);
     while shutdown.run_until_cancelled(pace.tick()).await.is_some() {
         if *app.role.borrow() != Role::Live {
             continue;
         }
+        let (began, at) = (Instant::now(), OffsetDateTime::now_utc());
         match audit(&app).await {
             Ok(Some(found)) => {
                 for problem in &found {
@@ -224,7 +257,12 @@ pub async fn run(app: App, shutdown: CancellationToken) {
                         "the ledger is wrong"
                     );
                 }
-                imbalance.set(i64::try_from(found.len()).unwrap_or(i64::MAX));
+                let gauges = audited.get_or_insert_with(|| Audited::register(&app));
+                gauges
+                    .imbalance
+                    .set(i64::try_from(found.len()).unwrap_or(i64::MAX));
+                gauges.at.set(at.unix_timestamp());
+                gauges.took.set(began.elapsed().as_secs_f64());
             }
             Ok(None) => {}
             Err(failure) => warn!(error.message = %failure, "the ledger could not be audited"),

@@ -263,7 +263,7 @@ fn check(request: &NewOrder) -> Result<TimeInForce, ApiError> {
 }
 
 /// Spares the database what cannot be a product.
-pub(super) fn check_product(product: &str) -> Result<(), ApiError> {
+pub(crate) fn check_product(product: &str) -> Result<(), ApiError> {
     let well_formed = (1..=21).contains(&product.len())
         && product
             .bytes()

@@ -3,6 +3,7 @@
 use axum::{Json, extract::State};
 use rust_decimal::Decimal;
 use serde::{Deserialize, Serialize};
+use sqlx::PgPool;
 use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
@@ -58,6 +59,7 @@ pub(super) struct ProductList {
 /// A page of an account's trades.
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
 pub(super) struct TradesOfAccount {
     /// An account of the caller, of either currency.
     account_id: Uuid,
@@ -97,6 +99,7 @@ pub(super) struct TradePage {
 /// Which book, and how much of it.
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
 pub(super) struct BookChoice {
     /// The symbol of a product.
     #[param(min_length = 1, max_length = 21)]
@@ -204,13 +207,8 @@ pub(super) async fn read_book(
     caller: Caller,
     Query(query): Query<BookChoice>,
 ) -> Result<Json<BookView>, ApiError> {
-    check_product(&query.product)?;
     let depth = in_range("depth", query.depth.unwrap_or(20), DEEPEST_BOOK)?;
-    let known: Option<(String,)> = sqlx::query_as("select symbol from products where symbol = $1")
-        .bind(&query.product)
-        .fetch_optional(&app.db)
-        .await?;
-    known.ok_or_else(|| refused("unknown_product", Some("product")))?;
+    require_product(&app.db, &query.product).await?;
     let levels: Vec<Level> = sqlx::query_as(
         "select side, price, size, orders
          from (values ('buy'), ('sell')) as sides (side),
@@ -229,6 +227,18 @@ pub(super) async fn read_book(
         bids,
         asks,
     }))
+}
+
+/// Fails with `unknown_product` unless there is one of this symbol.
+pub(crate) async fn require_product(db: &PgPool, symbol: &str) -> Result<(), ApiError> {
+    check_product(symbol)?;
+    let known: Option<(String,)> = sqlx::query_as("select symbol from products where symbol = $1")
+        .bind(symbol)
+        .fetch_optional(db)
+        .await?;
+    known
+        .map(|_| ())
+        .ok_or_else(|| refused("unknown_product", Some("product")))
 }
 
 fn in_range(parameter: &str, value: i64, most: i64) -> Result<i64, ApiError> {

@@ -1,6 +1,9 @@
 //! How much one client may have, where that is limited, and what does not count.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
 
 use futures::{StreamExt, future::join_all};
 use reqwest::{Method, Response};
@@ -77,9 +80,81 @@ async fn registrations_are_limited_per_address_and_counted_by_all_replicas() {
 }
 
 async fn log_in(service: &Service, email: &str, password: &str) -> Response {
+    log_in_from(0, service, email, password).await
+}
+
+/// From an address with this number, as long as the service trusts its proxies.
+async fn log_in_from(number: u8, service: &Service, email: &str, password: &str) -> Response {
     let body = json!({"email": email, "password": password});
     let request = service.client.post(service.url("/login")).json(&body);
+    let request = request.header("x-forwarded-for", format!("203.0.113.{number}"));
     request.send().await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_address_does_not_shut_the_others_out() {
+    let flags = [
+        "--login-attempts-per-address=1000000",
+        "--logins-per-account=1000000",
+        "--trusted-proxies=127.0.0.0/8",
+    ];
+    let exchange = Exchange::start(&flags).await;
+    let service = &exchange.service;
+    let mut users = Vec::new();
+    for number in 0..12 {
+        let email = format!("user{number}@example.org");
+        exchange.register(&email).await;
+        users.push(email);
+    }
+    exchange.register("ada@example.org").await;
+    // With right passwords, which nothing else limits. It is told to wait, and nobody is that there is no room.
+    let turned_away = AtomicUsize::new(0);
+    let crowd = futures::stream::iter(users.iter().cycle()).for_each_concurrent(100, |email| {
+        let turned_away = &turned_away;
+        async move {
+            match log_in_from(1, service, email, PASSWORD).await.status().as_u16() {
+                429 => turned_away.fetch_add(1, Ordering::Relaxed),
+                status => {
+                    assert_eq!(status, 200);
+                    0
+                }
+            };
+        }
+    });
+    let others = async {
+        eventually("one address has too many", || async {
+            (turned_away.load(Ordering::Relaxed) > 20).then_some(())
+        })
+        .await;
+        for _ in 0..5 {
+            let answer = log_in_from(2, service, "ada@example.org", PASSWORD).await;
+            assert_eq!(answer.status(), 200);
+        }
+    };
+    tokio::select! {
+        () = crowd => {}
+        () = others => {}
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn log_ins_that_succeed_are_limited_per_account() {
+    let exchange = Exchange::start(&["--logins-per-account=3"]).await;
+    let service = &exchange.service;
+    for email in ["ada@example.org", "bob@example.org"] {
+        exchange.register(email).await;
+    }
+    for _ in 0..3 {
+        // Those that fail have a limit of their own.
+        let wrong = log_in(service, "ada@example.org", "wrong password").await;
+        assert_eq!(wrong.status(), 401);
+        let right = log_in(service, "ada@example.org", PASSWORD).await;
+        assert_eq!(right.status(), 200);
+    }
+    let one_more = log_in(service, "ada@example.org", PASSWORD).await;
+    assert!(seconds_to_wait(one_more).await > 600);
+    let other = log_in(service, "bob@example.org", PASSWORD).await;
+    assert_eq!(other.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -134,6 +209,8 @@ async fn who_gets_no_answer_has_not_failed() {
     let flags = [
         "--login-attempts-per-account=3",
         "--login-attempts-per-address=1000000",
+        "--logins-per-account=1000000",
+        "--trusted-proxies=127.0.0.0/8",
     ];
     let exchange = Exchange::start(&flags).await;
     let (service, token) = (
@@ -147,10 +224,10 @@ async fn who_gets_no_answer_has_not_failed() {
         call.await
     };
 
-    // A crowd that fills the line, and stays.
-    let crowd = futures::stream::repeat(()).for_each_concurrent(70, |()| async {
+    // A crowd that fills the line, and stays. It takes several addresses.
+    let crowd = futures::stream::iter((0..=u8::MAX).cycle()).for_each_concurrent(70, |number| async move {
         let somebody = format!("{}@example.org", Uuid::now_v7());
-        log_in(service, &somebody, PASSWORD).await;
+        log_in_from(number, service, &somebody, PASSWORD).await;
     });
     let turned_away = async {
         for attempt in [true, false] {

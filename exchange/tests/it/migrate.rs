@@ -276,11 +276,12 @@ async fn a_killed_migration_goes_on_where_it_stopped_and_waits_for_no_lock_for_l
 }
 
 /// Tables in which nothing is about a user. Who calls too often is there as a hash that nobody can undo.
-const NOT_OF_USERS: [&str; 11] = [
+const NOT_OF_USERS: [&str; 12] = [
     "currencies",
     "inbox",
     "instances",
     "lane_tables",
+    "market_data",
     "migrations",
     "products",
     "rate_limits",

@@ -7,6 +7,7 @@ use redis::AsyncCommands as _;
 use rust_decimal::Decimal;
 use serde_json::{Value, json};
 use time::{OffsetDateTime, Time};
+use uuid::Uuid;
 
 use crate::{
     servers::{Service, eventually},
@@ -226,6 +227,84 @@ async fn market_data_is_rebuilt_by_one_process_at_a_time() {
     assert_eq!(stores.complete_market_data().await, before);
 }
 
+/// A copy of the store from before some trades is as good as none, whatever happens before somebody looks.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_copy_of_the_market_data_is_noticed() {
+    for trades_meanwhile in [0, 1] {
+        let mut stores = Stores::start().await;
+        let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+        let service = stores.notification(&LIVE).ready().await;
+        let trade = async |stores: &Stores, number: u32| {
+            for price in 1..=number {
+                stores.trade("live", ann, bob, price, "0.5").await;
+            }
+            stores.settled("live").await;
+        };
+        trade(&stores, 3).await;
+        stores.complete_market_data().await;
+        stores.redis.save().await;
+        trade(&stores, 4).await;
+        // Nobody looks at the store until it is back and the next trade, if any, has been applied.
+        let mut other = stores.owner.begin().await.unwrap();
+        sqlx::query("select pg_advisory_xact_lock(hashtextextended('market rebuild', 0))")
+            .execute(&mut *other)
+            .await
+            .unwrap();
+        stores.redis.kill_and_restart();
+        trade(&stores, trades_meanwhile).await;
+        let older = stores.redis.dump().await.join("\n");
+        assert_eq!(
+            older.matches(":ticks:").count(),
+            3 + trades_meanwhile as usize,
+            "{older}"
+        );
+        other.rollback().await.unwrap();
+        let rebuilt = eventually("all trades are there again", || async {
+            let dump = stores.redis.dump().await;
+            let ticks = dump.iter().filter(|line| line.contains(":ticks:")).count();
+            let over = !dump.iter().any(|line| line == "exchange:live:rebuilding");
+            (over && ticks == 7 + trades_meanwhile as usize).then_some(dump)
+        })
+        .await;
+        drop(service);
+        stores.flush_market_data().await;
+        stores.rebuild_market_data();
+        assert_eq!(stores.redis.dump().await, rebuilt);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_emptied_while_it_is_rebuilt_is_not_complete() {
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let service = stores.notification(&LIVE).ready().await;
+    stores.trade("live", ann, bob, 100, "1").await;
+    stores.settled("live").await;
+    let before = stores.complete_market_data().await;
+    let mut lock = stores.owner.begin().await.unwrap();
+    sqlx::query("lock table trades")
+        .execute(&mut *lock)
+        .await
+        .unwrap();
+    stores.flush_market_data().await;
+    eventually("the rebuild reads trades", || async {
+        let waits = "select count(*) from pg_locks join pg_stat_activity using (pid)
+                     where not granted and query like '%from trades%' and datname = current_database()";
+        (stores.count(waits).await == 1).then_some(())
+    })
+    .await;
+    stores.flush_market_data().await;
+    lock.rollback().await.unwrap();
+    eventually("it is not taken for whole", || async {
+        service
+            .log()
+            .contains("was lost while it was rebuilt")
+            .then_some(())
+    })
+    .await;
+    assert_eq!(stores.complete_market_data().await, before);
+}
+
 /// The candles of trades, given as seconds, price and size in the order in which they happened.
 fn candles_of(trades: &[(i64, u32, &str)], interval: Interval) -> Vec<Value> {
     let mut candles: BTreeMap<i64, Vec<(Decimal, Decimal)>> = BTreeMap::new();
@@ -322,6 +401,15 @@ async fn clients_read_the_candles_that_follow_from_the_trades() {
         let (status, problem) = ask(&format!("BTC-USD&{wrong}"), None).await;
         let refused = (400, &json!("invalid_parameter"));
         assert_eq!((status, &problem["code"]), refused, "{wrong}");
+    }
+    for unknown in ["XYZ-USD", "not a product"] {
+        let (status, problem) = ask(&format!("{unknown}&interval=1h"), None).await;
+        let refused = (422, &json!("unknown_product"), &json!("product"));
+        assert_eq!(
+            (status, &problem["code"], &problem["field"]),
+            refused,
+            "{unknown}"
+        );
     }
     drop(notification);
 }
@@ -443,6 +531,58 @@ async fn a_message_that_cannot_be_handled_is_put_aside_and_holds_up_nobody() {
         line.contains(r#""trace.id":"0af7651916cd43dd8448eb211c80319c""#),
         "{line}"
     );
+}
+
+/// Of a topic that only a newer version knows: that one will handle it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_newer_version_has_written_waits_for_a_newer_version() {
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let service = stores.notification(&LIVE).ready().await;
+    sqlx::query(
+        "insert into outbox (id, lane, topic, key, payload) values (gen_random_uuid(), 'live', 'trade.corrected', 'x', '{}')",
+    )
+    .execute(&stores.owner)
+    .await
+    .unwrap();
+    eventually("it is published", || async {
+        let published =
+            "select count(*) from outbox where topic = 'trade.corrected' and published_at is not null";
+        (stores.count(published).await == 1).then_some(())
+    })
+    .await;
+    // What comes after it is done, in a sweep that has seen both.
+    for price in 1..=3 {
+        stores.trade("live", ann, bob, price, "1").await;
+    }
+    eventually("the trades are done", || async {
+        let done = "select count(*) from outbox where topic = 'trade.executed' and done_at is not null";
+        (stores.count(done).await == 3).then_some(())
+    })
+    .await;
+    let open = "select count(*) from outbox where topic = 'trade.corrected' and done_at is null";
+    assert_eq!(stores.count(open).await, 1);
+
+    // A consumer that both versions share has the newer one's topics, too.
+    let jetstream = stores.nats.jetstream().await;
+    let mut headers = async_nats::HeaderMap::new();
+    headers.insert("Nats-Msg-Id", Uuid::now_v7().to_string());
+    headers.insert("exchange-lane", "live");
+    headers.insert("exchange-topic", "trade.corrected");
+    let sent = jetstream.publish_with_headers("exchange.live.trade.executed", headers, "{}".into());
+    sent.await.unwrap().await.unwrap();
+    stores.trade("live", ann, bob, 4, "1").await;
+    eventually("what comes after it is done", || async {
+        let done = "select count(*) from outbox where topic = 'trade.executed' and done_at is not null";
+        (stores.count(done).await == 4).then_some(())
+    })
+    .await;
+    let mut consumer: async_nats::jetstream::consumer::PullConsumer = jetstream
+        .get_consumer_from_stream("notification", "exchange-live")
+        .await
+        .unwrap();
+    assert_eq!(consumer.info().await.unwrap().num_ack_pending, 1);
+    assert_eq!(metric(&service, "messages_dead_total").await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -309,25 +309,40 @@ impl<'a> Lane<'a> {
     }
 }
 
-/// Places orders in both, which must answer the same.
+/// Places orders in both, which must answer the same. Those that are deferred come after the others of their batch.
 async fn place(lane: &mut Lane<'_>, book: &mut Book, batch: &[NewOrder]) -> Result<(), TestCaseError> {
-    for (order, answered) in batch.iter().zip(lane.submit(batch).await) {
-        let (outcome, fills) = book.submit(order).unwrap();
-        let actual = match (answered.outcome.as_str(), answered.status.as_deref()) {
-            ("accepted", Some("filled")) => "filled",
-            ("accepted", Some("open")) => "open",
-            ("accepted", Some("cancelled")) => answered.reason.as_deref().unwrap(),
-            (refused, _) => &format!("refused: {refused}"),
-        };
-        let expected = match outcome {
-            Outcome::Filled => "filled",
-            Outcome::Open => "open",
-            Outcome::Cancelled(reason) => reason,
-            Outcome::InsufficientFunds => "refused: insufficient_funds",
-            Outcome::AccountNotFound => "refused: account_not_found",
-        };
-        prop_assert_eq!(actual, expected, "{:?}", order);
-        prop_assert_eq!(lane.fills(&answered).await, fills, "{:?}", order);
+    let mut batch = batch.to_vec();
+    while !batch.is_empty() {
+        let placed = lane.orders.len();
+        let answers = lane.submit(&batch).await;
+        let ids = lane.orders.split_off(placed);
+        let (deferred, answered): (Vec<_>, Vec<_>) = batch
+            .into_iter()
+            .zip(answers)
+            .zip(ids)
+            .partition(|((_, answered), _)| answered.outcome == "deferred");
+        // Nothing comes before the first one.
+        prop_assert!(!answered.is_empty());
+        lane.orders.extend(answered.iter().map(|(_, id)| *id));
+        for ((order, answered), _) in answered {
+            let (outcome, fills) = book.submit(&order).unwrap();
+            let actual = match (answered.outcome.as_str(), answered.status.as_deref()) {
+                ("accepted", Some("filled")) => "filled",
+                ("accepted", Some("open")) => "open",
+                ("accepted", Some("cancelled")) => answered.reason.as_deref().unwrap(),
+                (refused, _) => &format!("refused: {refused}"),
+            };
+            let expected = match outcome {
+                Outcome::Filled => "filled",
+                Outcome::Open => "open",
+                Outcome::Cancelled(reason) => reason,
+                Outcome::InsufficientFunds => "refused: insufficient_funds",
+                Outcome::AccountNotFound => "refused: account_not_found",
+            };
+            prop_assert_eq!(actual, expected, "{:?}", order);
+            prop_assert_eq!(lane.fills(&answered).await, fills, "{:?}", order);
+        }
+        batch = deferred.into_iter().map(|((order, _), _)| order).collect();
     }
     Ok(())
 }

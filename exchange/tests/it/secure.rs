@@ -320,8 +320,55 @@ async fn mails_wait_no_longer_than_needed_for_a_server_that_falls_silent() {
                 .then_some(())
         })
         .await;
+        // The one that it fell silent at is put off, the other one is as it was.
+        eventually("the other one is given back", || async {
+            let put_off = "select count(*) from emails where attempts = 1 and due_at > now()";
+            let as_it_was = "select count(*) from emails where attempts = 0 and due_at <= now()";
+            let (put_off, as_it_was) = (
+                post.stores.count(put_off).await,
+                post.stores.count(as_it_was).await,
+            );
+            match word {
+                "EHLO" => (as_it_was == 2).then_some(()),
+                _ => (put_off == 1 && as_it_was == 1).then_some(()),
+            }
+        })
+        .await;
         post.sends_two_after_all(sent).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_is_written_to_so_many_times_an_hour_and_told_of_everything() {
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    // Nobody listens there: the mails wait.
+    let flags = ["--role", "live", "--mail-url", "smtp://localhost:1"];
+    let _service = stores.notification(&flags).ready().await;
+    let trade = async |number: u32| {
+        for _ in 0..number {
+            stores.trade("live", ann, bob, 100, "1").await;
+        }
+        stores.settled("live").await;
+    };
+    trade(3).await;
+    trade(22).await;
+    assert_eq!(stores.count("select count(*) from notifications").await, 50);
+    assert_eq!(
+        stores.count("select count(*) from emails where seq <= 20").await,
+        40
+    );
+    assert_eq!(stores.count("select count(*) from emails").await, 40);
+    // In another hour there may be more again.
+    sqlx::query("update notification_counters set hour_began_at = hour_began_at - interval '1 hour'")
+        .execute(&stores.owner)
+        .await
+        .unwrap();
+    trade(1).await;
+    assert_eq!(
+        stores.count("select count(*) from emails where seq = 26").await,
+        2
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -333,7 +380,7 @@ async fn nobody_who_has_left_is_written_to() {
     eventually("both have been taken", || async {
         (post
             .stores
-            .count("select count(*) from emails where attempts > 0")
+            .count("select count(*) from emails where due_at > now()")
             .await
             == 2)
             .then_some(())

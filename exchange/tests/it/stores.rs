@@ -130,7 +130,7 @@ impl Nats {
 
 /// A Redis-protocol server.
 pub(crate) struct Redis {
-    _server: Server,
+    server: Server,
     port: u16,
     password: &'static str,
     tls: bool,
@@ -144,7 +144,16 @@ impl Redis {
     pub(crate) fn start_on(port: u16, tls: Option<&Certificates>) -> Self {
         let directory = temporary_directory("redis");
         let port_text = port.to_string();
-        let mut command = vec!["redis-server", "--save", "", "--requirepass", "secret"];
+        let files = directory.path().to_str().unwrap().to_owned();
+        let mut command = vec![
+            "redis-server",
+            "--save",
+            "",
+            "--requirepass",
+            "secret",
+            "--dir",
+            &files,
+        ];
         if let Some(tls) = tls {
             let [certificate, key, authority] =
                 [&tls.certificate, &tls.key, &tls.authority].map(|path| path.to_str().unwrap());
@@ -170,7 +179,7 @@ impl Redis {
         let server = Server::start(directory, &command);
         server.await_port(port);
         Self {
-            _server: server,
+            server,
             port,
             password: "secret",
             tls: tls.is_some(),
@@ -180,6 +189,18 @@ impl Redis {
     pub(crate) fn url(&self) -> String {
         let scheme = if self.tls { "rediss" } else { "redis" };
         format!("{scheme}://:{}@localhost:{}", self.password, self.port)
+    }
+
+    /// Keeps what is in the store now, for the next start.
+    pub(crate) async fn save(&self) {
+        let mut connection = self.connect().await;
+        let () = redis::cmd("SAVE").query_async(&mut connection).await.unwrap();
+    }
+
+    /// Kills the server and starts it again with what was last saved.
+    pub(crate) fn kill_and_restart(&mut self) {
+        self.server.kill_and_restart();
+        self.server.await_port(self.port);
     }
 
     /// Changes the password, and ends all connections.

@@ -189,6 +189,41 @@ async fn a_key_is_published_before_it_signs_and_until_its_last_token_has_expired
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_deleted_is_soon_trusted_by_nobody() {
+    let exchange = Exchange::start(&["--keys-refresh=1s"]).await;
+    let owner = exchange.database.owner().await;
+    let token = exchange.user("ada@example.org").await.access_token;
+    assert_eq!(status(&exchange.service, &token).await, 200);
+    // As if the database were away, for the keys at least: what is known goes on.
+    sqlx::query("alter table signing_keys rename to elsewhere")
+        .execute(&owner)
+        .await
+        .unwrap();
+    eventually("they could not be read", || async {
+        assert_eq!(status(&exchange.service, &token).await, 200);
+        let log = exchange.service.log();
+        log.contains("the signing keys could not be read again")
+            .then_some(())
+    })
+    .await;
+    sqlx::query("alter table elsewhere rename to signing_keys")
+        .execute(&owner)
+        .await
+        .unwrap();
+    sqlx::query("delete from signing_keys")
+        .execute(&owner)
+        .await
+        .unwrap();
+    eventually("the token is refused", || async {
+        (status(&exchange.service, &token).await == 401).then_some(())
+    })
+    .await;
+    // Whoever logs in, or refreshes, gets one of a new key.
+    let token = exchange.log_in("ada@example.org").await.access_token;
+    assert_eq!(status(&exchange.service, &token).await, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn many_processes_that_start_at_once_agree_on_one_key() {
     let database = Database::migrated(Postgres::shared()).await;
     let services = futures::future::join_all((0..4).map(|_| Exchange::over(database.clone(), &[]))).await;

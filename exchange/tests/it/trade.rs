@@ -644,6 +644,304 @@ async fn a_locked_account_does_not_hold_up_its_book() {
     assert_clean(&owner, "live").await;
 }
 
+/// Locks an account until the end of the transaction.
+async fn lock_account(owner: &PgPool, account: &str) -> sqlx::Transaction<'static, sqlx::Postgres> {
+    let mut lock = owner.begin().await.unwrap();
+    sqlx::query("select from accounts where id = $1 for update")
+        .bind(account.parse::<Uuid>().unwrap())
+        .execute(&mut *lock)
+        .await
+        .unwrap();
+    lock
+}
+
+/// What an order cannot pay for it does not touch: accounts of others are locked for no longer than by those who trade.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_touches_nothing_that_it_cannot_take() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let trader = async |coins, dollars| {
+        let trader = exchange.issuer.trader(&exchange.service).await;
+        trader.wallet(&exchange.treasury, coins, dollars).await
+    };
+    let (near, next, far) = (
+        trader("1", "0").await,
+        trader("1", "0").await,
+        trader("1", "1000").await,
+    );
+    near.place("sell", "0.01", "100").await;
+    next.place("sell", "1", "101").await;
+    far.place("sell", "1", "102").await;
+    far.place("buy", "1", "90").await;
+    let lock = lock_account(&owner, &far.btc).await;
+    let lock_too = lock_account(&owner, &far.usd).await;
+
+    let poor = trader("0", "0").await;
+    let some = trader("0", "2").await;
+    let market = |wallet: &Wallet, action: &str| {
+        let mut order = wallet.order(action, "1000", "1");
+        order["order_type"] = json!("market");
+        order.as_object_mut().unwrap().remove("price");
+        order
+    };
+    // Nothing to pay with, or accounts that are nobody's, or somebody else's, or of the wrong currency.
+    let mut of_nobody = market(&poor, "sell");
+    of_nobody["base_account_id"] = json!(Uuid::now_v7());
+    let mut of_another = market(&poor, "sell");
+    of_another["base_account_id"] = json!(far.btc);
+    let mut wrong = market(&poor, "buy");
+    wrong["base_account_id"] = json!(poor.usd);
+    for (order, status, code) in [
+        (market(&poor, "sell"), StatusCode::CONFLICT, "insufficient_funds"),
+        (
+            poor.order("buy", "3", "200"),
+            StatusCode::CONFLICT,
+            "insufficient_funds",
+        ),
+        (of_nobody, StatusCode::NOT_FOUND, "account_not_found"),
+        (of_another, StatusCode::NOT_FOUND, "account_not_found"),
+        (wrong, StatusCode::UNPROCESSABLE_ENTITY, "currency_mismatch"),
+    ] {
+        let problem = accept(poor.trader.post("/trade/add", &order).await, status).await;
+        assert_eq!(problem["code"], code, "{order}");
+    }
+    // Little: it buys what it can, and stops at what is next.
+    let answer = some.trader.post("/trade/add", &market(&some, "buy")).await;
+    let bought = accept(answer, StatusCode::CREATED).await;
+    assert_eq!(
+        (&bought["filled"], &bought["reason"]),
+        (&json!("0.01"), &json!("insufficient_funds"))
+    );
+    // Nobody gets past an order of one's own.
+    let own = trader("1", "1000").await;
+    own.place("sell", "0.5", "100.5").await;
+    let answer = own.trader.post("/trade/add", &market(&own, "buy")).await;
+    let stopped = accept(answer, StatusCode::CREATED).await;
+    assert_eq!(stopped["reason"], "self_trade");
+    lock.rollback().await.unwrap();
+    lock_too.rollback().await.unwrap();
+    assert_clean(&owner, "live").await;
+}
+
+/// Rests so many orders of one user in the book, in one call.
+async fn rest_many(owner: &PgPool, wallet: &Wallet, number: i32, price: i32) -> Vec<String> {
+    sqlx::query_scalar(
+        "select outcome from submit_orders_v1('live', 'BTC-USD',
+             array(select gen_random_uuid() from generate_series(1, $1)),
+             array_fill((select user_id from accounts where id = $2), array[$1]),
+             array(select gen_random_uuid()::text from generate_series(1, $1)), array_fill('sell'::text, array[$1]),
+             array_fill($4::numeric, array[$1]), array_fill(0.00001, array[$1]), array_fill('gtc'::text, array[$1]),
+             array_fill($2, array[$1]), array_fill($3, array[$1]), array_fill(null::text, array[$1]))",
+    )
+    .bind(number)
+    .bind(wallet.btc.parse::<Uuid>().unwrap())
+    .bind(wallet.usd.parse::<Uuid>().unwrap())
+    .bind(price)
+    .fetch_all(owner)
+    .await
+    .unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_has_so_many_open_orders_in_a_product_and_no_more() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let wallet = exchange.issuer.trader(&exchange.service).await;
+    let wallet = wallet.wallet(&exchange.treasury, "1", "1000").await;
+    // All but one at first, then two of three too many.
+    assert_eq!(rest_many(&owner, &wallet, 999, 100).await, ["accepted"; 999]);
+    let limit = "open_order_limit";
+    assert_eq!(
+        rest_many(&owner, &wallet, 3, 100).await,
+        ["accepted", limit, limit]
+    );
+    let order = wallet.order("buy", "0.1", "50");
+    let problem = accept(
+        wallet.trader.post("/trade/add", &order).await,
+        StatusCode::CONFLICT,
+    )
+    .await;
+    assert_eq!(
+        (&problem["code"], &problem["field"]),
+        (&json!(limit), &json!("product"))
+    );
+    // What never rests is not counted, nor is another user.
+    let mut passing = order.clone();
+    passing["time_in_force"] = json!("IOC");
+    accept(
+        wallet.trader.post("/trade/add", &passing).await,
+        StatusCode::CREATED,
+    )
+    .await;
+    let other = exchange.issuer.trader(&exchange.service).await;
+    let other = other.wallet(&exchange.treasury, "0", "1000").await;
+    other.place("buy", "0.1", "50").await;
+    // One that is gone makes room for another.
+    let one: Uuid =
+        sqlx::query_scalar("select id from orders where status = 'open' and side = 'sell' limit 1")
+            .fetch_one(&owner)
+            .await
+            .unwrap();
+    let cancelled = wallet
+        .trader
+        .post("/trade/cancel", &json!({"order_id": one}))
+        .await;
+    accept(cancelled, StatusCode::OK).await;
+    wallet.place("buy", "0.1", "49").await;
+    assert_clean(&owner, "live").await;
+}
+
+/// However fine the book is ground, an order ends in time; and those that came with it have their turn.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_meets_so_many_others_and_no_more() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let trader = async |coins, dollars| {
+        let trader = exchange.issuer.trader(&exchange.service).await;
+        trader.wallet(&exchange.treasury, coins, dollars).await
+    };
+    for price in [100, 101] {
+        let seller = trader("1", "0").await;
+        rest_many(&owner, &seller, 750, price).await;
+    }
+    // While the book is locked by somebody, one order waits for it, and the others for that one: together.
+    let mut lock = owner.begin().await.unwrap();
+    sqlx::query("select lock_book_v1('live', 'BTC-USD')")
+        .execute(&mut *lock)
+        .await
+        .unwrap();
+    let buyer = trader("0", "1000").await;
+    let first = buyer.order("buy", "0.00001", "200");
+    let first = tokio::spawn({
+        let trader = buyer.trader.clone();
+        async move { trader.post("/trade/add", &first).await }
+    });
+    eventually("it waits for the book", || async {
+        let waits: bool = sqlx::query_scalar(
+            "select exists (select from pg_locks join pg_stat_activity using (pid)
+                            where not granted and query like '%submit_orders%' and datname = current_database())",
+        )
+        .fetch_one(&owner)
+        .await
+        .ok()?;
+        waits.then_some(())
+    })
+    .await;
+    let orders: Vec<Value> = (0..4).map(|_| buyer.order("buy", "1", "200")).collect();
+    let placing = orders.iter().map(|order| buyer.trader.post("/trade/add", order));
+    let answers = tokio::join!(futures::future::join_all(placing), async {
+        lock.rollback().await.unwrap();
+    });
+    accept(first.await.unwrap(), StatusCode::CREATED).await;
+    let mut ends = Vec::new();
+    for answer in answers.0 {
+        let order = accept(answer, StatusCode::CREATED).await;
+        let trades = order["trades"].as_array().unwrap().len();
+        ends.push((trades, order["status"].clone(), order["reason"].clone()));
+    }
+    ends.sort_by_key(|(trades, ..)| *trades);
+    let limited = |trades| (trades, json!("cancelled"), json!("trade_limit"));
+    assert_eq!(
+        ends,
+        [
+            (0, json!("open"), json!(null)),
+            (499, json!("open"), json!(null)),
+            limited(500),
+            limited(500)
+        ]
+    );
+    assert_clean(&owner, "live").await;
+}
+
+/// Every figure of a trade is one of the ledger's, not its size alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_audit_finds_a_trade_that_says_other_than_its_entries() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let trader = async |coins, dollars| {
+        let trader = exchange.issuer.trader(&exchange.service).await;
+        trader.wallet(&exchange.treasury, coins, dollars).await
+    };
+    trader("1", "0").await.place("sell", "1", "100").await;
+    trader("0", "1000").await.place("buy", "1", "100").await;
+    assert_clean(&owner, "live").await;
+    for (change, found) in [
+        ("size = size / 2", &["size", "value"][..]),
+        ("price = price / 2", &["value"]),
+        ("taker_fee = taker_fee / 2", &["fees", "taker fee"]),
+        ("maker_fee = maker_fee / 2", &["fees", "maker fee"]),
+    ] {
+        let mut forged = owner.begin().await.unwrap();
+        sqlx::raw_sql(sqlx::AssertSqlSafe(format!(
+            "alter table trades disable trigger trades_append_only; update trades set {change}"
+        )))
+        .execute(&mut *forged)
+        .await
+        .unwrap();
+        let legs: Vec<String> = sqlx::query_scalar(
+            "select substring(subject from ' (.*)') from audit_ledger_v1('live')
+             where problem = 'trade is not its transfer''s entries' order by 1",
+        )
+        .fetch_all(&mut *forged)
+        .await
+        .unwrap();
+        assert_eq!(legs, found, "{change}");
+        forged.rollback().await.unwrap();
+    }
+}
+
+/// The answer to a deposit says what is in the account now, which is somebody else's.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_treasury_takes_along_says_nothing_of_others_balances() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let trader = exchange.issuer.trader(&exchange.service).await;
+    trader.wallet(&exchange.treasury, "0", "987.65").await;
+    let (treasury, export): (Uuid, String) = sqlx::query_as(
+        "select user_id, export from idempotency_keys, user_data where topic = 'idempotency keys'",
+    )
+    .fetch_one(&owner)
+    .await
+    .unwrap();
+    let exported: Value = sqlx::query_scalar(sqlx::AssertSqlSafe(export))
+        .bind(treasury)
+        .fetch_one(&owner)
+        .await
+        .unwrap();
+    let answer = exported["answer"].as_object().unwrap();
+    assert_eq!(answer["amount"], "987.65");
+    assert!(
+        !answer.contains_key("balance") && !answer.contains_key("hold"),
+        "{exported}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parameter_that_cannot_be_read_is_named() {
+    let exchange = Exchange::start().await;
+    let trader = exchange.issuer.trader(&exchange.service).await;
+    let account = trader.account("USD").await;
+    for (path, field) in [
+        (
+            format!("/trade/getTradeByAccount?account_id={account}&curser=1"),
+            "curser",
+        ),
+        (
+            format!("/trade/getTradeByAccount?account_id={account}&limit=x"),
+            "limit",
+        ),
+        ("/trade/getTradeByAccount?account_id=x".to_owned(), "account_id"),
+        ("/book?product=BTC-USD&deep=1".to_owned(), "deep"),
+    ] {
+        let problem = accept(trader.try_get(&path).await, StatusCode::BAD_REQUEST).await;
+        assert_eq!(
+            (&problem["code"], &problem["field"]),
+            (&json!("invalid_parameter"), &json!(field)),
+            "{path}"
+        );
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn accounts_are_named_frozen_emptied_and_closed() {
     let exchange = Exchange::start().await;

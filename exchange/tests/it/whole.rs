@@ -303,6 +303,12 @@ async fn what_happens_is_counted_and_belongs_to_its_trace() {
         let value = metric(&stack.trade, &name).await;
         assert!(value >= least, "{name} is {value}");
     }
+    eventually("the ledger has been audited", || async {
+        let page = stack.trade.admin("/metrics").await.text().await.unwrap();
+        page.contains("\nledger_audited_timestamp_seconds ").then_some(())
+    })
+    .await;
+    assert!(metric(&stack.trade, "ledger_audited_timestamp_seconds").await > 1.7e9);
     assert!(metric(&stack.trade, "ledger_imbalance").await < 1.0);
     metric(&stack.trade, "db_pool_idle").await;
     let notification = &stack.notification;
