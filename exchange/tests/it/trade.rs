@@ -796,12 +796,12 @@ async fn a_user_has_so_many_open_orders_in_a_product_and_no_more() {
 async fn an_order_meets_so_many_others_and_no_more() {
     let exchange = Exchange::start().await;
     let owner = exchange.database.owner().await;
-    let trader = async |coins, dollars| {
+    let join = async |coins, dollars| {
         let trader = exchange.issuer.trader(&exchange.service).await;
         trader.wallet(&exchange.treasury, coins, dollars).await
     };
     for price in [100, 101] {
-        let seller = trader("1", "0").await;
+        let seller = join("1", "0").await;
         rest_many(&owner, &seller, 750, price).await;
     }
     // While the book is locked by somebody, one order waits for it, and the others for that one: together.
@@ -810,7 +810,7 @@ async fn an_order_meets_so_many_others_and_no_more() {
         .execute(&mut *lock)
         .await
         .unwrap();
-    let buyer = trader("0", "1000").await;
+    let buyer = join("0", "1000").await;
     let first = buyer.order("buy", "0.00001", "200");
     let first = tokio::spawn({
         let trader = buyer.trader.clone();
