@@ -194,7 +194,18 @@ impl Redis {
     /// Keeps what is in the store now, for the next start.
     pub(crate) async fn save(&self) {
         let mut connection = self.connect().await;
-        let () = redis::cmd("SAVE").query_async(&mut connection).await.unwrap();
+        // Not SAVE: a busy disk takes longer than the client waits for an answer.
+        redis::cmd("BGSAVE").exec_async(&mut connection).await.unwrap();
+        eventually("it is saved", || async {
+            let mut connection = connection.clone();
+            let state: String = redis::cmd("INFO")
+                .arg("persistence")
+                .query_async(&mut connection)
+                .await
+                .ok()?;
+            state.contains("rdb_changes_since_last_save:0\r").then_some(())
+        })
+        .await;
     }
 
     /// Kills the server and starts it again with what was last saved.

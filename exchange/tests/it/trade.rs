@@ -796,12 +796,12 @@ async fn a_user_has_so_many_open_orders_in_a_product_and_no_more() {
 async fn an_order_meets_so_many_others_and_no_more() {
     let exchange = Exchange::start().await;
     let owner = exchange.database.owner().await;
-    let join = async |coins, dollars| {
+    let trader = async |coins, dollars| {
         let trader = exchange.issuer.trader(&exchange.service).await;
         trader.wallet(&exchange.treasury, coins, dollars).await
     };
     for price in [100, 101] {
-        let seller = join("1", "0").await;
+        let seller = trader("1", "0").await;
         rest_many(&owner, &seller, 750, price).await;
     }
     // While the book is locked by somebody, one order waits for it, and the others for that one: together.
@@ -810,7 +810,7 @@ async fn an_order_meets_so_many_others_and_no_more() {
         .execute(&mut *lock)
         .await
         .unwrap();
-    let buyer = join("0", "1000").await;
+    let buyer = trader("0", "1000").await;
     let first = buyer.order("buy", "0.00001", "200");
     let first = tokio::spawn({
         let trader = buyer.trader.clone();
@@ -836,11 +836,11 @@ async fn an_order_meets_so_many_others_and_no_more() {
     let mut ends = Vec::new();
     for answer in answers.0 {
         let order = accept(answer, StatusCode::CREATED).await;
-        let trades = order["trades"].as_array().unwrap().len();
-        ends.push((trades, order["status"].clone(), order["reason"].clone()));
+        let met = order["trades"].as_array().unwrap().len();
+        ends.push((met, order["status"].clone(), order["reason"].clone()));
     }
-    ends.sort_by_key(|(trades, ..)| *trades);
-    let limited = |trades| (trades, json!("cancelled"), json!("trade_limit"));
+    ends.sort_by_key(|(met, ..)| *met);
+    let limited = |met| (met, json!("cancelled"), json!("trade_limit"));
     assert_eq!(
         ends,
         [
