@@ -805,7 +805,7 @@ pub(crate) mod tests {
             ("Migrating", 4),
             ("Provisioning", 16),
             ("Testing", 11),
-            ("Promoting", 9),
+            ("Promoting", 11),
             ("Verifying", 60),
         ];
         assert_eq!(way(&told), expected.map(|(phase, took)| (phase.to_owned(), took)));
