@@ -183,7 +183,7 @@ crds: ## Generate crds/, and the chart's copy, from the code
 
 .PHONY: crds-check
 crds-check:
-	@cargo build --quiet --workspace --locked --bin exchange-operator
+	cargo build --workspace --locked --bin exchange-operator
 	@$(OPERATOR) crd | diff crds/exchangedeployments.exchange.dev.yaml - \
 	  && diff crds/exchangedeployments.exchange.dev.yaml charts/exchange-operator/files/exchangedeployments.exchange.dev.yaml \
 	  || { echo "error: crds/ or the chart's copy is out of date: run \`make crds\` and commit" >&2; exit 1; }

@@ -3,6 +3,7 @@
 
 use std::{
     collections::VecDeque,
+    ffi::OsStr,
     fs,
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
@@ -205,6 +206,40 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
     buildah(&["rm", "--all"])?;
     buildah(&["rmi", "--prune", "--force"])?;
     Ok(archives)
+}
+
+/// Removes what image builds have left that were killed; nothing while one goes on.
+///
+/// # Errors
+/// If it cannot be removed.
+pub fn remove_leavings() -> Result<()> {
+    let cache = cache_dir()?.join("images");
+    let Ok(lock) = fs::File::open(cache.join("lock")) else {
+        return Ok(()); // no image has ever been built
+    };
+    if lock.try_lock().is_err() {
+        return Ok(());
+    }
+    let is_left = |path: &PathBuf| {
+        let kind = path.extension().and_then(OsStr::to_str).unwrap_or_default();
+        ["context", "scratch", "partial"].contains(&kind)
+    };
+    let left = fs::read_dir(&cache)?.flatten().map(|entry| entry.path());
+    let left: Vec<PathBuf> = left.filter(is_left).collect();
+    for path in &left {
+        let removed = if path.is_dir() {
+            fs::remove_dir_all(path)
+        } else {
+            fs::remove_file(path)
+        };
+        removed.with_context(|| format!("cannot remove {}", path.display()))?;
+    }
+    // The container of the build, too.
+    if left.is_empty() {
+        Ok(())
+    } else {
+        buildah(&["rm", "--all"])
+    }
 }
 
 /// Waits until no other process builds images.

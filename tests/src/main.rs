@@ -153,7 +153,7 @@ fn run(cli: &Cli) -> Result<()> {
                 });
                 say(format!("Cluster {:?} is gone.{from}", cluster.name()));
             }
-            Ok(())
+            images::remove_leavings()
         }
         Action::Preflight => preflight::check(),
         Action::Status => status(&cluster),

@@ -298,7 +298,7 @@ impl Namespaces {
         }
     }
 
-    /// Processes that are still in one. Not those that began later: the kernel gives the number of a namespace that has
+    /// Processes that are still in one, or keep one open. Not those that began later: the kernel gives the number of a namespace that has
     /// ended to the next one that anybody makes.
     fn survivors(&self) -> Vec<String> {
         let began = |pid: i32| {
@@ -308,7 +308,15 @@ impl Namespaces {
         };
         pids()
             .into_iter()
-            .filter(|pid| !namespaces(*pid).is_disjoint(&self.theirs))
+            .filter(|pid| {
+                let files = fs::read_dir(format!("/proc/{pid}/fd"))
+                    .into_iter()
+                    .flatten()
+                    .flatten();
+                let open: BTreeSet<PathBuf> =
+                    files.filter_map(|file| fs::read_link(file.path()).ok()).collect();
+                !namespaces(*pid).is_disjoint(&self.theirs) || !open.is_disjoint(&self.theirs)
+            })
             .filter(|pid| began(*pid).is_some_and(|began| began <= self.seen))
             .map(|pid| format!("{pid} {}", command_line(pid).join(" ")))
             .collect()
@@ -679,6 +687,18 @@ fn a_killed_up_takes_its_image_build_with_it() {
             using_cache(cache)
         );
         assert_eq!(traces(&cluster), before, "killed when {program} ran");
+        let images = || -> Vec<PathBuf> {
+            let entries = fs::read_dir(cache.join("images")).unwrap().flatten();
+            let others = entries.filter(|entry| entry.file_name() != "lock");
+            others.map(|entry| entry.path()).collect()
+        };
+        assert!(!images().is_empty(), "{program} has left nothing");
+        let down = testbed(cluster.name(), &["down"])
+            .env("TESTBED_CACHE", cache)
+            .output()
+            .unwrap();
+        assert!(down.status.success(), "{}", text(&down));
+        assert_eq!(images(), Vec::<PathBuf>::new(), "killed when {program} ran");
     }
     let again = up().output().unwrap();
     sandbox::destroy(&cluster).unwrap();
