@@ -365,11 +365,10 @@ impl Keys {
         if !self.is_old().await {
             return;
         }
-        let _reading = self.reading.lock().await;
-        // Somebody may have read them, or tried to, in the meantime.
-        if !self.is_old().await {
+        // Whoever reads them does it for all; until then the copy is good.
+        let Ok(_reading) = self.reading.try_lock() else {
             return;
-        }
+        };
         let began = Instant::now();
         let rows = timeout(READ_IN, read_keys(&self.db)).await;
         let read = match rows {
@@ -433,7 +432,12 @@ impl Keys {
             .iter()
             .map(|row| row.signs_until)
             .max()
-            .filter(|until| *until > now);
+            .filter(|until| *until > now)
+            // One that signs later is of no use if somebody has deleted the one before.
+            .filter(|_| {
+                rows.iter()
+                    .any(|row| row.signs_from <= now && now < row.signs_until)
+            });
         if last.is_none_or(|until| until <= now + PUBLISHED_BEFORE * 2) {
             // Not later than now by any other clock.
             let signs_from = last.unwrap_or(now - time::Duration::seconds(LEEWAY));

@@ -34,9 +34,6 @@ const PULL: Duration = Duration::from_secs(2);
 const MAX_DELIVERIES: i64 = 5;
 /// How long a message waits that could not be handled.
 const RETRY: Duration = Duration::from_secs(1);
-/// How long one waits whose topic only a newer version knows: that one is there already, or will be.
-const FOR_ANOTHER: Duration = Duration::from_secs(30);
-
 /// The consumers, which share messages but not their progress.
 #[derive(Clone, Debug)]
 pub enum Consumer {
@@ -186,8 +183,9 @@ impl Worker {
         for message in messages {
             match read(&message) {
                 Ok(event) => readable.push((event, message)),
+                // Its row in the outbox stays open: a version that knows the topic publishes it again.
                 Err(Unread::UnknownTopic) => {
-                    acknowledge(&message, AckKind::Nak(Some(FOR_ANOTHER))).await;
+                    acknowledge(&message, AckKind::Ack).await;
                 }
                 // Not from an outbox, so nobody waits for its effect.
                 Err(Unread::Malformed(reason)) => {

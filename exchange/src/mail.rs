@@ -179,7 +179,13 @@ async fn send(
         let answered = answer(stop, server.send(message.envelope(), &content)).await;
         if matches!(answered, Err(MailError::Silent(_))) {
             // Perhaps it is this one that it cannot take: others come first.
-            put_off(db, &email).await?;
+            if email.attempts + 1 >= MAX_ATTEMPTS {
+                error!(user.id = %email.user_id, error.message = "no answer", "an e-mail was given up");
+                forget(db, &email).await?;
+                metrics.emails_given_up.inc();
+            } else {
+                put_off(db, &email).await?;
+            }
             due.pop_front();
         }
         match answered? {

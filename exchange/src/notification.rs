@@ -3,7 +3,7 @@
 //! Each user's notifications are numbered without regard to lane, service or colour; the number is the cursor of
 //! pages and, as `Last-Event-ID`, of the event stream ([`crate::stream`]).
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use axum::{Json, extract::State, http::StatusCode};
 use serde::{Deserialize, Serialize};
@@ -107,7 +107,6 @@ struct AccountChanged {
     user_id: Uuid,
     account_id: Uuid,
     change: String,
-    name: String,
     currency: String,
 }
 
@@ -116,8 +115,11 @@ struct SignedIn {
     user_id: Uuid,
 }
 
+/// Names of accounts by their ids. They are not in messages: the broker keeps those for a day, also of users who leave.
+type Names = HashMap<Uuid, String>;
+
 /// What an event means to whom.
-fn drafts(event: &Delivered) -> Result<Vec<Draft>, serde_json::Error> {
+fn drafts(event: &Delivered, names: &Names) -> Result<Vec<Draft>, serde_json::Error> {
     Ok(match event.topic {
         Topic::TradeExecuted => {
             let trade = TradeExecuted::deserialize(&event.payload)?;
@@ -161,17 +163,15 @@ fn drafts(event: &Delivered) -> Result<Vec<Draft>, serde_json::Error> {
         }
         Topic::AccountChanged => {
             let account = AccountChanged::deserialize(&event.payload)?;
+            let name = names.get(&account.account_id).map_or("", String::as_str);
             vec![Draft {
                 user_id: account.user_id,
                 kind: "account",
-                title: format!(
-                    "{} account {} was {}",
-                    account.currency, account.name, account.change
-                ),
+                title: format!("{} account {name} was {}", account.currency, account.change),
                 data: json!({
                     "account_id": account.account_id,
                     "change": account.change,
-                    "name": account.name,
+                    "name": name,
                     "currency": account.currency,
                 }),
             }]
@@ -188,6 +188,21 @@ fn drafts(event: &Delivered) -> Result<Vec<Draft>, serde_json::Error> {
     })
 }
 
+/// The names of the accounts that events are about, as they are now.
+async fn names(connection: &mut PgConnection, events: &[&Delivered]) -> Result<Names, ApplyError> {
+    let changes = events.iter().filter(|event| event.topic == Topic::AccountChanged);
+    let payloads = changes.map(|event| AccountChanged::deserialize(&event.payload));
+    let accounts: Vec<Uuid> = payloads
+        .map(|account| Ok(account?.account_id))
+        .collect::<Result<_, serde_json::Error>>()?;
+    if accounts.is_empty() {
+        return Ok(Names::new());
+    }
+    let named = sqlx::query_as("select id, name from accounts where id = any($1)");
+    let named: Vec<(Uuid, String)> = named.bind(accounts).fetch_all(connection).await?;
+    Ok(named.into_iter().collect())
+}
+
 /// Writes notifications.
 #[derive(Clone, Copy, Debug)]
 pub struct Writer {
@@ -202,9 +217,10 @@ impl Writer {
         connection: &mut PgConnection,
         events: &[&Delivered],
     ) -> Result<(), ApplyError> {
+        let names = names(connection, events).await?;
         let mut rows = Rows::default();
         for event in events {
-            for draft in drafts(event)? {
+            for draft in drafts(event, &names)? {
                 rows.users.push(draft.user_id);
                 rows.events.push(event.id);
                 rows.lanes.push(event.lane.as_str());
@@ -439,7 +455,7 @@ mod tests {
     fn a_trade_is_told_to_both_sides_and_shows_neither_the_other() {
         let (buyer, seller) = (Uuid::now_v7(), Uuid::now_v7());
         let (buy_order, sell_order) = (Uuid::now_v7(), Uuid::now_v7());
-        let drafts = drafts(&delivered(
+        let event = delivered(
             Topic::TradeExecuted,
             json!({
                 "trade_id": "7", "product": "BTC-USD", "price": "20000", "size": "0.5", "taker_side": "buy",
@@ -447,8 +463,8 @@ mod tests {
                 "buyer": {"user_id": buyer, "order_id": buy_order, "fee": "20"},
                 "seller": {"user_id": seller, "order_id": sell_order, "fee": "10"},
             }),
-        ))
-        .unwrap();
+        );
+        let drafts = drafts(&event, &Names::new()).unwrap();
         let told: Vec<_> = drafts
             .iter()
             .map(|draft| (draft.user_id, draft.title.as_str()))
@@ -472,7 +488,7 @@ mod tests {
     fn a_payload_that_is_not_what_the_topic_promises_is_an_error() {
         for topic in Topic::ALL {
             assert!(
-                drafts(&delivered(topic, json!({"user_id": 1}))).is_err(),
+                drafts(&delivered(topic, json!({"user_id": 1})), &Names::new()).is_err(),
                 "{topic:?}"
             );
         }

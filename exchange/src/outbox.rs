@@ -300,12 +300,13 @@ async fn mark_done(db: &PgPool, scope: &Scope) -> Result<u64, sqlx::Error> {
 }
 
 /// Opens rows that were published but not handled within 30 s, then within twice their age: a consumer that is
-/// down for an hour must not find each message a hundred times. At the latest after five minutes.
+/// down for an hour must not find each message a hundred times. At the latest after five minutes. Those of topics that only a
+/// newer version knows wait for that one.
 async fn reopen_overdue(db: &PgPool, scope: &Scope) -> Result<u64, sqlx::Error> {
     sqlx::query(
         "with overdue as (
              select id from outbox
-             where done_at is null and starts_with(lane, $1)
+             where done_at is null and starts_with(lane, $1) and topic = any($3)
                and published_at < now() - least(greatest(published_at - created_at, interval '30 seconds'),
                                                 interval '5 minutes')
              limit $2 for update skip locked)
@@ -313,6 +314,7 @@ async fn reopen_overdue(db: &PgPool, scope: &Scope) -> Result<u64, sqlx::Error> 
     )
     .bind(scope.lane_prefix())
     .bind(SWEEP_BATCH)
+    .bind(Topic::ALL.map(Topic::as_str))
     .execute(db)
     .await
     .map(|result| result.rows_affected())

@@ -168,7 +168,7 @@ begin
         end if;
     end loop;
 
-    -- Before anything is locked: nobody who cannot pay, or names accounts of others, may make others wait.
+    -- Before the book is read: who cannot pay, or names accounts of others, makes others wait for no more than one order.
     select array_agg(id), array_agg(user_id), array_agg(currency), array_agg(state), array_agg(balance), array_agg(hold)
       into a_id, a_user, a_currency, a_state, a_balance, a_hold
       from accounts where id = any (p_base_accounts || p_quote_accounts) and lane = p_lane and deleted_at is null;

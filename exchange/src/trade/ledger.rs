@@ -494,7 +494,7 @@ async fn tell_change(
     change: &str,
 ) -> Result<(), sqlx::Error> {
     let payload = json!({
-        "user_id": caller.user_id, "account_id": account.id, "change": change, "name": account.name, "currency": account.currency,
+        "user_id": caller.user_id, "account_id": account.id, "change": change, "currency": account.currency,
     });
     let headers =
         TraceContext::current().map_or_else(|| json!({}), |trace| json!({"traceparent": trace.to_string()}));

@@ -91,7 +91,7 @@ pub(super) struct Order {
     time_in_force: TimeInForce,
     /// `filled`, `open` (the rest is in the book) or `cancelled` (the rest is not).
     status: String,
-    /// Why it was cancelled: `no_more_matches`, `self_trade`, `insufficient_funds` or `balance_limit`.
+    /// Why it was cancelled: `no_more_matches`, `self_trade`, `insufficient_funds`, `trade_limit` or `balance_limit`.
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
     filled: Amount,

@@ -188,6 +188,29 @@ async fn a_key_is_published_before_it_signs_and_until_its_last_token_has_expired
     assert_eq!(status(&replica.service, &old_token).await, 401);
 }
 
+/// Whoever deletes one key that has leaked may not know that its successor does not sign yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn log_ins_go_on_when_only_the_key_that_signs_is_deleted() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let exchange = Exchange::over(database.clone(), &[]).await;
+    let owner = database.owner().await;
+    exchange.user("ada@example.org").await;
+    sqlx::query("update signing_keys set signs_until = now() + interval '90 minutes'")
+        .execute(&owner)
+        .await
+        .unwrap();
+    let replica = Exchange::over(database.clone(), &[]).await;
+    replica.log_in("ada@example.org").await;
+    assert_eq!(published(&replica.service).await.len(), 2);
+    sqlx::query("delete from signing_keys where signs_from < now()")
+        .execute(&owner)
+        .await
+        .unwrap();
+    let replica = Exchange::over(database, &[]).await;
+    let token = replica.log_in("ada@example.org").await.access_token;
+    assert_eq!(status(&replica.service, &token).await, 200);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_that_is_deleted_is_soon_trusted_by_nobody() {
     let exchange = Exchange::start(&["--keys-refresh=1s"]).await;

@@ -830,7 +830,6 @@ async fn a_user_can_leave_and_nothing_that_identifies_stays() {
             "idempotency_keys",
             "notifications",
             "orders",
-            "outbox",
             "transfer_references",
             "users"
         ]
