@@ -119,14 +119,15 @@ impl Turn<'_> {
             // What takes the place of something that is being tested is another attempt, also while time stands still.
             let testing = matches!(self.next.phase, Phase::Testing | Phase::AwaitingPromotion);
             let tested = testing && live.is_none() && seen.is_none_or(|seen| seen.rendered.is_none());
-            let Some((attempt, version)) = known.filter(|_| declared && !tested) else {
+            if let Some((attempt, version)) = known.filter(|_| declared && !tested) {
+                actions.push(Action::Render {
+                    stack: stack.clone(),
+                    attempt,
+                    version,
+                });
+            } else if seen.is_none_or(|seen| seen.rendered.is_none()) {
                 return;
-            };
-            actions.push(Action::Render {
-                stack: stack.clone(),
-                attempt,
-                version,
-            });
+            }
         }
         if let Some(fence) = seen
             .filter(|seen| !seen.owned)

@@ -548,7 +548,8 @@ pub struct SmokeTest {
     /// passes when the command ends with 0.
     #[schemars(length(min = 1, max = 64), inner(length(max = 4096)))]
     pub command: Vec<String>,
-    /// CPU and memory of the test. Without it: 100m and 64Mi, at most 1 and 512Mi.
+    /// CPU and memory of the test. Without it: 100m and 64Mi, and at most 1 and 512Mi unless it
+    /// has an image of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resources: Option<ResourceRequirements>,
     /// How long the test may take; after it, it has failed.

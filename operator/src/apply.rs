@@ -35,7 +35,7 @@ use crate::{
     metrics::Metrics,
     observe::{
         Fence, Job, Part,
-        intact::OF_NODE,
+        intact::{OF_NODE, contains},
         is_nobodys, is_ours,
         read::{Look, Reader, builder, selector},
     },
@@ -188,6 +188,9 @@ impl Writer {
         match fence {
             None => self.create_kind(&kind(part), look, object).await,
             Some(fence) if part == Part::ColourService => self.replace_service(look, object, fence).await,
+            Some(fence) if part == Part::Workload && is_intact(look, stack, service) => {
+                self.scale(look, &object, replicas, fence).await
+            }
             Some(fence) if part == Part::Workload => self.overwrite(look, object, fence).await,
             Some(fence) => self.patch(&kind(part), look, object, fence).await,
         }
@@ -317,7 +320,22 @@ impl Writer {
                 pod.entry(field).or_insert(Value::Null);
             }
         }
-        self.merge(&kind(Part::Workload), look, &name, &object).await
+        let written = self.merged(&kind(Part::Workload), look, &name, &object).await?;
+        let specs = written.data.get("spec").zip(object.get("spec"));
+        if specs.is_some_and(|(written, wanted)| contains(written, wanted)) {
+            Ok(())
+        } else {
+            Err(Error::Changed(format!("Deployment {name}")))
+        }
+    }
+
+    /// Gives a workload another size and leaves what others have added, which is no difference: its pods must not be replaced
+    /// for this.
+    async fn scale(&self, look: &Look, object: &Value, replicas: u32, fence: &Fence) -> Result<(), Error> {
+        let name = dynamic(object.clone())?.name_any();
+        let mut patch = json!({"metadata": {}, "spec": {"replicas": replicas}});
+        carry(&mut patch, fence);
+        self.merge(&kind(Part::Workload), look, &name, &patch).await
     }
 
     /// Writes a Service as it was built, and keeps what is not ours of what was observed: the address, other labels and
@@ -376,16 +394,22 @@ impl Writer {
     }
 
     async fn merge(&self, kind: &ApiResource, look: &Look, name: &str, patch: &Value) -> Result<(), Error> {
-        let (api, params) = (
-            self.objects(kind, look),
-            PatchParams {
-                field_manager: Some(MANAGER.to_owned()),
-                ..PatchParams::default()
-            },
-        );
-        let patch = Patch::Merge(patch);
+        let (api, params, patch) = (self.objects(kind, look), merging(), Patch::Merge(patch));
         let patched = api.patch_metadata(name, &params, &patch);
         self.limited("patch", &kind.kind, name, patched).await.map(drop)
+    }
+
+    /// The same; returns what has become of it.
+    async fn merged(
+        &self,
+        kind: &ApiResource,
+        look: &Look,
+        name: &str,
+        patch: &Value,
+    ) -> Result<DynamicObject, Error> {
+        let (api, params, patch) = (self.objects(kind, look), merging(), Patch::Merge(patch));
+        let patched = api.patch(name, &params, &patch);
+        self.limited("patch", &kind.kind, name, patched).await
     }
 
     async fn adopt_all<K: Resource<DynamicType = ()>>(
@@ -452,6 +476,22 @@ impl Writer {
                 limit: WRITE_LIMIT,
             }),
         }
+    }
+}
+
+/// Whether a workload was as it was rendered when it was observed.
+fn is_intact(look: &Look, stack: &Stack, service: Service) -> bool {
+    let seen = look.seen.stacks.get(stack);
+    let workload = seen
+        .and_then(|it| it.service(service))
+        .and_then(|it| it.parts.get(&Part::Workload));
+    workload.is_some_and(|it| it.intact)
+}
+
+fn merging() -> PatchParams {
+    PatchParams {
+        field_manager: Some(MANAGER.to_owned()),
+        ..PatchParams::default()
     }
 }
 

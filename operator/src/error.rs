@@ -37,6 +37,9 @@ pub enum Error {
         /// Its name.
         name: String,
     },
+    /// Something changes what is written, as it is written.
+    #[error("failed to keep {0} as it was rendered: something, such as an admission webhook, changes it")]
+    Changed(String),
     /// An object of ours is not what we wrote.
     #[error("{0} cannot be read: {1}")]
     Unreadable(String, String),
@@ -82,7 +85,7 @@ impl Error {
         match self {
             Self::Refused(_) => Class::Conflict,
             Self::Timeout { .. } => Class::Transient,
-            Self::Unreadable(..) | Self::Taken { .. } => Class::Invalid,
+            Self::Unreadable(..) | Self::Taken { .. } | Self::Changed(_) => Class::Invalid,
             Self::Api { source, .. } => match &**source {
                 kube::Error::Api(status) => match status.code {
                     // Not found: what should be written or deleted has gone.
@@ -99,8 +102,10 @@ impl Error {
 
     /// What the API server does not accept and will not accept next time either, and what it said.
     pub fn refusal(&self) -> Option<String> {
-        let Self::Api { doing, source } = self else {
-            return None;
+        let (doing, source) = match self {
+            Self::Api { doing, source } => (doing, source),
+            Self::Changed(_) => return Some(self.to_string().replacen("failed to ", "", 1)),
+            _ => return None,
         };
         let said = match &**source {
             kube::Error::Api(status) => status.message.clone(),

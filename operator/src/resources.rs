@@ -592,6 +592,8 @@ impl Builder<'_> {
                 let command = json!({"command": test.command, "env": env});
                 if test.image.is_some() {
                     placed = &["tolerations", "priorityClassName"];
+                    // Nobody knows what it takes.
+                    resources = json!({"requests": resources["requests"]});
                 }
                 if let Some(own) = &test.resources {
                     resources = json!(own);

@@ -8,6 +8,9 @@
     reason = "a test that cannot go on panics"
 )]
 
+#[path = "invalid/merge.rs"]
+mod merge;
+
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex},
@@ -25,6 +28,8 @@ use http::{Method, Request, Response, StatusCode};
 use kube::{Client, client::Body};
 use serde_json::{Value, json};
 use tower_test::mock;
+
+use self::merge::merge;
 
 const UID: &str = "8d0ae1d4-3d6c-4d1c-8a59-1d2a8e1c9d10";
 const OBJECT: &str = "exchangedeployments/exchange";
@@ -49,6 +54,8 @@ struct Server {
     broken: Option<(String, StatusCode)>,
     /// A write to the first takes the second with it.
     takes: Option<(String, String)>,
+    /// An admission webhook that changes what is merged into objects whose path begins like this.
+    changes: Option<(String, Value)>,
     /// With this request another operator records something.
     superseded_at: Option<String>,
 }
@@ -64,7 +71,14 @@ impl Server {
         object
     }
 
-    fn answer(&mut self, method: &Method, path: &str, query: &str, body: Value) -> (StatusCode, Value) {
+    fn answer(
+        &mut self,
+        method: &Method,
+        path: &str,
+        query: &str,
+        merges: bool,
+        body: Value,
+    ) -> (StatusCode, Value) {
         let called = format!("{method} {path}");
         if self.superseded_at.take_if(|request| *request == called).is_some() {
             let mut object = self.objects[OBJECT].clone();
@@ -117,12 +131,12 @@ impl Server {
                 let mut next = there;
                 if status {
                     next["status"] = body["status"].clone();
-                } else if body["kind"].is_null() {
-                    // A merge patch, of which only those of owners and of labels are sent.
-                    for field in ["ownerReferences", "labels"] {
-                        if !body["metadata"][field].is_null() {
-                            next["metadata"][field] = body["metadata"][field].clone();
-                        }
+                } else if merges {
+                    merge(&mut next, &body);
+                    if let Some((changed, change)) = &self.changes
+                        && path.starts_with(changed)
+                    {
+                        merge(&mut next, change);
                     }
                 } else {
                     next = body.clone();
@@ -227,10 +241,13 @@ impl World {
                     .1
                     .to_owned();
                 let query = parts.uri.query().unwrap_or_default();
-                let (status, body) = answering
-                    .lock()
-                    .unwrap()
-                    .answer(&parts.method, &path, query, body);
+                let kind = parts.headers.get("content-type");
+                let merges = kind.is_some_and(|kind| kind == "application/merge-patch+json");
+                let (status, body) =
+                    answering
+                        .lock()
+                        .unwrap()
+                        .answer(&parts.method, &path, query, merges, body);
                 let body = Body::from(serde_json::to_vec(&body).unwrap());
                 send.send_response(Response::builder().status(status).body(body).unwrap());
             }
@@ -670,6 +687,77 @@ async fn a_foreign_edit_is_put_right_with_what_was_observed() {
         assert!(pod.as_object().unwrap().contains_key("hostNetwork") && pod["hostNetwork"].is_null());
         world.settle().await;
     }
+}
+
+#[tokio::test]
+async fn another_size_replaces_no_pod() {
+    let world = World::converged().await;
+    // What somebody has added, and is no difference.
+    let workload = world.names("deployments").remove(0);
+    world.change(&workload, |deployment| {
+        let pod = &mut deployment["spec"]["template"]["spec"];
+        pod["containers"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!({"name": "sidecar", "image": "acme/sidecar:1"}));
+    });
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(paths(&writes), Vec::<String>::new());
+    let template = world.get(&workload)["spec"]["template"].clone();
+    world.change(OBJECT, |object| {
+        for service in ["user", "trade", "notification"] {
+            object["spec"]["services"][service]["replicas"] = json!(5);
+        }
+    });
+    world.settle().await;
+    let deployment = world.get(&workload);
+    assert_eq!(deployment["spec"]["replicas"], 5);
+    assert_eq!(deployment["spec"]["template"], template);
+}
+
+#[tokio::test]
+async fn what_something_changes_as_it_is_written_is_told() {
+    let world = World::converged().await;
+    let workload = world.names("deployments").remove(0);
+    let role = json!({"spec": {"template": {"spec": {"hostNetwork": true}}}});
+    world.server.lock().unwrap().changes = Some((workload.clone(), role));
+    world.change(&workload, |deployment| {
+        deployment["spec"]["template"]["spec"]["hostNetwork"] = json!(true);
+    });
+    let (result, writes) = world.pass().await;
+    assert_eq!(paths(&writes), [format!("PATCH {workload}")]);
+    let error = result.unwrap_err();
+    assert!(error.lasts(), "{error:?}");
+    let told = error.refusal().unwrap();
+    assert!(
+        told.starts_with("keep Deployment exchange-") && told.contains("admission webhook"),
+        "{told}"
+    );
+}
+
+#[tokio::test]
+async fn a_stack_is_repaired_although_what_need_not_exist_has_come_to_be() {
+    let world = World::new();
+    world.change(OBJECT, |object| {
+        object["spec"]["services"]["user"]["envFrom"] =
+            json!([{"configMapRef": {"name": "late", "optional": true}}]);
+    });
+    let world = world.converges().await;
+    // A new revision, which waits for somebody.
+    world.change(OBJECT, |object| object["spec"]["suspend"] = json!(true));
+    let late = json!({"metadata": {"name": "late"}, "data": {"A": "b"}});
+    world.server.lock().unwrap().put("configmaps/late", late);
+    let workload = world.names("deployments").remove(0);
+    world.change(&workload, |deployment| {
+        deployment["spec"]["template"]["spec"]["containers"][0]["image"] = json!("acme/other:1");
+    });
+    let (_, writes) = world.pass().await;
+    assert!(
+        paths(&writes).contains(&format!("PATCH {workload}")),
+        "{:?}",
+        paths(&writes)
+    );
 }
 
 #[tokio::test]

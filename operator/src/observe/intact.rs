@@ -1,9 +1,8 @@
 //! Whether an object is as it was rendered.
 //!
-//! The API server adds defaults, others may add labels and annotations, and admission webhooks may add what they like:
-//! what was rendered only has to be *in* the object. Some things are compared as a whole, because an addition changes
-//! what they mean: selectors, the ports of Services, and what our own container is told and may do. Other containers, which
-//! are added to a pod, are no difference.
+//! The API server adds defaults, others may add labels, annotations and containers: what was rendered only has to be *in* the
+//! object. Some things are compared as a whole, because an addition changes what they mean: selectors, the ports of Services,
+//! and what our own container is told and may do. Who adds to these adds to pods, by a webhook: no Deployment is different then.
 
 use serde_json::{Map, Value};
 

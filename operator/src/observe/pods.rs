@@ -1,6 +1,6 @@
 //! What only the pods know: who answers, what is open, how requests went; and what keeps a pod or a Job from going on.
 
-use std::{collections::BTreeMap, error::Error, time::Duration};
+use std::{collections::BTreeMap, error::Error, io, time::Duration};
 
 use futures::future::join_all;
 use k8s_openapi::api::{
@@ -345,15 +345,14 @@ impl Pods {
     }
 }
 
-/// Why there was no answer, in few words, which are the same each time.
+/// Why there was no answer, in few words, which are the same each time: an address at which nobody is either lets one wait or
+/// is told to be none.
 fn why(error: &reqwest::Error) -> String {
-    if error.is_timeout() {
-        let what = if error.is_connect() {
-            "connect"
-        } else {
-            "the answer"
-        };
-        return format!("{what} timed out");
+    if error.is_timeout() && !error.is_connect() {
+        return "the answer timed out".to_owned();
+    }
+    if error.is_connect() && (error.is_timeout() || !is_refused(error)) {
+        return "no connection".to_owned();
     }
     if let Some(status) = error.status() {
         return format!("status {status}");
@@ -363,6 +362,18 @@ fn why(error: &reqwest::Error) -> String {
         cause = next;
     }
     cause.to_string()
+}
+
+fn is_refused(error: &reqwest::Error) -> bool {
+    let mut cause: Option<&dyn Error> = error.source();
+    while let Some(error) = cause {
+        let io = error.downcast_ref::<io::Error>();
+        if io.is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 /// What keeps a pod from becoming ready, if that can be told. Words that do not change from one look to the next.

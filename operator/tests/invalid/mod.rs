@@ -1,8 +1,12 @@
 //! What the definition refuses, each with what it says: one table for the schema in the unit tests and for a real API server.
 
+mod merge;
+
 use std::{fs, path::Path};
 
 use serde_json::{Value, json};
+
+pub(crate) use self::merge::merge;
 
 /// The repository's root.
 pub(crate) fn repository() -> &'static Path {
@@ -13,26 +17,6 @@ pub(crate) fn repository() -> &'static Path {
 pub(crate) fn example(name: &str) -> Value {
     let text = fs::read_to_string(repository().join("examples").join(name)).unwrap();
     serde_yaml::from_str(&text).unwrap()
-}
-
-/// Merges a patch into a value; null removes.
-pub(crate) fn merge(target: &mut Value, patch: &Value) {
-    match patch {
-        Value::Object(patch) => {
-            if !target.is_object() {
-                *target = json!({});
-            }
-            let map = target.as_object_mut().unwrap();
-            for (key, value) in patch {
-                if value.is_null() {
-                    map.remove(key);
-                } else {
-                    merge(map.entry(key).or_insert(Value::Null), value);
-                }
-            }
-        }
-        other => *target = other.clone(),
-    }
 }
 
 /// An object that is refused.
