@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::{StreamExt, future};
+use futures::{FutureExt, StreamExt, future};
 use jiff::Timestamp;
 use k8s_openapi::api::{
     apps::v1::Deployment, batch::v1::Job, core::v1::Service, discovery::v1::EndpointSlice,
@@ -275,13 +275,14 @@ fn complain(error: &Error, class: Class) {
 pub async fn run(watches: Watches, context: Arc<Context>, stop: CancellationToken) {
     let labels = format!("app.kubernetes.io/managed-by={MANAGER}");
     let (reader, writer) = reflector::store();
+    let (listed, stopped) = (reader.clone(), stop.clone());
     let objects = watches
         .events::<ExchangeDeployment>("ExchangeDeployment", "")
         .map(Ok)
         .modify(|object: &mut Trigger| object.managed_fields_mut().clear())
         .reflect(writer)
         .touched_objects();
-    Controller::for_stream(objects, reader)
+    let work = Controller::for_stream(objects, reader)
         .with_config(Config::default().concurrency(CONCURRENCY))
         .reconcile_on(watches.owners::<Service>("Service", &labels))
         .reconcile_on(watches.owners::<Deployment>("Deployment", &labels))
@@ -290,8 +291,18 @@ pub async fn run(watches: Watches, context: Arc<Context>, stop: CancellationToke
         .graceful_shutdown_on(stop.cancelled_owned())
         .run(reconcile, after, context)
         // Each pass has said itself what was wrong; the rest is about objects that are gone.
-        .for_each(|_| future::ready(()))
-        .await;
+        .for_each(|_| future::ready(()));
+    // Before the first list has come no pass is under way, and the controller would wait for the list.
+    let before_its_begin = async {
+        stopped.cancelled().await;
+        if listed.wait_until_ready().now_or_never().is_some() {
+            future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        () = work => {}
+        () = before_its_begin => {}
+    }
 }
 
 async fn reconcile(object: Arc<Trigger>, context: Arc<Context>) -> Result<Action, Error> {

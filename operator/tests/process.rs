@@ -32,6 +32,8 @@ const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/ns/leases";
 struct Server {
     /// Every request is answered with an error.
     away: bool,
+    /// Nothing but the Lease is answered.
+    silent: bool,
     lease: Value,
     version: u64,
 }
@@ -66,7 +68,8 @@ async fn answer(State(server): State<Shared>, method: Method, uri: Uri, body: By
         server.lease = lease;
         return server.lease.to_string().into_response();
     }
-    if uri.query().is_some_and(|query| query.contains("watch=true")) {
+    let silent = server.lock().unwrap().silent;
+    if silent || uri.query().is_some_and(|query| query.contains("watch=true")) {
         // Nothing ever happens.
         std::future::pending::<()>().await;
     }
@@ -139,6 +142,14 @@ impl World {
         }
     }
 
+    async fn until_leading(&self) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.holder() != "me" {
+            assert!(Instant::now() < deadline, "it does not lead");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     fn holder(&self) -> String {
         let server = self.server.lock().unwrap();
         let holder = server
@@ -196,11 +207,7 @@ async fn told_to_end_a_leader_gives_up_its_lease() {
     world.until_probed("/livez", 200).await;
     world.server.lock().unwrap().away = false;
     world.until_probed("/readyz", 200).await;
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while world.holder() != "me" {
-        assert!(Instant::now() < deadline, "it does not lead");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    world.until_leading().await;
     world.until_probed("/livez", 200).await;
 
     let server = Arc::clone(&world.server);
@@ -253,4 +260,20 @@ async fn who_stands_by_is_ready_and_leaves_the_lease_alone() {
     assert!(status.success(), "{status}");
     assert!(!says(&log, "this operator leads"), "{log:#?}");
     assert!(!says(&log, "the lease is given up"), "{log:#?}");
+}
+
+#[tokio::test]
+async fn told_to_end_before_it_has_begun_a_leader_waits_for_nothing() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let silent = Server {
+        silent: true,
+        ..Server::default()
+    };
+    let world = World::start(silent).await;
+    world.until_leading().await;
+    let server = Arc::clone(&world.server);
+    let (status, took, _) = world.terminate().await;
+    assert!(status.success(), "{status}");
+    assert!(took < Duration::from_secs(10), "it took {took:?}");
+    assert_eq!(server.lock().unwrap().lease["spec"]["holderIdentity"], "");
 }
