@@ -568,10 +568,9 @@ impl Builder<'_> {
         let own = trade.pointer("/containers/0/image")?.as_str()?.to_owned();
         let deadline = seconds(spec.rollout.progress_deadline);
         let mut placed: &[&str] = &["nodeSelector", "tolerations", "priorityClassName"];
-        let mut resources = json!({
-            "requests": {"cpu": "100m", "memory": "64Mi"},
-            "limits": {"cpu": "1", "memory": "512Mi"},
-        });
+        let requests = json!({"cpu": "100m", "memory": "64Mi"});
+        let limits = json!({"cpu": "1", "memory": "512Mi"});
+        let mut resources = json!({"requests": requests, "limits": limits});
         let (image, command, deadline) = match &job.kind {
             JobKind::Expand | JobKind::Contract => {
                 let args = migrate(spec, &job.kind, deadline, database);
@@ -593,7 +592,7 @@ impl Builder<'_> {
                 if test.image.is_some() {
                     placed = &["tolerations", "priorityClassName"];
                     // Nobody knows what it takes.
-                    resources = json!({"requests": resources["requests"]});
+                    resources = json!({"requests": requests});
                 }
                 if let Some(own) = &test.resources {
                     resources = json!(own);
