@@ -77,6 +77,7 @@ demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C cl
 test: all-tests ## Check, integration, a new cluster of its own with a newcomer's release, and its end
 	@$(if $(filter existing,$(CLUSTER)),,tests/deps.sh --cluster)
 	@$(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,preflight) check $(if $(filter existing,$(CLUSTER)),,integration)
+	@$(MAKE) --no-print-directory $(TESTBED)
 	@name=$(if $(filter dev,$(NAME)),test,$(NAME)); $(TESTBED) --name $$name alone -- \
 	  $(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,down) e2e down-test E2E="$(SHORT)" NAME=$$name
 
