@@ -34,15 +34,19 @@ impl Exchange {
             treasury,
         }
     }
+
+    /// Somebody new with accounts of BTC and USD, and so much in them.
+    async fn wallet(&self, coins: &str, dollars: &str) -> Wallet {
+        let trader = self.issuer.trader(&self.service).await;
+        trader.wallet(&self.treasury, coins, dollars).await
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_order_meets_another_and_both_are_settled() {
     let exchange = Exchange::start().await;
-    let seller = exchange.issuer.trader(&exchange.service).await;
-    let seller = seller.wallet(&exchange.treasury, "2", "1000").await;
-    let buyer = exchange.issuer.trader(&exchange.service).await;
-    let buyer = buyer.wallet(&exchange.treasury, "0", "1000").await;
+    let seller = exchange.wallet("2", "1000").await;
+    let buyer = exchange.wallet("0", "1000").await;
 
     let ask = seller.place("sell", "1", "100.05").await;
     assert_eq!(ask["status"], "open");
@@ -169,8 +173,7 @@ async fn what_is_wrong_with_an_order_is_said_with_its_field() {
     let exchange = Exchange::start().await;
     let trader = exchange.issuer.trader(&exchange.service).await;
     let wallet = trader.wallet(&exchange.treasury, "1", "100").await;
-    let stranger = exchange.issuer.trader(&exchange.service).await;
-    let stranger = stranger.wallet(&exchange.treasury, "1", "100").await;
+    let stranger = exchange.wallet("1", "100").await;
     let good = wallet.order("buy", "0.1", "100");
     let with = |field: &str, value: serde_json::Value| {
         let mut order = good.clone();
@@ -478,19 +481,15 @@ async fn enrich(owner: &PgPool, account: &str, amount: &str) {
 async fn an_account_that_is_full_does_not_hold_up_its_book() {
     let exchange = Exchange::start().await;
     let owner = exchange.database.owner().await;
-    let trader = async |coins: &'static str, dollars: &'static str| {
-        let trader = exchange.issuer.trader(&exchange.service).await;
-        trader.wallet(&exchange.treasury, coins, dollars).await
-    };
     // Two orders of somebody who cannot be paid for either, and one of somebody else behind them.
-    let full = trader("3", "1").await;
+    let full = exchange.wallet("3", "1").await;
     for price in ["100", "101"] {
         full.place("sell", "1", price).await;
     }
     enrich(&owner, &full.usd, "999999999999999950").await;
-    let asking = trader("1", "0").await;
+    let asking = exchange.wallet("1", "0").await;
     asking.place("sell", "1", "102").await;
-    let buying = trader("0", "1000").await;
+    let buying = exchange.wallet("0", "1000").await;
     let bid = buying.place("buy", "1", "110").await;
     assert_eq!(bid["status"], "filled", "{bid}");
     assert_eq!(bid["trades"][0]["price"], "102", "{bid}");
@@ -518,7 +517,7 @@ async fn an_account_that_is_full_does_not_hold_up_its_book() {
     enrich(&owner, &full.btc, "999999999999999996.5").await;
     let bid = full.place("buy", "1", "80").await;
     assert_eq!(bid["status"], "open");
-    let selling = trader("3", "0").await;
+    let selling = exchange.wallet("3", "0").await;
     selling.place("sell", "1", "95").await;
     let bid = full.order("buy", "0.9", "95");
     let refused = full.trader.post("/trade/add", &bid).await;
@@ -546,11 +545,9 @@ async fn an_account_that_is_full_does_not_hold_up_its_book() {
 async fn an_account_that_is_full_at_once_does_not_hold_up_its_book() {
     let exchange = Exchange::start().await;
     let owner = exchange.database.owner().await;
-    let full = exchange.issuer.trader(&exchange.service).await;
-    let full = full.wallet(&exchange.treasury, "2", "1").await;
+    let full = exchange.wallet("2", "1").await;
     enrich(&owner, &full.usd, "999999999999999850").await;
-    let buying = exchange.issuer.trader(&exchange.service).await;
-    let buying = buying.wallet(&exchange.treasury, "0", "1000").await;
+    let buying = exchange.wallet("0", "1000").await;
     let mut book = owner.begin().await.unwrap();
     sqlx::query("select lock_book_v1('live', 'BTC-USD')")
         .execute(&mut *book)
@@ -660,14 +657,10 @@ async fn lock_account(owner: &PgPool, account: &str) -> sqlx::Transaction<'stati
 async fn an_order_touches_nothing_that_it_cannot_take() {
     let exchange = Exchange::start().await;
     let owner = exchange.database.owner().await;
-    let trader = async |coins, dollars| {
-        let trader = exchange.issuer.trader(&exchange.service).await;
-        trader.wallet(&exchange.treasury, coins, dollars).await
-    };
     let (near, next, far) = (
-        trader("1", "0").await,
-        trader("1", "0").await,
-        trader("1", "1000").await,
+        exchange.wallet("1", "0").await,
+        exchange.wallet("1", "0").await,
+        exchange.wallet("1", "1000").await,
     );
     near.place("sell", "0.01", "100").await;
     next.place("sell", "1", "101").await;
@@ -676,8 +669,8 @@ async fn an_order_touches_nothing_that_it_cannot_take() {
     let lock = lock_account(&owner, &far.btc).await;
     let lock_too = lock_account(&owner, &far.usd).await;
 
-    let poor = trader("0", "0").await;
-    let some = trader("0", "2").await;
+    let poor = exchange.wallet("0", "0").await;
+    let some = exchange.wallet("0", "2").await;
     let market = |wallet: &Wallet, action: &str| {
         let mut order = wallet.order(action, "1000", "1");
         order["order_type"] = json!("market");
@@ -713,7 +706,7 @@ async fn an_order_touches_nothing_that_it_cannot_take() {
         (&json!("0.01"), &json!("insufficient_funds"))
     );
     // Nobody gets past an order of one's own.
-    let own = trader("1", "1000").await;
+    let own = exchange.wallet("1", "1000").await;
     own.place("sell", "0.5", "100.5").await;
     let answer = own.trader.post("/trade/add", &market(&own, "buy")).await;
     let stopped = accept(answer, StatusCode::CREATED).await;
@@ -746,8 +739,7 @@ async fn rest_many(owner: &PgPool, wallet: &Wallet, number: i32, price: i32) -> 
 async fn a_user_has_so_many_open_orders_in_a_product_and_no_more() {
     let exchange = Exchange::start().await;
     let owner = exchange.database.owner().await;
-    let wallet = exchange.issuer.trader(&exchange.service).await;
-    let wallet = wallet.wallet(&exchange.treasury, "1", "1000").await;
+    let wallet = exchange.wallet("1", "1000").await;
     // All but one at first, then two of three too many.
     assert_eq!(rest_many(&owner, &wallet, 999, 100).await, ["accepted"; 999]);
     let limit = "open_order_limit";
@@ -773,8 +765,7 @@ async fn a_user_has_so_many_open_orders_in_a_product_and_no_more() {
         StatusCode::CREATED,
     )
     .await;
-    let other = exchange.issuer.trader(&exchange.service).await;
-    let other = other.wallet(&exchange.treasury, "0", "1000").await;
+    let other = exchange.wallet("0", "1000").await;
     other.place("buy", "0.1", "50").await;
     // One that is gone makes room for another.
     let one: Uuid =
@@ -796,12 +787,8 @@ async fn a_user_has_so_many_open_orders_in_a_product_and_no_more() {
 async fn an_order_meets_so_many_others_and_no_more() {
     let exchange = Exchange::start().await;
     let owner = exchange.database.owner().await;
-    let trader = async |coins, dollars| {
-        let trader = exchange.issuer.trader(&exchange.service).await;
-        trader.wallet(&exchange.treasury, coins, dollars).await
-    };
     for price in [100, 101] {
-        let seller = trader("1", "0").await;
+        let seller = exchange.wallet("1", "0").await;
         rest_many(&owner, &seller, 750, price).await;
     }
     // While the book is locked by somebody, one order waits for it, and the others for that one: together.
@@ -810,7 +797,7 @@ async fn an_order_meets_so_many_others_and_no_more() {
         .execute(&mut *lock)
         .await
         .unwrap();
-    let buyer = trader("0", "1000").await;
+    let buyer = exchange.wallet("0", "1000").await;
     let first = buyer.order("buy", "0.00001", "200");
     let first = tokio::spawn({
         let trader = buyer.trader.clone();
@@ -858,12 +845,8 @@ async fn an_order_meets_so_many_others_and_no_more() {
 async fn the_audit_finds_a_trade_that_says_other_than_its_entries() {
     let exchange = Exchange::start().await;
     let owner = exchange.database.owner().await;
-    let trader = async |coins, dollars| {
-        let trader = exchange.issuer.trader(&exchange.service).await;
-        trader.wallet(&exchange.treasury, coins, dollars).await
-    };
-    trader("1", "0").await.place("sell", "1", "100").await;
-    trader("0", "1000").await.place("buy", "1", "100").await;
+    exchange.wallet("1", "0").await.place("sell", "1", "100").await;
+    exchange.wallet("0", "1000").await.place("buy", "1", "100").await;
     assert_clean(&owner, "live").await;
     for (change, found) in [
         ("size = size / 2", &["size", "value"][..]),
@@ -1102,10 +1085,8 @@ async fn only_the_treasury_or_the_lanes_secret_credits() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_balance_beyond_what_may_be_deposited_is_answered_like_any_other() {
     let exchange = Exchange::start().await;
-    let seller = exchange.issuer.trader(&exchange.service).await;
-    let seller = seller.wallet(&exchange.treasury, "1", "999999999999999").await;
-    let buyer = exchange.issuer.trader(&exchange.service).await;
-    let buyer = buyer.wallet(&exchange.treasury, "0", "200").await;
+    let seller = exchange.wallet("1", "999999999999999").await;
+    let buyer = exchange.wallet("0", "200").await;
     let move_money = async |who: &Trader, path: &str, key: &str, amount: &str| {
         let movement = json!({"account_id": seller.usd, "amount": amount});
         who.post_with_key(path, key, &movement).await
@@ -1135,10 +1116,8 @@ async fn a_balance_beyond_what_may_be_deposited_is_answered_like_any_other() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_repeated_request_gets_its_first_answer() {
     let exchange = Exchange::start().await;
-    let maker = exchange.issuer.trader(&exchange.service).await;
-    let maker = maker.wallet(&exchange.treasury, "1", "0").await;
-    let taker = exchange.issuer.trader(&exchange.service).await;
-    let taker = taker.wallet(&exchange.treasury, "0", "1000").await;
+    let maker = exchange.wallet("1", "0").await;
+    let taker = exchange.wallet("0", "1000").await;
     maker.place("sell", "0.3", "100").await;
     maker.place("sell", "0.3", "101").await;
 
@@ -1199,10 +1178,8 @@ async fn a_repeated_request_gets_its_first_answer() {
 #[tokio::test(flavor = "multi_thread")]
 async fn pages_of_trades_are_stable_while_trades_come_in() {
     let exchange = Exchange::start().await;
-    let maker = exchange.issuer.trader(&exchange.service).await;
-    let maker = maker.wallet(&exchange.treasury, "10", "0").await;
-    let taker = exchange.issuer.trader(&exchange.service).await;
-    let taker = taker.wallet(&exchange.treasury, "0", "10000").await;
+    let maker = exchange.wallet("10", "0").await;
+    let taker = exchange.wallet("0", "10000").await;
     maker.place("sell", "5", "100").await;
     let mut made = Vec::new();
     for _ in 0..7 {
@@ -1310,8 +1287,7 @@ async fn the_ledger_is_append_only_and_the_services_write_it_by_functions_only()
 async fn a_test_lane_meets_nobody_and_can_be_erased() {
     let exchange = Exchange::start().await;
     let owner = exchange.database.owner().await;
-    let real = exchange.issuer.trader(&exchange.service).await;
-    let real = real.wallet(&exchange.treasury, "1", "0").await;
+    let real = exchange.wallet("1", "0").await;
     real.place("sell", "1", "100").await;
     let lane = "test-blue-local.1";
     let token = exchange
