@@ -372,25 +372,24 @@ impl Keys {
         let began = Instant::now();
         let rows = timeout(READ_IN, read_keys(&self.db)).await;
         let read = match rows {
-            Ok(Ok(rows)) => self.store(rows).map_err(|error| error.to_string()),
+            Ok(Ok(rows)) => self.store(rows, began).await.map_err(|error| error.to_string()),
             Ok(Err(error)) => Err(error.to_string()),
             Err(late) => Err(late.to_string()),
         };
-        match read {
-            Ok(()) => *self.read_at.lock().await = Some(began),
-            Err(error) => {
-                warn!(error.message = error, "the signing keys could not be read again");
-                *self.failed_at.lock().await = Some(Instant::now());
-            }
+        if let Err(error) = read {
+            warn!(error.message = error, "the signing keys could not be read again");
+            *self.failed_at.lock().await = Some(Instant::now());
         }
     }
 
     /// Whether there is a copy that should be read again.
     async fn is_old(&self) -> bool {
         let since = |at: Option<Instant>, time| at.is_some_and(|at: Instant| at.elapsed() > time);
+        if !since(*self.read_at.lock().await, self.trusted_for) {
+            return false;
+        }
         let failed_at = *self.failed_at.lock().await;
-        since(*self.read_at.lock().await, self.trusted_for)
-            && (failed_at.is_none() || since(failed_at, READ_AGAIN_AFTER))
+        failed_at.is_none() || since(failed_at, READ_AGAIN_AFTER)
     }
 
     /// Reads the keys, unless a read has begun since the caller asked: a key that signed before that is in it.
@@ -405,17 +404,17 @@ impl Keys {
             tokio::time::sleep_until(at + REFETCH_AFTER).await;
         }
         let began = Instant::now();
-        self.store(read_keys(&self.db).await?)?;
-        *self.read_at.lock().await = Some(began);
-        Ok(())
+        self.store(read_keys(&self.db).await?, began).await
     }
 
-    fn store(&self, rows: Vec<KeyRow>) -> Result<(), ApiError> {
+    /// Keeps what a read that began then has found.
+    async fn store(&self, rows: Vec<KeyRow>, began: Instant) -> Result<(), ApiError> {
         let keys = rows
             .into_iter()
             .map(Key::try_from)
             .collect::<Result<Vec<_>, _>>()?;
         *self.known.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(keys);
+        *self.read_at.lock().await = Some(began);
         Ok(())
     }
 
@@ -466,9 +465,7 @@ impl Keys {
             rows.push(row);
         }
         transaction.commit().await?;
-        self.store(rows)?;
-        *self.read_at.lock().await = Some(began);
-        Ok(())
+        self.store(rows, began).await
     }
 }
 

@@ -189,7 +189,8 @@ impl Writer {
             None => self.create_kind(&kind(part), look, object).await,
             Some(fence) if part == Part::ColourService => self.replace_service(look, object, fence).await,
             Some(fence) if part == Part::Workload && is_intact(look, stack, service) => {
-                self.scale(look, &object, replicas, fence).await
+                self.scale(look, &builder.part_name(stack, service, part), replicas, fence)
+                    .await
             }
             Some(fence) if part == Part::Workload => self.overwrite(look, object, fence).await,
             Some(fence) => self.patch(&kind(part), look, object, fence).await,
@@ -331,11 +332,10 @@ impl Writer {
 
     /// Gives a workload another size and leaves what others have added, which is no difference: its pods must not be replaced
     /// for this.
-    async fn scale(&self, look: &Look, object: &Value, replicas: u32, fence: &Fence) -> Result<(), Error> {
-        let name = dynamic(object.clone())?.name_any();
+    async fn scale(&self, look: &Look, name: &str, replicas: u32, fence: &Fence) -> Result<(), Error> {
         let mut patch = json!({"metadata": {}, "spec": {"replicas": replicas}});
         carry(&mut patch, fence);
-        self.merge(&kind(Part::Workload), look, &name, &patch).await
+        self.merge(&kind(Part::Workload), look, name, &patch).await
     }
 
     /// Writes a Service as it was built, and keeps what is not ours of what was observed: the address, other labels and

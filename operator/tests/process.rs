@@ -181,6 +181,16 @@ impl World {
             .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")));
         (status, begun.elapsed(), lines.collect())
     }
+
+    /// Tells it to end: it does soon, and leaves the Lease to others. Returns its whole log.
+    async fn gives_up_its_lease(self) -> Vec<Value> {
+        let server = Arc::clone(&self.server);
+        let (status, took, log) = self.terminate().await;
+        assert!(status.success(), "{status}");
+        assert!(took < Duration::from_secs(10), "it took {took:?}");
+        assert_eq!(server.lock().unwrap().lease["spec"]["holderIdentity"], "");
+        log
+    }
 }
 
 impl Drop for World {
@@ -210,11 +220,7 @@ async fn told_to_end_a_leader_gives_up_its_lease() {
     world.until_leading().await;
     world.until_probed("/livez", 200).await;
 
-    let server = Arc::clone(&world.server);
-    let (status, took, log) = world.terminate().await;
-    assert!(status.success(), "{status}");
-    assert!(took < Duration::from_secs(10), "it took {took:?}");
-    assert_eq!(server.lock().unwrap().lease["spec"]["holderIdentity"], "");
+    let log = world.gives_up_its_lease().await;
     for line in &log {
         for field in ["@timestamp", "log.level", "log.logger", "message", "service.name"] {
             assert!(line[field].is_string(), "no {field}: {line}");
@@ -271,9 +277,5 @@ async fn told_to_end_before_it_has_begun_a_leader_waits_for_nothing() {
     };
     let world = World::start(silent).await;
     world.until_leading().await;
-    let server = Arc::clone(&world.server);
-    let (status, took, _) = world.terminate().await;
-    assert!(status.success(), "{status}");
-    assert!(took < Duration::from_secs(10), "it took {took:?}");
-    assert_eq!(server.lock().unwrap().lease["spec"]["holderIdentity"], "");
+    world.gives_up_its_lease().await;
 }

@@ -298,8 +298,8 @@ impl Namespaces {
         }
     }
 
-    /// Processes that are still in one, or keep one open. Not those that began later: the kernel gives the number of a namespace that has
-    /// ended to the next one that anybody makes.
+    /// Processes that are still in one, or keep one open. Not those that began later: the kernel gives the number of a
+    /// namespace that has ended to the next one that anybody makes.
     fn survivors(&self) -> Vec<String> {
         let began = |pid: i32| {
             let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;

@@ -351,9 +351,6 @@ fn why(error: &reqwest::Error) -> String {
     if error.is_timeout() && !error.is_connect() {
         return "the answer timed out".to_owned();
     }
-    if error.is_connect() && (error.is_timeout() || !is_refused(error)) {
-        return "no connection".to_owned();
-    }
     if let Some(status) = error.status() {
         return format!("status {status}");
     }
@@ -361,19 +358,11 @@ fn why(error: &reqwest::Error) -> String {
     while let Some(next) = cause.source() {
         cause = next;
     }
-    cause.to_string()
-}
-
-fn is_refused(error: &reqwest::Error) -> bool {
-    let mut cause: Option<&dyn Error> = error.source();
-    while let Some(error) = cause {
-        let io = error.downcast_ref::<io::Error>();
-        if io.is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
-            return true;
-        }
-        cause = error.source();
+    let refused = |error: &io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
+    if error.is_connect() && !cause.downcast_ref().is_some_and(refused) {
+        return "no connection".to_owned();
     }
-    false
+    cause.to_string()
 }
 
 /// What keeps a pod from becoming ready, if that can be told. Words that do not change from one look to the next.
