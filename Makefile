@@ -1,4 +1,4 @@
-# Every target has its line in `make help`; what it does is in the script or program that it calls.
+# Every target for people has its line in `make help`; what it does is in the script or program that it calls.
 # cargo is always asked for the whole workspace: for one package alone it would choose other features of the dependencies,
 # and build them all once more.
 SHELL := /bin/bash
@@ -16,17 +16,16 @@ CASE ?=
 ifneq ($(CASE),)
   override TEST := case_$(CASE)_
 endif
-# What the end-to-end tests are about: the ground floor, the API, a newcomer's way, releases, releases that are disturbed, the
-# proof that nothing is lost.
-E2E ?= ground_floor schema newcomer release disturbed proof
+# What the end-to-end tests are about: the ground floor, the API, a newcomer's way, the proof that nothing is lost.
+E2E ?= ground_floor schema newcomer proof
+# Releases, and releases that are disturbed.
+STORIES := release disturbed
 # How many histories `make simulate` lives through, from which on, or which one.
 HISTORIES ?= 200000
 FIRST ?= 0
 SEED ?=
-# Those of them that `make test` runs.
-SHORT := ground_floor schema newcomer
-# How the binaries of images are compiled; see Cargo.toml.
-export PROFILE ?= quick
+# How the binaries of images are compiled: as the tests are, so that one build does for both, or as for production.
+PROFILE ?= dev
 # KEEP=1 keeps the cluster of `make test`.
 KEEP ?=
 TAG ?= dev
@@ -38,6 +37,7 @@ endif
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 TESTBED := $(TARGET_DIR)/debug/testbed
+export BINARIES = $(abspath $(TARGET_DIR)/$(PROFILE:dev=debug))
 OPERATOR := $(TARGET_DIR)/debug/exchange-operator
 export CLUSTER
 export TESTBED_NAME := $(NAME)
@@ -74,12 +74,12 @@ demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C cl
 	  $(MAKE) --no-print-directory cluster images NAME=$(NAME) && $(TESTBED) demo
 
 .PHONY: test
-test: all-tests ## Check, integration, a new cluster of its own with a newcomer's release, and its end
+test: all-tests ## Check, integration, then the end-to-end tests on a new cluster of its own, and its end
 	@$(if $(filter existing,$(CLUSTER)),,tests/deps.sh --cluster)
 	@$(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,preflight) check $(if $(filter existing,$(CLUSTER)),,integration)
 	@$(MAKE) --no-print-directory $(TESTBED)
 	@name=$(if $(filter dev,$(NAME)),test,$(NAME)); $(TESTBED) --name $$name alone -- \
-	  $(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,down) e2e down-test E2E="$(SHORT)" NAME=$$name
+	  $(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,down) e2e down-test NAME=$$name
 
 .PHONY: preflight
 preflight: $(TESTBED)
@@ -111,12 +111,16 @@ e2e: cluster images $(TESTBED) ## End-to-end tests on the cluster, which stays f
 	@$(TESTBED) results --begin
 	@$(call run-tests,$(E2E:%=--test %) --no-fail-fast,-- --ignored --test-threads 3 $(TEST),$(TESTBED) results)
 
+.PHONY: stories
+stories: ## Releases of every kind and end, and disturbed ones, on the cluster (about 25 minutes)
+	@$(MAKE) --no-print-directory e2e E2E="$(STORIES)"
+
 .PHONY: e2e-long
-e2e-long: ## The same with the full matrices: 20 releases in a row, every phase disturbed, the operator killed at every write (hours)
-	RELEASES=20 EVERY_PHASE=1 EVERY_WRITE=1 $(MAKE) --no-print-directory e2e
+e2e-long: ## Both with the full matrices: 20 releases in a row, every phase disturbed, the operator killed at every write (hours)
+	RELEASES=20 EVERY_PHASE=1 EVERY_WRITE=1 $(MAKE) --no-print-directory e2e E2E="$(E2E) $(STORIES)"
 
 .PHONY: rbac
-rbac: $(TESTBED) ## Compare the operator's rights with what it did on the test cluster; after `make e2e`
+rbac: $(TESTBED) ## Compare the operator's rights with what it did on the test cluster; after `make stories`
 	@$(call run-tests,--test rbac,-- --ignored)
 
 .PHONY: cluster-test
@@ -172,7 +176,7 @@ ifeq ($(CLUSTER),existing)
 else
 	@$(TESTBED) status >/dev/null
 	cargo build --workspace --profile $(PROFILE) --locked --bins
-	archives=$$($(TESTBED) images --binaries $(TARGET_DIR)/$(PROFILE) --tag $(TAG)) && $(TESTBED) load $$archives
+	archives=$$($(TESTBED) images --binaries $(BINARIES) --tag $(TAG)) && $(TESTBED) load $$archives
 endif
 
 .PHONY: crds
@@ -214,7 +218,7 @@ endif
 
 .PHONY: clean
 clean: ## End all test clusters and remove what was built here (the caches of tools and images stay)
-	@[ ! -x $(TESTBED) ] || $(TESTBED) down --all
+	@if [ -x $(TESTBED) ]; then $(TESTBED) down --all; else echo "test clusters were not looked for: the launcher is not built"; fi
 	cargo clean
 	rm -rf dist target/images target/results
 

@@ -21,7 +21,12 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
-use crate::{addons::HELPER_IMAGE, kubectl::Session, sandbox::wait_until, tunnel::Tunnel};
+use crate::{
+    addons::HELPER_IMAGE,
+    kubectl::{Session, Watching},
+    sandbox::wait_until,
+    tunnel::Tunnel,
+};
 
 /// Name of the ExchangeDeployment, of the stores' release, and the prefix of all that belongs to them.
 pub const NAME: &str = "exchange";
@@ -154,28 +159,13 @@ impl<'a> Exchange<'a> {
     /// # Errors
     /// If `kubectl` cannot be started.
     pub fn watch(&self) -> Result<Watch> {
-        let args = [
-            "get",
-            "exchangedeployment",
-            NAME,
-            "--namespace",
-            self.namespace,
-            "--watch",
-            "--output=json",
-        ];
-        let mut child = self.session.follow(&args)?;
-        let output = child.stdout.take().context("no output of `kubectl`")?;
         let (sender, receiver) = mpsc::channel();
-        thread::spawn(move || {
-            let objects = serde_json::Deserializer::from_reader(BufReader::new(output)).into_iter::<Value>();
-            for object in objects.map_while(Result::ok) {
-                if sender.send((Instant::now(), object)).is_err() {
-                    return;
-                }
-            }
-        });
+        let object = ["exchangedeployment", NAME, "--namespace", self.namespace];
+        let watching = self.session.watch(&object, move |object| {
+            let _ = sender.send((Instant::now(), object));
+        })?;
         Ok(Watch {
-            child,
+            _watching: watching,
             receiver,
             sightings: Vec::new(),
         })
@@ -545,7 +535,7 @@ pub(crate) fn set(object: &mut Value, pointer: &str, value: Value) {
 /// What is seen of an ExchangeDeployment as it changes.
 #[derive(Debug)]
 pub struct Watch {
-    child: Child,
+    _watching: Watching,
     receiver: Receiver<(Instant, Value)>,
     sightings: Vec<(Instant, Value)>,
 }
@@ -617,13 +607,6 @@ impl Watch {
     /// Everything seen so far, with when.
     pub fn sightings(&self) -> &[(Instant, Value)] {
         &self.sightings
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

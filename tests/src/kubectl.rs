@@ -3,9 +3,11 @@
 
 use std::{
     env, fs,
-    io::Write,
-    process::{Child, Command, Stdio},
-    sync::Mutex,
+    io::{BufReader, Write},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdout, Command, Stdio},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -16,7 +18,28 @@ use nix::{
 };
 use serde_json::{Map, Value, json};
 
-use crate::{cluster::Cluster, preflight, results, sandbox, tools::Tools};
+use crate::{cluster::Cluster, preflight, progress::say, results, sandbox, tools::Tools};
+
+/// Where the plugin `kubectl-exchange` is: where `make` has built the images' binaries, or where cargo has built this program.
+///
+/// # Errors
+/// If it is in none of these places.
+pub fn plugin_directory() -> Result<PathBuf> {
+    let own = env::current_exe()?;
+    // That of a test is in a directory of its own.
+    let beside = own.ancestors().skip(1).take(2).map(Path::to_owned);
+    let named = env::var_os("BINARIES").map(PathBuf::from);
+    let there = named
+        .into_iter()
+        .chain(beside)
+        .find(|place| place.join("kubectl-exchange").exists());
+    there.context(
+        "there is no kubectl-exchange: `make images`, or `cargo build --workspace --bins`, builds it",
+    )
+}
+
+/// Between the end of a watch and the next one: an API server that is away refuses it at once.
+const WATCH_AGAIN: Duration = Duration::from_millis(500);
 
 /// A way to the cluster under test.
 #[derive(Clone, Debug)]
@@ -61,6 +84,16 @@ impl Session {
         })
     }
 
+    /// Whether the processes of its nodes are there to be stopped and killed. Those of an existing cluster are not ours: then
+    /// it says that this test is left out.
+    #[must_use]
+    pub fn owns_its_nodes(&self) -> bool {
+        if self.cluster.is_none() {
+            say("left out: the processes of an existing cluster are not ours to stop");
+        }
+        self.cluster.is_some()
+    }
+
     /// Runs `kubectl` and returns what it prints.
     ///
     /// # Errors
@@ -82,6 +115,31 @@ impl Session {
             .stderr(Stdio::null())
             .spawn()
             .context("cannot start `kubectl`")
+    }
+
+    /// Tells every object that `kubectl get --watch` with these arguments shows, in a thread of its own, until what is
+    /// returned is dropped. A watch ends after a while, and when the API server is away: the next one begins with all there is.
+    ///
+    /// # Errors
+    /// If `kubectl` cannot be started.
+    pub fn watch(&self, args: &[&str], mut tell: impl FnMut(Value) + Send + 'static) -> Result<Watching> {
+        let session = self.clone();
+        let args = ["get", "--watch", "--output=json"].iter().chain(args);
+        let args: Vec<String> = args.map(|arg| (*arg).to_owned()).collect();
+        let watching = Watching::default();
+        let watched = Arc::clone(&watching.0);
+        let begin = move || locked(&watched).begin(&session, &args);
+        let mut next = begin()?;
+        thread::spawn(move || {
+            while let Some(output) = next {
+                let output = BufReader::new(output);
+                let objects = serde_json::Deserializer::from_reader(output).into_iter::<Value>();
+                objects.map_while(Result::ok).for_each(&mut tell);
+                thread::sleep(WATCH_AGAIN);
+                next = begin().ok().flatten();
+            }
+        });
+        Ok(watching)
     }
 
     /// Runs `helm` and returns what it prints.
@@ -261,6 +319,50 @@ pub(crate) fn processes_of(uid: &str, program: &str) -> Result<Vec<Pid>> {
         }
     }
     Ok(processes)
+}
+
+/// What tells objects until it is dropped; see [`Session::watch`].
+#[derive(Debug, Default)]
+pub struct Watching(Arc<Mutex<Watched>>);
+
+#[derive(Debug, Default)]
+struct Watched {
+    child: Option<Child>,
+    enough: bool,
+}
+
+impl Watched {
+    /// The output of another `kubectl`, unless it is enough.
+    fn begin(&mut self, session: &Session, args: &[String]) -> Result<Option<ChildStdout>> {
+        self.end();
+        if self.enough {
+            return Ok(None);
+        }
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let mut child = session.follow(&args)?;
+        let output = child.stdout.take();
+        self.child = Some(child);
+        Ok(output)
+    }
+
+    fn end(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        let mut watched = locked(&self.0);
+        watched.enough = true;
+        watched.end();
+    }
+}
+
+fn locked(watched: &Mutex<Watched>) -> MutexGuard<'_, Watched> {
+    watched.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A namespace of one test, deleted (without waiting) when the test ends. The test is then a case in the figures of the

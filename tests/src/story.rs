@@ -10,10 +10,8 @@
 use std::{
     collections::BTreeSet,
     io::{BufRead, BufReader},
-    path::PathBuf,
     process::Child,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
-    thread,
     time::Duration,
 };
 
@@ -24,7 +22,7 @@ use crate::{
         Exchange, Images, Load, NAME, PATIENCE, Watch, busybox_image, is_current, phase_of, restricted_pod,
         set, text,
     },
-    kubectl::{Namespace, Session},
+    kubectl::{Namespace, Session, Watching, plugin_directory},
     operator::{self, Operator},
     sandbox::wait_until,
 };
@@ -233,7 +231,7 @@ impl<'a> Story<'a> {
     pub fn plugin(&self, args: &str) -> (i32, String) {
         let told = self.session.shell(&format!(
             "PATH='{}':$PATH; kubectl exchange {args} --namespace {} 2>&1; echo \"exit code $?\"",
-            built().display(),
+            plugin_directory().unwrap().display(),
             self.namespace
         ));
         let told = told.unwrap();
@@ -291,43 +289,35 @@ type News = (String, String, String);
 /// The Kubernetes Events of an exchange, in the order in which they were told.
 #[derive(Debug)]
 pub struct Told {
-    heard: Arc<Mutex<Heard>>,
+    news: Arc<Mutex<BTreeSet<News>>>,
+    _watching: Watching,
     /// How much of the course has been compared.
     known: usize,
-}
-
-#[derive(Debug, Default)]
-struct Heard {
-    news: BTreeSet<News>,
-    child: Option<Child>,
-    enough: bool,
 }
 
 impl Told {
     /// Listens from now on to what is told of an ExchangeDeployment, also of one that does not exist yet.
     pub fn of(session: &Session, namespace: &str, name: &str) -> Self {
-        let heard = Arc::new(Mutex::new(Heard::default()));
-        let (session, namespace) = (session.clone(), namespace.to_owned());
-        let about = format!("involvedObject.kind=ExchangeDeployment,involvedObject.name={name}");
-        let all = Arc::clone(&heard);
-        thread::spawn(move || {
-            // A watch ends when the API server is away. The next one begins with all there is.
-            while let Some(output) = listen(&all, &session, &namespace, &about) {
-                let events =
-                    serde_json::Deserializer::from_reader(BufReader::new(output)).into_iter::<Value>();
-                for event in events.map_while(Result::ok) {
-                    locked(&all).news.insert(news(&event));
-                }
-                thread::sleep(Duration::from_millis(500));
-            }
+        let news = Arc::new(Mutex::new(BTreeSet::new()));
+        let about =
+            format!("--field-selector=involvedObject.kind=ExchangeDeployment,involvedObject.name={name}");
+        let all = Arc::clone(&news);
+        let watching = session.watch(&["events", "--namespace", namespace, &about], move |event| {
+            locked(&all).insert(news_of(&event));
         });
-        Self { heard, known: 0 }
+        Self {
+            news,
+            _watching: watching.unwrap(),
+            known: 0,
+        }
     }
 
     /// The reasons of all Events so far, in the order in which they were told.
     pub fn reasons(&self) -> Vec<String> {
-        let heard = locked(&self.heard);
-        heard.news.iter().map(|(_, _, reason)| reason.clone()).collect()
+        locked(&self.news)
+            .iter()
+            .map(|(_, _, reason)| reason.clone())
+            .collect()
     }
 
     fn new_course(&self) -> Vec<String> {
@@ -372,52 +362,11 @@ impl Told {
     }
 }
 
-impl Drop for Told {
-    fn drop(&mut self) {
-        let mut heard = locked(&self.heard);
-        heard.enough = true;
-        if let Some(child) = &mut heard.child {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
+fn locked(news: &Mutex<BTreeSet<News>>) -> MutexGuard<'_, BTreeSet<News>> {
+    news.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Begins to watch, unless it is enough.
-fn listen(
-    heard: &Mutex<Heard>,
-    session: &Session,
-    namespace: &str,
-    about: &str,
-) -> Option<std::process::ChildStdout> {
-    let mut heard = locked(heard);
-    if heard.enough {
-        return None;
-    }
-    if let Some(mut old) = heard.child.take() {
-        let _ = old.wait();
-    }
-    let args = [
-        "get",
-        "events",
-        "--namespace",
-        namespace,
-        "--watch",
-        "--output=json",
-    ];
-    let mut child = session
-        .follow(&[&args[..], &["--field-selector", about]].concat())
-        .ok()?;
-    let output = child.stdout.take();
-    heard.child = Some(child);
-    output
-}
-
-fn locked(heard: &Mutex<Heard>) -> MutexGuard<'_, Heard> {
-    heard.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn news(event: &Value) -> News {
+fn news_of(event: &Value) -> News {
     ["/eventTime", "/metadata/uid", "/reason"]
         .map(|field| text(event, field).to_owned())
         .into()
@@ -554,19 +503,6 @@ pub fn end_well(load: Load<'_>) -> Vec<String> {
         .keys()
         .cloned()
         .collect()
-}
-
-/// Where the plugin is: `make images` builds it, or cargo beside the tests.
-fn built() -> PathBuf {
-    let debug = std::env::current_exe().unwrap();
-    let debug = debug.parent().and_then(|deps| deps.parent()).unwrap();
-    let all = [debug.with_file_name("release"), debug.to_owned()];
-    let there = all.into_iter().find(|it| it.join("kubectl-exchange").exists());
-    assert!(
-        there.is_some(),
-        "no kubectl-exchange: `make images`, or `cargo build --workspace --bins`"
-    );
-    there.unwrap()
 }
 
 /// A release without another version: one more variable.

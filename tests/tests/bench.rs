@@ -46,27 +46,22 @@ fn now_ms() -> u64 {
 
 /// All changes of the objects of a kind, with when they were seen.
 struct Changes {
-    child: Child,
+    _watching: Watching,
     seen: Arc<Mutex<Vec<(u64, Value)>>>,
 }
 
 impl Changes {
     fn of(session: &Session, namespace: &str, kind: &str) -> Self {
-        let args = ["get", kind, "--namespace", namespace, "--watch", "--output=json"];
-        let mut child = session.follow(&args).unwrap();
-        let output = child.stdout.take().unwrap();
         let seen = Arc::new(Mutex::new(Vec::new()));
         let writer = Arc::clone(&seen);
-        thread::spawn(move || {
-            let objects = serde_json::Deserializer::from_reader(BufReader::new(output)).into_iter::<Value>();
-            for object in objects.map_while(Result::ok) {
-                writer
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .push((now_ms(), object));
-            }
+        let watching = session.watch(&[kind, "--namespace", namespace], move |object| {
+            let mut seen = writer.lock().unwrap_or_else(PoisonError::into_inner);
+            seen.push((now_ms(), object));
         });
-        Self { child, seen }
+        Self {
+            _watching: watching.unwrap(),
+            seen,
+        }
     }
 
     /// When the first change after `since` was seen that is like this.
@@ -377,6 +372,9 @@ enum End {
 #[ignore = "a benchmark: make bench-operator"]
 fn takeovers() {
     let session = Session::from_environment().unwrap();
+    if !session.owns_its_nodes() {
+        return;
+    }
     let images = Images::from_environment().unwrap();
     operator::install(&session, &images).unwrap();
     let namespace = Namespace::new(&session, "bench-kill").unwrap();

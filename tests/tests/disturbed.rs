@@ -1,7 +1,7 @@
 //! Releases that are disturbed at a moment of the test's choice: a gate holds one write of the operator, and what happens
 //! meanwhile happens in the middle of that phase. Each disturbance comes while the candidate is tested, and between two of
 //! the three writes that move the traffic; the simulation has them everywhere. Clients trade all the while, and notice
-//! nothing. `make e2e` runs them.
+//! nothing. `make stories` runs them.
 
 #![expect(
     clippy::unwrap_used,
@@ -170,9 +170,12 @@ fn ends_as_if_nothing_had_been(story: &mut Story<'_>, stopped: &Stopped) {
 }
 
 #[test]
-#[ignore = "needs a cluster: make e2e"]
+#[ignore = "needs a cluster: make stories"]
 fn the_operator_is_killed() {
     let ground = Ground::alone();
+    if !ground.session.owns_its_nodes() {
+        return;
+    }
     let namespace = Namespace::new(&ground.session, "operator-killed").unwrap();
     let mut story = ground.live(&namespace, |_| {});
     let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
@@ -190,9 +193,12 @@ fn the_operator_is_killed() {
 /// A leader that is stopped does not know that its time is over. When it goes on, another has long finished its work: what it
 /// still wants to write is refused.
 #[test]
-#[ignore = "needs a cluster: make e2e"]
+#[ignore = "needs a cluster: make stories"]
 fn an_old_leader_wakes_up() {
     let ground = Ground::alone();
+    if !ground.session.owns_its_nodes() {
+        return;
+    }
     let namespace = Namespace::new(&ground.session, "old-leader").unwrap();
     let mut story = ground.live(&namespace, |_| {});
     let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
@@ -245,13 +251,13 @@ fn an_old_leader_wakes_up() {
 }
 
 #[test]
-#[ignore = "needs a cluster: make e2e"]
+#[ignore = "needs a cluster: make stories"]
 fn the_api_server_is_away() {
     let ground = Ground::alone();
-    // That of an existing cluster is not ours to stop.
-    let Some(cluster) = &ground.session.cluster else {
+    if !ground.session.owns_its_nodes() {
         return;
-    };
+    }
+    let cluster = ground.session.cluster.as_ref().unwrap();
     let namespace = Namespace::new(&ground.session, "no-api").unwrap();
     let mut story = ground.live(&namespace, |_| {});
     let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
@@ -284,7 +290,7 @@ fn the_api_server_is_away() {
 
 /// Whatever is under way, it ends with what was declared last.
 #[test]
-#[ignore = "needs a cluster: make e2e"]
+#[ignore = "needs a cluster: make stories"]
 fn a_newer_version_arrives() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "newer").unwrap();
@@ -340,7 +346,7 @@ fn a_newer_version_arrives() {
 
 /// One service has the new version's traffic already, another one has nobody left who could take it: all go back.
 #[test]
-#[ignore = "needs a cluster: make e2e"]
+#[ignore = "needs a cluster: make stories"]
 fn a_service_of_the_candidate_dies_in_the_middle_of_the_swap() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "half-dead").unwrap();

@@ -3,9 +3,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{env, fs};
+use std::fs;
 
-use testbed::{exchange::PATIENCE, kubectl::Namespace, sandbox::wait_until, story::Ground};
+use testbed::{
+    exchange::PATIENCE,
+    kubectl::{Namespace, plugin_directory},
+    sandbox::wait_until,
+    story::Ground,
+};
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
@@ -34,9 +39,7 @@ fn a_newcomer_releases_an_image_and_goes_back() {
             .replace("--namespace prod", &format!("--namespace {}", namespace.name))
             .replace("kubectl create namespace prod\n", "");
         let variables = format!("registry={} tag={}", ground.images.prefix, ground.images.tag);
-        let built = env::current_exe().unwrap();
-        let target = built.ancestors().nth(3).unwrap().display();
-        let path = format!("PATH={target}/${{PROFILE:-quick}}:{target}/debug:$PATH");
+        let path = format!("PATH='{}':$PATH", plugin_directory().unwrap().display());
         let script = format!("set -eux\ncd {ROOT}\n{variables}\n{path}\n{commands}");
         ground.session.shell(&script).unwrap()
     };

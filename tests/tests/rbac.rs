@@ -46,7 +46,7 @@ fn rights_of_the_operator(session: &Session) -> BTreeSet<Right> {
 }
 
 #[test]
-#[ignore = "needs a cluster that has seen releases: make e2e, then make rbac"]
+#[ignore = "needs a cluster that has seen releases: make stories, then make rbac"]
 fn the_operator_has_the_rights_that_it_uses_and_no_others() {
     let session = Session::from_environment().unwrap();
     assert!(
@@ -63,7 +63,7 @@ fn the_operator_has_the_rights_that_it_uses_and_no_others() {
     };
     assert!(
         deeds.used.contains(&record),
-        "the operator has not worked on this cluster yet: `make e2e` first"
+        "the operator has not worked on this cluster yet: `make stories` first"
     );
     assert!(
         deeds.denied.is_empty(),

@@ -1,5 +1,5 @@
 //! Releases on a cluster, told as stories: what is declared, what goes wrong, where the exchange ends. Clients trade all the
-//! while where the story is not about their being cut off. `make e2e` runs them.
+//! while where the story is not about their being cut off. `make stories` runs them.
 
 #![expect(
     clippy::unwrap_used,
@@ -26,7 +26,7 @@ fn nothing(_: &mut Value) {}
 /// With Helm, as a person would: the first deployment goes through every gate, `--wait` and `kubectl wait` believe it only
 /// then, and the next version follows by itself, under the eyes of clients.
 #[test]
-#[ignore = "needs a cluster: make e2e"]
+#[ignore = "needs a cluster: make stories"]
 fn helm_installs_an_exchange_and_upgrades_it() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "helm").unwrap();
@@ -121,7 +121,7 @@ fn helm_installs_an_exchange_and_upgrades_it() {
 
 /// Whatever is wrong with a version: it is found before the swap, the live one serves on, and the message says what.
 #[test]
-#[ignore = "needs a cluster: make e2e"]
+#[ignore = "needs a cluster: make stories"]
 fn what_fails_before_the_swap_touches_nothing() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "fails").unwrap();
@@ -214,7 +214,7 @@ fn what_fails_before_the_swap_touches_nothing() {
 /// What no test has found, the clients find: the traffic goes back by itself. Held like this, the exchange can still be
 /// scaled, and its passwords be changed, without a release.
 #[test]
-#[ignore = "needs a cluster: make e2e"]
+#[ignore = "needs a cluster: make stories"]
 fn what_fails_under_load_goes_back_by_itself() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "verified").unwrap();
@@ -300,7 +300,7 @@ fn what_fails_under_load_goes_back_by_itself() {
 
 /// After the retention there is nothing to go back to at once: the old version is released as every other one.
 #[test]
-#[ignore = "needs a cluster: make e2e"]
+#[ignore = "needs a cluster: make stories"]
 fn after_the_retention_the_way_back_is_a_release() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "retention").unwrap();
@@ -358,7 +358,7 @@ fn after_the_retention_the_way_back_is_a_release() {
 /// A person has to approve. No deadline passes, a word about another stack counts for nothing, and what was approved goes
 /// live, and nothing else. Aborted, it is gone.
 #[test]
-#[ignore = "needs a cluster: make e2e"]
+#[ignore = "needs a cluster: make stories"]
 fn an_approval_is_for_one_stack_and_attempt() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "approval").unwrap();
@@ -449,7 +449,7 @@ fn an_approval_is_for_one_stack_and_attempt() {
 
 /// The way back needs nothing of the new stack: its pods are all dead, and cannot come back.
 #[test]
-#[ignore = "needs a cluster: make e2e"]
+#[ignore = "needs a cluster: make stories"]
 fn the_way_back_needs_no_pod_of_the_new_stack() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "dead").unwrap();
@@ -529,7 +529,7 @@ fn the_way_back_needs_no_pod_of_the_new_stack() {
 /// Two colours, never three stacks: the one that is retained goes first, with the settings that were copied for it, and only
 /// then the next one comes.
 #[test]
-#[ignore = "needs a cluster: make e2e"]
+#[ignore = "needs a cluster: make stories"]
 fn a_new_release_takes_the_colour_of_the_retained_stack() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "retained").unwrap();
@@ -613,7 +613,7 @@ fn story_copies(ground: &Ground, namespace: &str) -> BTreeSet<String> {
 
 /// The content of what a spec refers to is part of the release, and a rollback brings it back.
 #[test]
-#[ignore = "needs a cluster: make e2e"]
+#[ignore = "needs a cluster: make stories"]
 fn a_rollback_brings_back_the_settings() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "settings").unwrap();
@@ -651,7 +651,7 @@ fn a_rollback_brings_back_the_settings() {
 /// What others do to its children is put right; an object that lost its children finds them again; deleted, nothing is left.
 /// Clients notice only what was done to the very address that they ask.
 #[test]
-#[ignore = "needs a cluster: make e2e"]
+#[ignore = "needs a cluster: make stories"]
 #[expect(clippy::too_many_lines, reason = "a story")]
 fn what_others_break_is_put_right() {
     let ground = Ground::shared();
@@ -787,7 +787,7 @@ fn what_others_break_is_put_right() {
 
 /// The admission policy: history can be trusted.
 #[test]
-#[ignore = "needs a cluster: make e2e"]
+#[ignore = "needs a cluster: make stories"]
 fn nobody_signs_for_somebody_else() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "signed").unwrap();
@@ -874,7 +874,7 @@ impl Drop for AtRest<'_> {
 /// Without any right outside one namespace: it releases there, and nothing elsewhere. Uninstalled, it leaves the definition and
 /// the exchange, and another operator goes on.
 #[test]
-#[ignore = "needs a cluster: make e2e"]
+#[ignore = "needs a cluster: make stories"]
 fn an_operator_of_one_namespace_looks_after_that_one() {
     let ground = Ground::alone();
     let (namespace, elsewhere) = (
