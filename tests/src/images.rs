@@ -12,12 +12,13 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::statvfs::statvfs;
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::{
     cluster::{Cluster, cache_dir},
     progress::{self, Step},
-    sandbox,
+    results, sandbox,
     tools::{Tools, hex},
 };
 
@@ -101,7 +102,8 @@ pub fn stores(tools: &Tools) -> Result<Vec<Archive>> {
     }
     let image = format!("{PREFIX}/nats:{STATIC_TAG}");
     let title = format!("store image {all} of {all}:");
-    archives.push(cached(tools, "nats", &image, "", &title, |_, context| {
+    let on = key_of_recipe(tools, "base", RECIPES[0].packages)?;
+    archives.push(cached(tools, "nats", &image, &on, &title, |_, context| {
         fs::copy(tools.path("nats-server"), context.join("nats-server"))
             .context("cannot copy nats-server")?;
         Ok(())
@@ -133,14 +135,15 @@ const RELEASES: [(&str, &str, Option<&str>); 7] = [
     ("2.0.5-slows-down", "exchange-faulty", Some("slows-down")),
 ];
 
-/// The images of the exchange, the operator and the tests' agent, from binaries that cargo has built.
+/// The images of the exchange, the operator and the tests' agent, from binaries that cargo has built. An image whose archive is
+/// there, made of the same, is not built again.
 ///
 /// # Errors
 /// If a binary is missing or an image cannot be built.
-pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Archive>> {
+pub fn services(tools: &Tools, repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Archive>> {
     // Alone: another build would find half a binary in `dist`, and the cleaning at the end would take its unnamed stages.
     let _lock = lock_images(&cache_dir()?.join("images"))?;
-    let out = repository.join("target/images");
+    let out = built_in(repository);
     fs::create_dir_all(&out)?;
     let dist = repository.join("dist");
     fs::create_dir_all(&dist)?;
@@ -166,28 +169,40 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
     }
     let agent = Path::new(env!("CARGO_MANIFEST_DIR")).join("cluster/images/agent.Dockerfile");
     let root = repository.join("Dockerfile");
+    let base = key_of_recipe(tools, "base", RECIPES[0].packages)?;
     let prebuilt = ["--build-arg", "BINARIES=prebuilt"];
     let mut archives = Vec::new();
     let all = 1 + TARGETS.len() + RELEASES.len();
-    let mut make = |name: &str, tag: &str, file: &Path, context: &Path, args: &[&str]| -> Result<()> {
+    // A file of a Dockerfile, what it copies from where, how it is told to, and the image's name.
+    let mut make = |name: &str, tag: &str, file: &Path, context: &Path, binary: &str, args: &[&str]| {
         let image = format!("{PREFIX}/{name}:{tag}");
-        let mut step = Step::start(format!("image {} of {all}: {image}", archives.len() + 1));
         let path = out.join(format!("{name}-{tag}.tar"));
-        build(
-            &mut step,
-            file,
-            context,
-            &[&prebuilt, args].concat(),
-            &image,
-            &path,
-        )?;
-        step.done();
+        let made_of = key(&[
+            &fs::read(file)?,
+            &fs::read(dist.join(binary))?,
+            args.join(" ").as_bytes(),
+            base.as_bytes(),
+        ]);
+        let note = path.with_extension("key");
+        let number = archives.len() + 1;
+        if !(path.exists() && fs::read_to_string(&note).is_ok_and(|it| it == made_of)) {
+            let mut step = Step::start(format!("image {number} of {all}: {image}"));
+            let args = [&prebuilt, args].concat();
+            build(&mut step, file, context, &args, &image, &path)?;
+            fs::write(&note, made_of)?;
+            step.done();
+        }
         archives.push(Archive { image, path });
-        Ok(())
+        anyhow::Ok(())
     };
-    make("testbed-agent", tag, &agent, &dist, &[])?;
+    make("testbed-agent", tag, &agent, &dist, "testbed-agent", &[])?;
     for target in TARGETS {
-        make(target, tag, &root, repository, &["--target", target])?;
+        let binary = if target == "exchange-operator" {
+            target
+        } else {
+            "exchange"
+        };
+        make(target, tag, &root, repository, binary, &["--target", target])?;
     }
     for (version, binary, fault) in RELEASES {
         let target = fault.map_or("exchange", |_| "exchange-faulty");
@@ -199,7 +214,7 @@ pub fn services(repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Arc
         for argument in &arguments {
             args.extend(["--build-arg", argument]);
         }
-        make("exchange", version, &root, repository, &args)?;
+        make("exchange", version, &root, repository, binary, &args)?;
     }
     // What the names pointed to before, and the stages: unnamed now, a gigabyte each time. An interrupted build has left its
     // container, too, which would keep them.
@@ -224,7 +239,9 @@ pub fn remove_leavings() -> Result<()> {
         let kind = path.extension().and_then(OsStr::to_str).unwrap_or_default();
         ["context", "scratch", "partial"].contains(&kind)
     };
-    let left = fs::read_dir(&cache)?.flatten().map(|entry| entry.path());
+    let places = [cache, built_in(results::repository()?)];
+    let entries = places.iter().filter_map(|place| fs::read_dir(place).ok());
+    let left = entries.flatten().flatten().map(|entry| entry.path());
     let left: Vec<PathBuf> = left.filter(is_left).collect();
     for path in &left {
         let removed = if path.is_dir() {
@@ -240,6 +257,11 @@ pub fn remove_leavings() -> Result<()> {
     } else {
         buildah(&["rm", "--all"])
     }
+}
+
+/// Where a clone has the images of its own programs.
+fn built_in(repository: &Path) -> PathBuf {
+    repository.join("target/images")
 }
 
 /// Waits until no other process builds images.
@@ -258,7 +280,30 @@ fn from_packages(tools: &Tools, recipe: &Recipe, title: &str) -> Result<Archive>
     })
 }
 
-/// Builds an image unless the cache has it. The cache's key is everything the image is made of.
+/// What an image is made of, in short.
+fn key(parts: &[&[u8]]) -> String {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update(part.len().to_le_bytes());
+        hash.update(part);
+    }
+    hex(&hash.finalize()).chars().take(12).collect()
+}
+
+/// The same of one of the cache: its Dockerfile and recipe, the users of all, and the tools' pins.
+fn key_of_recipe(tools: &Tools, name: &str, recipe: &str) -> Result<String> {
+    let file = dockerfile(name);
+    let file = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
+    let pins = tools.dir().as_os_str().as_encoded_bytes();
+    Ok(key(&[&file, recipe.as_bytes(), USERS.as_bytes(), pins]))
+}
+
+fn dockerfile(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("cluster/images/{name}.Dockerfile"))
+}
+
+/// Builds an image unless the cache has it. The cache's key is everything the image is made of; of a recipe without packages,
+/// the key of the image that it stands on.
 fn cached(
     tools: &Tools,
     name: &str,
@@ -267,13 +312,7 @@ fn cached(
     title: &str,
     prepare: impl FnOnce(&mut Step, &Path) -> Result<()>,
 ) -> Result<Archive> {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("cluster/images/{name}.Dockerfile"));
-    let mut hash = Sha256::new();
-    hash.update(fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?);
-    hash.update(recipe);
-    hash.update(USERS);
-    hash.update(tools.dir().as_os_str().as_encoded_bytes());
-    let key: String = hex(&hash.finalize()).chars().take(12).collect();
+    let key = key_of_recipe(tools, name, recipe)?;
     let cache = cache_dir()?.join("images");
     let archive = Archive {
         image: image.to_owned(),
@@ -287,12 +326,16 @@ fn cached(
         return Ok(archive); // somebody else built it while we waited
     }
     let mut step = Step::start(format!("{title} {image}"));
-    let context = cache.join(format!("{name}-{key}.context"));
-    let _ = fs::remove_dir_all(&context); // of an interrupted build
-    fs::create_dir_all(&context)?;
-    prepare(&mut step, &context)?;
-    build(&mut step, &file, &context, &[], image, &archive.path)?;
-    fs::remove_dir_all(&context)?;
+    let context = Scratch::new(cache.join(format!("{name}-{key}.context")))?;
+    prepare(&mut step, &context.0)?;
+    build(
+        &mut step,
+        &dockerfile(name),
+        &context.0,
+        &[],
+        image,
+        &archive.path,
+    )?;
     step.done();
     Ok(archive)
 }
@@ -307,18 +350,33 @@ fn root_file_system(step: &mut Step, recipe: &Recipe, context: &Path) -> Result<
     let authorities = Path::new("/etc/ssl/certs/ca-certificates.crt");
     fs::copy(authorities, context.join("ca-certificates.crt"))
         .with_context(|| format!("cannot copy {}", authorities.display()))?;
-    // What a killed mmdebstrap leaves goes with the context.
-    let scratch = context.join("scratch");
-    fs::create_dir_all(&scratch)?;
+    let scratch = Scratch::new(context.join("scratch"))?;
     let mut command = sandbox::bound("mmdebstrap");
     command.args(["--variant=extract", &include, DEBIAN, &tar]);
     let names_it = |file: &&&str| fs::read_to_string(file).is_ok_and(|sources| sources.contains(DEBIAN));
     command.args(SOURCES.iter().find(names_it));
-    finish("mmdebstrap", command.env("TMPDIR", &scratch), |line| {
+    finish("mmdebstrap", command.env("TMPDIR", &scratch.0), |line| {
         step.update(line);
     })
-    .map_err(|error| explain_full_disk(error, context))?;
-    fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
+    .map_err(|error| explain_full_disk(error, context))
+}
+
+/// A directory to work in. It is gone when this is dropped, whatever came of the work; what a killed process has left goes
+/// when it is made again.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(path: PathBuf) -> Result<Self> {
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }
 
 fn build(
@@ -345,12 +403,10 @@ fn build(
     let context = context.display().to_string();
     all.push(&context);
     // buildah, killed, leaves files where temporary ones go.
-    let scratch = archive.with_extension("scratch");
-    let _ = fs::remove_dir_all(&scratch); // of an interrupted build
-    fs::create_dir_all(&scratch)?;
+    let scratch = Scratch::new(archive.with_extension("scratch"))?;
     let mut run = |args: &[&str]| {
         let mut command = buildah_command()?;
-        finish("buildah", command.args(args).env("TMPDIR", &scratch), |line| {
+        finish("buildah", command.args(args).env("TMPDIR", &scratch.0), |line| {
             step.update(line);
         })
         .map_err(|error| explain_full_disk(error, archive))
@@ -364,8 +420,7 @@ fn build(
         let _ = fs::remove_file(&partial);
         return Err(error);
     }
-    fs::rename(&partial, archive).with_context(|| format!("cannot write {}", archive.display()))?;
-    fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
+    fs::rename(&partial, archive).with_context(|| format!("cannot write {}", archive.display()))
 }
 
 /// True if buildah has the image in its own storage, as a base for others.
@@ -426,6 +481,33 @@ fn finish(name: &str, command: &mut Command, mut tell: impl FnMut(&str)) -> Resu
     Ok(())
 }
 
+/// Whether the cluster's containerd has all images of an archive, complete and unpacked.
+#[must_use]
+pub fn is_loaded(cluster: &Cluster, tools: &Tools, archive: &Archive) -> bool {
+    let index = Command::new("tar")
+        .args(["--extract", "--to-stdout", "--file"])
+        .arg(&archive.path)
+        .arg("index.json")
+        .output();
+    let index = index.ok().and_then(|it| serde_json::from_slice(&it.stdout).ok());
+    let index: Value = index.unwrap_or_default();
+    let is_there = |image: &Value| {
+        let field = |pointer| image.pointer(pointer).and_then(Value::as_str);
+        let name = field("/annotations/org.opencontainers.image.ref.name")?;
+        let check = Command::new(tools.path("ctr"))
+            .args(["images", "check", &format!("name=={name}")])
+            .envs(cluster.environment(tools))
+            .output();
+        // REF TYPE DIGEST STATUS SIZE UNPACKED
+        let check = String::from_utf8(check.ok()?.stdout).ok()?;
+        let line = check.lines().find(|line| line.starts_with(name))?;
+        let is_whole = line.contains(" complete ") && line.trim_end().ends_with(" true");
+        Some(is_whole && line.contains(field("/digest")?))
+    };
+    let images = index.get("manifests").and_then(Value::as_array);
+    images.is_some_and(|images| !images.is_empty() && images.iter().all(|it| is_there(it) == Some(true)))
+}
+
 /// Imports an image into the cluster's containerd.
 ///
 /// # Errors
@@ -457,7 +539,9 @@ fn explain_full_disk(error: anyhow::Error, place: &Path) -> anyhow::Error {
         .find(|path| path.is_dir())
         .unwrap_or_else(|| Path::new("/"));
     let free = statvfs(directory).map_or(u64::MAX, |disk| disk.blocks_available() * disk.fragment_size());
-    if format!("{error:#}").contains("no space left on device") || free < 1 << 20 {
+    // As Go says it, and as C does.
+    let told = format!("{error:#}").to_lowercase();
+    if told.contains("no space left on device") || free < 1 << 20 {
         return error.context(format!(
             "the disk of {} is full: make room and run the same command again; nothing half-written was kept",
             directory.display()

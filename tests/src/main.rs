@@ -184,7 +184,12 @@ fn run(cli: &Cli) -> Result<()> {
             let mut archives = vec![images::helper(&tools)?];
             archives.extend(images::stores(&tools)?);
             if let Some(binaries) = binaries {
-                archives.extend(images::services(&repository.canonicalize()?, binaries, tag)?);
+                archives.extend(images::services(
+                    &tools,
+                    &repository.canonicalize()?,
+                    binaries,
+                    tag,
+                )?);
             }
             archives
                 .iter()
@@ -216,6 +221,9 @@ fn load(cluster: &Cluster, archives: &[PathBuf]) -> Result<()> {
             image: name.clone().into_owned(),
             path: path.clone(),
         };
+        if images::is_loaded(cluster, &tools, &archive) {
+            continue;
+        }
         let step = Step::start(format!("loading {} of {}: {name}", index + 1, archives.len()));
         images::load(cluster, &tools, &archive)?;
         step.done();
@@ -255,7 +263,8 @@ fn start(cluster: &Cluster) -> Result<()> {
         "node_ready_seconds": seconds(times.node_ready),
         "all_ready_seconds": seconds(times.all_ready),
     });
-    results::write("cluster-start", &figures).map(drop)
+    let name = results::of_cluster("cluster-start", cluster.name());
+    results::write(&name, &figures).map(drop)
 }
 
 fn status(cluster: &Cluster) -> Result<()> {

@@ -62,12 +62,18 @@ pub fn begin() -> Result<()> {
     Ok(())
 }
 
-/// Name of the figures of an end-to-end run: on the cluster that is used when none is named, or on the named one. Two runs may
-/// go on at the same time.
+/// Name of the figures of an end-to-end run.
 fn end_to_end() -> String {
-    match env::var("TESTBED_NAME") {
-        Ok(name) if name != "dev" => format!("e2e-{name}"),
-        _ => "e2e".into(),
+    of_cluster("e2e", &env::var("TESTBED_NAME").unwrap_or_else(|_| "dev".into()))
+}
+
+/// Name of figures that each cluster has: of the one that is used when none is named, or of the named one. Two runs may go on
+/// at the same time.
+#[must_use]
+pub fn of_cluster(name: &str, cluster: &str) -> String {
+    match cluster {
+        "dev" => name.to_owned(),
+        cluster => format!("{name}-{cluster}"),
     }
 }
 

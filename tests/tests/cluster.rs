@@ -841,6 +841,7 @@ fn a_full_disk_gets_a_sentence() {
     let load = on_disk(&["load", &archive]);
     fs::remove_file(home.join("ballast")).unwrap();
     let again = on_disk(&["load", &archive]);
+    let once_more = on_disk(&["load", &archive]);
     let down = on_disk(&["down"]);
     sandbox::run("umount", &[&disk]).unwrap();
     fs::remove_dir(home).unwrap();
@@ -851,6 +852,10 @@ fn a_full_disk_gets_a_sentence() {
         text(&load)
     );
     assert!(again.status.success(), "after making room: {}", text(&again));
+    assert!(text(&again).contains("loading 1 of 1"), "{}", text(&again));
+    // What is there as it is in the archive is not loaded again.
+    assert!(once_more.status.success(), "{}", text(&once_more));
+    assert!(!text(&once_more).contains("loading"), "{}", text(&once_more));
     assert!(down.status.success(), "{}", text(&down));
 }
 

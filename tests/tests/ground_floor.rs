@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use testbed::{
     addons::HELPER_IMAGE,
     kubectl::{Namespace, Session},
-    sandbox, supervisor,
+    results, sandbox, supervisor,
 };
 
 /// A warm image starts in a second or two; a machine that compiles beside us needs longer.
@@ -331,11 +331,11 @@ fn a_second_up_changes_nothing() {
             .collect()
     };
     let (before, process) = (components(), sandbox::supervisor(cluster));
-    let figures = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/../target/results/cluster-start.json"
-    );
-    let times_of_the_start = fs::read(figures).ok();
+    let name = results::of_cluster("cluster-start", cluster.name());
+    let figures = results::repository()
+        .unwrap()
+        .join(format!("target/results/{name}.json"));
+    let times_of_the_start = fs::read(&figures).ok();
     let up = Command::new(env!("CARGO_BIN_EXE_testbed"))
         .args(["up", "--name", cluster.name()])
         .output()
@@ -346,7 +346,7 @@ fn a_second_up_changes_nothing() {
     assert_eq!(components(), before);
     assert_eq!(sandbox::supervisor(cluster), process);
     assert_eq!(
-        fs::read(figures).ok(),
+        fs::read(&figures).ok(),
         times_of_the_start,
         "they are those of a start, which this was not"
     );
