@@ -3,7 +3,7 @@
 
 use std::{
     env,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -14,8 +14,8 @@ use crate::{
         Exchange, Images, Load, NAME, PATIENCE, Watch, busybox_image, is_current, is_given_up, phase_of,
         text, token,
     },
-    kubectl::Session,
-    operator::{self, OPERATOR, OPERATOR_NAMESPACE},
+    kubectl::{Session, plugin_directory},
+    operator::{self, Installer, Operator},
     progress::say,
     results,
     tools::Tools,
@@ -40,17 +40,16 @@ pub fn run(session: &Session) -> Result<()> {
     if session.cluster.is_none() {
         say(needed(&images));
     }
+    // An earlier one may have brought the operator that is found now.
+    let brought = brought_the_operator(session) || Operator::of_all().installed_by(session).is_none();
     // What an earlier demonstration has left is at version 2, and version 1 does not work on its contracted schema.
     remove(session)?;
-    let installed_before = session
-        .helm(&["status", OPERATOR, "--namespace", OPERATOR_NAMESPACE])
-        .is_ok();
     session.apply(
         "default",
         &json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {
             "name": NAMESPACE,
             "labels": {"pod-security.kubernetes.io/enforce": "restricted"},
-            "annotations": {BROUGHT_THE_OPERATOR: (!installed_before).to_string()}}}),
+            "annotations": {BROUGHT_THE_OPERATOR: brought.to_string()}}}),
     )?;
     operator::install(session, &images)?;
     let exchange = Exchange::install(session, NAMESPACE, &images)?;
@@ -112,14 +111,14 @@ pub fn run(session: &Session) -> Result<()> {
     let load = stage.load.take().context("no load")?;
     let (table, report) = load.end()?;
     say(&table);
-    for (what, took) in &stage.moves {
-        say(format!("{what}: traffic moved within {took} ms of the decision"));
+    for moved in &stage.moves {
+        say(moved.told(&report));
     }
     let figures = json!({
         "requests": report.pointer("/summary/requests"),
         "requests_failed": report.pointer("/summary/failed"),
         "audit_findings": report.pointer("/audit/findings"),
-        "moves": stage.moves.iter().map(|(what, took)| json!({"what": what, "milliseconds": took})).collect::<Vec<_>>(),
+        "moves": stage.moves.iter().map(|moved| moved.figures(&report)).collect::<Vec<_>>(),
     });
     let path = results::write("demo", &figures)?;
     ensure!(
@@ -157,35 +156,43 @@ fn remove(session: &Session) -> Result<()> {
 /// # Errors
 /// If the API server refuses it.
 pub fn clean_up(session: &Session) -> Result<()> {
-    let path = format!(
-        "{{.metadata.annotations.{}}}",
-        BROUGHT_THE_OPERATOR.replace('.', "\\.")
-    );
-    let brought = session.get("default", &format!("namespace/{NAMESPACE}"), &path);
+    let brought = brought_the_operator(session);
     remove(session)?;
-    if brought.is_ok_and(|brought| brought == "true") {
-        let uninstall = ["uninstall", OPERATOR, "--ignore-not-found", "--wait"];
-        session.helm(&[&uninstall[..], &["--namespace", OPERATOR_NAMESPACE]].concat())?;
-    }
+    // Somebody may have made it their own since.
+    let operator = match Operator::of_all().installed_by(session) {
+        Some(Installer::Us) if brought => {
+            Operator::of_all().uninstall(session)?;
+            "so is the operator, which the demonstration had brought"
+        }
+        Some(_) => "the operator stays, which the demonstration had not brought, or which is somebody's now",
+        None => "there is no operator",
+    };
     say(format!(
-        "Namespace {NAMESPACE} is gone, and the operator, if the demonstration had brought it. The API \
+        "Namespace {NAMESPACE} is gone; {operator}. The API \
          (customresourcedefinition/exchangedeployments.exchange.dev) stays."
     ));
     Ok(())
 }
 
+/// Whether a demonstration has brought the operator, and not found it.
+fn brought_the_operator(session: &Session) -> bool {
+    let annotation = BROUGHT_THE_OPERATOR.replace('.', "\\.");
+    let brought = format!("{{.metadata.annotations.{annotation}}}");
+    let brought = session.get("default", &format!("namespace/{NAMESPACE}"), &brought);
+    brought.is_ok_and(|brought| brought == "true")
+}
+
 fn next_steps(session: &Session) -> Result<()> {
     heading("To go on");
     let testbed = env::current_exe()?;
-    let testbed_shown = testbed.display();
+    let testbed = testbed.display();
+    let plugin = plugin_directory()?;
+    let plugin = plugin.display();
     if let Some(cluster) = &session.cluster {
         let tools = Tools::ensure()?;
-        // The plugin is beside the binaries of the images.
-        let profile = env::var("PROFILE").context("PROFILE is not set: `make demo` says it")?;
-        let built = testbed.ancestors().nth(2).context("no target directory")?;
-        let plugin = built.join(profile);
-        let programs = format!("{}:{}", tools.dir().display(), plugin.display());
-        say(cluster.exports(programs));
+        say(cluster.exports(format!("{}:{plugin}", tools.dir().display())));
+    } else {
+        say(format!("  export PATH=\"{plugin}:$PATH\""));
     }
     say(format!(
         "  kubectl get exchangedeployments --namespace {NAMESPACE}"
@@ -196,7 +203,7 @@ fn next_steps(session: &Session) -> Result<()> {
         let service = format!("service/{NAME}-trade");
         let address = session.get(NAMESPACE, &service, "{.spec.clusterIP}")?;
         say(format!(
-            "  {testbed_shown} --name {} exec -- curl http://{address}/products",
+            "  {testbed} --name {} exec -- curl http://{address}/products",
             cluster.name()
         ));
         say(format!("  make down NAME={}", cluster.name()));
@@ -205,7 +212,7 @@ fn next_steps(session: &Session) -> Result<()> {
             "  kubectl port-forward --namespace {NAMESPACE} service/{NAME}-trade 8080:80   # in another terminal"
         ));
         say("  curl http://localhost:8080/products");
-        say(format!("  {testbed_shown} demo --clean-up"));
+        say(format!("  {testbed} demo --clean-up"));
     }
     Ok(())
 }
@@ -219,12 +226,52 @@ fn live_of(object: &Value) -> (String, String) {
     (field("colour"), field("revision"))
 }
 
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// What is looked at while something happens.
 struct Stage<'a> {
     watch: Watch,
     load: Option<Load<'a>>,
-    /// What moved the traffic, and how long that took in milliseconds, as status said it.
-    moves: Vec<(String, u128)>,
+    moves: Vec<Move>,
+}
+
+/// A move of the traffic, as status has told it.
+struct Move {
+    /// The phase that it was, and the version that came or was left.
+    what: String,
+    /// When it was decided, in milliseconds since 1970.
+    decided: u64,
+    /// From then until the phase was over.
+    took: u64,
+    /// The stack that was left, as it names itself in its answers.
+    left: String,
+}
+
+impl Move {
+    /// From the decision to the last answer of the stack that was left: connections that were open end at their own pace.
+    fn last_answer(&self, report: &Value) -> Option<u64> {
+        let number = |pointer: &str| report.pointer(pointer).and_then(Value::as_u64);
+        let last = number("/started_unix_ms")? + number(&format!("/summary/stacks/{}/last_ms", self.left))?;
+        Some(last.saturating_sub(self.decided))
+    }
+
+    fn told(&self, report: &Value) -> String {
+        let last = self.last_answer(report);
+        let last = last.map_or_else(String::new, |last| {
+            format!("; the last answer of {} came after {last} ms", self.left)
+        });
+        format!("{}: took {} ms{last}", self.what, self.took)
+    }
+
+    fn figures(&self, report: &Value) -> Value {
+        json!({
+            "what": self.what,
+            "phase_milliseconds": self.took,
+            "last_answer_of_the_stack_that_was_left_after_milliseconds": self.last_answer(report),
+        })
+    }
 }
 
 impl Stage<'_> {
@@ -252,24 +299,32 @@ impl Stage<'_> {
     /// Shows each phase with its time, and the traffic, until the object is like this.
     fn show(&mut self, what: &str, holds: impl Fn(&Value) -> bool) -> Result<()> {
         let begun = Instant::now();
-        let mut shown = (String::new(), Instant::now());
+        let mut shown = String::new();
         let mut told = Instant::now();
+        let (mut live, mut decided) = (self.live(), (String::new(), begun, SystemTime::now()));
         loop {
             let sighting = self.watch.next(Duration::from_millis(200))?.cloned();
             if let Some((at, object)) = sighting {
                 let phase = phase_of(&object).to_owned();
-                if phase != shown.0 && is_current(&object) {
-                    if matches!(shown.0.as_str(), "Promoting" | "RollingBack") {
-                        let took = at.duration_since(shown.1).as_millis();
-                        self.moves
-                            .push((format!("{} of {}", shown.0, text(&object, "/spec/version")), took));
+                if phase != shown && is_current(&object) {
+                    if matches!(shown.as_str(), "Promoting" | "RollingBack") {
+                        let (left, since, decided) = &decided;
+                        self.moves.push(Move {
+                            what: format!("{shown} of {}", text(&object, "/spec/version")),
+                            decided: milliseconds(decided.duration_since(UNIX_EPOCH)?),
+                            took: milliseconds(at.duration_since(*since)),
+                            left: left.clone(),
+                        });
                     }
+                    // By then status may call the stack live that the traffic goes to.
+                    let (colour, revision) = std::mem::replace(&mut live, live_of(&object));
+                    decided = (format!("{colour}-{revision}"), at, SystemTime::now());
                     say(format!(
                         "  {:>5.1} s  \x1b[36m{phase:<12}\x1b[0m {}",
                         begun.elapsed().as_secs_f64(),
                         message(&object)
                     ));
-                    shown = (phase, at);
+                    shown = phase;
                 }
                 if holds(&object) {
                     return Ok(());

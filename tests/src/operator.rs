@@ -26,6 +26,15 @@ const PROCESS: &str = "exchange-oper";
 /// How long another replica may take to lead: many times a lease.
 const PATIENCE: Duration = Duration::from_mins(1);
 
+/// Who has installed an operator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Installer {
+    /// The tests, or the demonstration.
+    Us,
+    /// Somebody who is not to be disturbed.
+    SomebodyElse,
+}
+
 /// An installation of the operator.
 #[derive(Clone, Debug)]
 pub struct Operator {
@@ -59,17 +68,12 @@ impl Operator {
     /// # Errors
     /// If it does not become ready, or is somebody else's.
     pub fn install(&self, session: &Session, images: &Images) -> Result<()> {
-        let status = ["status", OPERATOR, "--namespace", &self.namespace];
-        if session.cluster.is_none()
-            && let Ok(status) = session.helm(&status)
-        {
-            ensure!(
-                status.contains(DESCRIPTION),
-                "release {OPERATOR} in namespace {} was not installed by these tests, so it is left alone: \
-                 uninstall it, or use another cluster",
-                self.namespace
-            );
-        }
+        ensure!(
+            session.cluster.is_some() || self.installed_by(session) != Some(Installer::SomebodyElse),
+            "release {OPERATOR} in namespace {} was not installed by these tests, so it is left alone: \
+             uninstall it, or use another cluster",
+            self.namespace
+        );
         let repository = format!("image.repository={}/exchange-operator", images.prefix);
         let tag = format!("image.tag={}", images.tag);
         let chart = chart("exchange-operator");
@@ -96,6 +100,16 @@ impl Operator {
         installed
             .map(drop)
             .with_context(|| session.circumstances(&self.namespace))
+    }
+
+    /// Who has installed what is there, if it is there.
+    #[must_use]
+    pub fn installed_by(&self, session: &Session) -> Option<Installer> {
+        let status = session.helm(&["status", OPERATOR, "--namespace", &self.namespace]);
+        status.ok().map(|status| match status.contains(DESCRIPTION) {
+            true => Installer::Us,
+            false => Installer::SomebodyElse,
+        })
     }
 
     /// Removes it. The CustomResourceDefinition stays, and all exchanges with it.
