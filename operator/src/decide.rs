@@ -116,9 +116,11 @@ impl Turn<'_> {
         self.next.stopped_since.is_some()
     }
 
-    /// Paused or suspended, time stands still: what had begun is moved forward by that time afterwards.
+    /// Paused or suspended, time stands still: what had begun is moved forward by that time afterwards. Not so a move of the
+    /// traffic, for which it has gone on.
     pub(crate) fn stop_or_resume(&mut self) {
         let stop = self.spec.suspend || self.paused();
+        let moves = self.next.phase.moves();
         match (stop, self.next.stopped_since) {
             (true, None) => {
                 self.next.stopped_since = Some(self.now);
@@ -131,7 +133,7 @@ impl Turn<'_> {
             (false, Some(since)) => {
                 let lost = self.now.duration_since(since);
                 self.next.stopped_since = None;
-                if let Some(begun) = &mut self.next.phase_since {
+                if let Some(begun) = self.next.phase_since.as_mut().filter(|_| !moves) {
                     *begun = later(*begun, lost);
                 }
                 if let Some(previous) = &mut self.next.previous {
@@ -149,7 +151,13 @@ impl Turn<'_> {
         self.next.stopped_since.unwrap_or(self.now)
     }
 
+    /// The time that goes by for a phase.
+    fn time_of(&self, phase: Phase) -> Timestamp {
+        if phase.moves() { self.now } else { self.clock() }
+    }
+
     pub(crate) fn elapsed(&self) -> SignedDuration {
+        let now = self.time_of(self.next.phase);
         self.next
             .phase_since
             .map_or(SignedDuration::ZERO, |since| self.clock().duration_since(since))
@@ -170,7 +178,7 @@ impl Turn<'_> {
     pub(crate) fn enter(&mut self, phase: Phase) {
         if self.next.phase != phase {
             self.next.phase = phase;
-            self.next.phase_since = Some(self.clock());
+            self.next.phase_since = Some(self.time_of(phase));
         }
     }
 

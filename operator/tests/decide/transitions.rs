@@ -465,6 +465,30 @@ fn every_phase_is_left_as_the_design_says() {
             &[Live, RollingBack, Held],
             Reason::RolledBack,
         ),
+        given_up(
+            "rolled back while suspended, and a pod of the old stack is missing for good",
+            after_a_release(),
+            |world| {
+                world.declare(|spec| spec.suspend = true);
+                world.crowd("r0", Service::Trade);
+                roll_back(world);
+            },
+            &[Live, RollingBack, Held],
+            Reason::RolledBack,
+        ),
+        given_up(
+            "a half-done swap, suspended, whose stack loses a pod for good",
+            at(Promoting),
+            |world| {
+                while world.targets()[0].as_ref().unwrap().revision == "r0" {
+                    world.step(0, View::Fresh).unwrap();
+                }
+                world.declare(|spec| spec.suspend = true);
+                world.crowd("r1", Service::Trade);
+            },
+            &[Promoting, RollingBack, Held],
+            Reason::PromotionFailed,
+        ),
         row(
             "the predecessor is named again while suspended",
             after_a_release(),
@@ -752,6 +776,49 @@ fn while_time_stands_still_nothing_is_started_and_no_deadline_passes() {
 }
 
 #[test]
+fn for_a_move_time_goes_on_although_it_is_suspended() {
+    let mut world = after_a_release();
+    world.declare(|spec| spec.suspend = true);
+    world.step(0, View::Fresh).unwrap();
+    world.finish(0);
+    let stopped = world.now;
+    world.wait(100);
+    world.crowd("r0", Service::Trade);
+    roll_back(&mut world);
+    let begun = world.now;
+    while world.status.phase != RollingBack {
+        world.step(0, View::Fresh).unwrap();
+    }
+    assert_eq!(world.status.phase_since, Some(begun));
+    world.finish(0);
+    let reconciling = |world: &World| {
+        let mut conditions = world.status.conditions.iter();
+        conditions.find(|it| it.type_ == "Reconciling").unwrap().clone()
+    };
+    let told = reconciling(&world);
+    assert_eq!(told.reason, "RollingBack");
+    let until = begun + seconds(600);
+    let message =
+        format!("the traffic goes back to r0: waiting for 1 of 2 trade pods; since {begun}, until {until}");
+    assert_eq!(told.message, message);
+    world.wait(5);
+    // Resumed, it has lasted as long as before; what it comes to begins when time goes on again.
+    let mut resumed = world.spec.clone();
+    resumed.suspend = false;
+    let recorded = decide(&resumed, &world.observe(), world.now).status.unwrap();
+    assert_eq!(recorded.phase_since, Some(begun));
+    world.until(0, Held);
+    world.finish(0);
+    assert_eq!(reconciling(&world).status, "False");
+    assert_eq!(world.status.phase_since, Some(stopped));
+    world.declare(|spec| spec.suspend = false);
+    world.wait(100);
+    world.step(0, View::Fresh).unwrap();
+    world.finish(0);
+    assert_eq!(world.status.phase_since, Some(world.now));
+}
+
+#[test]
 fn a_swap_has_ended_when_the_traffic_has_followed_the_selectors() {
     let mut world = at(Promoting);
     while world.targets().iter().flatten().any(|it| it.revision != "r1") {
@@ -802,14 +869,15 @@ fn a_swap_has_ended_when_the_traffic_has_followed_the_selectors() {
 
 #[test]
 fn a_rollback_goes_forward_only_when_nothing_else_is_left() {
-    let world = releasing(6, RollingBack);
+    let mut world = releasing(6, RollingBack);
     let old = world.status.live.clone().unwrap().stack;
     let new = world.status.candidate.clone().unwrap().stack;
+    let begun = world.now - seconds(600);
     let die = |seen: &mut Observed, stack: &Stack| {
         let stack = seen.stacks.get_mut(stack).unwrap();
         stack.services.get_mut(&Service::Trade).unwrap().ready = 0;
     };
-    let late = |seen: &mut Observed| seen.status.phase_since = Some(world.now - seconds(600));
+    let late = |seen: &mut Observed| seen.status.phase_since = Some(begun);
     let rows: Vec<(&str, Change<'_>, Phase)> = vec![
         ("the old stack serves", Box::new(late), RollingBack),
         (
@@ -849,12 +917,18 @@ fn a_rollback_goes_forward_only_when_nothing_else_is_left() {
             RollingBack,
         ),
     ];
-    for (name, change, phase) in rows {
-        let recorded = records(&world, change);
-        assert_eq!(recorded.phase, phase, "{name}");
-        if phase == Promoting {
-            assert_eq!(recorded.rejected.unwrap().reason, Reason::RollbackImpossible);
-            assert_eq!(recorded.epoch, world.status.epoch + 1);
+    for suspended in [false, true] {
+        world.spec.suspend = suspended;
+        for (name, change, phase) in &rows {
+            let recorded = records(&world, |seen| {
+                change(seen);
+                seen.status.stopped_since = suspended.then_some(begun);
+            });
+            assert_eq!(recorded.phase, *phase, "{name}, suspended: {suspended}");
+            if *phase == Promoting {
+                assert_eq!(recorded.rejected.unwrap().reason, Reason::RollbackImpossible);
+                assert_eq!(recorded.epoch, world.status.epoch + 1);
+            }
         }
     }
 }

@@ -253,6 +253,8 @@ pub(crate) struct World {
     read: BTreeSet<(u32, u32)>,
     /// Stacks whose pods have died for good.
     collapsed: BTreeSet<Stack>,
+    /// Services of a revision of which one pod has nowhere to run.
+    pub(crate) crowded: BTreeSet<(String, Service)>,
     /// Changes of what is declared that make a release that was given up another one; their number when it was.
     declarations: u64,
     given_up: u64,
@@ -316,6 +318,7 @@ impl World {
             unreadable: false,
             read: BTreeSet::new(),
             collapsed: BTreeSet::new(),
+            crowded: BTreeSet::new(),
             declarations: 0,
             given_up: 0,
             orphaned: false,
