@@ -58,6 +58,8 @@ struct Server {
     changes: Option<(String, Value)>,
     /// With this request another operator records something.
     superseded_at: Option<String>,
+    /// Requests whose method and path begin like this are never answered.
+    silent: Option<String>,
 }
 
 impl Server {
@@ -229,6 +231,7 @@ impl World {
         let server = Arc::new(Mutex::new(Server::default()));
         let answering = Arc::clone(&server);
         tokio::spawn(async move {
+            let mut unanswered = Vec::new();
             while let Some((request, send)) = handle.next_request().await {
                 let (parts, body) = request.into_parts();
                 let body = body.collect_bytes().await.unwrap();
@@ -240,6 +243,11 @@ impl World {
                     .unwrap()
                     .1
                     .to_owned();
+                let silent = answering.lock().unwrap().silent.clone();
+                if silent.is_some_and(|silent| format!("{} {path}", parts.method).starts_with(&silent)) {
+                    unanswered.push(send);
+                    continue;
+                }
                 let query = parts.uri.query().unwrap_or_default();
                 let kind = parts.headers.get("content-type");
                 let merges = kind.is_some_and(|kind| kind == "application/merge-patch+json");
@@ -891,6 +899,16 @@ async fn a_deletion_carries_uid_and_version() {
         there["resourceVersion"]
     );
     assert_eq!(delete.body["propagationPolicy"], "Background");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_event_that_is_never_answered_holds_no_pass_up() {
+    let world = World::new();
+    world.server.lock().unwrap().silent = Some("POST events".to_owned());
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(paths(&writes).len(), 4, "{:?}", paths(&writes));
+    assert_eq!(world.get(OBJECT)["status"]["phase"], "Pending");
 }
 
 #[tokio::test]
