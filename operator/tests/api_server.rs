@@ -58,6 +58,8 @@ struct Server {
     changes: Option<(String, Value)>,
     /// With this request another operator records something.
     superseded_at: Option<String>,
+    /// With the first another operator has removed the second, and made it again.
+    remade_at: Option<(String, String)>,
     /// Requests whose method and path begin like this are never answered.
     silent: Option<String>,
 }
@@ -86,6 +88,11 @@ impl Server {
             let mut object = self.objects[OBJECT].clone();
             object["status"]["attempt"] = json!(9);
             self.put(OBJECT, object);
+        }
+        if let Some((_, remade)) = self.remade_at.take_if(|(request, _)| *request == called) {
+            let mut object = self.objects[&remade].clone();
+            object["metadata"]["uid"] = Value::Null;
+            self.put(&remade, object);
         }
         if *method == Method::GET {
             self.reads += 1;
@@ -899,6 +906,29 @@ async fn a_deletion_carries_uid_and_version() {
         there["resourceVersion"]
     );
     assert_eq!(delete.body["propagationPolicy"], "Background");
+}
+
+#[tokio::test]
+async fn what_was_made_again_since_it_was_seen_is_not_removed() {
+    let world = World::migrated().await;
+    world.settle().await;
+    let owned = |name: &String| world.get(name)["metadata"]["ownerReferences"].is_array();
+    let lane = world.names("secrets").into_iter().find(owned).unwrap();
+    // Another version takes its place: of the first its stack is left, and then it goes.
+    world.change(OBJECT, |object| object["spec"]["version"] = json!("2.0.0"));
+    while world.names("services").len() > 3 {
+        world.pass().await.0.unwrap();
+    }
+    // When all else has been seen, another operator has made the secret again, under the same name.
+    world.server.lock().unwrap().remade_at = Some((format!("GET {OBJECT}"), lane.clone()));
+    let (result, writes) = world.pass().await;
+    assert_eq!(result.unwrap_err().class(), Class::Conflict);
+    assert_eq!(paths(&writes), [format!("DELETE {lane}")]);
+    assert!(world.names("secrets").contains(&lane));
+    assert_eq!(world.names("controllerrevisions").len(), 1);
+    // Seen as it is now, it goes.
+    world.settle().await;
+    assert!(!world.names("secrets").contains(&lane));
 }
 
 #[tokio::test(start_paused = true)]

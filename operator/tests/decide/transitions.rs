@@ -1134,6 +1134,66 @@ fn no_selector_is_planned_to_move_before_all_can() {
     assert_eq!(points(&seen), 0);
 }
 
+/// While traffic moves, counts stand still.
+#[test]
+fn no_autoscaler_is_touched_while_traffic_moves() {
+    let touched = |world: &World| {
+        let plan = decide(&world.spec, &world.observe(), world.now);
+        let of_autoscaler = |action: &&Action| {
+            matches!(
+                action,
+                Action::Apply {
+                    part: Part::Autoscaler,
+                    ..
+                } | Action::Delete {
+                    part: Part::Autoscaler,
+                    ..
+                }
+            )
+        };
+        plan.actions.iter().filter(of_autoscaler).count()
+    };
+    let mut world = World::new(true);
+    world.autoscale(true);
+    world.settle().unwrap();
+    world.release(1);
+    world.until(0, Promoting);
+    // That of r0, in blue, which has the traffic.
+    world.spoil_part(0, Service::Trade, Part::Autoscaler, false);
+    assert_eq!(touched(&world), 0);
+    world.until(0, Verifying);
+    assert_eq!(touched(&world), 2, "one for r1, and that of r0");
+    world.until(0, Live);
+    roll_back(&mut world);
+    world.until(0, RollingBack);
+    assert_eq!(touched(&world), 0);
+    world.until(0, Held);
+    assert_eq!(touched(&world), 2, "one for r0, and that of r1");
+}
+
+#[test]
+fn a_new_object_removes_nothing_before_its_first_attempt() {
+    let holds_up: [fn(&mut World); 2] = [
+        |world| world.declare(|spec| spec.suspend = true),
+        |world| world.miss(true),
+    ];
+    for hold_up in holds_up {
+        // A first version, without traffic, whose object is created again and cannot begin.
+        let mut world = World::new(true);
+        world.until(0, Testing);
+        world.finish(0);
+        world.lose_status();
+        hold_up(&mut world);
+        let seen = world.observe();
+        assert!(!seen.stacks.is_empty() && !seen.jobs.is_empty());
+        world.settle().unwrap();
+        let left = world.observe();
+        assert_eq!(left.stacks.len(), seen.stacks.len(), "{:#?}", world.trace);
+        assert_eq!(left.jobs.len(), seen.jobs.len(), "{:#?}", world.trace);
+        assert_eq!(world.status.attempt, 0);
+    }
+}
+
 #[test]
 fn an_annotation_never_acts_twice() {
     let mut world = releasing(6, Held);
