@@ -1195,6 +1195,68 @@ fn a_new_object_removes_nothing_before_its_first_attempt() {
 }
 
 #[test]
+fn an_object_that_waits_for_somebody_is_not_looked_at_every_second() {
+    let suspended = |mut world: World| {
+        world.declare(|spec| spec.suspend = true);
+        world
+    };
+    let missing = |mut world: World| {
+        world.miss(true);
+        world
+    };
+    let mut taken = World::new(true);
+    taken.taken = true;
+    let mut in_use = after_a_release();
+    in_use.colour(ColourChoice::Green);
+    in_use.release(2);
+    in_use.settle().unwrap();
+    let mut live = after_a_release();
+    live.settle().unwrap();
+    let mut colour_needed = after_a_release();
+    colour_needed.release(2);
+    colour_needed.until(0, Pending);
+    let rows = vec![
+        ("live", live, 60),
+        ("its colour is in use", in_use, 60),
+        (
+            "a new one, and a reference is missing",
+            missing(World::new(true)),
+            10,
+        ),
+        ("a new one, and a name is taken", taken, 10),
+        (
+            "a reference is missing in mid-release",
+            missing(at(Provisioning)),
+            10,
+        ),
+        ("suspended in mid-release", suspended(at(Testing)), 60),
+        ("suspended, and it has the traffic", suspended(at(Verifying)), 10),
+        (
+            "suspended, and traffic moves",
+            suspended(releasing(6, RollingBack)),
+            1,
+        ),
+        (
+            "a reference is missing, and traffic moves",
+            missing(releasing(6, RollingBack)),
+            1,
+        ),
+        ("the old stack is removed", colour_needed, 1),
+        ("tested", at(Testing), 1),
+    ];
+    for (name, world, expected) in rows {
+        let mut seen = world.observe();
+        let mut plan = decide(&world.spec, &seen, world.now);
+        while let Some(status) = plan.status {
+            assert_eq!(plan.requeue.as_secs(), 0, "{name}");
+            seen.status = status;
+            plan = decide(&world.spec, &seen, world.now);
+        }
+        assert_eq!(plan.requeue.as_secs(), expected, "{name}");
+    }
+}
+
+#[test]
 fn an_annotation_never_acts_twice() {
     let mut world = releasing(6, Held);
     world.settle().unwrap();
