@@ -456,7 +456,9 @@ pub struct Rollout {
     )]
     pub retention: Duration,
 
-    /// How long the old stack may take to finish its connections before it is cut off.
+    /// How long the old stack may take to finish its connections before it is cut off. Pods are told once, when
+    /// their stack is made: a change is for the stacks of later releases. What runs already closes its connections
+    /// after the time that it was made with; only how long the operator waits for that follows at once.
     #[serde(default = "default_drain_timeout")]
     #[schemars(length(max = 32), extend("default" = "5m"))]
     #[x_kube(
