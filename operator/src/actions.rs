@@ -137,7 +137,7 @@ impl Turn<'_> {
             actions.push(Action::Adopt { stack, fence });
         }
         // While traffic moves, counts stand still.
-        let moving = matches!(self.next.phase, Phase::Promoting | Phase::RollingBack);
+        let moving = self.next.phase.moves();
         for service in Service::ALL {
             let there = seen.and_then(|seen| seen.service(service));
             let replicas = self.replicas(stack, service);
@@ -182,7 +182,7 @@ impl Turn<'_> {
     /// Replicas of a kept stack. A count that came with another revision waits for that revision's promotion.
     pub(crate) fn replicas(&self, stack: &Stack, service: Service) -> u32 {
         let live = self.next.live.as_ref().filter(|live| live.stack == *stack);
-        let moving = matches!(self.next.phase, Phase::Promoting | Phase::RollingBack);
+        let moving = self.next.phase.moves();
         let Some(scale) = live.filter(|_| !moving).and_then(|live| live.scale.as_ref()) else {
             return self.wanted(stack, service);
         };

@@ -130,8 +130,9 @@ pub struct ExchangeDeploymentSpec {
     #[schemars(extend("default" = {}))]
     pub rollout: Rollout,
 
-    /// Start nothing new: no candidate, no promotion, no retirement. A swap that has begun is finished, a
-    /// rollback still works, the live stack is still repaired; deadlines and retention stand still.
+    /// Start nothing new: no candidate, no promotion, no retirement. A swap that has begun is finished
+    /// in its time, a rollback still works, the live stack is still repaired; other deadlines, and the retention,
+    /// stand still.
     #[serde(default)]
     pub suspend: bool,
 }
@@ -420,7 +421,8 @@ pub struct Rollout {
     pub promotion: Promotion,
 
     /// How long each phase before the swap, and the swap itself, may take; the tests as long as the longest of
-    /// their timeouts, if that is longer. Stands still while paused, suspended, or waiting for a person.
+    /// their timeouts, if that is longer. Stands still while waiting for a person, and while paused or suspended,
+    /// unless the traffic moves.
     #[serde(default = "default_progress_deadline")]
     #[schemars(length(max = 32), extend("default" = "10m"))]
     #[x_kube(
@@ -454,7 +456,9 @@ pub struct Rollout {
     )]
     pub retention: Duration,
 
-    /// How long the old stack may take to finish its connections before it is cut off.
+    /// How long the old stack may take to finish its connections before it is cut off. Pods are told once, when
+    /// their stack is made: a change is for the stacks of later releases. What runs already closes its connections
+    /// after the time that it was made with; only how long the operator waits for that follows at once.
     #[serde(default = "default_drain_timeout")]
     #[schemars(length(max = 32), extend("default" = "5m"))]
     #[x_kube(

@@ -46,7 +46,7 @@ use crate::{
 };
 
 /// For each write.
-const WRITE_LIMIT: Duration = Duration::from_secs(10);
+pub(crate) const WRITE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Writes to the API server.
 #[derive(Clone)]

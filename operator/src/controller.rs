@@ -27,7 +27,7 @@ use tracing::{Instrument, debug, info, info_span, warn};
 
 use crate::{
     api::ExchangeDeployment,
-    apply::Writer,
+    apply::{WRITE_LIMIT, Writer},
     decide::decide,
     error::{Class, Error},
     metrics::Metrics,
@@ -231,10 +231,13 @@ impl Context {
             // A recorder joins the Events of one reason and keeps only what the first of them says.
             self.metrics.write("create", "Event");
             let recorder = Recorder::new(self.client.clone(), self.reporter.clone());
-            let published = recorder.publish(&event, &look.object.object_ref(&())).await;
-            if let Err(error) = published {
-                warn!(error.message = %error, "failed to publish an event");
-            }
+            let about = look.object.object_ref(&());
+            let why = match timeout(WRITE_LIMIT, recorder.publish(&event, &about)).await {
+                Ok(Ok(())) => continue,
+                Ok(Err(error)) => error.to_string(),
+                Err(late) => late.to_string(),
+            };
+            warn!(error.message = why, "failed to publish an event");
         }
     }
 

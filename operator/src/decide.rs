@@ -116,9 +116,11 @@ impl Turn<'_> {
         self.next.stopped_since.is_some()
     }
 
-    /// Paused or suspended, time stands still: what had begun is moved forward by that time afterwards.
+    /// Paused or suspended, time stands still: what had begun is moved forward by that time afterwards. Not so a move of the
+    /// traffic, for which it has gone on.
     pub(crate) fn stop_or_resume(&mut self) {
         let stop = self.spec.suspend || self.paused();
+        let moves = self.next.phase.moves();
         match (stop, self.next.stopped_since) {
             (true, None) => {
                 self.next.stopped_since = Some(self.now);
@@ -131,7 +133,7 @@ impl Turn<'_> {
             (false, Some(since)) => {
                 let lost = self.now.duration_since(since);
                 self.next.stopped_since = None;
-                if let Some(begun) = &mut self.next.phase_since {
+                if let Some(begun) = self.next.phase_since.as_mut().filter(|_| !moves) {
                     *begun = later(*begun, lost);
                 }
                 if let Some(previous) = &mut self.next.previous {
@@ -149,10 +151,16 @@ impl Turn<'_> {
         self.next.stopped_since.unwrap_or(self.now)
     }
 
+    /// The time that goes by for a phase.
+    fn time_of(&self, phase: Phase) -> Timestamp {
+        if phase.moves() { self.now } else { self.clock() }
+    }
+
     pub(crate) fn elapsed(&self) -> SignedDuration {
+        let now = self.time_of(self.next.phase);
         self.next
             .phase_since
-            .map_or(SignedDuration::ZERO, |since| self.clock().duration_since(since))
+            .map_or(SignedDuration::ZERO, |since| now.duration_since(since))
     }
 
     /// Whether the phase has lasted too long. Judged only when this operator has seen the phase before, so that the time
@@ -170,7 +178,7 @@ impl Turn<'_> {
     pub(crate) fn enter(&mut self, phase: Phase) {
         if self.next.phase != phase {
             self.next.phase = phase;
-            self.next.phase_since = Some(self.clock());
+            self.next.phase_since = Some(self.time_of(phase));
         }
     }
 
@@ -446,24 +454,38 @@ impl Turn<'_> {
         meant
     }
 
+    /// Whether beside the release an old stack or a contract migration is about to come to its end.
+    fn ends_something(&self) -> bool {
+        let previous = self.next.previous.as_ref().map(|previous| previous.state);
+        let old = match previous {
+            Some(PreviousState::Draining) => !self.stopped(),
+            Some(PreviousState::Retiring) => true,
+            Some(PreviousState::Retained) | None => false,
+        };
+        old || self.next.contract.is_some()
+    }
+
     pub(crate) fn requeue(&self, changed: bool, undecided: bool) -> time::Duration {
         if changed {
             return time::Duration::ZERO;
         }
-        if undecided {
-            return time::Duration::from_secs(10);
-        }
-        let steady = matches!(
-            self.next.phase,
-            Phase::Live | Phase::Held | Phase::Failed | Phase::AwaitingPromotion
-        ) && self
-            .next
-            .previous
-            .as_ref()
-            .is_none_or(|previous| previous.state == PreviousState::Retained)
-            && self.next.contract.is_none();
-        if !steady {
-            return time::Duration::from_secs(1);
+        // What is missing, or belongs to somebody else, is not watched.
+        let waits = self.seen.declared.is_err() || !self.seen.taken.is_empty();
+        let seconds = match self.next.phase {
+            _ if undecided => Some(10),
+            Phase::Promoting | Phase::RollingBack => Some(1),
+            _ if self.ends_something() => Some(1),
+            Phase::Verifying => Some(if self.stopped() { 10 } else { 1 }),
+            _ if waits => Some(10),
+            // Somebody has to do something, or time to go by.
+            Phase::Live | Phase::Held | Phase::Failed | Phase::AwaitingPromotion => None,
+            _ if self.stopped() => None,
+            // Its colour is in use.
+            Phase::Pending if self.next.candidate.is_none() => None,
+            _ => Some(1),
+        };
+        if let Some(seconds) = seconds {
+            return time::Duration::from_secs(seconds);
         }
         let until = [
             self.next.previous.as_ref().map(|previous| previous.until),

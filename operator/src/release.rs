@@ -375,7 +375,7 @@ impl Turn<'_> {
     /// What becomes of the stack that was live before.
     pub(crate) fn old_stack(&mut self) {
         let (phase, stopped, clock) = (self.next.phase, self.stopped(), self.clock());
-        if matches!(phase, Phase::Promoting | Phase::RollingBack) {
+        if phase.moves() {
             return;
         }
         let drain_timeout = signed(self.spec.rollout.drain_timeout);

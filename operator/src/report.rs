@@ -99,8 +99,13 @@ fn arrived(spec: &Spec, seen: &Observed, status: &Status) -> bool {
     status.phase == Phase::Live && declared
 }
 
+/// Paused or suspended, all but a move of the traffic stands still.
+fn stands_still(status: &Status) -> bool {
+    status.stopped_since.is_some() && !status.phase.moves()
+}
+
 fn word(status: &Status, arrived: bool) -> String {
-    if status.stopped_since.is_some() && !arrived {
+    if stands_still(status) && !arrived {
         return "Stopped".to_owned();
     }
     status.phase.to_string()
@@ -133,9 +138,7 @@ fn stalled(
     // A swap to what is given up has no way back either.
     let forced = status.phase == Phase::Promoting && status.rejected.is_some();
     let endless = forced || matches!(status.phase, Phase::Pending | Phase::RollingBack);
-    let deadline = status
-        .phase_since
-        .filter(|_| endless && status.stopped_since.is_none());
+    let deadline = status.phase_since.filter(|_| endless && !stands_still(status));
     let deadline = deadline.map(|since| later(since, signed(spec.rollout.progress_deadline)));
     if let Some(refused) = seen
         .refused
@@ -195,10 +198,10 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
         ),
         _ => (live, version),
     };
-    if status.stopped_since.is_some() && status.phase == Phase::Live && !arrived(spec, seen, status) {
+    if stands_still(status) && status.phase == Phase::Live && !arrived(spec, seen, status) {
         return format!("{version} waits, paused or suspended; {live} is live");
     }
-    if status.stopped_since.is_some() && status.phase != Phase::Live {
+    if stands_still(status) && status.phase != Phase::Live {
         return format!(
             "{version} is {} and paused or suspended; {live} is live",
             status.phase
@@ -255,7 +258,7 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
 
 /// Since when something is awaited, and until when at the latest. While time stands still nobody can know the latter.
 fn times(spec: &Spec, seen: &Observed, status: &Status) -> String {
-    let Some(since) = status.phase_since.filter(|_| status.stopped_since.is_none()) else {
+    let Some(since) = status.phase_since.filter(|_| !stands_still(status)) else {
         return String::new();
     };
     let deadline = time_for(spec, status.phase);

@@ -84,6 +84,13 @@ pub enum Phase {
     Held,
 }
 
+impl Phase {
+    /// Whether traffic moves in it. What has begun to move is brought to its end, also paused or suspended.
+    pub const fn moves(self) -> bool {
+        matches!(self, Self::Promoting | Self::RollingBack)
+    }
+}
+
 impl fmt::Display for Phase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Debug::fmt(self, f)
@@ -100,7 +107,7 @@ pub struct ExchangeDeploymentStatus {
     /// Where the release of the declared version stands.
     #[serde(default)]
     pub phase: Phase,
-    /// Since when this phase lasts. Moved forward by the time spent paused or suspended.
+    /// Since when this phase lasts. Moved forward by the time spent paused or suspended, unless traffic moves in it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<Time>")]
     pub phase_since: Option<Timestamp>,

@@ -58,6 +58,10 @@ struct Server {
     changes: Option<(String, Value)>,
     /// With this request another operator records something.
     superseded_at: Option<String>,
+    /// With the first another operator has removed the second, and made it again.
+    remade_at: Option<(String, String)>,
+    /// Requests whose method and path begin like this are never answered.
+    silent: Option<String>,
 }
 
 impl Server {
@@ -84,6 +88,11 @@ impl Server {
             let mut object = self.objects[OBJECT].clone();
             object["status"]["attempt"] = json!(9);
             self.put(OBJECT, object);
+        }
+        if let Some((_, remade)) = self.remade_at.take_if(|(request, _)| *request == called) {
+            let mut object = self.objects[&remade].clone();
+            object["metadata"]["uid"] = Value::Null;
+            self.put(&remade, object);
         }
         if *method == Method::GET {
             self.reads += 1;
@@ -229,6 +238,7 @@ impl World {
         let server = Arc::new(Mutex::new(Server::default()));
         let answering = Arc::clone(&server);
         tokio::spawn(async move {
+            let mut unanswered = Vec::new();
             while let Some((request, send)) = handle.next_request().await {
                 let (parts, body) = request.into_parts();
                 let body = body.collect_bytes().await.unwrap();
@@ -240,6 +250,11 @@ impl World {
                     .unwrap()
                     .1
                     .to_owned();
+                let silent = answering.lock().unwrap().silent.clone();
+                if silent.is_some_and(|silent| format!("{} {path}", parts.method).starts_with(&silent)) {
+                    unanswered.push(send);
+                    continue;
+                }
                 let query = parts.uri.query().unwrap_or_default();
                 let kind = parts.headers.get("content-type");
                 let merges = kind.is_some_and(|kind| kind == "application/merge-patch+json");
@@ -891,6 +906,39 @@ async fn a_deletion_carries_uid_and_version() {
         there["resourceVersion"]
     );
     assert_eq!(delete.body["propagationPolicy"], "Background");
+}
+
+#[tokio::test]
+async fn what_was_made_again_since_it_was_seen_is_not_removed() {
+    let world = World::migrated().await;
+    world.settle().await;
+    let owned = |name: &String| world.get(name)["metadata"]["ownerReferences"].is_array();
+    let lane = world.names("secrets").into_iter().find(owned).unwrap();
+    // Another version takes its place: of the first its stack is left, and then it goes.
+    world.change(OBJECT, |object| object["spec"]["version"] = json!("2.0.0"));
+    while world.names("services").len() > 3 {
+        world.pass().await.0.unwrap();
+    }
+    // When all else has been seen, another operator has made the secret again, under the same name.
+    world.server.lock().unwrap().remade_at = Some((format!("GET {OBJECT}"), lane.clone()));
+    let (result, writes) = world.pass().await;
+    assert_eq!(result.unwrap_err().class(), Class::Conflict);
+    assert_eq!(paths(&writes), [format!("DELETE {lane}")]);
+    assert!(world.names("secrets").contains(&lane));
+    assert_eq!(world.names("controllerrevisions").len(), 1);
+    // Seen as it is now, it goes.
+    world.settle().await;
+    assert!(!world.names("secrets").contains(&lane));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_event_that_is_never_answered_holds_no_pass_up() {
+    let world = World::new();
+    world.server.lock().unwrap().silent = Some("POST events".to_owned());
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(paths(&writes).len(), 4, "{:?}", paths(&writes));
+    assert_eq!(world.get(OBJECT)["status"]["phase"], "Pending");
 }
 
 #[tokio::test]

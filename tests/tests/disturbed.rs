@@ -11,13 +11,15 @@
 
 use std::{thread::sleep, time::Duration};
 
+use jiff::Timestamp;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use testbed::{
     exchange::{PATIENCE, is_current, phase_of, text, token},
     gate::{Gate, Hold, Moment, Write},
-    kubectl::Namespace,
+    kubectl::{Namespace, Session},
     operator::{self, Leader},
+    rights::audit_log,
     sandbox::wait_until,
     story::{Ground, RELEASED, SERVICES, Story, end_well, note},
     supervisor,
@@ -190,6 +192,35 @@ fn the_operator_is_killed() {
     assert_eq!(end_well(load).len(), 1 + points().count());
 }
 
+/// What a pod of the operator has written in a namespace since then, and the API server has accepted, as its audit log has it.
+/// Nothing is known of an existing cluster, whose log is not ours. Events tell, and change nothing.
+fn accepted_writes(session: &Session, pod: &str, namespace: &str, since: Timestamp) -> Option<Vec<String>> {
+    let log = audit_log(session.cluster.as_ref()?).unwrap();
+    let events = log
+        .lines()
+        .filter(|line| line.contains(pod))
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let accepted = events.filter(|event| {
+        let at: Option<Timestamp> = text(event, "/stageTimestamp").parse().ok();
+        let reads = matches!(text(event, "/verb"), "get" | "list" | "watch");
+        let tells = text(event, "/objectRef/resource") == "events";
+        let by = text(event, "/user/extra/authentication.kubernetes.io~1pod-name/0");
+        let code = event["responseStatus"]["code"].as_u64();
+        by == pod
+            && text(event, "/objectRef/namespace") == namespace
+            && at.is_some_and(|at| at >= since)
+            && code.is_some_and(|code| code < 300)
+            && !reads
+            && !tells
+    });
+    let writes = accepted.map(|event| {
+        let part = |pointer| text(&event, pointer).to_owned();
+        let (verb, resource) = (part("/verb"), part("/objectRef/resource"));
+        format!("{verb} {resource}/{}", part("/objectRef/name"))
+    });
+    Some(writes.collect())
+}
+
 /// A leader that is stopped does not know that its time is over. When it goes on, another has long finished its work: what it
 /// still wants to write is refused.
 #[test]
@@ -232,17 +263,27 @@ fn an_old_leader_wakes_up() {
             SERVICES.map(version)
         };
         let before = versions(&story);
+        let written =
+            |since| accepted_writes(&ground.session, &old.pod, &namespace.name, since).unwrap_or_default();
+        if ground.session.cluster.is_some() {
+            assert!(
+                !written(Timestamp::MIN).is_empty(),
+                "{} is not in the log",
+                old.pod
+            );
+        }
+        // It may have led and noticed before.
+        let noticed = || {
+            let log = ["logs", &old.pod, "--namespace", operator::OPERATOR_NAMESPACE];
+            let log = ground.session.kubectl(&log).unwrap_or_default();
+            log.matches("does not lead any more").count()
+        };
+        let (woken, times) = (Timestamp::now(), noticed());
         old.resume().unwrap();
         story.told.forget();
-        wait_until("the old leader to notice", PATIENCE, || {
-            let log = ["logs", &old.pod, "--namespace", operator::OPERATOR_NAMESPACE];
-            ground
-                .session
-                .kubectl(&log)
-                .is_ok_and(|log| log.contains("does not lead any more"))
-        })
-        .unwrap();
+        wait_until("the old leader to notice", PATIENCE, || noticed() > times).unwrap();
         assert_eq!(versions(&story), before, "the old leader has written");
+        assert_eq!(written(woken), Vec::<String>::new(), "the old leader has written");
         operator::recovers(&ground.session).unwrap();
         story.told.forget();
     }

@@ -201,7 +201,31 @@ fn what_fails_before_the_swap_touches_nothing() {
     story.all_point_at(&good);
     story.told.course(&["ReleaseStarted", "ReleaseFailed"]);
 
-    // Declared as it was, all is well.
+    // The built-in smoke test finds a version whose orders fail, before any client does.
+    let begun = story.watch.sightings().len();
+    story.declare(|spec| {
+        spec["version"] = json!("2.0.1-fails-smoke");
+        spec["rollout"]["smokeTests"] = json!([]);
+    });
+    story.reaches("Failed");
+    story.all_point_at(&good);
+    assert_eq!(text(story.last(), "/status/rejected/reason"), "SmokeTestFailed");
+    assert_eq!(
+        text(story.last(), "/status/rejected/version"),
+        "2.0.1-fails-smoke"
+    );
+    let stalled = story.condition("Stalled");
+    let message = text(&stalled, "/message");
+    assert!(
+        message.contains("the test smoke failed: FAIL") && message.contains("place an order"),
+        "{message}"
+    );
+    let phases = story.phases_since(begun);
+    assert!(phases.iter().any(|phase| phase == "Testing"), "{phases:?}");
+    assert!(!phases.iter().any(|phase| phase == "Promoting"), "{phases:?}");
+    story.told.course(&["ReleaseStarted", "ReleaseFailed"]);
+
+    // Declared as it was, all is well. No client has ever been answered by what failed.
     story.declaration = story.exchange.declaration("1.0.0");
     story.declare(nothing);
     story.reaches("Live");
@@ -251,9 +275,11 @@ fn what_fails_under_load_goes_back_by_itself() {
     let (table, report) = load.end().unwrap();
     let failures = report["summary"]["failures"].as_object().unwrap();
     assert!(failures.keys().all(|failure| failure == "status 500"), "{table}");
+    assert_eq!(report["closed_without_notice"], 0, "{table}");
     assert_eq!(report["audit"]["findings"], json!([]), "{table}");
 
-    // More pods for the stack that serves.
+    // More pods for the stack that serves, under the eyes of clients.
+    let load = story.trade();
     let history = story.last()["status"]["history"].clone();
     story.declare(|spec| spec["services"]["trade"]["replicas"] = json!(2));
     let workload = format!("deployment/{NAME}-blue-trade-{first}");
@@ -265,8 +291,14 @@ fn what_fails_under_load_goes_back_by_itself() {
     };
     wait_until("the second pod", PATIENCE, ready).unwrap();
     story.reaches("Held");
+    let before = load.progress().requests;
+    wait_until("trading", PATIENCE, || load.progress().requests > before + 200).unwrap();
+    assert_eq!(end_well(load).len(), 1, "somebody else has answered");
 
     // Other credentials, as they are rotated without an outage: a second role beside the first, which is then locked out.
+    // That connections to the database are cut off here, so that it takes no hour, would fail orders of traders. That each
+    // live address answers is asked all the while.
+    let prober = Prober::start(&story);
     let password = format!("{:032x}", rand::random::<u128>());
     let url = format!("postgres://exchange_second:{password}@{NAME}-postgres:5432/exchange");
     let secret = json!({"stringData": {"url": url}}).to_string();
@@ -289,6 +321,12 @@ fn what_fails_under_load_goes_back_by_itself() {
     })
     .unwrap();
     sql("alter role exchange_service nologin");
+    prober.goes_on();
+    for service in SERVICES {
+        let answers = prober.answers(service);
+        assert_eq!(answers.missed, 0, "the {service} service: {answers:?}");
+    }
+    drop(prober);
     let load = story.trade();
     wait_until("trading", PATIENCE, || load.progress().requests > 500).unwrap();
     assert_eq!(end_well(load).len(), 1, "somebody else has answered");

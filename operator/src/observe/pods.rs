@@ -408,7 +408,21 @@ fn stuck(container: &ContainerStatus) -> Option<String> {
         .last_state
         .as_ref()
         .and_then(|state| state.terminated.as_ref());
-    last.map(|last| format!("CrashLoopBackOff: its last exit code was {}", last.exit_code))
+    // Who has been started anew may run, and say himself why he is not ready.
+    let what = match waiting.and_then(|it| it.reason.as_deref()) {
+        Some("CrashLoopBackOff") => "CrashLoopBackOff:",
+        _ => "restarted,",
+    };
+    last.map(|last| format!("{what} its last exit code was {}", last.exit_code))
+}
+
+/// What keeps the pods of a service, seen from outside and as they say it themselves.
+pub fn joined(trouble: Option<String>, excuse: Option<&str>) -> Option<String> {
+    match (trouble, excuse) {
+        (Some(trouble), Some(excuse)) => Some(format!("{trouble}; not ready: {excuse}")),
+        (None, Some(excuse)) => Some(format!("not ready: {excuse}")),
+        (trouble, None) => trouble,
+    }
 }
 
 /// What keeps the pods of a Deployment from being created, if that is so: a quota, a policy.
@@ -516,6 +530,7 @@ pub(crate) fn short(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use axum::{Router, routing::get};
+    use serde_json::{Value, json};
     use tokio::net::TcpListener;
 
     use super::*;
@@ -581,6 +596,58 @@ http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/logi
         let nobody = listen().await.unwrap().local_addr().unwrap().to_string();
         let heard = pods.row("blue-1", &nobody).await.unwrap_err();
         assert!(heard.starts_with("Connection refused"), "{heard}");
+    }
+
+    #[test]
+    fn what_keeps_a_container_is_told() {
+        let keeps = |state: Value, last: Value| {
+            let container = json!({"name": "trade", "ready": false, "restartCount": 1, "image": "acme/exchange:1",
+                                   "imageID": "", "state": state, "lastState": last});
+            let pod = json!({"metadata": {"name": "trade"}, "status": {"containerStatuses": [container]}});
+            trouble(&serde_json::from_value(pod).unwrap())
+        };
+        let waits = |reason: &str| json!({"waiting": {"reason": reason, "message": "why"}});
+        let (runs, nothing) = (json!({"running": {}}), json!({}));
+        let ended = json!({"terminated": {"exitCode": 137}});
+        let rows = [
+            (runs.clone(), nothing.clone(), None),
+            // The kubelet ends what does not become ready in time, and starts it anew.
+            (runs, ended.clone(), Some("restarted, its last exit code was 137")),
+            (
+                waits("CrashLoopBackOff"),
+                ended.clone(),
+                Some("CrashLoopBackOff: its last exit code was 137"),
+            ),
+            (
+                waits("ErrImagePull"),
+                ended,
+                Some("ImagePullBackOff acme/exchange:1"),
+            ),
+            (
+                waits("CreateContainerConfigError"),
+                nothing.clone(),
+                Some("CreateContainerConfigError: why"),
+            ),
+            (waits("ContainerCreating"), nothing, None),
+        ];
+        for (state, last, told) in rows {
+            let what = format!("{state} after {last}");
+            assert_eq!(keeps(state, last).as_deref(), told, "{what}");
+        }
+    }
+
+    #[test]
+    fn what_a_pod_says_itself_is_told_beside_what_is_seen_of_it() {
+        let seen = || Some("restarted, its last exit code was 137".to_owned());
+        let said = Some("the database is out of reach");
+        let told = "restarted, its last exit code was 137; not ready: the database is out of reach";
+        assert_eq!(joined(seen(), said).as_deref(), Some(told));
+        assert_eq!(
+            joined(None, said).as_deref(),
+            Some("not ready: the database is out of reach")
+        );
+        assert_eq!(joined(seen(), None), seen());
+        assert_eq!(joined(None, None), None);
     }
 
     #[test]

@@ -496,8 +496,8 @@ impl Reader {
                     let excuses = self.pods.excuses(&addresses(&candidate.stack)).await;
                     let services = look.seen.stacks.get_mut(&candidate.stack);
                     for (service, seen) in services.into_iter().flat_map(|it| &mut it.services) {
-                        let excuse = excuses.get(service).map(|excuse| format!("not ready: {excuse}"));
-                        seen.trouble = seen.trouble.take().or(excuse);
+                        let excuse = excuses.get(service).map(String::as_str);
+                        seen.trouble = pods::joined(seen.trouble.take(), excuse);
                     }
                 }
             }

@@ -78,10 +78,33 @@ enum Step {
     Take(bool),
     LoseStatus,
     Unreadable(bool),
+    Crowd {
+        revision: usize,
+        service: Service,
+    },
 }
 
-/// Those with pages that cannot be read are a kind of their own: so the others stay the histories that they were.
-fn steps(pages: bool) -> impl Strategy<Value = Vec<Step>> {
+/// What a history is about beside all else. Each is a kind of its own: so the others stay the histories that they were.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Plain,
+    /// Pages cannot be read.
+    Pages,
+    /// Pods have nowhere to run, and somebody suspends and goes back.
+    Suspended,
+}
+
+impl Kind {
+    const fn of(seed: u64) -> Self {
+        match seed % 16 {
+            3 => Self::Pages,
+            7 => Self::Suspended,
+            _ => Self::Plain,
+        }
+    }
+}
+
+fn steps(kind: Kind) -> impl Strategy<Value = Vec<Step>> {
     let view = prop_oneof![6 => Just(View::Fresh), 2 => Just(View::Torn), 2 => Just(View::Old), 1 => Just(View::OldObject)];
     let service = proptest::sample::select(Service::ALL.to_vec());
     let part = proptest::sample::select(vec![
@@ -136,16 +159,20 @@ fn steps(pages: bool) -> impl Strategy<Value = Vec<Step>> {
         1 => (0..4_usize).prop_map(Step::DeleteJob),
         1 => Just(Step::FailJobs),
         1 => (1..6_u32).prop_map(Step::Scale),
-        2 => (0..2_usize, service, part).prop_map(|(stack, service, part)| Step::Strip { stack, service, part }),
+        2 => (0..2_usize, service.clone(), part).prop_map(|(stack, service, part)| Step::Strip { stack, service, part }),
         2 => proptest::option::weighted(0.6, ban).prop_map(Step::Ban),
         2 => any::<bool>().prop_map(Step::Miss),
         1 => any::<bool>().prop_map(Step::Take),
         1 => Just(Step::LoseStatus),
     ];
-    let step = if pages {
-        prop_oneof![20 => step, 1 => any::<bool>().prop_map(Step::Unreadable)].boxed()
-    } else {
-        step.boxed()
+    let step = match kind {
+        Kind::Plain => step.boxed(),
+        Kind::Pages => prop_oneof![20 => step, 1 => any::<bool>().prop_map(Step::Unreadable)].boxed(),
+        Kind::Suspended => {
+            let crowd =
+                (0..3_usize, service).prop_map(|(revision, service)| Step::Crowd { revision, service });
+            prop_oneof![20 => step, 1 => crowd].boxed()
+        }
     };
     proptest::collection::vec(step, 10..70)
 }
@@ -205,19 +232,26 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
         Step::Take(taken) => world.taken = taken,
         Step::LoseStatus => world.lose_status(),
         Step::Unreadable(unreadable) => world.unreadable = unreadable,
+        Step::Crowd { revision, service } => world.crowd(&format!("r{revision}"), service),
     }
     Ok(())
 }
 
 /// Lives through a history, then lets the world come to rest. What was given up for the sake of the disturbances is
 /// tried again: a good version must then be live, a bad one must not.
-fn live_through(steps: &[Step], traced: bool) -> Result<World, String> {
+fn live_through(steps: &[Step], kind: Kind, traced: bool) -> Result<World, String> {
     let mut world = World::new(traced);
     let told = |world: &World, why: String| {
         format!("{why}\n{}", world.trace.as_deref().unwrap_or_default().join("\n"))
     };
     for step in steps {
         take(&mut world, step).map_err(|why| told(&world, why))?;
+    }
+    if kind == Kind::Suspended {
+        world
+            .moves_although_suspended()
+            .map_err(|why| told(&world, why))?;
+        world.crowded.clear();
     }
     world.declare(|spec| {
         spec.suspend = false;
@@ -283,19 +317,18 @@ fn history(seed: u64) -> Result<BTreeSet<Phase>, String> {
     };
     let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
     let phases = Mutex::new(BTreeSet::new());
-    let outcome = runner.run(&steps(seed % 16 == 3), |steps| {
-        match live_through(&steps, false) {
-            Ok(world) => {
-                phases.lock().unwrap().extend(world.journey);
-                Ok(())
-            }
-            Err(why) => Err(TestCaseError::fail(why)),
+    let kind = Kind::of(seed);
+    let outcome = runner.run(&steps(kind), |steps| match live_through(&steps, kind, false) {
+        Ok(world) => {
+            phases.lock().unwrap().extend(world.journey);
+            Ok(())
         }
+        Err(why) => Err(TestCaseError::fail(why)),
     });
     match outcome {
         Ok(()) => Ok(phases.into_inner().unwrap()),
         Err(TestError::Fail(_, steps)) => {
-            let why = live_through(&steps, true).err().unwrap_or_default();
+            let why = live_through(&steps, kind, true).err().unwrap_or_default();
             Err(format!("make simulate SEED={seed} after {steps:?}\n{why}"))
         }
         Err(other) => Err(format!("make simulate SEED={seed}: {other}")),

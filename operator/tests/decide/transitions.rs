@@ -465,6 +465,30 @@ fn every_phase_is_left_as_the_design_says() {
             &[Live, RollingBack, Held],
             Reason::RolledBack,
         ),
+        given_up(
+            "rolled back while suspended, and a pod of the old stack is missing for good",
+            after_a_release(),
+            |world| {
+                world.declare(|spec| spec.suspend = true);
+                world.crowd("r0", Service::Trade);
+                roll_back(world);
+            },
+            &[Live, RollingBack, Held],
+            Reason::RolledBack,
+        ),
+        given_up(
+            "a half-done swap, suspended, whose stack loses a pod for good",
+            at(Promoting),
+            |world| {
+                while world.targets()[0].as_ref().unwrap().revision == "r0" {
+                    world.step(0, View::Fresh).unwrap();
+                }
+                world.declare(|spec| spec.suspend = true);
+                world.crowd("r1", Service::Trade);
+            },
+            &[Promoting, RollingBack, Held],
+            Reason::PromotionFailed,
+        ),
         row(
             "the predecessor is named again while suspended",
             after_a_release(),
@@ -752,6 +776,49 @@ fn while_time_stands_still_nothing_is_started_and_no_deadline_passes() {
 }
 
 #[test]
+fn for_a_move_time_goes_on_although_it_is_suspended() {
+    let mut world = after_a_release();
+    world.declare(|spec| spec.suspend = true);
+    world.step(0, View::Fresh).unwrap();
+    world.finish(0);
+    let stopped = world.now;
+    world.wait(100);
+    world.crowd("r0", Service::Trade);
+    roll_back(&mut world);
+    let begun = world.now;
+    while world.status.phase != RollingBack {
+        world.step(0, View::Fresh).unwrap();
+    }
+    assert_eq!(world.status.phase_since, Some(begun));
+    world.finish(0);
+    let reconciling = |world: &World| {
+        let mut conditions = world.status.conditions.iter();
+        conditions.find(|it| it.type_ == "Reconciling").unwrap().clone()
+    };
+    let told = reconciling(&world);
+    assert_eq!(told.reason, "RollingBack");
+    let until = begun + seconds(600);
+    let message =
+        format!("the traffic goes back to r0: waiting for 1 of 2 trade pods; since {begun}, until {until}");
+    assert_eq!(told.message, message);
+    world.wait(5);
+    // Resumed, it has lasted as long as before; what it comes to begins when time goes on again.
+    let mut resumed = world.spec.clone();
+    resumed.suspend = false;
+    let recorded = decide(&resumed, &world.observe(), world.now).status.unwrap();
+    assert_eq!(recorded.phase_since, Some(begun));
+    world.until(0, Held);
+    world.finish(0);
+    assert_eq!(reconciling(&world).status, "False");
+    assert_eq!(world.status.phase_since, Some(stopped));
+    world.declare(|spec| spec.suspend = false);
+    world.wait(100);
+    world.step(0, View::Fresh).unwrap();
+    world.finish(0);
+    assert_eq!(world.status.phase_since, Some(world.now));
+}
+
+#[test]
 fn a_swap_has_ended_when_the_traffic_has_followed_the_selectors() {
     let mut world = at(Promoting);
     while world.targets().iter().flatten().any(|it| it.revision != "r1") {
@@ -802,14 +869,15 @@ fn a_swap_has_ended_when_the_traffic_has_followed_the_selectors() {
 
 #[test]
 fn a_rollback_goes_forward_only_when_nothing_else_is_left() {
-    let world = releasing(6, RollingBack);
+    let mut world = releasing(6, RollingBack);
     let old = world.status.live.clone().unwrap().stack;
     let new = world.status.candidate.clone().unwrap().stack;
+    let begun = world.now - seconds(600);
     let die = |seen: &mut Observed, stack: &Stack| {
         let stack = seen.stacks.get_mut(stack).unwrap();
         stack.services.get_mut(&Service::Trade).unwrap().ready = 0;
     };
-    let late = |seen: &mut Observed| seen.status.phase_since = Some(world.now - seconds(600));
+    let late = |seen: &mut Observed| seen.status.phase_since = Some(begun);
     let rows: Vec<(&str, Change<'_>, Phase)> = vec![
         ("the old stack serves", Box::new(late), RollingBack),
         (
@@ -849,12 +917,18 @@ fn a_rollback_goes_forward_only_when_nothing_else_is_left() {
             RollingBack,
         ),
     ];
-    for (name, change, phase) in rows {
-        let recorded = records(&world, change);
-        assert_eq!(recorded.phase, phase, "{name}");
-        if phase == Promoting {
-            assert_eq!(recorded.rejected.unwrap().reason, Reason::RollbackImpossible);
-            assert_eq!(recorded.epoch, world.status.epoch + 1);
+    for suspended in [false, true] {
+        world.spec.suspend = suspended;
+        for (name, change, phase) in &rows {
+            let recorded = records(&world, |seen| {
+                change(seen);
+                seen.status.stopped_since = suspended.then_some(begun);
+            });
+            assert_eq!(recorded.phase, *phase, "{name}, suspended: {suspended}");
+            if *phase == Promoting {
+                assert_eq!(recorded.rejected.unwrap().reason, Reason::RollbackImpossible);
+                assert_eq!(recorded.epoch, world.status.epoch + 1);
+            }
         }
     }
 }
@@ -1058,6 +1132,128 @@ fn no_selector_is_planned_to_move_before_all_can() {
     let stack = seen.stacks.get_mut(&candidate).unwrap();
     stack.services.get_mut(&Service::Notification).unwrap().ready = 1;
     assert_eq!(points(&seen), 0);
+}
+
+/// While traffic moves, counts stand still.
+#[test]
+fn no_autoscaler_is_touched_while_traffic_moves() {
+    let touched = |world: &World| {
+        let plan = decide(&world.spec, &world.observe(), world.now);
+        let of_autoscaler = |action: &&Action| {
+            matches!(
+                action,
+                Action::Apply {
+                    part: Part::Autoscaler,
+                    ..
+                } | Action::Delete {
+                    part: Part::Autoscaler,
+                    ..
+                }
+            )
+        };
+        plan.actions.iter().filter(of_autoscaler).count()
+    };
+    let mut world = World::new(true);
+    world.autoscale(true);
+    world.settle().unwrap();
+    world.release(1);
+    world.until(0, Promoting);
+    // That of r0, in blue, which has the traffic.
+    world.spoil_part(0, Service::Trade, Part::Autoscaler, false);
+    assert_eq!(touched(&world), 0);
+    world.until(0, Verifying);
+    assert_eq!(touched(&world), 2, "one for r1, and that of r0");
+    world.until(0, Live);
+    roll_back(&mut world);
+    world.until(0, RollingBack);
+    assert_eq!(touched(&world), 0);
+    world.until(0, Held);
+    assert_eq!(touched(&world), 2, "one for r0, and that of r1");
+}
+
+#[test]
+fn a_new_object_removes_nothing_before_its_first_attempt() {
+    let holds_up: [fn(&mut World); 2] = [
+        |world| world.declare(|spec| spec.suspend = true),
+        |world| world.miss(true),
+    ];
+    for hold_up in holds_up {
+        // A first version, without traffic, whose object is created again and cannot begin.
+        let mut world = World::new(true);
+        world.until(0, Testing);
+        world.finish(0);
+        world.lose_status();
+        hold_up(&mut world);
+        let seen = world.observe();
+        assert!(!seen.stacks.is_empty() && !seen.jobs.is_empty());
+        world.settle().unwrap();
+        let left = world.observe();
+        assert_eq!(left.stacks.len(), seen.stacks.len(), "{:#?}", world.trace);
+        assert_eq!(left.jobs.len(), seen.jobs.len(), "{:#?}", world.trace);
+        assert_eq!(world.status.attempt, 0);
+    }
+}
+
+#[test]
+fn an_object_that_waits_for_somebody_is_not_looked_at_every_second() {
+    let suspended = |mut world: World| {
+        world.declare(|spec| spec.suspend = true);
+        world
+    };
+    let missing = |mut world: World| {
+        world.miss(true);
+        world
+    };
+    let mut taken = World::new(true);
+    taken.taken = true;
+    let mut in_use = after_a_release();
+    in_use.colour(ColourChoice::Green);
+    in_use.release(2);
+    in_use.settle().unwrap();
+    let mut live = after_a_release();
+    live.settle().unwrap();
+    let mut colour_needed = after_a_release();
+    colour_needed.release(2);
+    colour_needed.until(0, Pending);
+    let rows = vec![
+        ("live", live, 60),
+        ("its colour is in use", in_use, 60),
+        (
+            "a new one, and a reference is missing",
+            missing(World::new(true)),
+            10,
+        ),
+        ("a new one, and a name is taken", taken, 10),
+        (
+            "a reference is missing in mid-release",
+            missing(at(Provisioning)),
+            10,
+        ),
+        ("suspended in mid-release", suspended(at(Testing)), 60),
+        ("suspended, and it has the traffic", suspended(at(Verifying)), 10),
+        (
+            "suspended, and traffic moves",
+            suspended(releasing(6, RollingBack)),
+            1,
+        ),
+        (
+            "a reference is missing, and traffic moves",
+            missing(releasing(6, RollingBack)),
+            1,
+        ),
+        ("the old stack is removed", colour_needed, 1),
+        ("tested", at(Testing), 1),
+    ];
+    for (name, world, expected) in rows {
+        let mut seen = world.observe();
+        let mut plan = decide(&world.spec, &seen, world.now);
+        while let Some(status) = plan.status {
+            assert_eq!(plan.requeue.as_secs(), 0, "{name}");
+            seen.status = status;
+            plan = decide(&world.spec, &seen, world.now);
+        }
+        assert_eq!(plan.requeue.as_secs(), expected, "{name}");
+    }
 }
 
 #[test]

@@ -543,9 +543,14 @@ pub(crate) fn explain(object: &ExchangeDeployment, view: &View, now: Timestamp) 
         } else {
             "paused"
         };
+        let finishes = if view.phase.moves() {
+            "what has begun to move is finished, and then "
+        } else {
+            ""
+        };
         let _ = writeln!(
             text,
-            "It is {how} since {}: deadlines and retention stand still.\n",
+            "It is {how} since {}: {finishes}deadlines and retention stand still.\n",
             at(since)
         );
     }

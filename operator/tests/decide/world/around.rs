@@ -40,6 +40,11 @@ impl World {
                 for pod in service.pods.iter_mut().skip(wanted) {
                     *pod = Pod::Terminating;
                 }
+                if self.crowded.contains(&(stack.revision.clone(), *name))
+                    && let Some(pod) = service.pods.iter_mut().take(wanted).last()
+                {
+                    *pod = Pod::Starting;
+                }
             }
             let used = pointed.iter().any(|target| target.is(Some(stack)));
             there.open = if used { 3 } else { there.open.saturating_sub(1) };
@@ -133,6 +138,14 @@ impl World {
         self.slices();
         self.run_jobs();
         self.wait(1);
+    }
+
+    /// One pod of this service has nowhere to run any more.
+    pub(crate) fn crowd(&mut self, revision: &str, service: Service) {
+        note!(self, "chaos: one pod of {revision} {service} has nowhere to run");
+        self.crowded.insert((revision.to_owned(), service));
+        self.kubelet();
+        self.slices();
     }
 
     fn edited(&mut self) {
@@ -574,6 +587,36 @@ impl World {
             "P7: no end is reached; at last {:?}",
             self.trace.iter().rev().take(12).rev().collect::<Vec<_>>()
         ))
+    }
+
+    /// Suspended for as long as it takes: a move that has begun, and a way back that somebody asks for, come to their end.
+    /// Only what has nowhere to go goes on.
+    pub(crate) fn moves_although_suspended(&mut self) -> Result<(), String> {
+        self.ban = None;
+        self.declare(|spec| spec.suspend = true);
+        self.ask(|requests, names| requests.rollback = names.live);
+        let mut still = 0;
+        for _ in 0..2000 {
+            self.step(0, View::Fresh)?;
+            self.round();
+            still = if self.status.phase.moves() { 0 } else { still + 1 };
+            // Whoever is in the middle of something else comes to it afterwards.
+            if still > 100 {
+                return Ok(());
+            }
+        }
+        let lost = |stack: Option<&Stack>| stack.is_none_or(|stack| self.is_lost(stack));
+        let candidate = self.status.candidate.as_ref().map(|it| &it.stack);
+        let crowded = |stack: &Stack| {
+            self.crowded
+                .iter()
+                .any(|(revision, _)| *revision == stack.revision)
+        };
+        let short = candidate.is_some_and(crowded);
+        if lost(self.status.live.as_ref().map(|it| &it.stack)) && (lost(candidate) || short) {
+            return Ok(());
+        }
+        Err(format!("P4: {} has no end while suspended", self.status.phase))
     }
 
     /// Pods of it are never ready, or never again.

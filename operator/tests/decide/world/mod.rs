@@ -253,6 +253,8 @@ pub(crate) struct World {
     read: BTreeSet<(u32, u32)>,
     /// Stacks whose pods have died for good.
     collapsed: BTreeSet<Stack>,
+    /// Services of a revision of which one pod has nowhere to run.
+    pub(crate) crowded: BTreeSet<(String, Service)>,
     /// Changes of what is declared that make a release that was given up another one; their number when it was.
     declarations: u64,
     given_up: u64,
@@ -316,6 +318,7 @@ impl World {
             unreadable: false,
             read: BTreeSet::new(),
             collapsed: BTreeSet::new(),
+            crowded: BTreeSet::new(),
             declarations: 0,
             given_up: 0,
             orphaned: false,
@@ -787,9 +790,25 @@ impl World {
         origin.is_some_and(|rendered| self.proven.contains(&(stack.clone(), rendered)))
     }
 
+    /// What is not recorded to be live gets no autoscaler, and the live addresses are not tested for it.
+    fn leaves_alone(&self, who: usize, action: &Action) -> Result<(), String> {
+        let live = self.operators[who].record.live.as_ref().map(|live| &live.stack);
+        match action {
+            Action::Apply { stack, part, .. } if *part == Part::Autoscaler && live != Some(stack) => {
+                Err(format!("P6: an autoscaler for {stack}, which is not live"))
+            }
+            Action::Run(job) if job.kind == JobKind::Verify && live != Some(&job.stack) => Err(format!(
+                "P6: the live addresses are tested for {}, which is not live",
+                job.stack
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// Carries one action out, or the next of its writes.
     #[expect(clippy::too_many_lines, reason = "one arm per action")]
     fn act(&mut self, who: usize, action: &Action) -> Result<Done, String> {
+        self.leaves_alone(who, action)?;
         match action {
             Action::CreateLive { service } => {
                 if self.live.contains_key(service) {
