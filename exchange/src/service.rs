@@ -132,7 +132,7 @@ pub async fn serve<B: Future<Output = ()> + Send + 'static>(
     info!("terminating: clients are asked to leave");
     terminating.cancel();
     let patience = app.config.termination_deadline;
-    closing_sender.send_replace(Closing::By(Instant::now() + patience));
+    closing_sender.send_replace(Closing::within(patience));
     if tokio::time::timeout(patience, until_quiet(&app.counts))
         .await
         .is_err()
@@ -172,7 +172,7 @@ async fn until_signal(app: &App, closing: &watch::Sender<Closing>) -> anyhow::Re
             _ = interrupt.recv() => return Ok(()),
             Ok(()) = role.changed() => {
                 closing.send_replace(match *role.borrow_and_update() {
-                    Role::Draining => Closing::By(Instant::now() + app.config.drain_timeout),
+                    Role::Draining => Closing::within(app.config.drain_timeout),
                     Role::Live | Role::Standby => Closing::No,
                 });
             }

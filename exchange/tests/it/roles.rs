@@ -1,6 +1,6 @@
 //! The role of a stack over real sockets, and the end of a process.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -8,12 +8,20 @@ use axum::{
     routing::get,
 };
 use serde_json::Value;
-use tokio::net::TcpListener;
+use tokio::{
+    io::AsyncReadExt,
+    net::{TcpListener, TcpStream},
+};
 
-use crate::servers::{Database, Postgres, Service, client, eventually};
+use crate::{
+    disasters::Front,
+    servers::{Database, Postgres, Service, client, eventually},
+    stores::Stores,
+};
 
 /// A live Service: it answers as the stack that the test says.
 struct LiveService {
+    address: SocketAddr,
     url: String,
     answers_as: Arc<std::sync::Mutex<Option<&'static str>>>,
 }
@@ -38,9 +46,13 @@ impl LiveService {
         };
         let router = Router::new().route("/version", get(answer));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
+        let address = listener.local_addr().unwrap();
         tokio::spawn(async { axum::serve(listener, router).await });
-        Self { url, answers_as }
+        Self {
+            address,
+            url: format!("http://{address}"),
+            answers_as,
+        }
     }
 
     fn answer_as(&self, stack: Option<&'static str>) {
@@ -123,6 +135,35 @@ async fn a_draining_stack_cuts_what_is_open_after_its_time() {
         (stack["role"] == "Draining" && stack["connections"] == 0).then_some(())
     })
     .await;
+}
+
+/// The way back, long after the drain: all that tells it that it is live again comes over new connections.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stack_whose_drain_is_over_becomes_live_again() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let other = LiveService::start().await;
+    other.answer_as(Some("blue-def"));
+    let front = Front::to(other.address, Duration::from_millis(20)).await;
+    let url = front.url();
+    let stack = ["--live-url", &url, "--colour", "green", "--revision", "abc"];
+    let flags = [&stack[..], &["--drain-timeout", "1s"]].concat();
+    let service = Service::start("user", &database, &flags).ready().await;
+    front.lead_to(service.public);
+    has_role(&service, "Live").await;
+    let mut idle = TcpStream::connect(service.public).await.unwrap();
+    front.lead_to(other.address);
+    has_role(&service, "Draining").await;
+    // It is cut when the time is over.
+    assert!(!matches!(idle.read(&mut [0]).await, Ok(1..)));
+
+    front.lead_to(service.public);
+    has_role(&service, "Live").await;
+    let kept = client();
+    for _ in 0..2 {
+        let answer = kept.get(service.url("/version")).send().await.unwrap();
+        assert_eq!(answer.status(), 200);
+        assert!(!answer.headers().contains_key("connection"));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
