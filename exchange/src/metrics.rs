@@ -14,8 +14,8 @@ use axum::{
 };
 use futures::FutureExt;
 use prometheus_client::{
-    encoding::{EncodeLabelSet, text},
-    metrics::{counter::Counter, family::Family, histogram::Histogram},
+    encoding::{EncodeGaugeValue, EncodeLabelSet, EncodeMetric, MetricEncoder, text},
+    metrics::{MetricType, counter::Counter, family::Family, histogram::Histogram},
     registry::Registry,
 };
 use tracing::info;
@@ -53,6 +53,40 @@ impl RequestLane {
     /// Records whose request this is. The first one to know is right.
     pub fn set(&self, lane: &Lane) {
         self.0.get_or_init(|| lane.kind());
+    }
+}
+
+/// A gauge that is there while its value is known: no news is no good news, and neither is old news. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Known<N>(Arc<Mutex<Option<N>>>);
+
+impl<N: Copy> Known<N> {
+    /// This is how it is now.
+    pub fn set(&self, value: N) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
+    }
+
+    /// Nobody knows any more.
+    pub fn forget(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    fn get(&self) -> Option<N> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<N: Copy + EncodeGaugeValue> EncodeMetric for Known<N> {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), fmt::Error> {
+        self.get().map_or(Ok(()), |value| encoder.encode_gauge(&value))
+    }
+
+    fn metric_type(&self) -> MetricType {
+        MetricType::Gauge
+    }
+
+    fn is_empty(&self) -> bool {
+        self.get().is_none()
     }
 }
 

@@ -42,6 +42,9 @@ const QUIET: Duration = Duration::from_secs(1);
 /// How long background work may take to end.
 const BACKGROUND_END: Duration = Duration::from_secs(10);
 
+/// How long the last words to the database may take, and the end of the connections to it.
+const DATABASE_END: Duration = Duration::from_secs(5);
+
 /// How often the schema is looked at, and this process announced.
 const CHECK_EVERY: Duration = migrate::ANNOUNCE_EVERY;
 
@@ -148,8 +151,13 @@ pub async fn serve<B: Future<Output = ()> + Send + 'static>(
         warn!("background work did not end in time");
     }
     over.cancel();
-    tasks.join_all().await;
-    app.db.close().await;
+    let parted = async {
+        tasks.join_all().await;
+        app.db.close().await;
+    };
+    if tokio::time::timeout(DATABASE_END, parted).await.is_err() {
+        warn!("the connections to the database did not end in time");
+    }
     info!("terminated");
     Ok(())
 }

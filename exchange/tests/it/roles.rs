@@ -212,3 +212,84 @@ async fn a_terminating_process_ends_at_its_deadline() {
             .contains("closing what is open at the termination deadline")
     );
 }
+
+/// An audit may take minutes: nobody waits for it, and it does not go on alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_terminating_process_takes_its_audit_along() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let owner = database.owner().await;
+    sqlx::raw_sql(
+        "create or replace function audit_ledger_v1(p_lane text)
+         returns table (problem text, subject text, expected numeric, actual numeric) language plpgsql security definer
+         as 'begin perform pg_sleep(600); end'",
+    )
+    .execute(&owner)
+    .await
+    .unwrap();
+    let audits = async || -> i64 {
+        sqlx::query_scalar(
+            "select count(*) from pg_stat_activity
+             where datname = current_database() and state = 'active' and query like '%from audit_ledger_v1%'
+               and pid <> pg_backend_pid()",
+        )
+        .fetch_one(&owner)
+        .await
+        .unwrap()
+    };
+    let start = async || {
+        let service = Service::live("trade", &database, &[]).ready().await;
+        eventually("the ledger is audited", || async {
+            (audits().await == 1).then_some(())
+        })
+        .await;
+        service
+    };
+    let none_is_left = async || {
+        eventually("the audit has ended", || async {
+            (audits().await == 0).then_some(())
+        })
+        .await;
+    };
+    let mut service = start().await;
+    service.signal("TERM");
+    let status = eventually("it ends", || std::future::ready(service.ended())).await;
+    assert!(status.success());
+    assert!(!service.log().contains("in time"), "{}", service.log());
+    none_is_left().await;
+    let service = start().await;
+    service.signal("KILL");
+    none_is_left().await;
+}
+
+/// What only a live stack knows it does not go on telling when another one is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stack_that_is_not_live_any_more_says_nothing_of_what_is() {
+    let stores = Stores::start().await;
+    let live = LiveService::start().await;
+    let flags = ["--live-url", &live.url, "--colour", "green", "--revision", "abc"];
+    let trade = Service::start("trade", &stores.database, &flags).ready().await;
+    let notification = stores.notification(&flags).ready().await;
+    let known = [
+        (&trade, "ledger_imbalance"),
+        (&notification, "outbox_depth"),
+        (&notification, "outbox_age_seconds"),
+    ];
+    let all_are = async |told: bool| {
+        for (service, name) in known {
+            eventually(&format!("{name} is told: {told}"), || async {
+                let page = service.admin("/metrics").await.text().await.unwrap();
+                (page.contains(&format!("\n{name} ")) == told).then_some(())
+            })
+            .await;
+        }
+    };
+    all_are(false).await;
+    live.answer_as(Some("green-abc"));
+    all_are(true).await;
+    live.answer_as(Some("blue-def"));
+    all_are(false).await;
+    let page = trade.admin("/metrics").await.text().await.unwrap();
+    assert!(page.contains("\nledger_audited_timestamp_seconds "), "{page}");
+    live.answer_as(Some("green-abc"));
+    all_are(true).await;
+}

@@ -323,6 +323,11 @@ async fn what_waits_and_what_comes_again_is_counted() {
     let stores = Stores::start().await;
     let notification = &stores.notification(&["--role", "live"]).ready().await;
     let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    eventually("it has been measured for the first time", || async {
+        let page = notification.admin("/metrics").await.text().await.unwrap();
+        page.contains("\noutbox_age_seconds ").then_some(())
+    })
+    .await;
     let waiting = async |so: fn(depth: f64, age: f64) -> bool| {
         eventually("the outbox has been measured", || async {
             let depth = metric(notification, "outbox_depth").await;
