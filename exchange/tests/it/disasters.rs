@@ -118,7 +118,7 @@ async fn orders(stores: &Stores, more_than: i64) {
 
 /// Flags of a load in the live lane that knows the ledger: who credits its deposits, and the database; and the directory of
 /// a file that they name.
-async fn treasury(stores: &Stores, users: &Service) -> (Vec<String>, TempDir) {
+pub(crate) async fn treasury(stores: &Stores, users: &Service) -> (Vec<String>, TempDir) {
     let treasurer = json!({"email": "bank@example.org", "password": "correct horse battery"});
     // A client of its own, which goes: a stack that drains would wait for the end of its idle connection.
     let registration = crate::servers::client().post(users.url("/register"));
