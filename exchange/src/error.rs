@@ -212,7 +212,13 @@ impl From<Problem> for ApiError {
 
 impl From<sqlx::Error> for ApiError {
     fn from(error: sqlx::Error) -> Self {
-        if crate::db::is_unavailable(&error) || crate::db::is_retryable(&error) {
+        Self::from(&error)
+    }
+}
+
+impl From<&sqlx::Error> for ApiError {
+    fn from(error: &sqlx::Error) -> Self {
+        if crate::db::is_unavailable(error) || crate::db::is_retryable(error) {
             Self::unavailable(error)
         } else {
             Self::internal(error)

@@ -160,7 +160,7 @@ pub(super) async fn add_order(
         time_in_force,
         base_account_id: request.base_account_id,
         quote_account_id: request.quote_account_id,
-        trace: TraceContext::current().map(|trace| trace.to_string()),
+        trace: TraceContext::current().unwrap_or_else(TraceContext::root),
     };
     let settled = books
         .submit(caller.lane, request.product.clone(), submission)

@@ -1,6 +1,9 @@
 //! The trade service through its API.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use exchange::lane::Lane;
 use reqwest::StatusCode;
@@ -1381,4 +1384,43 @@ async fn a_live_service_audits_the_ledger_and_forgets_old_keys() {
         (keys == [("new".to_owned(),)]).then_some(())
     })
     .await;
+}
+
+/// Orders are settled together, and what goes wrong with them is found by the trace of each.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_in_a_batch_is_told_in_the_trace_of_each_order() {
+    let exchange = Exchange::start().await;
+    let wallet = exchange.wallet("0", "1000").await;
+    sqlx::raw_sql(
+        "create function fail() returns trigger language plpgsql as 'begin raise exception ''as the test wants''; end';
+         create trigger fail before insert on orders for each row execute function fail()",
+    )
+    .execute(&exchange.database.owner().await)
+    .await
+    .unwrap();
+    let traces = [
+        "0af7651916cd43dd8448eb211c80319c",
+        "1bf7651916cd43dd8448eb211c80319c",
+        "2cf7651916cd43dd8448eb211c80319c",
+    ];
+    let placed = traces.map(|trace| {
+        let request = exchange.service.client.post(exchange.service.url("/trade/add"));
+        request
+            .bearer_auth(wallet.trader.token())
+            .header("traceparent", format!("00-{trace}-b7ad6b7169203331-01"))
+            .json(&wallet.order("buy", "1", "100"))
+            .send()
+    });
+    for answer in futures::future::try_join_all(placed).await.unwrap() {
+        assert_eq!(answer.status(), 500);
+    }
+    let log = exchange.service.log();
+    let told = log
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap())
+        .filter(|line| line["message"] == "a request failed");
+    let told: BTreeSet<String> = told
+        .map(|line| line["trace.id"].as_str().unwrap_or_default().to_owned())
+        .collect();
+    assert_eq!(told, BTreeSet::from(traces.map(str::to_owned)), "{log}");
 }
