@@ -238,6 +238,8 @@ impl IntoResponse for ApiError {
             field: self.field,
         };
         let mut response = (status, Json(document)).into_response();
+        // For whoever counts.
+        response.extensions_mut().insert(self.problem);
         let headers = response.headers_mut();
         headers.insert(
             header::CONTENT_TYPE,

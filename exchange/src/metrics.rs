@@ -20,13 +20,19 @@ use prometheus_client::{
 };
 use tracing::info;
 
-use crate::{app::App, error::ApiError, lane::Lane, telemetry::TraceContext};
+use crate::{
+    app::App,
+    error::{ApiError, Problem},
+    lane::Lane,
+    telemetry::TraceContext,
+};
 
 /// The metrics of a process. Clones share them.
 #[derive(Clone)]
 pub struct Metrics {
     registry: Arc<Mutex<Registry>>,
     requests: Family<RequestLabels, Counter>,
+    problems: Family<ProblemLabels, Counter>,
     durations: Family<RouteLabels, Histogram>,
 }
 
@@ -36,6 +42,14 @@ struct RequestLabels {
     route: String,
     lane: &'static str,
     status: u16,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ProblemLabels {
+    method: String,
+    route: String,
+    lane: &'static str,
+    code: &'static str,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -96,6 +110,12 @@ impl Metrics {
         let mut registry = Registry::default();
         let requests = Family::default();
         registry.register("http_server_requests", "Requests answered", requests.clone());
+        let problems = Family::default();
+        registry.register(
+            "http_server_problems",
+            "Requests answered with a problem, by its code",
+            problems.clone(),
+        );
         let durations = Family::new_with_constructor(latencies as fn() -> Histogram);
         registry.register(
             "http_server_request_duration_seconds",
@@ -105,6 +125,7 @@ impl Metrics {
         Self {
             registry: Arc::new(Mutex::new(registry)),
             requests,
+            problems,
             durations,
         }
     }
@@ -164,6 +185,15 @@ pub async fn observe(State(app): State<App>, mut request: Request, next: Next) -
                 status,
             };
             app.metrics.requests.get_or_create(&labels).inc();
+            if let Some(problem) = response.extensions().get::<Problem>() {
+                let labels = ProblemLabels {
+                    method: method.clone(),
+                    route: route.clone(),
+                    lane,
+                    code: problem.code,
+                };
+                app.metrics.problems.get_or_create(&labels).inc();
+            }
             let nanoseconds = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
             info!(
                 http.request.method = method,

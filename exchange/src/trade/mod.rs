@@ -150,7 +150,7 @@ fn refused(code: &str, field: Option<&str>) -> ApiError {
 /// What the service counts.
 #[derive(Clone)]
 struct Counters {
-    orders: Family<[(&'static str, String); 1], Counter>,
+    orders: Family<[(&'static str, &'static str); 1], Counter>,
     trades: Counter,
     batch_sizes: Histogram,
 }
@@ -163,7 +163,11 @@ impl Counters {
             batch_sizes: Histogram::new(exponential_buckets(1.0, 2.0, 7)),
         };
         app.metrics.register(|registry| {
-            registry.register("orders", "Orders by outcome", counters.orders.clone());
+            registry.register(
+                "orders",
+                "Orders by outcome: accepted, replayed, or the code of the refusal",
+                counters.orders.clone(),
+            );
             registry.register(
                 "trades",
                 "Trades settled by this process",

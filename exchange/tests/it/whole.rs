@@ -2,7 +2,8 @@
 
 use std::process::{Command, Output};
 
-use serde_json::Value;
+use serde_json::{Value, json};
+use uuid::Uuid;
 
 use crate::{
     disasters::treasury,
@@ -260,6 +261,15 @@ async fn what_happens_is_counted_and_belongs_to_its_trace() {
         .post("/trade/add", &bob.order("buy", "1", "999999"))
         .await;
     assert_eq!(refused.status(), 409);
+    // What is refused before the database is asked is refused as well; and what is no order.
+    let mut invalid = bob.order("buy", "1", "100");
+    invalid["order_type"] = json!("market");
+    assert_eq!(bob.trader.post("/trade/add", &invalid).await.status(), 422);
+    let unknown = json!({"order_id": Uuid::now_v7()});
+    assert_eq!(bob.trader.post("/trade/cancel", &unknown).await.status(), 404);
+    let much = json!({"account_id": bob.usd, "amount": "1000000"});
+    let withdrawn = bob.trader.post_with_key("/account/withdraw", "much", &much).await;
+    assert_eq!(withdrawn.status(), 409);
     stores.settled("live").await;
 
     let stream = stores
@@ -281,6 +291,9 @@ async fn what_happens_is_counted_and_belongs_to_its_trace() {
     );
 
     let route = r#"method="POST",route="/trade/add",lane="live""#;
+    let problems = |route: &str, code: &str| {
+        format!(r#"http_server_problems_total{{method="POST",route="{route}",lane="live",code="{code}"}}"#)
+    };
     for (name, least) in [
         (
             format!(r#"http_server_requests_total{{{route},status="201"}}"#),
@@ -296,6 +309,10 @@ async fn what_happens_is_counted_and_belongs_to_its_trace() {
         ),
         (r#"orders_total{outcome="accepted"}"#.to_owned(), 2.0),
         (r#"orders_total{outcome="insufficient_funds"}"#.to_owned(), 1.0),
+        (r#"orders_total{outcome="invalid_field"}"#.to_owned(), 1.0),
+        (problems("/trade/add", "insufficient_funds"), 1.0),
+        (problems("/trade/cancel", "order_not_found"), 1.0),
+        (problems("/account/withdraw", "insufficient_funds"), 1.0),
         ("trades_total".to_owned(), 1.0),
         ("order_batch_size_count".to_owned(), 3.0),
         ("db_pool_connections".to_owned(), 1.0),
