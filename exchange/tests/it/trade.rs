@@ -1085,6 +1085,53 @@ async fn only_the_treasury_or_the_lanes_secret_credits() {
 }
 
 /// No deposit fills an account beyond what a number from outside may be, but trades may.
+/// A token is valid for some minutes longer than its user may be there.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_who_is_gone_moves_money_or_leaves_words_behind() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let wallet = exchange.wallet("0", "100").await;
+    let treasurer = Uuid::now_v7();
+    let token = exchange
+        .issuer
+        .token(treasurer, Lane::live(), &["treasury"])
+        .await;
+    let treasury = Trader::new(&exchange.service, token);
+    let body = json!({"account_id": wallet.usd, "amount": "1", "reference": "a word"});
+    let deposited = treasury.post_with_key("/account/deposit", "before", &body).await;
+    accept(deposited, StatusCode::CREATED).await;
+    let left: i64 = sqlx::query_scalar("select count(*) from transfer_references")
+        .fetch_one(&owner)
+        .await
+        .unwrap();
+    sqlx::query(
+        "update users set email = null, password_hash = null, deleted_at = now()
+         where id in ($1, (select user_id from accounts where id::text = $2))",
+    )
+    .bind(treasurer)
+    .bind(&wallet.usd)
+    .execute(&owner)
+    .await
+    .unwrap();
+    for (trader, path) in [
+        (&treasury, "/account/deposit"),
+        (&wallet.trader, "/account/withdraw"),
+    ] {
+        let refused = trader.post_with_key(path, "after", &body).await;
+        let problem = accept(refused, StatusCode::UNAUTHORIZED).await;
+        assert_eq!(problem["code"], "unauthenticated", "{path}");
+    }
+    let written: (i64, i64) = sqlx::query_as(
+        "select (select count(*) from transfer_references),
+                (select count(*) from idempotency_keys where key = 'after')",
+    )
+    .fetch_one(&owner)
+    .await
+    .unwrap();
+    assert_eq!(written, (left, 0));
+    assert_eq!(wallet.balances().await[2], "101");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_balance_beyond_what_may_be_deposited_is_answered_like_any_other() {
     let exchange = Exchange::start().await;
