@@ -104,30 +104,16 @@ async fn run(command: Command, release: Release, around: Around) -> anyhow::Resu
             service::serve("user", release, args.validate()?, routes, user::run, reach).await?;
         }
         Command::Trade(args) => {
-            let config = args.validate()?;
-            let market = config
-                .market_data
-                .is_some()
-                .then(|| StoreConfig::from(&config))
-                .transpose()?
-                .map(|config| Arc::new(Store::new(config)));
-            let store = market.clone();
+            let config = args.validate_with(&[Peer::MarketData])?;
+            let market = Arc::new(Store::new(StoreConfig::from(&config)?));
+            let store = Arc::clone(&market);
             let routes = |app: App| {
-                let mut routes = trade::router(app.clone());
-                if let Some(store) = store {
-                    routes = routes.merge(market::router(app.clone(), store));
-                }
+                let routes = trade::router(app.clone()).merge(market::router(app.clone(), store));
                 around(app, routes)
             };
             let reach: Reach = Box::new(move || {
-                let market = market.clone();
-                async move {
-                    if let Some(market) = market {
-                        market.reach().await?;
-                    }
-                    Ok(())
-                }
-                .boxed()
+                let market = Arc::clone(&market);
+                async move { Ok(market.reach().await?) }.boxed()
             });
             service::serve("trade", release, config, routes, trade::run, reach).await?;
         }

@@ -159,7 +159,7 @@ pub struct ConfigArgs {
     /// The live Service of this service, asked each second who answers.
     #[arg(long, env = "EXCHANGE_LIVE_URL")]
     live_url: Option<String>,
-    /// How long a draining stack waits for its clients before it closes their connections.
+    /// How long a draining stack waits for each of its clients before it closes the connection, one made later for as long.
     #[arg(long, env = "EXCHANGE_DRAIN_TIMEOUT", default_value = "5m")]
     drain_timeout: String,
     /// How long a terminating process waits for its clients before it exits.
@@ -245,7 +245,7 @@ pub struct Config {
     pub revision: String,
     /// How the role is found out.
     pub role: RoleSource,
-    /// From Draining to closing what is still open.
+    /// From Draining, or from its start if that is later, to closing a connection that is still open.
     pub drain_timeout: Duration,
     /// From SIGTERM to closing what is still open.
     pub termination_deadline: Duration,

@@ -212,7 +212,13 @@ impl From<Problem> for ApiError {
 
 impl From<sqlx::Error> for ApiError {
     fn from(error: sqlx::Error) -> Self {
-        if crate::db::is_unavailable(&error) || crate::db::is_retryable(&error) {
+        Self::from(&error)
+    }
+}
+
+impl From<&sqlx::Error> for ApiError {
+    fn from(error: &sqlx::Error) -> Self {
+        if crate::db::is_unavailable(error) || crate::db::is_retryable(error) {
             Self::unavailable(error)
         } else {
             Self::internal(error)
@@ -232,6 +238,8 @@ impl IntoResponse for ApiError {
             field: self.field,
         };
         let mut response = (status, Json(document)).into_response();
+        // For whoever counts.
+        response.extensions_mut().insert(self.problem);
         let headers = response.headers_mut();
         headers.insert(
             header::CONTENT_TYPE,

@@ -80,6 +80,13 @@ pub struct Delivered {
     pub traceparent: Option<String>,
 }
 
+impl Delivered {
+    /// The trace in which it happened, continued.
+    fn trace(&self) -> TraceContext {
+        TraceContext::following(self.traceparent.as_deref())
+    }
+}
+
 /// Why an event had no effect.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
@@ -189,43 +196,52 @@ impl Worker {
                 }
                 // Not from an outbox, so nobody waits for its effect.
                 Err(Unread::Malformed(reason)) => {
-                    error!(labels.consumer = self.consumer.name(), labels.subject = %message.subject, error.message = reason, "dropped a message");
+                    let dropped = async {
+                        error!(labels.consumer = self.consumer.name(), labels.subject = %message.subject, error.message = reason, "dropped a message");
+                        acknowledge(&message, AckKind::Term).await;
+                    };
+                    let headers = message.headers.as_ref();
+                    let sent = headers.and_then(|headers| headers.get(TRACE_HEADER));
+                    TraceContext::following(sent.map(HeaderValue::as_str))
+                        .scope(dropped)
+                        .await;
                     self.metrics.dead.inc();
-                    acknowledge(&message, AckKind::Term).await;
                 }
             }
-        }
-        if readable.is_empty() {
-            return;
         }
         // In the order of their ids, so that two workers with the same messages do not wait for each other.
         readable.sort_by_key(|(event, _)| event.id);
         let events: Vec<&Delivered> = readable.iter().map(|(event, _)| event).collect();
-        let error = match self.apply(&events).await {
-            Ok(()) => {
-                for (_, message) in &readable {
-                    acknowledge(message, AckKind::Ack).await;
+        let Some(first) = events.first() else { return };
+        // What happens to all of them is told once, in the trace of the first.
+        let kind = match first.trace().scope(self.apply(&events)).await {
+            Ok(()) => AckKind::Ack,
+            Err(error) if error.is_permanent() => {
+                // One message spoils the batch: find it.
+                for (event, message) in &readable {
+                    self.handle_alone(event, message).await;
                 }
                 return;
             }
-            Err(error) => error,
-        };
-        if !error.is_permanent() {
-            warn!(labels.consumer = self.consumer.name(), error.message = %error, "failed to handle messages; trying again");
-            for (_, message) in &readable {
-                acknowledge(message, AckKind::Nak(Some(RETRY))).await;
+            Err(error) => {
+                first.trace().within(|| {
+                    warn!(
+                        labels.consumer = self.consumer.name(),
+                        labels.messages = events.len(),
+                        event.id = %first.id,
+                        error.message = %error,
+                        "failed to handle messages; trying again"
+                    );
+                });
+                AckKind::Nak(Some(RETRY))
             }
-            return;
-        }
-        // One message spoils the batch: find it.
+        };
         for (event, message) in &readable {
-            self.handle_alone(event, message).await;
+            event.trace().scope(acknowledge(message, kind)).await;
         }
     }
 
     async fn handle_alone(&self, event: &Delivered, message: &jetstream::Message) {
-        let trace = event.traceparent.as_deref().and_then(TraceContext::parse);
-        let trace = trace.map_or_else(TraceContext::root, TraceContext::child);
         let span = info_span!("message", event.id = %event.id, labels.topic = event.topic.as_str());
         let handled = async {
             let kind = match self.apply(&[event]).await {
@@ -243,7 +259,7 @@ impl Worker {
             };
             acknowledge(message, kind).await;
         };
-        trace.scope(handled.instrument(span)).await;
+        event.trace().scope(handled.instrument(span)).await;
     }
 
     /// Makes the effect of those events that have had none.

@@ -35,6 +35,7 @@ use self::{
     streams::{End, Opening, Received, Streams},
 };
 use crate::{
+    db,
     lane::Lane,
     trader::{BASE, CallError, Client, Endpoints, LaneKey, QUOTE, Trader, field, list},
 };
@@ -47,6 +48,8 @@ const SLOW: Duration = Duration::from_secs(2);
 const RELOGIN: Duration = Duration::from_mins(2);
 /// How long the fate of orders, and notifications, may take to be known afterwards.
 const PATIENCE: Duration = Duration::from_mins(1);
+/// How soon it is asked for again.
+const RETRY: Duration = Duration::from_millis(500);
 
 /// The flags of `exchange load`.
 #[derive(Clone, Debug, clap::Args)]
@@ -71,7 +74,8 @@ pub struct LoadArgs {
     /// Traders that read their notifications as an event stream all the while.
     #[arg(long, default_value_t = 2)]
     streams: u16,
-    /// Synthetic users.
+    /// Synthetic users. In the live lane a user service takes so many registrations of one address in 15 minutes
+    /// (`--login-attempts-per-address`, 100 unless set); for more of them the run waits before it begins.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(2..=1_000))]
     traders: u16,
     /// The test lane to be in; the live lane unless given.
@@ -86,9 +90,13 @@ pub struct LoadArgs {
     /// A file with that user's password.
     #[arg(long)]
     treasury_password_file: Option<PathBuf>,
-    /// The database, to have the ledger audit itself afterwards.
+    /// The database, to have the ledger audit itself afterwards: sums and balances of everybody. Required unless
+    /// `--no-ledger` is given.
     #[arg(long, env = "EXCHANGE_DATABASE_URL", hide_env_values = true)]
     database_url: Option<SecretString>,
+    /// Do without the ledger's own audit, and so without knowing whether each currency sums to zero.
+    #[arg(long)]
+    no_ledger: bool,
     /// Tell each second how far it is, as a line of JSON on standard error.
     #[arg(long)]
     progress: bool,
@@ -296,6 +304,10 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
         }),
         _ => None,
     };
+    anyhow::ensure!(
+        args.database_url.is_some() || args.no_ledger,
+        "--database-url (EXCHANGE_DATABASE_URL) is required for the ledger's own audit; with --no-ledger there is none"
+    );
     let client = Client::new(args.endpoints.clone(), lane, None)?;
     let traders = prepare(&client, &args)
         .await
@@ -330,7 +342,10 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
 
     let unknown = std::mem::take(&mut *locked(&run.unknown));
     let unknown_orders = unknown.len();
-    let evidence = gather(&args, &client, traders, &run, unknown, &streams).await?;
+    let mut evidence = Evidence::default();
+    if let Err(error) = gather(&args, &client, traders, &run, unknown, &streams, &mut evidence).await {
+        evidence.incomplete = Some(format!("{error:#}"));
+    }
     streams.stop();
     followers.join_all().await;
     let openings = streams.openings();
@@ -379,7 +394,7 @@ fn authority(url: &str) -> anyhow::Result<String> {
 
 /// Registers the traders and gives them something to trade with.
 async fn prepare(client: &Client, args: &LoadArgs) -> anyhow::Result<Vec<Trader>> {
-    let treasury = match (&args.treasury_email, &args.treasury_password_file) {
+    let mut treasury = match (&args.treasury_email, &args.treasury_password_file) {
         (Some(email), Some(file)) => {
             let password = tokio::fs::read_to_string(file).await?;
             let mut treasury = Trader::known(email.clone(), SecretString::from(password.trim_end()));
@@ -388,20 +403,47 @@ async fn prepare(client: &Client, args: &LoadArgs) -> anyhow::Result<Vec<Trader>
         }
         _ => None,
     };
+    // All of them first: they may have to wait for longer than a token is valid.
     let mut traders = Vec::new();
     for number in 0..args.traders {
-        let mut trader = client.join(&format!("load-{number}")).await?;
+        traders.push(register(client, number, args.traders).await?);
+    }
+    if let Some(treasury) = &mut treasury {
+        client.log_in(treasury).await?;
+    }
+    for trader in &mut traders {
+        client.log_in(trader).await?;
         for (currency, amount) in [(BASE, "1000"), (QUOTE, "10000000")] {
-            client.open_account(&mut trader, currency).await?;
+            client.open_account(trader, currency).await?;
             let account = trader.account(currency).context("no account")?;
             let token = treasury
                 .as_ref()
                 .map_or(&trader.token, |treasury| &treasury.token);
             client.deposit(token, account, amount).await?;
         }
-        traders.push(trader);
     }
     Ok(traders)
+}
+
+/// Registers a trader as soon as the user service takes one more from this address.
+#[expect(clippy::print_stderr, reason = "whoever waits should know for what")]
+async fn register(client: &Client, number: u16, all: u16) -> Result<Trader, CallError> {
+    loop {
+        match client.register(&format!("load-{number}")).await {
+            Err(CallError::Status {
+                status: StatusCode::TOO_MANY_REQUESTS,
+                retry_after: Some(wait),
+                ..
+            }) => {
+                let seconds = wait.as_secs();
+                eprintln!(
+                    "{number} of {all} traders are registered; the user service takes more in {seconds} s"
+                );
+                sleep(wait).await;
+            }
+            result => return result,
+        }
+    }
 }
 
 /// Offers the load: a queue for each service, filled at the fixed rate, emptied by the connections. Returns for how long.
@@ -527,40 +569,40 @@ async fn work(run: Arc<Run>, link: Arc<Link>, jobs: Jobs, idles: bool) {
 async fn keep_logged_in(client: Client, mut traders: Vec<Trader>, run: Arc<Run>) {
     loop {
         sleep(RELOGIN).await;
-        for (number, trader) in traders.iter_mut().enumerate() {
-            let intended = run.start.elapsed();
-            let result = client.log_in(trader).await;
-            let status = match &result {
-                Ok(()) => Some(200),
-                Err(CallError::Status { status, .. }) => Some(status.as_u16()),
-                Err(_) => None,
-            };
-            locked(&run.records).push(Record {
-                intended,
-                latency: run.start.elapsed().saturating_sub(intended),
-                operation: "login",
-                protocol: "http/1.1",
-                slow: false,
-                status,
-                error: result
-                    .err()
-                    .filter(|_| status.is_none())
-                    .map(|error| error.to_string()),
-                stack: None,
-            });
-            if let Some(token) = run
-                .tokens
-                .write()
-                .unwrap_or_else(PoisonError::into_inner)
-                .get_mut(number)
-            {
-                token.clone_from(&trader.token);
-            }
+        log_in_all(&client, &mut traders, &run).await;
+    }
+}
+
+async fn log_in_all(client: &Client, traders: &mut [Trader], run: &Run) {
+    for (number, trader) in traders.iter_mut().enumerate() {
+        let intended = run.start.elapsed();
+        let (status, stack, error) = match client.log_in(trader).await {
+            Ok(stack) => (Some(200), stack, None),
+            Err(CallError::Status { status, stack, .. }) => (Some(status.as_u16()), stack, None),
+            Err(error) => (None, None, Some(error.to_string())),
+        };
+        locked(&run.records).push(Record {
+            intended,
+            latency: run.start.elapsed().saturating_sub(intended),
+            operation: "login",
+            protocol: "http/1.1",
+            slow: false,
+            status,
+            error,
+            stack,
+        });
+        if let Some(token) = run
+            .tokens
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_mut(number)
+        {
+            token.clone_from(&trader.token);
         }
     }
 }
 
-/// Asks for everything that the audit is about.
+/// Asks for everything that the audit is about. What it knows when something cannot be known is in the evidence, too.
 async fn gather(
     args: &LoadArgs,
     client: &Client,
@@ -568,22 +610,17 @@ async fn gather(
     run: &Run,
     unknown: Vec<(usize, Value)>,
     streams: &Streams,
-) -> anyhow::Result<Evidence> {
+    evidence: &mut Evidence,
+) -> anyhow::Result<()> {
     for trader in &mut traders {
-        patiently(async |client: &Client| client.log_in(trader).await, client).await?;
+        patiently(async || client.log_in(trader).await).await?;
     }
-    let mut evidence = Evidence::default();
     for (number, order) in unknown {
         let Some(trader) = traders.get(number) else {
             continue;
         };
         // The same order again: its first answer if it was placed, a new one if it was not.
-        match patiently(
-            async |client: &Client| client.send_order(trader, order.clone()).await,
-            client,
-        )
-        .await
-        {
+        match patiently(async || client.send_order(trader, order.clone()).await).await {
             Ok(answer) => run.acknowledge(number, &answer.body),
             Err(error) => {
                 let id = field(&order, "client_order_id").unwrap_or_default();
@@ -594,12 +631,12 @@ async fn gather(
     let acknowledged = locked(&run.acknowledged).clone();
     for (number, (trader, acknowledged)) in traders.iter().zip(acknowledged).enumerate() {
         let account = trader.account(BASE).context("no account")?;
-        let listed = client.trades(trader, account).await?;
-        let mut notified = client.notified_trades(trader).await?;
+        let listed = patiently(async || client.trades(trader, account).await).await?;
+        let mut notified = patiently(async || client.notified_trades(trader).await).await?;
         let deadline = Instant::now() + PATIENCE;
         while notified.len() < listed.len() && Instant::now() < deadline {
-            sleep(Duration::from_millis(500)).await;
-            notified = client.notified_trades(trader).await?;
+            sleep(RETRY).await;
+            notified = patiently(async || client.notified_trades(trader).await).await?;
         }
         let streamed_trades =
             |received: &Vec<Received>| received.iter().filter(|it| it.trade.is_some()).count();
@@ -613,8 +650,7 @@ async fn gather(
             streamed = streams.received(number);
         }
         let zero = rust_decimal::Decimal::ZERO;
-        let impossible_balances = client
-            .accounts(trader)
+        let impossible_balances = patiently(async || client.accounts(trader).await)
             .await?
             .into_iter()
             .filter(|account| account.hold < zero || account.balance < account.hold)
@@ -628,39 +664,42 @@ async fn gather(
             impossible_balances,
         });
     }
-    if let Some(url) = &args.database_url {
+    if let Some(url) = args.database_url.as_ref().filter(|_| !args.no_ledger) {
         let lane = args.lane.clone().unwrap_or_else(Lane::live);
-        let db = sqlx::PgPool::connect(url.expose_secret()).await?;
-        let problems: Vec<(String, String)> =
-            sqlx::query_as("select problem, subject from audit_ledger_v1($1)")
-                .bind(lane)
-                .fetch_all(&db)
-                .await?;
-        evidence.ledger = Some(
-            problems
-                .into_iter()
-                .map(|(problem, subject)| format!("{problem}: {subject}"))
-                .collect(),
-        );
+        let audited = audit_ledger(url, &lane).await;
+        evidence.ledger = Some(audited.context("the ledger's own audit failed")?);
     }
-    Ok(evidence)
+    Ok(())
+}
+
+/// What the ledger's own audit finds.
+async fn audit_ledger(url: &SecretString, lane: &Lane) -> Result<Vec<String>, sqlx::Error> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let audited = async {
+            let db = sqlx::PgPool::connect(url.expose_secret()).await?;
+            let problems = sqlx::query_scalar("select problem || ': ' || subject from audit_ledger_v1($1)");
+            problems.bind(lane).fetch_all(&db).await
+        };
+        match audited.await {
+            Err(error) if db::is_unavailable(&error) && Instant::now() < deadline => sleep(RETRY).await,
+            result => return result,
+        }
+    }
 }
 
 /// Tries again while there is no answer, or one that asks to try again.
-async fn patiently<T>(
-    mut attempt: impl AsyncFnMut(&Client) -> Result<T, CallError>,
-    client: &Client,
-) -> Result<T, CallError> {
+async fn patiently<T>(mut attempt: impl AsyncFnMut() -> Result<T, CallError>) -> Result<T, CallError> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        match attempt(client).await {
+        match attempt().await {
             Err(
                 CallError::Transport { .. }
                 | CallError::Status {
                     status: StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS,
                     ..
                 },
-            ) if Instant::now() < deadline => sleep(Duration::from_millis(500)).await,
+            ) if Instant::now() < deadline => sleep(RETRY).await,
             result => return result,
         }
     }
@@ -729,7 +768,7 @@ fn table(outcome: &Outcome) -> String {
     let ledger = if audit.ledger_checked {
         "ledger audited"
     } else {
-        "ledger not audited (no --database-url)"
+        "ledger not audited"
     };
     let _ = writeln!(
         text,
@@ -778,6 +817,66 @@ mod tests {
             sides.values().all(|count| (60..=100).contains(count)),
             "{sides:?}"
         );
+    }
+
+    #[tokio::test]
+    async fn log_ins_are_answers_of_a_stack_too() {
+        let login = async || {
+            let headers = [(crate::role::STACK_HEADER, "green-abc")];
+            (headers, axum::Json(serde_json::json!({"access_token": "new"})))
+        };
+        let busy = async || {
+            let headers = [(crate::role::STACK_HEADER, "blue-def")];
+            (StatusCode::SERVICE_UNAVAILABLE, headers, "{}")
+        };
+        for (answer, status, stack, token) in [
+            (axum::routing::post(login), 200, "green-abc", "new"),
+            (axum::routing::post(busy), 503, "blue-def", ""),
+        ] {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let url = format!("http://{}", listener.local_addr().unwrap());
+            let router = axum::Router::new().route("/login", answer);
+            tokio::spawn(async { axum::serve(listener, router).await });
+            let endpoints = Endpoints {
+                user_url: url.clone(),
+                trade_url: url.clone(),
+                notification_url: url,
+            };
+            let run = Run {
+                start: Instant::now(),
+                authorities: <[String; 3]>::default(),
+                tokens: RwLock::new(vec![String::new()]),
+                records: Mutex::default(),
+                acknowledged: Mutex::default(),
+                unknown: Mutex::default(),
+            };
+            let _ = rustls::crypto::ring::default_provider().install_default();
+            let client = Client::new(endpoints, None, None).unwrap();
+            let mut traders = [Trader::known(String::new(), SecretString::from(""))];
+            log_in_all(&client, &mut traders, &run).await;
+            let records = locked(&run.records).clone();
+            assert_eq!(records[0].status, Some(status));
+            assert_eq!(records[0].stack.as_deref(), Some(stack));
+            assert_eq!(run.token(0), token);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_answered_right_now_is_asked_for_again() {
+        let answer = |status| CallError::Status {
+            method: Method::GET,
+            url: String::new(),
+            expected: StatusCode::OK,
+            status,
+            body: String::new(),
+            stack: None,
+            retry_after: None,
+        };
+        let busy = [StatusCode::SERVICE_UNAVAILABLE, StatusCode::TOO_MANY_REQUESTS];
+        let mut answers = vec![Ok(7), Err(answer(busy[0])), Err(answer(busy[1]))];
+        assert_eq!(patiently(async || answers.pop().unwrap()).await.unwrap(), 7);
+        let mut answers = vec![Ok(7), Err(answer(StatusCode::FORBIDDEN))];
+        assert!(patiently(async || answers.pop().unwrap()).await.is_err());
     }
 
     #[test]

@@ -3,15 +3,12 @@
 //! A stack works on its own test lanes in every role, and on the live lane only while it is live.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
 use anyhow::Context;
-use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
+use prometheus_client::metrics::counter::Counter;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -23,7 +20,7 @@ use crate::{
     lane::Lane,
     mail::{self, MailConfig},
     market::{Store, StoreConfig},
-    metrics::Metrics,
+    metrics::{Known, Metrics},
     notice,
     notification::Writer,
     outbox,
@@ -51,10 +48,10 @@ pub struct MessageMetrics {
     pub emails_sent: Counter,
     /// E-mails that could not be sent.
     pub emails_given_up: Counter,
-    /// Live events that are not done.
-    outbox_depth: Gauge,
+    /// Live events that are not done, as long as this stack is live and counts them.
+    outbox_depth: Known<i64>,
     /// The age of the oldest of them, in seconds.
-    outbox_age: Gauge<f64, AtomicU64>,
+    outbox_age: Known<f64>,
 }
 
 impl MessageMetrics {
@@ -114,6 +111,12 @@ impl MessageMetrics {
             self.outbox_depth.set(depth);
             self.outbox_age.set(age);
         }
+    }
+
+    /// From now on it is another stack's to say what waits.
+    fn forget_outbox(&self) {
+        self.outbox_depth.forget();
+        self.outbox_age.forget();
     }
 }
 
@@ -231,6 +234,7 @@ impl Workers {
                 self.restore(&stop),
                 mail,
             );
+            self.metrics.forget_outbox();
             self.app.consuming.store(false, Ordering::Relaxed);
             info!("no longer consuming live messages");
         }

@@ -14,19 +14,25 @@ use axum::{
 };
 use futures::FutureExt;
 use prometheus_client::{
-    encoding::{EncodeLabelSet, text},
-    metrics::{counter::Counter, family::Family, histogram::Histogram},
+    encoding::{EncodeGaugeValue, EncodeLabelSet, EncodeMetric, MetricEncoder, text},
+    metrics::{MetricType, counter::Counter, family::Family, histogram::Histogram},
     registry::Registry,
 };
 use tracing::info;
 
-use crate::{app::App, error::ApiError, lane::Lane, telemetry::TraceContext};
+use crate::{
+    app::App,
+    error::{ApiError, Problem},
+    lane::Lane,
+    telemetry::TraceContext,
+};
 
 /// The metrics of a process. Clones share them.
 #[derive(Clone)]
 pub struct Metrics {
     registry: Arc<Mutex<Registry>>,
     requests: Family<RequestLabels, Counter>,
+    problems: Family<ProblemLabels, Counter>,
     durations: Family<RouteLabels, Histogram>,
 }
 
@@ -36,6 +42,14 @@ struct RequestLabels {
     route: String,
     lane: &'static str,
     status: u16,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ProblemLabels {
+    method: String,
+    route: String,
+    lane: &'static str,
+    code: &'static str,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -56,12 +70,52 @@ impl RequestLane {
     }
 }
 
+/// A gauge that is there while its value is known: no news is no good news, and neither is old news. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Known<N>(Arc<Mutex<Option<N>>>);
+
+impl<N: Copy> Known<N> {
+    /// This is how it is now.
+    pub fn set(&self, value: N) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
+    }
+
+    /// Nobody knows any more.
+    pub fn forget(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    fn get(&self) -> Option<N> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<N: Copy + EncodeGaugeValue> EncodeMetric for Known<N> {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), fmt::Error> {
+        self.get().map_or(Ok(()), |value| encoder.encode_gauge(&value))
+    }
+
+    fn metric_type(&self) -> MetricType {
+        MetricType::Gauge
+    }
+
+    fn is_empty(&self) -> bool {
+        self.get().is_none()
+    }
+}
+
 impl Metrics {
     /// Metrics of a new process.
     pub fn new() -> Self {
         let mut registry = Registry::default();
         let requests = Family::default();
         registry.register("http_server_requests", "Requests answered", requests.clone());
+        let problems = Family::default();
+        registry.register(
+            "http_server_problems",
+            "Requests answered with a problem, by its code",
+            problems.clone(),
+        );
         let durations = Family::new_with_constructor(latencies as fn() -> Histogram);
         registry.register(
             "http_server_request_duration_seconds",
@@ -71,6 +125,7 @@ impl Metrics {
         Self {
             registry: Arc::new(Mutex::new(registry)),
             requests,
+            problems,
             durations,
         }
     }
@@ -130,6 +185,15 @@ pub async fn observe(State(app): State<App>, mut request: Request, next: Next) -
                 status,
             };
             app.metrics.requests.get_or_create(&labels).inc();
+            if let Some(problem) = response.extensions().get::<Problem>() {
+                let labels = ProblemLabels {
+                    method: method.clone(),
+                    route: route.clone(),
+                    lane,
+                    code: problem.code,
+                };
+                app.metrics.problems.get_or_create(&labels).inc();
+            }
             let nanoseconds = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
             info!(
                 http.request.method = method,

@@ -4,8 +4,8 @@
 //! A client that keeps a connection alive may send its next request at any moment. If the server closes an idle
 //! HTTP/1.1 connection at that moment, the request is lost, and the client cannot know whether it was processed.
 //! Therefore a connection that is to go (draining, its age, termination) is only *asked* to go: by
-//! `Connection: close` on its next HTTP/1.1 response, by GOAWAY on HTTP/2. Only at the deadline of [`Closing`] is it
-//! cut. Graceful shutdown of hyper and of `axum::serve` closes idle connections at once, hence this loop.
+//! `Connection: close` on its next HTTP/1.1 response, by GOAWAY on HTTP/2. Only when it has had the time that [`Closing`]
+//! gives it is it cut. Graceful shutdown of hyper and of `axum::serve` closes idle connections at once, hence this loop.
 
 mod io;
 
@@ -72,8 +72,30 @@ pub struct Options {
 pub enum Closing {
     /// They may stay.
     No,
-    /// They are asked to close, and cut at this time.
-    By(Instant),
+    /// They are asked to close.
+    Asked {
+        /// Since when.
+        since: Instant,
+        /// How long after that a connection is cut, or after it was accepted if that came later: whoever connects to a stack
+        /// that has been draining for hours is a client like any other, and may be the one who says that it is live again.
+        patience: Duration,
+    },
+}
+
+impl Closing {
+    /// They are asked to close from now on.
+    pub fn within(patience: Duration) -> Self {
+        let since = Instant::now();
+        Self::Asked { since, patience }
+    }
+
+    /// When a connection is cut that was accepted at this time.
+    fn cuts(self, accepted: Instant) -> Option<Instant> {
+        match self {
+            Self::No => None,
+            Self::Asked { since, patience } => Some(since.max(accepted) + patience),
+        }
+    }
 }
 
 /// What is open on the public port. Clones share the numbers.
@@ -171,12 +193,10 @@ async fn connection(
         .options
         .max_connection_age
         .mul_f64(rand::random_range(0.9..1.1));
-    let old = Instant::now() + age;
+    let accepted = Instant::now();
+    let old = accepted + age;
     let mut deadline = closing.clone();
-    let cut = passed(&mut deadline, |closing| match closing {
-        Closing::No => None,
-        Closing::By(deadline) => Some(*deadline),
-    });
+    let cut = passed(&mut deadline, |closing| closing.cuts(accepted));
     tokio::select! {
         () = cut => debug!(client.address = %peer.ip(), "cut at the deadline"),
         result = converse(stream, peer, &shared, &mut closing, old) => {

@@ -42,6 +42,9 @@ const QUIET: Duration = Duration::from_secs(1);
 /// How long background work may take to end.
 const BACKGROUND_END: Duration = Duration::from_secs(10);
 
+/// How long the last words to the database may take, and the end of the connections to it.
+const DATABASE_END: Duration = Duration::from_secs(5);
+
 /// How often the schema is looked at, and this process announced.
 const CHECK_EVERY: Duration = migrate::ANNOUNCE_EVERY;
 
@@ -132,7 +135,7 @@ pub async fn serve<B: Future<Output = ()> + Send + 'static>(
     info!("terminating: clients are asked to leave");
     terminating.cancel();
     let patience = app.config.termination_deadline;
-    closing_sender.send_replace(Closing::By(Instant::now() + patience));
+    closing_sender.send_replace(Closing::within(patience));
     if tokio::time::timeout(patience, until_quiet(&app.counts))
         .await
         .is_err()
@@ -148,8 +151,13 @@ pub async fn serve<B: Future<Output = ()> + Send + 'static>(
         warn!("background work did not end in time");
     }
     over.cancel();
-    tasks.join_all().await;
-    app.db.close().await;
+    let parted = async {
+        tasks.join_all().await;
+        app.db.close().await;
+    };
+    if tokio::time::timeout(DATABASE_END, parted).await.is_err() {
+        warn!("the connections to the database did not end in time");
+    }
     info!("terminated");
     Ok(())
 }
@@ -172,7 +180,7 @@ async fn until_signal(app: &App, closing: &watch::Sender<Closing>) -> anyhow::Re
             _ = interrupt.recv() => return Ok(()),
             Ok(()) = role.changed() => {
                 closing.send_replace(match *role.borrow_and_update() {
-                    Role::Draining => Closing::By(Instant::now() + app.config.drain_timeout),
+                    Role::Draining => Closing::within(app.config.drain_timeout),
                     Role::Live | Role::Standby => Closing::No,
                 });
             }

@@ -397,6 +397,8 @@ mod tests {
             expected: StatusCode::OK,
             status,
             body: String::new(),
+            stack: None,
+            retry_after: None,
         };
         let busy = answer(StatusCode::SERVICE_UNAVAILABLE);
         let answers = std::sync::Mutex::new(vec![Ok(vec!["1".to_owned()]), Ok(Vec::new()), Err(busy)]);

@@ -39,7 +39,14 @@ impl TraceContext {
     /// The trace that the sender of these headers was in, continued; a new one if it sent none.
     pub fn continued(headers: &HeaderMap) -> Self {
         let sent = headers.get("traceparent").and_then(|value| value.to_str().ok());
-        sent.and_then(Self::parse).map_or_else(Self::root, Self::child)
+        Self::following(sent)
+    }
+
+    /// The trace of this `traceparent`, continued; a new one if there is none that can be read.
+    pub fn following(traceparent: Option<&str>) -> Self {
+        traceparent
+            .and_then(Self::parse)
+            .map_or_else(Self::root, Self::child)
     }
 
     /// Reads a `traceparent`.
@@ -75,6 +82,11 @@ impl TraceContext {
     /// The context of the running task, to be sent on with requests and messages.
     pub fn current() -> Option<Self> {
         TRACE.try_with(|context| *context).ok()
+    }
+
+    /// Does something in this context.
+    pub fn within<T>(self, action: impl FnOnce() -> T) -> T {
+        TRACE.sync_scope(self, action)
     }
 
     /// Runs a future in this context.

@@ -69,6 +69,10 @@ pub enum CallError {
         status: StatusCode,
         /// The body of the answer.
         body: String,
+        /// The stack that answered, if it said so.
+        stack: Option<String>,
+        /// When to ask again, if it said so.
+        retry_after: Option<Duration>,
     },
     /// An answer of another stack.
     #[error("{method} {url}: expected an answer of stack {expected}, got one of {actual:?}")]
@@ -253,6 +257,8 @@ impl Client {
         };
         let (status, stack) = (response.status(), header(STACK_HEADER));
         let repeated = header("idempotency-hit").is_some_and(|hit| hit == "true");
+        let retry_after = header("retry-after").and_then(|seconds| seconds.parse().ok());
+        let retry_after = retry_after.map(Duration::from_secs);
         let text = response.text().await.map_err(transport)?;
         if let Some(expected) = &self.stack
             && stack.as_ref() != Some(expected)
@@ -271,6 +277,8 @@ impl Client {
                 expected,
                 status,
                 body: text,
+                stack,
+                retry_after,
             });
         }
         let body = if text.is_empty() {
@@ -288,29 +296,29 @@ impl Client {
 
     /// Registers a synthetic user and logs in.
     pub async fn join(&self, name: &str) -> Result<Trader, CallError> {
+        let mut trader = self.register(name).await?;
+        self.log_in(&mut trader).await?;
+        Ok(trader)
+    }
+
+    /// Registers a synthetic user.
+    pub async fn register(&self, name: &str) -> Result<Trader, CallError> {
         let email = format!("{name}-{}@synthetic.invalid", Uuid::now_v7().simple());
         let password = SecretString::from(format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple()));
         let credentials = json!({"email": email, "password": password.expose_secret()});
         let url = format!("{}/register", self.endpoints.user_url);
         self.call(Call::post(url, credentials), StatusCode::ACCEPTED)
             .await?;
-        let mut trader = Trader {
-            email,
-            password,
-            token: String::new(),
-            accounts: Vec::new(),
-        };
-        self.log_in(&mut trader).await?;
-        Ok(trader)
+        Ok(Trader::known(email, password))
     }
 
-    /// Gets a new access token.
-    pub async fn log_in(&self, trader: &mut Trader) -> Result<(), CallError> {
+    /// Gets a new access token, and says which stack has given it.
+    pub async fn log_in(&self, trader: &mut Trader) -> Result<Option<String>, CallError> {
         let credentials = json!({"email": trader.email, "password": trader.password.expose_secret()});
         let url = format!("{}/login", self.endpoints.user_url);
         let answer = self.call(Call::post(url, credentials), StatusCode::OK).await?;
         trader.token = field(&answer.body, "access_token")?;
-        Ok(())
+        Ok(answer.stack)
     }
 
     /// Opens an account of the trader.

@@ -29,6 +29,8 @@ pub(crate) struct Evidence {
     pub(crate) unresolved: Vec<String>,
     /// What the ledger's own audit has found, if it was asked.
     pub(crate) ledger: Option<Vec<String>>,
+    /// Why there is no more evidence than this, if there should be.
+    pub(crate) incomplete: Option<String>,
 }
 
 /// The verdict.
@@ -116,6 +118,12 @@ pub(crate) fn judge(evidence: &Evidence) -> Audit {
             .flatten()
             .map(|problem| format!("ledger: {problem}")),
     );
+    findings.extend(
+        evidence
+            .incomplete
+            .iter()
+            .map(|reason| format!("the audit could not be completed: {reason}")),
+    );
     Audit {
         trades: sides.len(),
         acknowledged,
@@ -175,6 +183,7 @@ mod tests {
             traders: vec![trader, other],
             unresolved: Vec::new(),
             ledger: Some(Vec::new()),
+            incomplete: None,
         }
     }
 
@@ -195,7 +204,7 @@ mod tests {
     #[test]
     fn each_kind_of_damage_is_found() {
         type Damage = (&'static str, fn(&mut Evidence));
-        let damages: [Damage; 12] = [
+        let damages: [Damage; 13] = [
             ("does not exist", |evidence| {
                 evidence.traders[0].acknowledged.push("3".into());
             }),
@@ -231,6 +240,9 @@ mod tests {
                 streamed.push(received(3, Some("1")));
             }),
             ("fate of order a", |evidence| evidence.unresolved.push("a".into())),
+            ("be completed: b", |evidence| {
+                evidence.incomplete = Some("b".into());
+            }),
         ];
         for (expected, damage) in damages {
             let mut evidence = clean();

@@ -20,6 +20,7 @@ use crate::{
     error::{ApiError, UNAVAILABLE},
     lane::Lane,
     money::{Amount, Price, Size},
+    telemetry::TraceContext,
 };
 
 use super::{Side, TimeInForce};
@@ -56,7 +57,8 @@ pub(super) struct Submission {
     pub(super) time_in_force: TimeInForce,
     pub(super) base_account_id: Uuid,
     pub(super) quote_account_id: Uuid,
-    pub(super) trace: Option<String>,
+    /// That of its request.
+    pub(super) trace: TraceContext,
 }
 
 /// What the settlement function says about an order.
@@ -195,9 +197,14 @@ impl Books {
             Ok(settled) => return settled.into_iter().map(Ok).collect(),
             Err(error) => error,
         };
+        // Each request's own trace tells what has become of it.
+        let failed =
+            |submission: &Submission, error: &sqlx::Error| submission.trace.within(|| ApiError::from(error));
         if batch.len() == 1 || db::is_unavailable(&error) {
-            let error = ApiError::from(error);
-            return batch.iter().map(|_| Err(error.clone())).collect();
+            return batch
+                .iter()
+                .map(|submission| Err(failed(submission, &error)))
+                .collect();
         }
         let mut results = Vec::with_capacity(batch.len());
         let until = Instant::now() + PATIENCE;
@@ -217,10 +224,8 @@ impl Books {
             if alone.as_ref().is_err_and(db::is_lock_timeout) {
                 locked.extend(accounts);
             }
-            results.push(alone.map_err(ApiError::from).and_then(|settled| {
-                let settled = settled.into_iter().next();
-                settled.ok_or_else(|| ApiError::internal("an order was not answered"))
-            }));
+            let alone = alone.and_then(|settled| settled.into_iter().next().ok_or(sqlx::Error::RowNotFound));
+            results.push(alone.map_err(|error| failed(submission, &error)));
         }
         results
     }
@@ -264,7 +269,7 @@ impl Books {
         .bind(batch.iter().map(|order| order.time_in_force.as_str()).collect::<Vec<_>>())
         .bind(column(|order| order.base_account_id))
         .bind(column(|order| order.quote_account_id))
-        .bind(batch.iter().map(|order| order.trace.as_deref()).collect::<Vec<_>>())
+        .bind(batch.iter().map(|order| order.trace.to_string()).collect::<Vec<_>>())
         .fetch_all(&self.db)
         .await
     }

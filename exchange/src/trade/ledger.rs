@@ -201,13 +201,7 @@ pub(super) async fn add_account(
     check_name(&request.name)?;
     check_currency(&request.currency)?;
     let mut transaction = app.db.begin().await?;
-    // A token outlives its user by minutes. The lock makes a deletion wait, which then finds the account.
-    let known: Option<i32> =
-        sqlx::query_scalar("select 1 from users where id = $1 and deleted_at is null for share")
-            .bind(caller.user_id)
-            .fetch_optional(&mut *transaction)
-            .await?;
-    known.ok_or(error::UNAUTHENTICATED)?;
+    require_user(&mut transaction, &caller).await?;
     let added: AccountRow = sqlx::query_as(
         "insert into accounts (id, lane, user_id, currency, name) values ($1, $2, $3, $4, $5)
          returning id, currency, (select kind from currencies where symbol = currency) as kind, name, state, balance, hold,
@@ -435,6 +429,7 @@ async fn move_external(
         ));
     }
     let mut transaction = app.db.begin().await?;
+    require_user(&mut transaction, caller).await?;
     let claimed = idempotency::claim(
         &mut transaction,
         (caller.user_id, &caller.lane),
@@ -484,6 +479,18 @@ async fn move_external(
     idempotency::record(&mut transaction, caller.user_id, key, &body).await?;
     transaction.commit().await?;
     Ok(Answer { body, hit: false })
+}
+
+/// A token outlives its user by minutes: whoever is gone opens no account and moves no money. The lock makes a deletion wait,
+/// which then finds what has been written.
+async fn require_user(connection: &mut PgConnection, caller: &Caller) -> Result<(), ApiError> {
+    let known: Option<i32> =
+        sqlx::query_scalar("select 1 from users where id = $1 and deleted_at is null for share")
+            .bind(caller.user_id)
+            .fetch_optional(connection)
+            .await?;
+    known.ok_or(error::UNAUTHENTICATED)?;
+    Ok(())
 }
 
 /// Writes the event of a change, in the transaction of the change.

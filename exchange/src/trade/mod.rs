@@ -13,17 +13,17 @@ mod views;
 pub(crate) use orders::check_product;
 pub(crate) use views::require_product;
 
-use std::{sync::atomic::AtomicU64, time::Instant};
+use std::time::Instant;
 
 use axum::Extension;
 use http::StatusCode;
 use prometheus_client::metrics::{
     counter::Counter,
     family::Family,
-    gauge::Gauge,
     histogram::{Histogram, exponential_buckets},
 };
 use serde::{Deserialize, Serialize};
+use sqlx::Connection;
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
@@ -34,6 +34,7 @@ use crate::{
     app::App,
     error::{ApiError, Problem},
     idempotency::{self, KEY_REUSED},
+    metrics::Known,
     role::Role,
 };
 
@@ -149,7 +150,7 @@ fn refused(code: &str, field: Option<&str>) -> ApiError {
 /// What the service counts.
 #[derive(Clone)]
 struct Counters {
-    orders: Family<[(&'static str, String); 1], Counter>,
+    orders: Family<[(&'static str, &'static str); 1], Counter>,
     trades: Counter,
     batch_sizes: Histogram,
 }
@@ -162,7 +163,11 @@ impl Counters {
             batch_sizes: Histogram::new(exponential_buckets(1.0, 2.0, 7)),
         };
         app.metrics.register(|registry| {
-            registry.register("orders", "Orders by outcome", counters.orders.clone());
+            registry.register(
+                "orders",
+                "Orders by outcome: accepted, replayed, or the code of the refusal",
+                counters.orders.clone(),
+            );
             registry.register(
                 "trades",
                 "Trades settled by this process",
@@ -204,20 +209,17 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(views::read_book))
 }
 
-/// What an audit has found, and when. Not there before the first: no news is no good news.
+/// What an audit has found, and when. Not there before the first; what it has found, not once the stack is not live.
+#[derive(Default)]
 struct Audited {
-    imbalance: Gauge,
-    at: Gauge,
-    took: Gauge<f64, AtomicU64>,
+    imbalance: Known<i64>,
+    at: Known<i64>,
+    took: Known<f64>,
 }
 
 impl Audited {
     fn register(app: &App) -> Self {
-        let audited = Self {
-            imbalance: Gauge::default(),
-            at: Gauge::default(),
-            took: Gauge::default(),
-        };
+        let audited = Self::default();
         app.metrics.register(|registry| {
             registry.register(
                 "ledger_imbalance",
@@ -241,14 +243,36 @@ impl Audited {
 
 /// While this stack is live: audits the ledger of the live lane and forgets idempotency keys after their time.
 pub async fn run(app: App, shutdown: CancellationToken) {
-    let mut audited = None;
-    let mut pace = tokio::time::interval(app.config.audit_interval);
-    while shutdown.run_until_cancelled(pace.tick()).await.is_some() {
-        if *app.role.borrow() != Role::Live {
-            continue;
+    let audited = Audited::register(&app);
+    let mut role = app.role.clone();
+    loop {
+        let live = shutdown
+            .run_until_cancelled(role.wait_for(|role| *role == Role::Live))
+            .await;
+        // An error means that the process is ending.
+        if !matches!(live, Some(Ok(_))) {
+            return;
         }
+        drop(live);
+        let live_no_more = async {
+            let _ = role.wait_for(|role| *role != Role::Live).await;
+        };
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = live_no_more => {}
+            () = keep_the_books(&app, &audited) => {}
+        }
+        // From now on it is another stack's to say.
+        audited.imbalance.forget();
+    }
+}
+
+async fn keep_the_books(app: &App, audited: &Audited) {
+    let mut pace = tokio::time::interval(app.config.audit_interval);
+    loop {
+        pace.tick().await;
         let (began, at) = (Instant::now(), OffsetDateTime::now_utc());
-        match audit(&app).await {
+        match audit(app).await {
             Ok(Some(found)) => {
                 for problem in &found {
                     error!(
@@ -257,12 +281,11 @@ pub async fn run(app: App, shutdown: CancellationToken) {
                         "the ledger is wrong"
                     );
                 }
-                let gauges = audited.get_or_insert_with(|| Audited::register(&app));
-                gauges
+                audited
                     .imbalance
                     .set(i64::try_from(found.len()).unwrap_or(i64::MAX));
-                gauges.at.set(at.unix_timestamp());
-                gauges.took.set(began.elapsed().as_secs_f64());
+                audited.at.set(at.unix_timestamp());
+                audited.took.set(began.elapsed().as_secs_f64());
             }
             Ok(None) => {}
             Err(failure) => warn!(error.message = %failure, "the ledger could not be audited"),
@@ -275,14 +298,19 @@ pub async fn run(app: App, shutdown: CancellationToken) {
 
 /// What is wrong, as problem and subject; none if another process is auditing.
 async fn audit(app: &App) -> Result<Option<Vec<(String, String)>>, sqlx::Error> {
-    let mut transaction = app.db.begin().await?;
+    let mut connection = app.db.acquire().await?;
+    // Nothing else ends an audit that nobody waits for any more, whether the process was told to stop or killed: without this
+    // its connection would first be waited for, and PostgreSQL would go on by itself.
+    connection.close_on_drop();
+    let mut transaction = connection.begin().await?;
     // One snapshot: the sums of a ledger that is being written must be of one moment.
-    sqlx::query("set transaction isolation level repeatable read, read only")
-        .execute(&mut *transaction)
-        .await?;
-    sqlx::query("set local statement_timeout = 0")
-        .execute(&mut *transaction)
-        .await?;
+    sqlx::raw_sql(
+        "set transaction isolation level repeatable read, read only;
+         set local statement_timeout = 0;
+         set local client_connection_check_interval = '1s'",
+    )
+    .execute(&mut *transaction)
+    .await?;
     let (alone,): (bool,) =
         sqlx::query_as("select pg_try_advisory_xact_lock(hashtextextended('ledger audit', 0))")
             .fetch_one(&mut *transaction)

@@ -148,7 +148,27 @@ pub(super) async fn add_order(
     headers: HeaderMap,
     Body(request): Body<NewOrder>,
 ) -> Result<Answer<Order>, ApiError> {
-    let client_order_id = client_order_id(request.client_order_id.as_deref(), &headers)?;
+    let placed = place(caller, &books, &headers, request).await;
+    let outcome = match &placed {
+        Ok(Answer { hit: true, .. }) => "replayed",
+        Ok(Answer { body, .. }) => {
+            let trades = u64::try_from(body.trades.len()).unwrap_or(u64::MAX);
+            counters.trades.inc_by(trades);
+            "accepted"
+        }
+        Err(error) => error.problem.code,
+    };
+    counters.orders.get_or_create(&[("outcome", outcome)]).inc();
+    placed
+}
+
+async fn place(
+    caller: Caller,
+    books: &Books,
+    headers: &HeaderMap,
+    request: NewOrder,
+) -> Result<Answer<Order>, ApiError> {
+    let client_order_id = client_order_id(request.client_order_id.as_deref(), headers)?;
     let time_in_force = check(&request)?;
     let submission = Submission {
         id: Uuid::now_v7(),
@@ -160,28 +180,19 @@ pub(super) async fn add_order(
         time_in_force,
         base_account_id: request.base_account_id,
         quote_account_id: request.quote_account_id,
-        trace: TraceContext::current().map(|trace| trace.to_string()),
+        trace: TraceContext::current().unwrap_or_else(TraceContext::root),
     };
     let settled = books
         .submit(caller.lane, request.product.clone(), submission)
         .await?;
-    counters
-        .orders
-        .get_or_create(&[("outcome", settled.outcome.clone())])
-        .inc();
     let hit = match settled.outcome.as_str() {
         "accepted" => false,
         "replayed" => true,
         "client_order_id_reused" => return Err(ApiError::from(KEY_REUSED).field("client_order_id")),
         code => return Err(refused(code, settled.field.as_deref())),
     };
-    let order = answer(request, client_order_id, time_in_force, settled)?;
-    if !hit {
-        counters
-            .trades
-            .inc_by(u64::try_from(order.trades.len()).unwrap_or(u64::MAX));
-    }
-    Ok(Answer { body: order, hit })
+    let body = answer(request, client_order_id, time_in_force, settled)?;
+    Ok(Answer { body, hit })
 }
 
 /// Takes the rest of an order out of the book. May be repeated.

@@ -99,7 +99,15 @@ impl Running {
     }
 
     fn drain(&self) {
-        self.closing.send_replace(Closing::By(Instant::now() + LONG));
+        self.closing.send_replace(Closing::within(LONG));
+    }
+
+    /// Draining has begun so long ago that what was open then has been cut.
+    fn drained(&self) {
+        self.closing.send_replace(Closing::Asked {
+            since: Instant::now() - 2 * LONG,
+            patience: LONG,
+        });
     }
 
     async fn connect(&self) -> Client {
@@ -286,9 +294,31 @@ async fn what_is_open_at_the_deadline_is_cut() {
     let (mut idle, mut busy) = (server.connect().await, server.connect().await);
     idle.get("/").await;
     busy.send("GET /slow HTTP/1.1\r\nhost: test\r\n\r\n").await;
-    server.closing.send_replace(Closing::By(Instant::now() + A_WHILE));
+    server.closing.send_replace(Closing::within(A_WHILE));
     idle.assert_closed().await;
     busy.assert_closed().await;
+    // Whoever comes later has as long.
+    let began = Instant::now();
+    server.connect().await.assert_closed().await;
+    assert!(began.elapsed() >= A_WHILE, "cut after {:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn whoever_connects_after_the_deadline_is_served_and_asked_to_close() {
+    let server = Running::start(OPTIONS).await;
+    server.drained();
+    let mut late = server.connect().await;
+    late.assert_open().await;
+    assert!(late.get("/").await.closes());
+    late.assert_closed().await;
+    let (mut sender, ended) = http2(&server).await;
+    assert_eq!(sender.send_request(request("/")).await.unwrap().status(), 200);
+    drop(sender);
+    ended.await.unwrap().expect("the connection ends in order");
+    let mut kept = server.connect().await;
+    server.closing.send_replace(Closing::No);
+    assert!(!kept.get("/").await.closes());
+    kept.assert_open().await;
 }
 
 #[tokio::test]

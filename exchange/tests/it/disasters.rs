@@ -25,22 +25,28 @@ use crate::{
 };
 
 /// What a Service of Kubernetes does: new connections go to whatever it points at now, open ones stay where they are.
-struct Front {
+pub(crate) struct Front {
     address: SocketAddr,
     target: Arc<Mutex<SocketAddr>>,
 }
 
 impl Front {
     async fn of(service: &Service) -> Self {
+        Self::to(service.public, Duration::ZERO).await
+    }
+
+    /// The same from far away: what clients send comes so long after their connections.
+    pub(crate) async fn to(target: SocketAddr, latency: Duration) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let target = Arc::new(Mutex::new(service.public));
+        let target = Arc::new(Mutex::new(target));
         let current = Arc::clone(&target);
         tokio::spawn(async move {
             while let Ok((mut client, _)) = listener.accept().await {
                 let target = *current.lock().unwrap();
                 tokio::spawn(async move {
                     if let Ok(mut server) = TcpStream::connect(target).await {
+                        tokio::time::sleep(latency).await;
                         // Whichever side ends, both do.
                         let _ = copy_bidirectional(&mut client, &mut server).await;
                     }
@@ -51,10 +57,14 @@ impl Front {
     }
 
     fn point_at(&self, service: &Service) {
-        *self.target.lock().unwrap() = service.public;
+        self.lead_to(service.public);
     }
 
-    fn url(&self) -> String {
+    pub(crate) fn lead_to(&self, target: SocketAddr) {
+        *self.target.lock().unwrap() = target;
+    }
+
+    pub(crate) fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 }
@@ -108,7 +118,7 @@ async fn orders(stores: &Stores, more_than: i64) {
 
 /// Flags of a load in the live lane that knows the ledger: who credits its deposits, and the database; and the directory of
 /// a file that they name.
-async fn treasury(stores: &Stores, users: &Service) -> (Vec<String>, TempDir) {
+pub(crate) async fn treasury(stores: &Stores, users: &Service) -> (Vec<String>, TempDir) {
     let treasurer = json!({"email": "bank@example.org", "password": "correct horse battery"});
     // A client of its own, which goes: a stack that drains would wait for the end of its idle connection.
     let registration = crate::servers::client().post(users.url("/register"));

@@ -60,7 +60,11 @@ async fn a_trade_is_told_to_both_sides_and_to_the_market() {
         assert!(found || interval == "1m", "no candle of {interval} in\n{dump}");
     }
     assert!(metric(&service, "messages_handled_total").await >= 6);
-    assert_eq!(metric(&service, "outbox_depth").await, 0);
+    eventually("nothing waits", || async {
+        let page = service.admin("/metrics").await.text().await.unwrap();
+        page.contains("\noutbox_depth 0\n").then_some(())
+    })
+    .await;
     let stack: serde_json::Value = service.admin("/stack").await.json().await.unwrap();
     assert_eq!(stack["consuming"], true, "{stack}");
 }
@@ -531,6 +535,39 @@ async fn a_message_that_cannot_be_handled_is_put_aside_and_holds_up_nobody() {
         line.contains(r#""trace.id":"0af7651916cd43dd8448eb211c80319c""#),
         "{line}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_has_to_wait_is_found_by_its_trace() {
+    let stores = Stores::start().await;
+    let service = stores.notification(&LIVE).ready().await;
+    stores.settled("live").await;
+    sqlx::raw_sql(
+        "create function fail() returns trigger language plpgsql as 'begin raise exception ''as the test wants''; end';
+         create trigger fail before insert on inbox for each row execute function fail();
+         insert into outbox (id, lane, topic, key, payload, headers)
+         values (gen_random_uuid(), 'live', 'account.changed', 'x',
+                 jsonb_build_object('user_id', gen_random_uuid(), 'account_id', gen_random_uuid(), 'change', 'added',
+                                    'currency', 'USD'),
+                 '{\"traceparent\": \"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\"}')",
+    )
+    .execute(&stores.owner)
+    .await
+    .unwrap();
+    let line = eventually("it is told", || async {
+        let log = service.log();
+        let told = log
+            .lines()
+            .find(|line| line.contains("failed to handle messages"));
+        told.map(|line| serde_json::from_str::<Value>(line).unwrap())
+    })
+    .await;
+    assert_eq!(line["trace.id"], "0af7651916cd43dd8448eb211c80319c", "{line}");
+    sqlx::raw_sql("drop trigger fail on inbox")
+        .execute(&stores.owner)
+        .await
+        .unwrap();
+    stores.settled("live").await;
 }
 
 /// Of a topic that only a newer version knows: that one will handle it.

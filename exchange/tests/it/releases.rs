@@ -157,9 +157,10 @@ async fn version_2_comes_under_load_beside_version_1_and_replaces_it() {
     let directory = temporary_directory("expand");
     let json = directory.path().join("load.json");
     let lane = ["--lane", "test-blue-one.load", "--json", json.to_str().unwrap()];
+    let ledger = ["--database-url", &stores.database.owner_url];
     let amount = ["--rate", "60", "--duration", "8s", "--connections", "3"];
     let users = ["--traders", "4", "--idle-connections", "0", "--slow-percent", "1"];
-    let flags = [&lane[..], &amount, &users].concat();
+    let flags = [&lane[..], &ledger, &amount, &users].concat();
     let expanding = async {
         eventually("orders come in", || async {
             (count(&stores.owner, "select count(*) from orders").await > 50).then_some(())

@@ -21,7 +21,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions, PgPool, error::DatabaseError, postgres
 use tempfile::TempDir;
 use tokio::sync::OnceCell;
 
-use crate::releases;
+use crate::{releases, stores::Redis};
 
 /// Version 1, which tests are about unless they say otherwise.
 pub(crate) const V1: &str = env!("CARGO_BIN_EXE_exchange");
@@ -422,10 +422,21 @@ impl Service {
 
     /// The same by a binary of another version.
     pub(crate) fn start_by(binary: &mut Command, service: &str, database: &Database, flags: &[&str]) -> Self {
-        let in_a_file = flags.contains(&"--database-url-file")
-            || binary
-                .get_envs()
-                .any(|(name, _)| name == "EXCHANGE_DATABASE_URL_FILE");
+        let given = |names: &[&str]| {
+            names.iter().any(|name| flags.contains(name))
+                || binary
+                    .get_envs()
+                    .any(|(name, _)| names.iter().any(|known| name == *known))
+        };
+        let in_a_file = given(&["--database-url-file", "EXCHANGE_DATABASE_URL_FILE"]);
+        // Who does not care which store it is gets one that nobody writes to.
+        let market = [
+            "--market-data-url",
+            "--market-data-url-file",
+            "EXCHANGE_MARKET_DATA_URL_FILE",
+        ];
+        let market = (service == "trade" && !given(&market))
+            .then(|| ("EXCHANGE_MARKET_DATA_URL", Redis::shared().url()));
         let mut child = binary
             .args([
                 service,
@@ -436,6 +447,7 @@ impl Service {
             ])
             .args(flags)
             .envs((!in_a_file).then_some(("EXCHANGE_DATABASE_URL", &database.app_url)))
+            .envs(market)
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();

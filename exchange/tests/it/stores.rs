@@ -1,6 +1,6 @@
 //! The queue and the market-data store, and what tests put into the database for them.
 
-use std::{path::PathBuf, process::Command, time::Duration};
+use std::{path::PathBuf, process::Command, sync::OnceLock, time::Duration};
 
 use exchange::{auth::Keys, config::ConfigArgs, lane::Lane};
 use redis::AsyncCommands;
@@ -137,6 +137,12 @@ pub(crate) struct Redis {
 }
 
 impl Redis {
+    /// The server of services that are not tested for what is in it.
+    pub(crate) fn shared() -> &'static Self {
+        static SHARED: OnceLock<Redis> = OnceLock::new();
+        SHARED.get_or_init(|| Self::start(None))
+    }
+
     pub(crate) fn start(tls: Option<&Certificates>) -> Self {
         Self::start_on(free_port(), tls)
     }

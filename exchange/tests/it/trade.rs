@@ -1,6 +1,9 @@
 //! The trade service through its API.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use exchange::lane::Lane;
 use reqwest::StatusCode;
@@ -1082,6 +1085,53 @@ async fn only_the_treasury_or_the_lanes_secret_credits() {
 }
 
 /// No deposit fills an account beyond what a number from outside may be, but trades may.
+/// A token is valid for some minutes longer than its user may be there.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_who_is_gone_moves_money_or_leaves_words_behind() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let wallet = exchange.wallet("0", "100").await;
+    let treasurer = Uuid::now_v7();
+    let token = exchange
+        .issuer
+        .token(treasurer, Lane::live(), &["treasury"])
+        .await;
+    let treasury = Trader::new(&exchange.service, token);
+    let body = json!({"account_id": wallet.usd, "amount": "1", "reference": "a word"});
+    let deposited = treasury.post_with_key("/account/deposit", "before", &body).await;
+    accept(deposited, StatusCode::CREATED).await;
+    let left: i64 = sqlx::query_scalar("select count(*) from transfer_references")
+        .fetch_one(&owner)
+        .await
+        .unwrap();
+    sqlx::query(
+        "update users set email = null, password_hash = null, deleted_at = now()
+         where id in ($1, (select user_id from accounts where id::text = $2))",
+    )
+    .bind(treasurer)
+    .bind(&wallet.usd)
+    .execute(&owner)
+    .await
+    .unwrap();
+    for (trader, path) in [
+        (&treasury, "/account/deposit"),
+        (&wallet.trader, "/account/withdraw"),
+    ] {
+        let refused = trader.post_with_key(path, "after", &body).await;
+        let problem = accept(refused, StatusCode::UNAUTHORIZED).await;
+        assert_eq!(problem["code"], "unauthenticated", "{path}");
+    }
+    let written: (i64, i64) = sqlx::query_as(
+        "select (select count(*) from transfer_references),
+                (select count(*) from idempotency_keys where key = 'after')",
+    )
+    .fetch_one(&owner)
+    .await
+    .unwrap();
+    assert_eq!(written, (left, 0));
+    assert_eq!(wallet.balances().await[2], "101");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_balance_beyond_what_may_be_deposited_is_answered_like_any_other() {
     let exchange = Exchange::start().await;
@@ -1381,4 +1431,43 @@ async fn a_live_service_audits_the_ledger_and_forgets_old_keys() {
         (keys == [("new".to_owned(),)]).then_some(())
     })
     .await;
+}
+
+/// Orders are settled together, and what goes wrong with them is found by the trace of each.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_in_a_batch_is_told_in_the_trace_of_each_order() {
+    let exchange = Exchange::start().await;
+    let wallet = exchange.wallet("0", "1000").await;
+    sqlx::raw_sql(
+        "create function fail() returns trigger language plpgsql as 'begin raise exception ''as the test wants''; end';
+         create trigger fail before insert on orders for each row execute function fail()",
+    )
+    .execute(&exchange.database.owner().await)
+    .await
+    .unwrap();
+    let traces = [
+        "0af7651916cd43dd8448eb211c80319c",
+        "1bf7651916cd43dd8448eb211c80319c",
+        "2cf7651916cd43dd8448eb211c80319c",
+    ];
+    let placed = traces.map(|trace| {
+        let request = exchange.service.client.post(exchange.service.url("/trade/add"));
+        request
+            .bearer_auth(wallet.trader.token())
+            .header("traceparent", format!("00-{trace}-b7ad6b7169203331-01"))
+            .json(&wallet.order("buy", "1", "100"))
+            .send()
+    });
+    for answer in futures::future::try_join_all(placed).await.unwrap() {
+        assert_eq!(answer.status(), 500);
+    }
+    let log = exchange.service.log();
+    let told = log
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap())
+        .filter(|line| line["message"] == "a request failed");
+    let told: BTreeSet<String> = told
+        .map(|line| line["trace.id"].as_str().unwrap_or_default().to_owned())
+        .collect();
+    assert_eq!(told, BTreeSet::from(traces.map(str::to_owned)), "{log}");
 }

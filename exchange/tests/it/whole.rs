@@ -2,9 +2,11 @@
 
 use std::process::{Command, Output};
 
-use serde_json::Value;
+use serde_json::{Value, json};
+use uuid::Uuid;
 
 use crate::{
+    disasters::treasury,
     servers::{Service, eventually, temporary_directory},
     stores::Stores,
     traders::Issuer,
@@ -259,6 +261,15 @@ async fn what_happens_is_counted_and_belongs_to_its_trace() {
         .post("/trade/add", &bob.order("buy", "1", "999999"))
         .await;
     assert_eq!(refused.status(), 409);
+    // What is refused before the database is asked is refused as well; and what is no order.
+    let mut invalid = bob.order("buy", "1", "100");
+    invalid["order_type"] = json!("market");
+    assert_eq!(bob.trader.post("/trade/add", &invalid).await.status(), 422);
+    let unknown = json!({"order_id": Uuid::now_v7()});
+    assert_eq!(bob.trader.post("/trade/cancel", &unknown).await.status(), 404);
+    let much = json!({"account_id": bob.usd, "amount": "1000000"});
+    let withdrawn = bob.trader.post_with_key("/account/withdraw", "much", &much).await;
+    assert_eq!(withdrawn.status(), 409);
     stores.settled("live").await;
 
     let stream = stores
@@ -280,6 +291,9 @@ async fn what_happens_is_counted_and_belongs_to_its_trace() {
     );
 
     let route = r#"method="POST",route="/trade/add",lane="live""#;
+    let problems = |route: &str, code: &str| {
+        format!(r#"http_server_problems_total{{method="POST",route="{route}",lane="live",code="{code}"}}"#)
+    };
     for (name, least) in [
         (
             format!(r#"http_server_requests_total{{{route},status="201"}}"#),
@@ -295,6 +309,10 @@ async fn what_happens_is_counted_and_belongs_to_its_trace() {
         ),
         (r#"orders_total{outcome="accepted"}"#.to_owned(), 2.0),
         (r#"orders_total{outcome="insufficient_funds"}"#.to_owned(), 1.0),
+        (r#"orders_total{outcome="invalid_field"}"#.to_owned(), 1.0),
+        (problems("/trade/add", "insufficient_funds"), 1.0),
+        (problems("/trade/cancel", "order_not_found"), 1.0),
+        (problems("/account/withdraw", "insufficient_funds"), 1.0),
         ("trades_total".to_owned(), 1.0),
         ("order_batch_size_count".to_owned(), 3.0),
         ("db_pool_connections".to_owned(), 1.0),
@@ -323,6 +341,11 @@ async fn what_waits_and_what_comes_again_is_counted() {
     let stores = Stores::start().await;
     let notification = &stores.notification(&["--role", "live"]).ready().await;
     let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    eventually("it has been measured for the first time", || async {
+        let page = notification.admin("/metrics").await.text().await.unwrap();
+        page.contains("\noutbox_age_seconds ").then_some(())
+    })
+    .await;
     let waiting = async |so: fn(depth: f64, age: f64) -> bool| {
         eventually("the outbox has been measured", || async {
             let depth = metric(notification, "outbox_depth").await;
@@ -414,6 +437,7 @@ async fn the_load_test_finds_nothing_wrong_and_something_when_there_is() {
         "0",
         "--traders",
         "2",
+        "--no-ledger",
         "--json",
         json.to_str().unwrap(),
     ];
@@ -434,10 +458,82 @@ async fn the_load_test_finds_nothing_wrong_and_something_when_there_is() {
     let (output, ()) = tokio::join!(running, stopping);
     assert!(output.status.success(), "{}", text(&output));
     let result: Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
-
+    assert_eq!(result["audit"]["ledger_checked"], false);
     assert!(
         result["summary"]["latency"]["order"]["p90"].as_f64().unwrap() > 500.0,
         "{result:#}"
     );
     assert_discreet(&stack.services());
+}
+
+/// An audit that cannot be made takes nothing along of what the load has seen.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_load_test_tells_what_it_knows_and_does_not_call_it_ok() {
+    let stores = Stores::start().await;
+    let flags = ["--colour", "green", "--revision", "abc", "--role", "live"];
+    let stack = Stack::start(&stores, &flags).await;
+    let directory = temporary_directory("load");
+    let file = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (json, records) = (file("load.json"), file("load.jsonl"));
+    let lane = ["--lane", "test-green-abc.load"];
+    let amount = ["--rate", "40", "--duration", "1s", "--traders", "2"];
+    let refused = stack.run("load", &[&lane[..], &amount].concat()).await;
+    assert!(!refused.status.success());
+    let said = text(&refused);
+    assert!(
+        said.contains("--database-url") && said.contains("--no-ledger"),
+        "{said}"
+    );
+
+    // Nobody there knows of notifications.
+    let user = stack.user.url("");
+    let mut load = Command::new(crate::servers::binary());
+    load.args(["load", "--user-url", &user, "--trade-url", &stack.trade.url("")])
+        .args(["--notification-url", &user, "--streams", "0"])
+        .args(["--database-url", &stores.database.owner_url])
+        .args(["--json", &json, "--records", &records])
+        .args(lane)
+        .args(amount)
+        .env("EXCHANGE_LANE_SECRET", SECRET);
+    let output = tokio::task::spawn_blocking(move || load.output().unwrap())
+        .await
+        .unwrap();
+    let said = text(&output);
+    assert!(!output.status.success() && said.contains("FAILED"), "{said}");
+    let result: Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    let finding = result["audit"]["findings"][0].as_str().unwrap();
+    assert!(
+        finding.starts_with("the audit could not be completed: ") && finding.contains("404"),
+        "{finding}"
+    );
+    assert!(said.contains(finding), "{said}");
+    assert_eq!(result["ok"], false);
+    assert_eq!(result["summary"]["requests"], 40, "{result:#}");
+    assert_eq!(std::fs::read_to_string(&records).unwrap().lines().count(), 40);
+}
+
+/// Who has registered as many as may be waits until more may be.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_load_test_waits_for_its_registrations() {
+    let stores = Stores::start().await;
+    let stack = Stack::start(&stores, &["--role", "live", "--login-attempts-per-address", "3"]).await;
+    let (mut flags, _treasury) = treasury(&stores, &stack.user).await;
+    flags.extend(["--rate", "20", "--duration", "1s", "--traders", "3"].map(str::to_owned));
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    // As many have registered as may, almost fifteen minutes ago.
+    let registered = sqlx::query(
+        "update rate_limits set attempts = 3, window_ends_at = now() + interval '10 seconds'
+         where key in (sha256('register:127.0.0.1'), sha256('counted register:127.0.0.1'))",
+    )
+    .execute(&stores.owner)
+    .await
+    .unwrap();
+    assert_eq!(registered.rows_affected(), 2);
+    let output = stack.run("load", &flags).await;
+    let said = text(&output);
+    assert!(output.status.success(), "{said}");
+    assert!(
+        said.contains("0 of 3 traders are registered; the user service takes more in"),
+        "{said}"
+    );
 }
