@@ -103,8 +103,9 @@ simulate: ## The operator in HISTORIES=200000 simulated histories from FIRST=0 o
 .PHONY: integration
 integration: not-existing deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine; the charts as helm renders them
 	@$(MAKE) --no-print-directory $(TESTBED)
+	@# More at a time than there are processors: they wait more than they compute.
 	@tools=$$($(TESTBED) tools); export PATH="$$tools:$$PATH"; \
-	  $(call run-tests,--test it --test charts,$(TEST))
+	  $(call run-tests,--test it --test charts,-- --test-threads 4 $(TEST))
 
 .PHONY: e2e
 e2e: cluster images $(TESTBED) ## End-to-end tests on the cluster, which stays for the next run; CASE=2 runs one case of the proof

@@ -464,7 +464,16 @@ fn tests_passed(spec: &Spec, seen: &Observed, status: &Status) -> Verdict {
 
 fn rollback_available(seen: &Observed, status: &Status) -> Verdict {
     let Some(previous) = &status.previous else {
-        return verdict(false, "NoPrevious", "there is no stack to go back to");
+        let live = status.live.as_ref().filter(|live| live.contracted);
+        let because = live.map_or_else(String::new, |live| {
+            let version = &live.version;
+            format!(
+                ", and the schema is contracted for {version}: an older version comes back by a release of its own, if it \
+                 bears that"
+            )
+        });
+        let message = format!("there is no stack to go back to{because}");
+        return verdict(false, "NoPrevious", message);
     };
     let needed = status.phase == Phase::Pending;
     let version = &previous.version;

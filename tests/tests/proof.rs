@@ -514,10 +514,8 @@ fn case_2_a_migration_and_the_way_back() {
         .unwrap();
     assert_eq!(refusal["status"], "False", "{refusal}");
     assert_eq!(refusal["reason"], "NoPrevious", "{refusal}");
-    assert!(
-        text(refusal, "/message").contains("no stack to go back to"),
-        "{refusal}"
-    );
+    let why = "there is no stack to go back to, and the schema is contracted for 2.0.0";
+    assert!(text(refusal, "/message").starts_with(why), "{refusal}");
     let report = trading.end_well();
     assert_eq!(revisions_that_answered(&report), sorted([first, second]));
 }
@@ -823,6 +821,8 @@ fn case_9_a_rolling_update_for_comparison() {
         let manifest = std::fs::read_to_string(path).unwrap();
         let image = format!("{}/exchange:{version}", ground.images.prefix);
         let manifest = manifest.replace("ghcr.io/acme/exchange:1.0.0", &image);
+        // A node of two processors has no room for three pods of what trading should have, beside everything else.
+        let manifest = manifest.replace("cpu: 500m", "cpu: 100m");
         ground.session.apply_manifest(&namespace.name, &manifest).unwrap();
     };
     let release = |version: &str| {
