@@ -106,9 +106,12 @@ impl Operator {
     #[must_use]
     pub fn installed_by(&self, session: &Session) -> Option<Installer> {
         let status = session.helm(&["status", OPERATOR, "--namespace", &self.namespace]);
-        status.ok().map(|status| match status.contains(DESCRIPTION) {
-            true => Installer::Us,
-            false => Installer::SomebodyElse,
+        status.ok().map(|status| {
+            if status.contains(DESCRIPTION) {
+                Installer::Us
+            } else {
+                Installer::SomebodyElse
+            }
         })
     }
 
