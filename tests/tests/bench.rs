@@ -9,10 +9,9 @@
 
 use std::{
     collections::BTreeMap,
-    io::BufReader,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex, PoisonError},
-    thread::{self, sleep},
+    thread::sleep,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -21,7 +20,7 @@ use serde_json::{Value, json};
 use testbed::{
     exchange::{self, Exchange, Images, PATIENCE, Watch, is_current, phase_of, text},
     gate::{Gate, Hold},
-    kubectl::{Namespace, Session},
+    kubectl::{Namespace, Session, Watching},
     operator::{self, Leader, OPERATOR, OPERATOR_NAMESPACE},
     progress::say,
     results,
@@ -70,13 +69,6 @@ impl Changes {
         seen.iter()
             .find(|(at, object)| *at >= since && holds(object))
             .map(|(at, _)| *at)
-    }
-}
-
-impl Drop for Changes {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
