@@ -18,6 +18,8 @@ ifneq ($(CASE),)
 endif
 # What the end-to-end tests are about: the ground floor, the API, a newcomer's way, the proof that nothing is lost.
 E2E ?= ground_floor schema newcomer proof
+# Those of them that `make test` runs.
+SHORT := ground_floor schema newcomer
 # Releases, and releases that are disturbed.
 STORIES := release disturbed
 # How many histories `make simulate` lives through, from which on, or which one.
@@ -74,12 +76,12 @@ demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C cl
 	  $(MAKE) --no-print-directory cluster images NAME=$(NAME) && $(TESTBED) demo
 
 .PHONY: test
-test: all-tests ## Check, integration, then the end-to-end tests on a new cluster of its own, and its end
+test: all-tests ## Check, integration, a new cluster of its own with a newcomer's release, and its end
 	@$(if $(filter existing,$(CLUSTER)),,tests/deps.sh --cluster)
 	@$(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,preflight) check $(if $(filter existing,$(CLUSTER)),,integration)
 	@$(MAKE) --no-print-directory $(TESTBED)
 	@name=$(if $(filter dev,$(NAME)),test,$(NAME)); $(TESTBED) --name $$name alone -- \
-	  $(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,down) e2e down-test NAME=$$name
+	  $(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,down) e2e down-test E2E="$(SHORT)" NAME=$$name
 
 .PHONY: preflight
 preflight: $(TESTBED)
@@ -103,9 +105,8 @@ simulate: ## The operator in HISTORIES=200000 simulated histories from FIRST=0 o
 .PHONY: integration
 integration: not-existing deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine; the charts as helm renders them
 	@$(MAKE) --no-print-directory $(TESTBED)
-	@# More at a time than there are processors: they wait more than they compute.
 	@tools=$$($(TESTBED) tools); export PATH="$$tools:$$PATH"; \
-	  $(call run-tests,--test it --test charts,-- --test-threads 4 $(TEST))
+	  $(call run-tests,--test it --test charts,$(TEST))
 
 .PHONY: e2e
 e2e: cluster images $(TESTBED) ## End-to-end tests on the cluster, which stays for the next run; CASE=2 runs one case of the proof

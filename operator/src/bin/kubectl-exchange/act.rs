@@ -254,7 +254,10 @@ mod tests {
             (
                 Action::Rollback,
                 "testing",
-                Err("there is no way back in one step (NoPrevious): there is no stack to go back to"),
+                Err(
+                    "there is no way back in one step (NoPrevious): there is no stack to go back to, and the schema is \
+                     contracted for r0: an older version comes back by a release of its own, if it bears that",
+                ),
             ),
             (
                 Action::Rollback,
