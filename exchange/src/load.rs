@@ -863,15 +863,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_cannot_be_answered_right_now_is_asked_for_again() {
-        let answer = |status| CallError::Status {
-            method: Method::GET,
-            url: String::new(),
-            expected: StatusCode::OK,
-            status,
-            body: String::new(),
-            stack: None,
-            retry_after: None,
-        };
+        let answer = CallError::answered;
         let busy = [StatusCode::SERVICE_UNAVAILABLE, StatusCode::TOO_MANY_REQUESTS];
         let mut answers = vec![Ok(7), Err(answer(busy[0])), Err(answer(busy[1]))];
         assert_eq!(patiently(async || answers.pop().unwrap()).await.unwrap(), 7);

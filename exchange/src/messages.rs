@@ -24,7 +24,7 @@ use crate::{
     notice,
     notification::Writer,
     outbox,
-    role::Role,
+    role::{self, Role},
     stream::Hub,
 };
 
@@ -204,22 +204,12 @@ impl Workers {
     /// The live lane and everything that happens by itself, whenever this stack is live.
     async fn while_live(&self, shutdown: &CancellationToken) {
         let mut role = self.app.role.clone();
-        loop {
-            let live = shutdown
-                .run_until_cancelled(role.wait_for(|role| *role == Role::Live))
-                .await;
-            if !matches!(live, Some(Ok(_))) {
-                return;
-            }
-            drop(live);
+        while role::until_live(&mut role, shutdown).await {
             let stop = shutdown.child_token();
             self.app.consuming.store(true, Ordering::Relaxed);
             info!("consuming live messages");
             let until_not_live = async {
-                // An error means that the process is ending.
-                let _ = stop
-                    .run_until_cancelled(role.wait_for(|role| *role != Role::Live))
-                    .await;
+                role::until_not_live(&mut role, &stop).await;
                 stop.cancel();
             };
             let mail = async {

@@ -67,6 +67,18 @@ impl Observed {
     }
 }
 
+/// Waits until this stack is live. False if the process ends before.
+pub async fn until_live(role: &mut watch::Receiver<Role>, shutdown: &CancellationToken) -> bool {
+    let live = shutdown.run_until_cancelled(role.wait_for(|role| *role == Role::Live));
+    matches!(live.await, Some(Ok(_)))
+}
+
+/// Waits until this stack is not live any more, or the process ends.
+pub async fn until_not_live(role: &mut watch::Receiver<Role>, shutdown: &CancellationToken) {
+    let not_live = shutdown.run_until_cancelled(role.wait_for(|role| *role != Role::Live));
+    let _ = not_live.await;
+}
+
 /// Asks the live Service at `url` each second, on a new connection, and publishes the role of `stack`.
 pub async fn follow(url: String, stack: String, role: watch::Sender<Role>, shutdown: CancellationToken) {
     let client = reqwest::Client::builder()

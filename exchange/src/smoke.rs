@@ -391,15 +391,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_awaited_is_asked_for_again() {
-        let answer = |status| CallError::Status {
-            method: http::Method::GET,
-            url: String::new(),
-            expected: StatusCode::OK,
-            status,
-            body: String::new(),
-            stack: None,
-            retry_after: None,
-        };
+        let answer = CallError::answered;
         let busy = answer(StatusCode::SERVICE_UNAVAILABLE);
         let answers = std::sync::Mutex::new(vec![Ok(vec!["1".to_owned()]), Ok(Vec::new()), Err(busy)]);
         let found = until(|| async { answers.lock().unwrap().pop().unwrap() }).await;

@@ -92,6 +92,20 @@ pub enum CallError {
 }
 
 impl CallError {
+    /// For tests: a question that was answered with this status, where 200 was expected.
+    #[cfg(test)]
+    pub fn answered(status: StatusCode) -> Self {
+        Self::Status {
+            method: Method::GET,
+            url: String::new(),
+            expected: StatusCode::OK,
+            status,
+            body: String::new(),
+            stack: None,
+            retry_after: None,
+        }
+    }
+
     /// Whether it was answered that this cannot be done right now: what may be asked again.
     pub fn is_unavailable(&self) -> bool {
         matches!(self, Self::Status { status, .. } if *status == StatusCode::SERVICE_UNAVAILABLE)

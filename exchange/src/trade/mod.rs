@@ -35,7 +35,7 @@ use crate::{
     error::{ApiError, Problem},
     idempotency::{self, KEY_REUSED},
     metrics::Known,
-    role::Role,
+    role,
 };
 
 use batch::Books;
@@ -245,21 +245,9 @@ impl Audited {
 pub async fn run(app: App, shutdown: CancellationToken) {
     let audited = Audited::register(&app);
     let mut role = app.role.clone();
-    loop {
-        let live = shutdown
-            .run_until_cancelled(role.wait_for(|role| *role == Role::Live))
-            .await;
-        // An error means that the process is ending.
-        if !matches!(live, Some(Ok(_))) {
-            return;
-        }
-        drop(live);
-        let live_no_more = async {
-            let _ = role.wait_for(|role| *role != Role::Live).await;
-        };
+    while role::until_live(&mut role, &shutdown).await {
         tokio::select! {
-            () = shutdown.cancelled() => {}
-            () = live_no_more => {}
+            () = role::until_not_live(&mut role, &shutdown) => {}
             () = keep_the_books(&app, &audited) => {}
         }
         // From now on it is another stack's to say.
