@@ -173,7 +173,7 @@ pub fn services(tools: &Tools, repository: &Path, binaries: &Path, tag: &str) ->
     let prebuilt = ["--build-arg", "BINARIES=prebuilt"];
     let mut archives = Vec::new();
     let all = 1 + TARGETS.len() + RELEASES.len();
-    // A file of a Dockerfile, what it copies from where, how it is told to, and the image's name.
+    // The image's name and tag, its Dockerfile, the context and the binary that goes into it, arguments of its build.
     let mut make = |name: &str, tag: &str, file: &Path, context: &Path, binary: &str, args: &[&str]| {
         let image = format!("{PREFIX}/{name}:{tag}");
         let path = out.join(format!("{name}-{tag}.tar"));

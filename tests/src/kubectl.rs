@@ -84,14 +84,14 @@ impl Session {
         })
     }
 
-    /// Whether the processes of its nodes are there to be stopped and killed. Those of an existing cluster are not ours: then
-    /// it says that this test is left out.
+    /// The cluster, if the processes of its nodes are there to be stopped and killed. Those of an existing one are not ours:
+    /// then it says that this test is left out.
     #[must_use]
-    pub fn owns_its_nodes(&self) -> bool {
+    pub fn own_nodes(&self) -> Option<&Cluster> {
         if self.cluster.is_none() {
             say("left out: the processes of an existing cluster are not ours to stop");
         }
-        self.cluster.is_some()
+        self.cluster.as_ref()
     }
 
     /// Runs `kubectl` and returns what it prints.

@@ -1167,7 +1167,7 @@ mod alone {
     #[ignore = "needs a cluster: make e2e"]
     fn case_4_the_operator_is_killed() {
         let ground = Ground::without_operator();
-        if !ground.session.owns_its_nodes() {
+        if ground.session.own_nodes().is_none() {
             return;
         }
         let namespace = case(&ground, 4, "killed");
