@@ -111,14 +111,15 @@ pub fn run(session: &Session) -> Result<()> {
     let load = stage.load.take().context("no load")?;
     let (table, report) = load.end()?;
     say(&table);
+    let live = named(&stage.live());
     for moved in &stage.moves {
-        say(moved.told(&report));
+        say(moved.told(&report, &live));
     }
     let figures = json!({
         "requests": report.pointer("/summary/requests"),
         "requests_failed": report.pointer("/summary/failed"),
         "audit_findings": report.pointer("/audit/findings"),
-        "moves": stage.moves.iter().map(|moved| moved.figures(&report)).collect::<Vec<_>>(),
+        "moves": stage.moves.iter().map(|moved| moved.figures(&report, &live)).collect::<Vec<_>>(),
     });
     let path = results::write("demo", &figures)?;
     ensure!(
@@ -230,6 +231,11 @@ fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// A stack as it names itself in its answers.
+fn named((colour, revision): &(String, String)) -> String {
+    format!("{colour}-{revision}")
+}
+
 /// What is looked at while something happens.
 struct Stage<'a> {
     watch: Watch,
@@ -250,26 +256,30 @@ struct Move {
 }
 
 impl Move {
-    /// From the decision to the last answer of the stack that was left: connections that were open end at their own pace.
-    fn last_answer(&self, report: &Value) -> Option<u64> {
+    /// From the decision to the last answer of the stack that was left: connections that were open end at their own pace. Not
+    /// of the one that is live at the end: it answers again.
+    fn last_answer(&self, report: &Value, live: &str) -> Option<u64> {
+        if self.left == live {
+            return None;
+        }
         let number = |pointer: &str| report.pointer(pointer).and_then(Value::as_u64);
         let last = number("/started_unix_ms")? + number(&format!("/summary/stacks/{}/last_ms", self.left))?;
         Some(last.saturating_sub(self.decided))
     }
 
-    fn told(&self, report: &Value) -> String {
-        let last = self.last_answer(report);
+    fn told(&self, report: &Value, live: &str) -> String {
+        let last = self.last_answer(report, live);
         let last = last.map_or_else(String::new, |last| {
             format!("; the last answer of {} came after {last} ms", self.left)
         });
         format!("{}: took {} ms{last}", self.what, self.took)
     }
 
-    fn figures(&self, report: &Value) -> Value {
+    fn figures(&self, report: &Value, live: &str) -> Value {
         json!({
             "what": self.what,
             "phase_milliseconds": self.took,
-            "last_answer_of_the_stack_that_was_left_after_milliseconds": self.last_answer(report),
+            "last_answer_of_the_stack_that_was_left_after_milliseconds": self.last_answer(report, live),
         })
     }
 }
@@ -317,8 +327,8 @@ impl Stage<'_> {
                         });
                     }
                     // By then status may call the stack live that the traffic goes to.
-                    let (colour, revision) = std::mem::replace(&mut live, live_of(&object));
-                    decided = (format!("{colour}-{revision}"), at, SystemTime::now());
+                    let left = std::mem::replace(&mut live, live_of(&object));
+                    decided = (named(&left), at, SystemTime::now());
                     say(format!(
                         "  {:>5.1} s  \x1b[36m{phase:<12}\x1b[0m {}",
                         begun.elapsed().as_secs_f64(),
