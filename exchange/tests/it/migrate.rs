@@ -199,7 +199,7 @@ async fn a_contract_waits_for_older_instances() {
     bring_forward(&mut connection, Phase::Contract, &contract, soon())
         .await
         .unwrap();
-    assert!(service.ended().is_some() || service.log().contains("terminating"));
+    service.logged("terminating", 1).await;
     let state = read_state(&mut connection).await.unwrap();
     assert_eq!((state.expanded, state.oldest_reader), (level, level));
 }

@@ -299,13 +299,7 @@ async fn a_store_that_is_emptied_while_it_is_rebuilt_is_not_complete() {
     .await;
     stores.flush_market_data().await;
     lock.rollback().await.unwrap();
-    eventually("it is not taken for whole", || async {
-        service
-            .log()
-            .contains("was lost while it was rebuilt")
-            .then_some(())
-    })
-    .await;
+    service.logged("was lost while it was rebuilt", 1).await;
     assert_eq!(stores.complete_market_data().await, before);
 }
 
@@ -529,7 +523,7 @@ async fn a_message_that_cannot_be_handled_is_put_aside_and_holds_up_nobody() {
         1
     );
     assert!(metric(&service, "messages_dead_total").await >= 1);
-    let log = service.log();
+    let log = service.logged("was put aside", 1).await;
     let line = log.lines().find(|line| line.contains("was put aside")).unwrap();
     assert!(
         line.contains(r#""trace.id":"0af7651916cd43dd8448eb211c80319c""#),
@@ -554,14 +548,9 @@ async fn a_message_that_has_to_wait_is_found_by_its_trace() {
     .execute(&stores.owner)
     .await
     .unwrap();
-    let line = eventually("it is told", || async {
-        let log = service.log();
-        let told = log
-            .lines()
-            .find(|line| line.contains("failed to handle messages"));
-        told.map(|line| serde_json::from_str::<Value>(line).unwrap())
-    })
-    .await;
+    let log = service.logged("failed to handle messages", 1).await;
+    let line = log.lines().find(|line| line.contains("failed to handle messages"));
+    let line: Value = serde_json::from_str(line.unwrap()).unwrap();
     assert_eq!(line["trace.id"], "0af7651916cd43dd8448eb211c80319c", "{line}");
     sqlx::raw_sql("drop trigger fail on inbox")
         .execute(&stores.owner)

@@ -206,11 +206,9 @@ async fn a_terminating_process_ends_at_its_deadline() {
     service.signal("TERM");
     let status = eventually("it ends", || std::future::ready(service.ended())).await;
     assert!(status.success());
-    assert!(
-        service
-            .log()
-            .contains("closing what is open at the termination deadline")
-    );
+    service
+        .logged("closing what is open at the termination deadline", 1)
+        .await;
 }
 
 /// An audit may take minutes: nobody waits for it, and it does not go on alone.

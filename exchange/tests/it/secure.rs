@@ -215,11 +215,7 @@ async fn mails_wait_for_a_server_that_encrypts_and_addresses_stay_out_of_the_log
     let refusing = MailSink::start(&certificates, Encrypts::OnRequest, "example.org").await;
     let service = serve(refusing.port).ready().await;
     stores.trade("live", ann, bob, 101, "1").await;
-    let log = eventually("the mails are given up", || async {
-        let log = service.log();
-        (log.matches("was given up").count() == 2).then_some(log)
-    })
-    .await;
+    let log = service.logged("was given up", 2).await;
     assert!(log.contains("the mail server answered 550"), "{log}");
     assert!(!log.contains("example.org"), "{log}");
     assert_eq!(refusing.received(), Vec::<String>::new());
@@ -313,13 +309,9 @@ async fn mails_wait_no_longer_than_needed_for_a_server_that_falls_silent() {
         post.refuse((word, ""));
         let service = post.service().await;
         post.trade(price).await;
-        eventually("it is not waited for any longer", || async {
-            service
-                .log()
-                .contains("the mail server has not answered for 10 s")
-                .then_some(())
-        })
-        .await;
+        service
+            .logged("the mail server has not answered for 10 s", 1)
+            .await;
         // The one that it fell silent at is put off, the other one is as it was.
         eventually("the other one is given back", || async {
             let put_off = "select count(*) from emails where attempts = 1 and due_at > now()";
@@ -411,13 +403,7 @@ async fn who_is_told_to_stop_does_not_wait_for_a_silent_mail_server() {
     .await;
     let told = Instant::now();
     service.signal("TERM");
-    eventually("it consumes no longer", || async {
-        service
-            .log()
-            .contains("no longer consuming live messages")
-            .then_some(())
-    })
-    .await;
+    service.logged("no longer consuming live messages", 1).await;
     assert!(told.elapsed() < Duration::from_secs(5), "{:?}", told.elapsed());
 }
 
@@ -434,11 +420,7 @@ async fn events_pass_and_mails_go_out_over_tls_only_to_whom_we_trust() {
 
     // Without the authority's certificate nothing is sent anywhere.
     let untrusting = stores.notification(&["--role", "live", "--mail-url", &mail]);
-    eventually("the service has refused the broker's certificate", || async {
-        let log = untrusting.log();
-        log.contains("failed to restore the market data").then_some(())
-    })
-    .await;
+    untrusting.logged("failed to restore the market data", 1).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(
         stores

@@ -523,9 +523,18 @@ impl Service {
             .unwrap()
     }
 
-    /// What the service has logged.
+    /// What has been read of the service's log: a line may come later than the answer to the request that it is about.
     pub(crate) fn log(&self) -> String {
         self.lines.lock().unwrap().clone()
+    }
+
+    /// Waits until something is in the log, so many times, and returns the whole log.
+    pub(crate) async fn logged(&self, words: &str, times: usize) -> String {
+        eventually(&format!("`{words}` is logged"), || {
+            let log = self.log();
+            std::future::ready((log.matches(words).count() >= times).then_some(log))
+        })
+        .await
     }
 
     /// Sends a signal such as `TERM`.

@@ -1461,7 +1461,7 @@ async fn a_failure_in_a_batch_is_told_in_the_trace_of_each_order() {
     for answer in futures::future::try_join_all(placed).await.unwrap() {
         assert_eq!(answer.status(), 500);
     }
-    let log = exchange.service.log();
+    let log = exchange.service.logged("a request failed", traces.len()).await;
     let told = log
         .lines()
         .map(|line| serde_json::from_str::<Value>(line).unwrap())

@@ -1118,11 +1118,7 @@ async fn no_secret_and_no_address_is_logged() {
     request.send().await.unwrap();
     let marked = format!(r#""trace.id":"{trace}""#);
     // The line about a request follows its answer.
-    let log = eventually("the last request is in the log", || {
-        let log = exchange.service.log();
-        std::future::ready(log.contains(&marked).then_some(log))
-    })
-    .await;
+    let log = exchange.service.logged(&marked, 1).await;
     assert!(log.contains("came twice"), "{log}");
     for secret in [
         "ada@",
