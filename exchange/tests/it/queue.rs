@@ -549,7 +549,9 @@ async fn a_message_that_has_to_wait_is_found_by_its_trace() {
     .await
     .unwrap();
     let log = service.logged("failed to handle messages", 1).await;
-    let line = log.lines().find(|line| line.contains("failed to handle messages"));
+    let line = log
+        .lines()
+        .find(|line| line.contains("failed to handle messages"));
     let line: Value = serde_json::from_str(line.unwrap()).unwrap();
     assert_eq!(line["trace.id"], "0af7651916cd43dd8448eb211c80319c", "{line}");
     sqlx::raw_sql("drop trigger fail on inbox")
