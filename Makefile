@@ -18,8 +18,6 @@ ifneq ($(CASE),)
 endif
 # What the end-to-end tests are about: the ground floor, the API, a newcomer's way, the proof that nothing is lost.
 E2E ?= ground_floor schema newcomer proof
-# Those of them that `make test` runs.
-SHORT := ground_floor schema newcomer
 # Releases, and releases that are disturbed.
 STORIES := release disturbed
 # How many histories `make simulate` lives through, from which on, or which one.
@@ -76,7 +74,7 @@ demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C cl
 	  $(MAKE) --no-print-directory cluster images NAME=$(NAME) && $(TESTBED) demo
 
 .PHONY: test
-test: all-tests ## Check, integration, a new cluster of its own with a newcomer's release, and its end
+test: all-tests ## Check, integration, a new cluster of its own with a newcomer's release and the proof, and its end
 	@$(if $(filter existing,$(CLUSTER)),,tests/deps.sh --cluster)
 	@$(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,preflight) check $(if $(filter existing,$(CLUSTER)),,integration)
 	@$(MAKE) --no-print-directory $(TESTBED)
