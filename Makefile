@@ -79,7 +79,7 @@ test: all-tests ## Check, integration, a new cluster of its own with a newcomer'
 	@$(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,preflight) check $(if $(filter existing,$(CLUSTER)),,integration)
 	@$(MAKE) --no-print-directory $(TESTBED)
 	@name=$(if $(filter dev,$(NAME)),test,$(NAME)); $(TESTBED) --name $$name alone -- \
-	  $(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,down) e2e down-test E2E="$(SHORT)" NAME=$$name
+	  $(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,down) e2e down-test NAME=$$name
 
 .PHONY: preflight
 preflight: $(TESTBED)
