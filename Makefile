@@ -66,12 +66,17 @@ help: ## List the targets
 	@echo
 	@echo "  Variables: NAME=dev (which test cluster), CLUSTER=existing (use the one of KUBECONFIG), TEST=… (one test)"
 
+# Ctrl-C ends the cluster if this has started it, and removes only what the demonstration has brought if it ran before.
 .PHONY: demo
 demo: NAME := $(if $(filter dev,$(NAME)),demo,$(NAME))
 demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C cleans up
 	@export TESTBED_NAME=$(NAME); \
-	  trap '[ ! -x $(TESTBED) ] || $(TESTBED) $(if $(filter existing,$(CLUSTER)),demo --clean-up,down); exit 130' INT; \
-	  $(MAKE) --no-print-directory cluster images NAME=$(NAME) && $(TESTBED) demo
+	  end="$(if $(filter existing,$(CLUSTER)),demo --clean-up,down)"; \
+	  if [ -x $(TESTBED) ] && $(TESTBED) status >/dev/null 2>&1; then end="demo --clean-up"; fi; \
+	  trap '[ ! -x $(TESTBED) ] || $(TESTBED) $$end; exit 130' INT; \
+	  part() { printf '\n\033[1m▶ [%s/8] %s\033[0m\n' "$$1" "$$2" >&2; SECONDS=0; \
+	    $(MAKE) --no-print-directory $$3 NAME=$(NAME); echo "  ✓ [$$1/8] took $$SECONDS s" >&2; }; \
+	  part 1 "The cluster" cluster; part 2 "The images" images; $(TESTBED) demo
 
 .PHONY: test
 test: all-tests ## Check, integration, a new cluster of its own with a newcomer's release and the proof, and its end

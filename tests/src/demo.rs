@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::{
@@ -15,20 +15,22 @@ use crate::{
         text, token,
     },
     kubectl::{Session, plugin_directory},
-    operator::{self, Installer, Operator},
-    progress::say,
+    operator::{Found, Operator},
+    progress::{Step, say},
     results,
     tools::Tools,
 };
 
-/// On the namespace: whether the demonstration has installed the operator, or found it.
-const BROUGHT_THE_OPERATOR: &str = "exchange.dev/brought-the-operator";
+/// How the demonstration signs the operator that it has installed.
+const INSTALLER: &str = "demo";
 /// Where the demonstration's exchange is.
 const NAMESPACE: &str = "exchange-demo";
 /// Requests a second.
 const RATE: u32 = 100;
 /// How long each state is shown under load.
 const SHOWN: Duration = Duration::from_secs(6);
+/// Parts of what `make demo` does. The first two, the cluster and its images, are in the Makefile.
+const PARTS: usize = 8;
 
 /// Shows it all, and leaves it running.
 ///
@@ -36,48 +38,75 @@ const SHOWN: Duration = Duration::from_secs(6);
 /// If anything goes another way than it should: a request that failed is such a way.
 pub fn run(session: &Session) -> Result<()> {
     let images = Images::from_environment()?;
-    heading("The operator and the stores are installed, with Helm");
-    if session.cluster.is_none() {
-        say(needed(&images));
-    }
-    // An earlier one may have brought the operator that is found now.
-    let brought = brought_the_operator(session) || Operator::of_all().installed_by(session).is_none();
-    // What an earlier demonstration has left is at version 2, and version 1 does not work on its contracted schema.
-    remove(session)?;
-    session.apply(
-        "default",
-        &json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {
-            "name": NAMESPACE,
-            "labels": {"pod-security.kubernetes.io/enforce": "restricted"},
-            "annotations": {BROUGHT_THE_OPERATOR: brought.to_string()}}}),
+    let exchange = part(3, "The operator and the stores, with Helm", || {
+        if session.cluster.is_none() {
+            say(needed(&images));
+        }
+        // What an earlier demonstration has left is at version 2, and version 1 does not work on its contracted schema.
+        step("an earlier demonstration is removed", || remove(session))?;
+        have_an_operator(session, &images)?;
+        session.apply(
+            "default",
+            &json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {
+                "name": NAMESPACE,
+                "labels": {"pod-security.kubernetes.io/enforce": "restricted"}}}),
+        )?;
+        step("stores: PostgreSQL, NATS, Redis", || {
+            Exchange::install(session, NAMESPACE, &images)
+        })
+    })?;
+
+    let mut stage = part(
+        4,
+        "kubectl apply: version 1.0.0, the first one. It goes through all gates, too",
+        || {
+            exchange.release(&exchange.declaration("1.0.0"))?;
+            let mut stage = Stage {
+                watch: exchange.watch()?,
+                load: None,
+                moves: Vec::new(),
+            };
+            stage.show_until("Live", "1.0.0")?;
+            step("a treasury, for the clients' first money", || {
+                exchange.make_treasury()
+            })?;
+            let load = step("clients: registered and trading", || exchange.start_load(RATE))?;
+            stage.load = Some(load);
+            stage.show_traffic(SHOWN)?;
+            Ok(stage)
+        },
     )?;
-    operator::install(session, &images)?;
-    let exchange = Exchange::install(session, NAMESPACE, &images)?;
+    part(
+        5,
+        "kubectl apply: version 2.0.0, with an expand migration before it and a contract after it",
+        || {
+            exchange.release(&exchange.declaration("2.0.0"))?;
+            stage.show_until("Live", "2.0.0")?;
+            stage.show_traffic(SHOWN)
+        },
+    )?;
+    let bad = part(
+        6,
+        "kubectl apply: version 2.0.1, which fails its smoke test. It never gets traffic",
+        || {
+            exchange.release(&exchange.declaration("2.0.1-fails-smoke"))?;
+            stage.show_until("Failed", "2.0.1-fails-smoke")?;
+            let bad = stage.given_up();
+            stage.show_traffic(SHOWN)?;
+            Ok(bad)
+        },
+    )?;
+    part(
+        7,
+        "kubectl apply: version 2.0.0 with another setting, which is a release of its own, and is regretted",
+        || regret(&exchange, &mut stage),
+    )?;
+    part(8, "What came of it", || tell_the_end(stage, &bad))?;
+    next_steps(session)
+}
 
-    heading("kubectl apply: version 1.0.0, the first one. It goes through all gates, too");
-    exchange.release(&exchange.declaration("1.0.0"))?;
-    let mut stage = Stage {
-        watch: exchange.watch()?,
-        load: None,
-        moves: Vec::new(),
-    };
-    stage.show_until("Live", "1.0.0")?;
-    exchange.make_treasury()?;
-    stage.load = Some(exchange.start_load(RATE)?);
-    stage.show_traffic(SHOWN)?;
-
-    heading("kubectl apply: version 2.0.0, with an expand migration before it and a contract after it");
-    exchange.release(&exchange.declaration("2.0.0"))?;
-    stage.show_until("Live", "2.0.0")?;
-    stage.show_traffic(SHOWN)?;
-
-    heading("kubectl apply: version 2.0.1, which fails its smoke test. It never gets traffic");
-    exchange.release(&exchange.declaration("2.0.1-fails-smoke"))?;
-    stage.show_until("Failed", "2.0.1-fails-smoke")?;
-    let bad = stage.given_up();
-    stage.show_traffic(SHOWN)?;
-
-    heading("kubectl apply: version 2.0.0 with another setting, which is a release of its own …");
+/// A release, and the way back from it.
+fn regret(exchange: &Exchange<'_>, stage: &mut Stage<'_>) -> Result<()> {
     let mut regretted = exchange.declaration("2.0.0");
     if let Some(trade) = regretted
         .pointer_mut("/spec/services/trade")
@@ -93,9 +122,7 @@ pub fn run(session: &Session) -> Result<()> {
     stage.show("the setting is live", |object| {
         is_current(object) && phase_of(object) == "Live" && live_of(object) != before
     })?;
-    heading(
-        "… and is regretted. It is asked to go back, by the annotation that `kubectl exchange rollback` writes",
-    );
+    say("  It is asked to go back, by the annotation that `kubectl exchange rollback` writes.");
     let leave = stage
         .watch
         .sightings()
@@ -105,11 +132,13 @@ pub fn run(session: &Session) -> Result<()> {
     stage.show("the traffic is back", |object| {
         phase_of(object) == "Held" && live_of(object) == before
     })?;
-    stage.show_traffic(SHOWN)?;
+    stage.show_traffic(SHOWN)
+}
 
-    heading("What came of it");
+/// Ends the clients and sums up: nothing has failed, and the version that `bad` is the revision of has never answered.
+fn tell_the_end(mut stage: Stage<'_>, bad: &str) -> Result<()> {
     let load = stage.load.take().context("no load")?;
-    let (table, report) = load.end()?;
+    let (table, report) = step("the clients end, and audit what they have seen", || load.end())?;
     say(&table);
     let live = named(&stage.live());
     for moved in &stage.moves {
@@ -130,10 +159,68 @@ pub fn run(session: &Session) -> Result<()> {
     let answered = report.pointer("/summary/stacks").and_then(Value::as_object);
     let answered = answered.context("the load's report does not say who has answered")?;
     ensure!(
-        !bad.is_empty() && !answered.keys().any(|stack| stack.ends_with(&bad)),
+        !bad.is_empty() && !answered.keys().any(|stack| stack.ends_with(bad)),
         "the version that failed its smoke test has answered: {answered:?}"
     );
-    next_steps(session)
+    Ok(())
+}
+
+/// A part of the demonstration: its number, what it is about, and how long it took.
+fn part<T>(number: usize, title: &str, act: impl FnOnce() -> Result<T>) -> Result<T> {
+    heading(&format!("[{number}/{PARTS}] {title}"));
+    let begun = Instant::now();
+    let done = act()?;
+    let took = begun.elapsed().as_secs_f64();
+    say(format!("  ✓ [{number}/{PARTS}] took {took:.1} s"));
+    Ok(done)
+}
+
+/// Something of a part that takes a while, and shows nothing of itself.
+fn step<T>(title: &str, act: impl FnOnce() -> Result<T>) -> Result<T> {
+    let step = Step::start(title);
+    let done = act()?;
+    step.done();
+    Ok(done)
+}
+
+/// Uses the operator that looks after the demonstration's namespace, or installs one.
+fn have_an_operator(session: &Session, images: &Images) -> Result<()> {
+    match operator_for_all(&Found::on(session)?)? {
+        Some(found) => {
+            let Found { namespace, name, .. } = found;
+            step(
+                &format!("operator {name} of namespace {namespace}, which is there: it is used as it is"),
+                || found.is_ready(session),
+            )
+        }
+        None => step("operator", || {
+            Operator::of_all().install_as(INSTALLER, session, images)
+        }),
+    }
+}
+
+/// Of the operators of a cluster the one to use as it is. There is none if the demonstration has to install its own, or to
+/// bring its own up to date.
+fn operator_for_all(found: &[Found]) -> Result<Option<&Found>> {
+    let others = || found.iter().filter(|it| it.installed_by != INSTALLER);
+    let looks_after = |it: &&Found| it.only.as_deref().is_none_or(|only| only == NAMESPACE);
+    if let Some(found) = others().find(looks_after) {
+        return Ok(Some(found));
+    }
+    if let Some(Found {
+        namespace,
+        name,
+        only,
+        ..
+    }) = others().next()
+    {
+        bail!(
+            "operator {name} of namespace {namespace} looks after namespace {} alone; the demonstration would install one \
+             for all namespaces, and both would do the same work: use another cluster, or one with an operator for all",
+            only.as_deref().unwrap_or_default()
+        );
+    }
+    Ok(None)
 }
 
 /// What a cluster that is not ours has to be able to pull.
@@ -141,7 +228,8 @@ fn needed(images: &Images) -> String {
     let Images { prefix, tag } = images;
     format!(
         "It pulls {prefix}/exchange:1.0.0, {prefix}/exchange:2.0.0, {prefix}/exchange:2.0.1-fails-smoke, \
-         {prefix}/exchange-operator:{tag}, {} and what the stores' chart names (STORES_VALUES=… changes that).",
+         {prefix}/exchange-operator:{tag} unless it has an operator, {} and what the stores' chart names \
+         (STORES_VALUES=… changes that).",
         busybox_image()
     )
 }
@@ -157,30 +245,62 @@ fn remove(session: &Session) -> Result<()> {
 /// # Errors
 /// If the API server refuses it.
 pub fn clean_up(session: &Session) -> Result<()> {
-    let brought = brought_the_operator(session);
-    remove(session)?;
-    // Somebody may have made it their own since.
-    let operator = match Operator::of_all().installed_by(session) {
-        Some(Installer::Us) if brought => {
-            Operator::of_all().uninstall(session)?;
-            "so is the operator, which the demonstration had brought"
+    step(&format!("namespace {NAMESPACE} is removed"), || remove(session))?;
+    let exchanges = ["get", "exchangedeployments", "--all-namespaces", "--output=name"];
+    // Where there is no such API, nobody has any.
+    let exchanges = session.kubectl(&exchanges).unwrap_or_default();
+    let exchanges = exchanges.lines().count();
+    let told = match fate_of_the_operator(&Found::on(session)?, exchanges) {
+        Fate::Goes => {
+            step(
+                "the operator is uninstalled, which the demonstration had installed",
+                || Operator::of_all().uninstall(session),
+            )?;
+            "The API (customresourcedefinition/exchangedeployments.exchange.dev) stays.".to_owned()
         }
-        Some(_) => "the operator stays, which the demonstration had not brought, or which is somebody's now",
-        None => "there is no operator",
+        Fate::IsNeeded => format!(
+            "The operator stays, which the demonstration had installed: {exchanges} other ExchangeDeployments need it."
+        ),
+        Fate::IsSomebodys => "The operator stays, which the demonstration had not installed.".to_owned(),
+        Fate::IsNone => "There is no operator.".to_owned(),
     };
-    say(format!(
-        "Namespace {NAMESPACE} is gone; {operator}. The API \
-         (customresourcedefinition/exchangedeployments.exchange.dev) stays."
-    ));
+    say(told);
+    if let Some(cluster) = &session.cluster {
+        let name = cluster.name();
+        say(format!(
+            "Cluster {name:?} goes on, as it did before; `make down NAME={name}` ends it."
+        ));
+    }
     Ok(())
 }
 
-/// Whether a demonstration has brought the operator, and not found it.
-fn brought_the_operator(session: &Session) -> bool {
-    let annotation = BROUGHT_THE_OPERATOR.replace('.', "\\.");
-    let brought = format!("{{.metadata.annotations.{annotation}}}");
-    let brought = session.get("default", &format!("namespace/{NAMESPACE}"), &brought);
-    brought.is_ok_and(|brought| brought == "true")
+/// What becomes of the operator after a demonstration.
+#[derive(Debug, PartialEq, Eq)]
+enum Fate {
+    /// The demonstration has installed it, and nobody needs it.
+    Goes,
+    /// The demonstration has installed it, and others have come to need it.
+    IsNeeded,
+    /// Somebody else has installed it, or has made it their own since.
+    IsSomebodys,
+    /// There is none.
+    IsNone,
+}
+
+/// With so many ExchangeDeployments of others.
+fn fate_of_the_operator(found: &[Found], exchanges: usize) -> Fate {
+    if found.iter().any(|it| it.installed_by == INSTALLER) {
+        return if exchanges == 0 {
+            Fate::Goes
+        } else {
+            Fate::IsNeeded
+        };
+    }
+    if found.is_empty() {
+        Fate::IsNone
+    } else {
+        Fate::IsSomebodys
+    }
 }
 
 fn next_steps(session: &Session) -> Result<()> {
@@ -405,4 +525,52 @@ fn message(object: &Value) -> String {
         Some(text(condition, "/message").to_owned())
     };
     says("Ready").unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn operator(only: Option<&str>, installed_by: &str) -> Found {
+        Found {
+            namespace: "platform".to_owned(),
+            name: "exchange-operator".to_owned(),
+            only: only.map(str::to_owned),
+            installed_by: installed_by.to_owned(),
+        }
+    }
+
+    #[test]
+    fn an_operator_that_is_there_is_used_and_one_is_installed_if_there_is_none() {
+        let is_used = |found: &[Found]| operator_for_all(found).unwrap().is_some();
+        assert!(!is_used(&[]));
+        assert!(is_used(&[operator(None, "")]));
+        assert!(is_used(&[operator(None, "tests")]));
+        assert!(is_used(&[
+            operator(Some("prod"), ""),
+            operator(Some(NAMESPACE), "")
+        ]));
+        // Its own is brought up to date.
+        assert!(!is_used(&[operator(None, INSTALLER)]));
+        assert!(is_used(&[operator(None, INSTALLER), operator(None, "")]));
+        // One for all would work beside it.
+        let refused = operator_for_all(&[operator(Some("prod"), "")]).unwrap_err();
+        assert!(refused.to_string().contains("namespace prod alone"), "{refused}");
+    }
+
+    #[test]
+    fn only_an_operator_that_the_demonstration_has_installed_and_nobody_needs_is_removed() {
+        let mine = operator(None, INSTALLER);
+        let theirs = operator(None, "");
+        for (found, exchanges, fate) in [
+            (vec![], 0, Fate::IsNone),
+            (vec![mine.clone()], 0, Fate::Goes),
+            (vec![mine], 1, Fate::IsNeeded),
+            (vec![theirs.clone()], 0, Fate::IsSomebodys),
+            (vec![theirs], 1, Fate::IsSomebodys),
+            (vec![operator(None, "tests")], 0, Fate::IsSomebodys),
+        ] {
+            assert_eq!(fate_of_the_operator(&found, exchanges), fate, "{found:?}");
+        }
+    }
 }

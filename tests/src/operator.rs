@@ -7,9 +7,10 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use serde_json::Value;
 
 use crate::{
-    exchange::{Images, chart},
+    exchange::{Images, chart, text},
     kubectl::{Session, processes_of},
     sandbox::wait_until,
 };
@@ -19,20 +20,63 @@ pub const OPERATOR_NAMESPACE: &str = "exchange-operator";
 /// Names of the chart's release, its ServiceAccount and its Lease.
 pub const OPERATOR: &str = "exchange-operator";
 
-/// What Helm says of a release that tests have installed.
-const DESCRIPTION: &str = "installed by the end-to-end tests";
+/// Annotation of its pods that says who has installed it: the tests, or the demonstration. It is one of the values of the
+/// chart's release, so that whoever upgrades that with values of their own takes it away, and with it our claim.
+const INSTALLED_BY: &str = "exchange.dev/installed-by";
+/// How the tests sign.
+const TESTS: &str = "tests";
 /// Its program's name, as far as the kernel keeps it.
 const PROCESS: &str = "exchange-oper";
 /// How long another replica may take to lead: many times a lease.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// Who has installed an operator.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Installer {
-    /// The tests, or the demonstration.
-    Us,
-    /// Somebody who is not to be disturbed.
-    SomebodyElse,
+/// An operator as it is found on a cluster, whatever its release is called.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Where it runs.
+    pub namespace: String,
+    /// Name of its Deployment.
+    pub name: String,
+    /// The only namespace that it looks after; `None` if it looks after all.
+    pub only: Option<String>,
+    /// How whoever installed it has signed; empty if that was neither the tests nor the demonstration.
+    pub installed_by: String,
+}
+
+impl Found {
+    /// All operators of a cluster.
+    ///
+    /// # Errors
+    /// If the API server does not list them.
+    pub fn on(session: &Session) -> Result<Vec<Self>> {
+        let ours = format!("--selector=app.kubernetes.io/name={OPERATOR}");
+        let list = ["get", "deployments", "--all-namespaces", &ours, "--output=json"];
+        let list: Value = serde_json::from_str(&session.kubectl(&list)?)?;
+        let deployments = list.get("items").and_then(Value::as_array);
+        Ok(deployments.into_iter().flatten().map(Self::of).collect())
+    }
+
+    fn of(deployment: &Value) -> Self {
+        let environment = deployment.pointer("/spec/template/spec/containers/0/env");
+        let mut environment = environment.and_then(Value::as_array).into_iter().flatten();
+        let only = environment.find(|it| text(it, "/name") == "EXCHANGE_OPERATOR_NAMESPACE");
+        let annotation = INSTALLED_BY.replace('/', "~1");
+        let installed_by = format!("/spec/template/metadata/annotations/{annotation}");
+        Self {
+            namespace: text(deployment, "/metadata/namespace").to_owned(),
+            name: text(deployment, "/metadata/name").to_owned(),
+            only: only.map(|it| text(it, "/value").to_owned()),
+            installed_by: text(deployment, &installed_by).to_owned(),
+        }
+    }
+
+    /// Waits until all its replicas are ready.
+    ///
+    /// # Errors
+    /// If they do not become ready.
+    pub fn is_ready(&self, session: &Session) -> Result<()> {
+        rolled_out(session, &self.namespace, &self.name)
+    }
 }
 
 /// An installation of the operator.
@@ -62,24 +106,36 @@ impl Operator {
         }
     }
 
-    /// Installs it, or brings it to this state. On a cluster that is not ours, one that somebody else has installed is left
-    /// alone.
+    /// Installs it for the tests, or brings it to this state. On a cluster that is not ours, one that somebody else has
+    /// installed is left alone.
     ///
     /// # Errors
     /// If it does not become ready, or is somebody else's.
     pub fn install(&self, session: &Session, images: &Images) -> Result<()> {
-        ensure!(
-            session.cluster.is_some() || self.installed_by(session) != Some(Installer::SomebodyElse),
-            "release {OPERATOR} in namespace {} was not installed by these tests, so it is left alone: \
-             uninstall it, or use another cluster",
-            self.namespace
-        );
+        if session.cluster.is_none() {
+            let mut found = Found::on(session)?.into_iter();
+            ensure!(
+                !found.any(|it| it.namespace == self.namespace && it.installed_by.is_empty()),
+                "the operator in namespace {} was not installed by these tests, so it is left alone: uninstall it, or use \
+                 another cluster",
+                self.namespace
+            );
+        }
+        self.install_as(TESTS, session, images)
+    }
+
+    /// Installs it, or brings it to this state, and signs.
+    ///
+    /// # Errors
+    /// If it does not become ready.
+    pub fn install_as(&self, installer: &str, session: &Session, images: &Images) -> Result<()> {
         let repository = format!("image.repository={}/exchange-operator", images.prefix);
         let tag = format!("image.tag={}", images.tag);
         let chart = chart("exchange-operator");
         let mut args = vec!["upgrade", "--install", OPERATOR, &chart];
         args.extend(["--namespace", &self.namespace, "--create-namespace"]);
-        args.extend(["--description", DESCRIPTION]);
+        let signed = format!("podAnnotations.{}={installer}", INSTALLED_BY.replace('.', "\\."));
+        args.extend(["--set-string", &signed]);
         args.extend(["--set", &repository, "--set", &tag, "--wait", "--timeout", "180s"]);
         let loaded;
         if session.cluster.is_some() {
@@ -100,19 +156,6 @@ impl Operator {
         installed
             .map(drop)
             .with_context(|| session.circumstances(&self.namespace))
-    }
-
-    /// Who has installed what is there, if it is there.
-    #[must_use]
-    pub fn installed_by(&self, session: &Session) -> Option<Installer> {
-        let status = session.helm(&["status", OPERATOR, "--namespace", &self.namespace]);
-        status.ok().map(|status| {
-            if status.contains(DESCRIPTION) {
-                Installer::Us
-            } else {
-                Installer::SomebodyElse
-            }
-        })
     }
 
     /// Removes it. The CustomResourceDefinition stays, and all exchanges with it.
@@ -164,12 +207,16 @@ impl Operator {
     /// # Errors
     /// If they do not become ready.
     pub fn recovers(&self, session: &Session) -> Result<()> {
-        let deployment = format!("deployment/{OPERATOR}");
-        let status = ["rollout", "status", &deployment, "--namespace", &self.namespace];
-        session
-            .kubectl(&[&status[..], &["--timeout=120s"]].concat())
-            .map(drop)
+        rolled_out(session, &self.namespace, OPERATOR)
     }
+}
+
+fn rolled_out(session: &Session, namespace: &str, name: &str) -> Result<()> {
+    let deployment = format!("deployment/{name}");
+    let status = ["rollout", "status", &deployment, "--namespace", namespace];
+    session
+        .kubectl(&[&status[..], &["--timeout=120s"]].concat())
+        .map(drop)
 }
 
 /// Installs the operator [of all](Operator::of_all) namespaces.
@@ -277,5 +324,33 @@ impl<'a> Leader<'a> {
 
     fn signal(&self, signal: Signal) -> Result<()> {
         kill(self.process, signal).with_context(|| format!("cannot send {signal} to pod {}", self.pod))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn an_operator_tells_what_it_looks_after_and_who_has_installed_it() {
+        let deployment = |environment: Value, annotations: Value| {
+            json!({"metadata": {"namespace": "platform", "name": "blue-exchange-operator"},
+                   "spec": {"template": {"metadata": {"annotations": annotations},
+                                         "spec": {"containers": [{"env": environment}]}}}})
+        };
+        let found = |only: Option<&str>, installed_by: &str| Found {
+            namespace: "platform".to_owned(),
+            name: "blue-exchange-operator".to_owned(),
+            only: only.map(str::to_owned),
+            installed_by: installed_by.to_owned(),
+        };
+        let log = json!({"name": "RUST_LOG", "value": "info"});
+        let of_all = deployment(json!([log]), Value::Null);
+        assert_eq!(Found::of(&of_all), found(None, ""));
+        let only = json!({"name": "EXCHANGE_OPERATOR_NAMESPACE", "value": "prod"});
+        let of_one = deployment(json!([log, only]), json!({"exchange.dev/installed-by": "demo"}));
+        assert_eq!(Found::of(&of_one), found(Some("prod"), "demo"));
     }
 }
