@@ -578,8 +578,16 @@ async fn log_in_all(client: &Client, traders: &mut [Trader], run: &Run) {
         let intended = run.start.elapsed();
         let (status, stack, error) = match client.log_in(trader).await {
             Ok(stack) => (Some(200), stack, None),
-            Err(CallError::Status { status, stack, .. }) => (Some(status.as_u16()), stack, None),
-            Err(error) => (None, None, Some(error.to_string())),
+            Err(CallError::Status {
+                status,
+                stack,
+                retry_after,
+                ..
+            }) => {
+                let fault = link::fault(status, retry_after.is_some());
+                (Some(status.as_u16()), stack, fault.map(str::to_owned))
+            }
+            Err(error) => (None, None, Some(link::failure(&error))),
         };
         locked(&run.records).push(Record {
             intended,
@@ -829,9 +837,21 @@ mod tests {
             let headers = [(crate::role::STACK_HEADER, "blue-def")];
             (StatusCode::SERVICE_UNAVAILABLE, headers, "{}")
         };
-        for (answer, status, stack, token) in [
-            (axum::routing::post(login), 200, "green-abc", "new"),
-            (axum::routing::post(busy), 503, "blue-def", ""),
+        let busy_for_a_while = async || {
+            let headers = [(crate::role::STACK_HEADER, "blue-def"), ("retry-after", "2")];
+            (StatusCode::SERVICE_UNAVAILABLE, headers, "{}")
+        };
+        let unannounced = "status 503 without Retry-After";
+        for (answer, status, stack, token, failure) in [
+            (axum::routing::post(login), 200, "green-abc", "new", None),
+            (axum::routing::post(busy), 503, "blue-def", "", Some(unannounced)),
+            (
+                axum::routing::post(busy_for_a_while),
+                503,
+                "blue-def",
+                "",
+                Some("status 503"),
+            ),
         ] {
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
             let url = format!("http://{}", listener.local_addr().unwrap());
@@ -857,6 +877,7 @@ mod tests {
             let records = locked(&run.records).clone();
             assert_eq!(records[0].status, Some(status));
             assert_eq!(records[0].stack.as_deref(), Some(stack));
+            assert_eq!(records[0].failure().as_deref(), failure);
             assert_eq!(run.token(0), token);
         }
     }

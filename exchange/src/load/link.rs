@@ -3,6 +3,7 @@
 
 use std::{
     convert::Infallible,
+    error::Error,
     io,
     pin::Pin,
     sync::{
@@ -13,7 +14,6 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context;
 use bytes::Bytes;
 use futures::stream;
 use http::{Request, Response, StatusCode, header};
@@ -30,6 +30,7 @@ use tokio::{
 };
 
 use super::record::Record;
+use crate::trader::CallError;
 
 /// A request's body.
 pub(crate) type Body = UnsyncBoxBody<Bytes, Infallible>;
@@ -41,6 +42,12 @@ const FRAME_HEADER: usize = 9;
 const GOAWAY: u8 = 7;
 /// Whoever is told to try again has to be told when.
 const NO_RETRY_AFTER: &str = "status 503 without Retry-After";
+/// How a failure begins that says that nobody took the connection, or that it broke: so it is when a server has died, and no
+/// server that lives may bring it about.
+const CONNECT: &str = "connect";
+const LOST: &str = "connection lost";
+/// The same of one that has not come to an end in time.
+const LATE: &str = "timeout";
 
 /// What connections did beside carrying requests.
 #[derive(Debug, Default)]
@@ -214,15 +221,16 @@ impl Link {
         }
     }
 
-    async fn connect(&self) -> anyhow::Result<Sender> {
+    async fn connect(&self) -> Result<Sender, String> {
         self.events.connects.fetch_add(1, Ordering::Relaxed);
-        let stream = TcpStream::connect(&self.authority).await.context("connect")?;
-        stream.set_nodelay(true)?;
+        let failed = |error: io::Error| format!("{CONNECT}: {error}");
+        let stream = TcpStream::connect(&self.authority).await.map_err(failed)?;
+        stream.set_nodelay(true).map_err(failed)?;
         Ok(match self.protocol {
             Protocol::Http1 => {
                 let (sender, connection) = http1::handshake(TokioIo::new(stream))
                     .await
-                    .context("handshake")?;
+                    .map_err(|error| words(&error))?;
                 tokio::spawn(connection);
                 Sender::Http1(sender)
             }
@@ -237,7 +245,7 @@ impl Link {
                 let io = TokioIo::new(join(reader, writer));
                 let (sender, connection) = http2::handshake(TokioExecutor::new(), io)
                     .await
-                    .context("handshake")?;
+                    .map_err(|error| words(&error))?;
                 tokio::spawn(connection);
                 Sender::Http2(Shared { sender, fate })
             }
@@ -250,7 +258,7 @@ impl Link {
         if let Ok(result) = tokio::time::timeout(TIMEOUT, self.exchange(request)).await {
             return result;
         }
-        Err("timeout".to_owned())
+        Err(LATE.to_owned())
     }
 
     async fn exchange(&self, request: MakeRequest<'_>) -> Result<Answered, String> {
@@ -275,7 +283,7 @@ impl Link {
             };
             let mut sender = match kept {
                 Some(sender) => sender,
-                None => match self.connect().await.map_err(|error| format!("{error:#}"))? {
+                None => match self.connect().await? {
                     Sender::Http1(sender) => sender,
                     Sender::Http2(_) => return Err("wrong protocol".to_owned()),
                 },
@@ -309,7 +317,7 @@ impl Link {
                 };
                 match kept {
                     Some(carried) => carried,
-                    None => match self.connect().await.map_err(|error| format!("{error:#}"))? {
+                    None => match self.connect().await? {
                         Sender::Http2(made) => {
                             *slot = Some(Sender::Http2(made.clone()));
                             let carried = Carried::on(&made.fate);
@@ -358,7 +366,7 @@ impl Link {
 /// Whether the server has announced the end of the connection before it took this request (RFC 9113, section 6.8: the
 /// streams that it still answers are those that it names, and these do not end with this error).
 fn said_goodbye(error: &hyper::Error) -> bool {
-    let source = std::error::Error::source(error);
+    let source = error.source();
     let error = source.and_then(|source| source.downcast_ref::<h2::Error>());
     error.is_some_and(|error| {
         error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR)
@@ -380,9 +388,8 @@ async fn read(response: Response<Incoming>) -> Result<Answered, String> {
         .get(crate::role::STACK_HEADER)
         .and_then(|value| value.to_str().ok());
     let stack = stack.map(ToOwned::to_owned);
-    let unavailable = response.status() == StatusCode::SERVICE_UNAVAILABLE;
-    let fault =
-        (unavailable && !response.headers().contains_key(header::RETRY_AFTER)).then_some(NO_RETRY_AFTER);
+    let says_when = response.headers().contains_key(header::RETRY_AFTER);
+    let fault = fault(response.status(), says_when);
     let body = response
         .into_body()
         .collect()
@@ -397,15 +404,44 @@ async fn read(response: Response<Incoming>) -> Result<Answered, String> {
     })
 }
 
-/// A failure in words of which there are few, so that they can be counted.
-fn words(error: &hyper::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
+/// What is wrong with an answer of this status that says when to try again, or does not.
+pub(crate) fn fault(status: StatusCode, says_when: bool) -> Option<&'static str> {
+    (status == StatusCode::SERVICE_UNAVAILABLE && !says_when).then_some(NO_RETRY_AFTER)
+}
+
+/// Why a call had no good answer, in the words of a [`Link`].
+pub(crate) fn failure(error: &CallError) -> String {
+    match error {
+        CallError::Transport { source, .. } if source.is_timeout() => LATE.to_owned(),
+        CallError::Transport { source, .. } if source.is_connect() => format!("{CONNECT}: {error}"),
+        CallError::Transport { source, .. } => words(source),
+        _ => error.to_string(),
     }
-    text
+}
+
+/// A failure in words of which there are few, so that they can be counted.
+fn words(error: &(dyn Error + 'static)) -> String {
+    let causes = || std::iter::successors(Some(error), |&error| error.source());
+    let text = causes().map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    if causes().any(is_loss) {
+        format!("{LOST}: {text}")
+    } else {
+        text
+    }
+}
+
+/// Whether the connection has broken, and no rule of its protocol: what is not understood is another failure.
+fn is_loss(error: &(dyn Error + 'static)) -> bool {
+    if let Some(error) = error.downcast_ref::<io::Error>() {
+        return !matches!(
+            error.kind(),
+            io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput
+        );
+    }
+    if let Some(error) = error.downcast_ref::<hyper::Error>() {
+        return error.is_incomplete_message() || error.is_closed() || error.is_canceled();
+    }
+    error.downcast_ref::<h2::Error>().is_some_and(h2::Error::is_io)
 }
 
 /// The record of a request that has ended.
@@ -427,7 +463,12 @@ pub(crate) fn record(template: Record, result: &Result<Answered, String>) -> Rec
 #[cfg(test)]
 mod tests {
     use hyper::{server::conn as server, service::service_fn};
-    use tokio::{net::TcpListener, sync::Notify, time::sleep};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+        sync::Notify,
+        time::sleep,
+    };
 
     use super::*;
 
@@ -533,5 +574,54 @@ mod tests {
         };
         let answered = link.send(&request).await.unwrap();
         assert_eq!((answered.status, answered.fault), (503, Some(NO_RETRY_AFTER)));
+    }
+
+    /// What is said of a request to a server that says this to whoever connects, and nothing more.
+    async fn failure_after(protocol: Protocol, says: &'static [u8]) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let authority = listener.local_addr().unwrap().to_string();
+        tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut buffer = [0; 1_024];
+                stream.read(&mut buffer).await.unwrap();
+                stream.write_all(says).await.unwrap();
+                stream.shutdown().await.unwrap();
+                // Who hangs up on unread bytes resets the connection, and takes back what it has said.
+                while stream.read(&mut buffer).await.is_ok_and(|read| read > 0) {}
+            }
+        });
+        let link = Link::new(authority.clone(), protocol, Arc::new(Events::default()));
+        let request = || {
+            let request = Request::get(format!("http://{authority}/")).body(body(Bytes::new(), None));
+            request.map_err(|error| error.to_string())
+        };
+        link.send(&request).await.err().unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_breaks_is_told_from_an_answer_that_breaks_the_rules() {
+        let lost = |text: &str| text.starts_with(LOST);
+        let cut_off = b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf";
+        let cases: [(Protocol, &[u8], bool); 5] = [
+            (Protocol::Http1, b"", true),
+            (Protocol::Http1, cut_off, true),
+            (Protocol::Http1, b"nonsense\r\n\r\n", false),
+            (Protocol::Http2, b"", true),
+            (Protocol::Http2, b"nonsense, and more of it", false),
+        ];
+        for (protocol, says, is_lost) in cases {
+            let told = failure_after(protocol, says).await;
+            assert_eq!(lost(&told), is_lost, "{protocol:?}: {told}");
+        }
+        let nobody = TcpListener::bind("127.0.0.1:0")
+            .await
+            .unwrap()
+            .local_addr()
+            .unwrap();
+        let link = Link::new(nobody.to_string(), Protocol::Http2, Arc::new(Events::default()));
+        let request = || Ok(Request::new(body(Bytes::new(), None)));
+        let told = link.send(&request).await.err().unwrap();
+        assert!(told.starts_with(CONNECT) && !lost(&told), "{told}");
     }
 }
