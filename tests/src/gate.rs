@@ -75,7 +75,7 @@ pub struct Seen {
 pub enum Moment {
     /// The write is never done.
     Before,
-    /// Killed while the API server is at it, which may or may not carry it out.
+    /// Killed as soon as the gate has let it through: the API server is at it, and the operator may or may not have heard.
     During,
     /// The write is done, and the operator never hears of it.
     After,
@@ -274,8 +274,8 @@ impl<'a> Gate<'a> {
                 self.decide(false)
             }
             Moment::During => {
-                leader.kill()?;
-                self.decide(true)
+                self.decide(true)?;
+                leader.kill()
             }
             Moment::After => {
                 leader.stop()?;

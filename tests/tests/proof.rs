@@ -24,7 +24,8 @@ use serde_json::{Value, json};
 use testbed::{
     broker::{Asked, Broker},
     exchange::{
-        Api, Exchange, Load, NAME, PATIENCE, Pod, Watch, is_current, is_given_up, phase_of, text, token,
+        Api, Exchange, Load, NAME, PATIENCE, Pod, Progress, Watch, is_current, is_given_up, phase_of, text,
+        token,
     },
     gate::{Gate, Hold, Moment},
     kubectl::Namespace,
@@ -422,12 +423,13 @@ impl Holder {
 fn case_2_a_migration_and_the_way_back() {
     let ground = Ground::shared();
     let namespace = case(&ground, 2, "migration");
-    let mut trading = Trading::begin(&ground, &namespace, "1.0.0");
+    let mut trading = Trading::deploy(&ground, &namespace, |exchange| two_of_each(exchange, "1.0.0"));
+    trading.start_load();
     let first = trading.revision("live");
     let holder = Holder::join(&mut trading.exchange.api().unwrap());
 
     // Forward, where an account is frozen: version 2 keeps that in a table of its own, and says since when.
-    let declaration = trading.exchange.declaration("2.0.0");
+    let declaration = two_of_each(&trading.exchange, "2.0.0");
     trading.exchange.release(&declaration).unwrap();
     trading.until_live_after(&first);
     let second = trading.revision("live");
@@ -437,8 +439,8 @@ fn case_2_a_migration_and_the_way_back() {
     let open = "select count(*) from freezes where lifted_at is null";
     assert_eq!(trading.exchange.sql(open).unwrap().trim(), "1");
 
-    // Back before the contract, and version 1's pods anew: they serve on what version 2 has written. They are one of each
-    // service, and restarted by hand, so that this is no release: it comes between two loads.
+    // Back before the contract, and version 1's pods anew, one after the other: they serve on what version 2 has written, and
+    // no client notices that they are others.
     let begun = Instant::now();
     let leave = token(trading.last(), "live");
     trading.exchange.ask("rollback", &leave).unwrap();
@@ -448,23 +450,9 @@ fn case_2_a_migration_and_the_way_back() {
     let back = u64::try_from(begun.elapsed().as_millis()).unwrap();
     namespace.note("rollback_milliseconds_from_asking", back);
     trading.trade(300);
-    let report = trading.end_load();
-    assert_eq!(
-        revisions_that_answered(&report),
-        sorted([first.clone(), second.clone()])
-    );
-    let before = trading.exchange.pods(&first).unwrap();
-    let pods = before.iter().map(|pod| pod.name.as_str());
-    let delete = ["delete", "pods", "--namespace", &namespace.name, "--wait=false"];
-    let delete: Vec<&str> = delete.into_iter().chain(pods).collect();
-    ground.session.kubectl(&delete).unwrap();
-    wait_until("version 1's pods to be others", PATIENCE, || {
-        let pods = trading.exchange.pods(&first).unwrap();
-        let is_new = |pod: &Pod| pod.ready && before.iter().all(|old| old.uid != pod.uid);
-        pods.len() == before.len() && pods.iter().all(is_new)
-    })
-    .unwrap();
-    trading.start_load();
+    let restarted = restart_each_pod(&trading, &first);
+    namespace.note("pods_of_version_1_restarted", restarted);
+    trading.trade(300);
     let api = holder.api(&trading, &first);
     let frozen = holder.account(&api);
     assert_eq!(text(&frozen, "/state"), "frozen", "{frozen}");
@@ -518,6 +506,45 @@ fn case_2_a_migration_and_the_way_back() {
     assert!(text(refusal, "/message").starts_with(why), "{refusal}");
     let report = trading.end_well();
     assert_eq!(revisions_that_answered(&report), sorted([first, second]));
+}
+
+/// Two pods of each service, so that one serves while the other is not there.
+fn two_of_each(exchange: &Exchange<'_>, version: &str) -> Value {
+    let mut declaration = exchange.declaration(version);
+    for service in SERVICES {
+        declaration["spec"]["services"][service]["replicas"] = json!(2);
+    }
+    declaration
+}
+
+/// Replaces the pods of a stack as a drained node would, of each service one at a time. Says how many.
+fn restart_each_pod(trading: &Trading<'_>, stack: &str) -> usize {
+    let all = || trading.exchange.pods(stack).unwrap();
+    let of_each =
+        |pods: &[Pod]| SERVICES.map(|service| pods.iter().filter(|it| it.service == service).count());
+    let before = all();
+    assert_eq!(of_each(&before), [2; 3], "{before:?}");
+    for number in 0..2 {
+        let leaves = SERVICES.map(|service| {
+            let mut of_service = before.iter().filter(|pod| pod.service == service);
+            of_service.nth(number).unwrap()
+        });
+        let names = leaves.iter().map(|pod| pod.name.as_str());
+        let namespace = ["--namespace", &trading.namespace.name, "--wait=false"];
+        let delete: Vec<&str> = ["delete", "pods"]
+            .into_iter()
+            .chain(namespace)
+            .chain(names)
+            .collect();
+        trading.ground.session.kubectl(&delete).unwrap();
+        wait_until("other pods in their places", PATIENCE, || {
+            let pods = all();
+            let is_gone = |old: &&Pod| pods.iter().all(|pod| pod.uid != old.uid);
+            of_each(&pods) == [2; 3] && pods.iter().all(|pod| pod.ready) && leaves.iter().all(is_gone)
+        })
+        .unwrap();
+    }
+    before.len()
 }
 
 /// Trades of which not both orders are of the trade's own lane.
@@ -987,13 +1014,25 @@ mod alone {
         /// Of a release with so many writes.
         fn of(writes: usize) -> Self {
             let mut waiting: Vec<Kill> = Vec::new();
-            let wanted = if every_write() {
-                waiting.extend((0..writes).flat_map(|number| Moment::ALL.map(|moment| (number, moment))));
+            let named: Option<Vec<usize>> = if every_write() {
+                Some((0..writes).collect())
+            } else {
+                writes_named()
+            };
+            let wanted = if let Some(numbers) = named {
+                assert!(
+                    numbers.iter().all(|it| *it < writes),
+                    "a release has {writes} writes: {numbers:?}"
+                );
+                let at_each = |number| Moment::ALL.map(|moment| (number, moment));
+                waiting.extend(numbers.into_iter().flat_map(at_each));
                 waiting.len()
             } else {
                 let seed = std::env::var("SEED");
                 let seed: u64 = seed.map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
-                say(format!("SEED={seed} chooses the same writes again"));
+                say(format!(
+                    "SEED={seed} chooses the same writes again, WRITES=3,17 those of these numbers"
+                ));
                 let mut numbers: Vec<usize> = (0..writes).collect();
                 numbers.shuffle(&mut StdRng::seed_from_u64(seed));
                 waiting.extend(numbers.into_iter().zip(Moment::ALL.into_iter().cycle()));
@@ -1032,6 +1071,17 @@ mod alone {
 
     fn every_write() -> bool {
         std::env::var("EVERY_WRITE").is_ok_and(|it| it == "1")
+    }
+
+    /// The writes of `WRITES=3,17`, to kill at them again.
+    fn writes_named() -> Option<Vec<usize>> {
+        let numbers = std::env::var("WRITES").ok()?;
+        Some(
+            numbers
+                .split(',')
+                .map(|number| number.trim().parse().unwrap())
+                .collect(),
+        )
     }
 
     /// An exchange with an operator of its own.
@@ -1121,7 +1171,7 @@ mod alone {
             });
             assert!(
                 waited.is_ok(),
-                "{name}: it ended as\n{:#}\nand undisturbed as\n{undisturbed:#}",
+                "{name} (WRITES={number} does it again): it ended as\n{:#}\nand undisturbed as\n{undisturbed:#}",
                 end()
             );
             self.operator.recovers(&self.ground.session).unwrap();
@@ -1161,8 +1211,8 @@ mod alone {
         declaration
     }
 
-    /// Six writes of a release, each moment twice; SEED=… chooses the same again. With EVERY_WRITE=1 (`make e2e-long`) all of
-    /// them, at all moments.
+    /// Six writes of a release, each moment twice; SEED=… chooses the same again. With WRITES=3,17 those, with EVERY_WRITE=1
+    /// (`make e2e-long`) all of them, at all moments.
     #[test]
     #[ignore = "needs a cluster: make e2e"]
     fn case_4_the_operator_is_killed() {
@@ -1193,6 +1243,10 @@ mod alone {
         assert_eq!(kills, plan.wanted, "not reached: {:?}", plan.waiting);
     }
 
+    /// In so many requests every connection of case 5 has its turn: one of twenty goes to the user service and one to the
+    /// notification service, and at each of them twenty clients wait in a line.
+    const ROUND: u64 = 500;
+
     /// A time in which requests may fail, in milliseconds since 1970.
     #[derive(Clone, Copy, Debug)]
     struct Window {
@@ -1214,13 +1268,7 @@ mod alone {
     fn case_5_pods_and_the_database_end_during_the_swap() {
         let ground = Ground::alone();
         let namespace = case(&ground, 5, "disturbed");
-        let declaration = |exchange: &Exchange<'_>| {
-            let mut declaration = exchange.declaration("1.0.0");
-            for service in SERVICES {
-                declaration["spec"]["services"][service]["replicas"] = json!(2);
-            }
-            declaration
-        };
+        let declaration = |exchange: &Exchange<'_>| two_of_each(exchange, "1.0.0");
         let mut trading = Trading::deploy(&ground, &namespace, declaration);
         trading.start_load();
         let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
@@ -1312,7 +1360,17 @@ mod alone {
         assert!(trading.is_promoting());
         gate.decide(true).unwrap();
         ends_well(&mut trading, &release);
-        trading.trade(200);
+        // Who had a connection to one of them has used it again after so many requests, and found it closed.
+        trading.trade(ROUND);
+        let recovered = so_far(&trading);
+        trading.trade(500);
+        let afterwards = so_far(&trading);
+        let harm = |progress: &Progress| (progress.failed, progress.closed_without_notice);
+        assert_eq!(
+            harm(&afterwards),
+            harm(&recovered),
+            "requests failed, or connections were closed without notice, when the killed pods were long replaced"
+        );
 
         let (table, report) = trading.load.take().unwrap().end().unwrap();
         say(&table);
@@ -1337,7 +1395,8 @@ mod alone {
         for request in failed {
             let (begun, ended) = (at(request, "intended_ms"), at(request, "ended_ms"));
             let failure = text(request, "/failure");
-            // The database's absence is told, with when to come back; killed pods tell nothing.
+            // The database's absence is told, with when to come back (`exchange load` calls it another failure if it is not);
+            // killed pods tell nothing: nobody takes the connection, it breaks, or the answer is late.
             if database.has(begun, ended) {
                 assert_eq!(failure, "status 503", "{request}");
                 counts[0] += 1;
@@ -1346,7 +1405,13 @@ mod alone {
                     pods.has(begun, ended),
                     "{request}: neither {database:?} nor {pods:?}"
                 );
-                assert!(!failure.starts_with("status "), "{request}");
+                let is_of_the_dead = |words: &&str| failure.starts_with(*words);
+                assert!(
+                    ["connect: ", "connection lost: ", "timeout"]
+                        .iter()
+                        .any(is_of_the_dead),
+                    "{request}"
+                );
                 counts[1] += 1;
             }
         }
