@@ -247,9 +247,12 @@ fn remove(session: &Session) -> Result<()> {
 pub fn clean_up(session: &Session) -> Result<()> {
     step(&format!("namespace {NAMESPACE} is removed"), || remove(session))?;
     let exchanges = ["get", "exchangedeployments", "--all-namespaces", "--output=name"];
-    // Where there is no such API, nobody has any.
-    let exchanges = session.kubectl(&exchanges).unwrap_or_default();
-    let exchanges = exchanges.lines().count();
+    let exchanges = match session.kubectl(&exchanges) {
+        Ok(exchanges) => exchanges.lines().count(),
+        // Where there is no such API, nobody has any.
+        Err(error) if error.to_string().contains("doesn't have a resource type") => 0,
+        Err(error) => return Err(error),
+    };
     let told = match fate_of_the_operator(&Found::on(session)?, exchanges) {
         Fate::Goes => {
             step(
