@@ -44,7 +44,7 @@ pub struct Found {
 }
 
 impl Found {
-    /// All operators of a cluster.
+    /// All operators of a cluster, but for those that are being deleted.
     ///
     /// # Errors
     /// If the API server does not list them.
@@ -53,7 +53,13 @@ impl Found {
         let list = ["get", "deployments", "--all-namespaces", &ours, "--output=json"];
         let list: Value = serde_json::from_str(&session.kubectl(&list)?)?;
         let deployments = list.get("items").and_then(Value::as_array);
-        Ok(deployments.into_iter().flatten().map(Self::of).collect())
+        let stays = |it: &&Value| it.pointer("/metadata/deletionTimestamp").is_none();
+        Ok(deployments
+            .into_iter()
+            .flatten()
+            .filter(stays)
+            .map(Self::of)
+            .collect())
     }
 
     fn of(deployment: &Value) -> Self {
@@ -152,9 +158,8 @@ impl Operator {
         if self.of_one {
             args.extend(["--set", &one]);
         }
-        let installed = session.helm(&args);
-        installed
-            .map(drop)
+        let done = session.helm(&args);
+        done.map(drop)
             .with_context(|| session.circumstances(&self.namespace))
     }
 
