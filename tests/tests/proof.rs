@@ -24,8 +24,7 @@ use serde_json::{Value, json};
 use testbed::{
     broker::{Asked, Broker},
     exchange::{
-        Api, Exchange, Load, NAME, PATIENCE, Pod, Progress, Watch, is_current, is_given_up, phase_of, text,
-        token,
+        Api, Exchange, Load, NAME, PATIENCE, Pod, Watch, is_current, is_given_up, phase_of, text, token,
     },
     gate::{Gate, Hold, Moment},
     kubectl::Namespace,
@@ -1360,17 +1359,7 @@ mod alone {
         assert!(trading.is_promoting());
         gate.decide(true).unwrap();
         ends_well(&mut trading, &release);
-        // Who had a connection to one of them has used it again after so many requests, and found it closed.
-        trading.trade(ROUND);
-        let recovered = so_far(&trading);
-        trading.trade(500);
-        let afterwards = so_far(&trading);
-        let harm = |progress: &Progress| (progress.failed, progress.closed_without_notice);
-        assert_eq!(
-            harm(&afterwards),
-            harm(&recovered),
-            "requests failed, or connections were closed without notice, when the killed pods were long replaced"
-        );
+        assert_recovered(&trading);
 
         let (table, report) = trading.load.take().unwrap().end().unwrap();
         say(&table);
@@ -1381,6 +1370,19 @@ mod alone {
         // The audit has asked for each order once more, with the same key, and the ledger itself.
         assert_audited(&table, &report);
         judge(&namespace, &report, database, pods);
+    }
+
+    /// When the killed pods are long replaced, nothing fails, and no connection is closed without notice any more.
+    fn assert_recovered(trading: &Trading<'_>) {
+        let harm = || {
+            let so_far = trading.load.as_ref().unwrap().progress();
+            (so_far.failed, so_far.closed_without_notice)
+        };
+        // Who had a connection to one of them has used it again after so many requests, and found it closed.
+        trading.trade(ROUND);
+        let recovered = harm();
+        trading.trade(500);
+        assert_eq!(harm(), recovered, "failed, and closed without notice");
     }
 
     /// Whether all that went wrong did so in one of these times, and as it should.

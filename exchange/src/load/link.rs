@@ -584,7 +584,7 @@ mod tests {
             loop {
                 let (mut stream, _) = listener.accept().await.unwrap();
                 let mut buffer = [0; 1_024];
-                stream.read(&mut buffer).await.unwrap();
+                assert!(stream.read(&mut buffer).await.unwrap() > 0, "nobody has asked");
                 stream.write_all(says).await.unwrap();
                 stream.shutdown().await.unwrap();
                 // Who hangs up on unread bytes resets the connection, and takes back what it has said.
