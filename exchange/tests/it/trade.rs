@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::{
     servers::{Database, Postgres, Service, eventually},
-    traders::{Issuer, Trader, Wallet, accept, assert_clean},
+    traders::{Issuer, Trader, Wallet, accept, assert_clean, assert_erased, begin_to_erase},
 };
 
 /// A running trade service, its treasury, and who issues tokens.
@@ -1364,26 +1364,35 @@ async fn a_test_lane_meets_nobody_and_can_be_erased() {
         .execute(&sqlx::PgPool::connect(&exchange.database.app_url).await.unwrap())
         .await
         .unwrap();
-    for table in [
-        "accounts",
-        "transfers",
-        "entries",
-        "orders",
-        "trades",
-        "outbox",
-        "idempotency_keys",
-    ] {
-        let sql = format!(
-            "select count(*) filter (where lane = 'live'), count(*) filter (where lane <> 'live') from {table}"
-        );
-        let (_, left): (i64, i64) = sqlx::query_as(sqlx::AssertSqlSafe(sql))
-            .fetch_one(&owner)
-            .await
-            .unwrap();
-        assert_eq!(left, 0, "{table}");
-    }
+    assert_erased(&owner, lane).await;
     assert_eq!(real.balances().await, ["1", "1", "0", "0"]);
     assert_clean(&owner, "live").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lane_is_erased_with_what_is_being_booked_in_it() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let lane = "test-blue-local.booked";
+    let token = exchange
+        .issuer
+        .token(Uuid::now_v7(), lane.parse().unwrap(), &["treasury"])
+        .await;
+    let tester = Trader::new(&exchange.service, token);
+    let account: Uuid = tester.account("USD").await.parse().unwrap();
+    let mut booking = owner.begin().await.unwrap();
+    let outcome: String =
+        sqlx::query_scalar("select outcome from move_external_v1($1, 'deposit', $2, null, 1, 'rent', null)")
+            .bind(lane)
+            .bind(account)
+            .fetch_one(&mut *booking)
+            .await
+            .unwrap();
+    assert_eq!(outcome, "posted");
+    let erasing = begin_to_erase(&owner, lane).await;
+    booking.commit().await.unwrap();
+    erasing.await.unwrap();
+    assert_erased(&owner, lane).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
