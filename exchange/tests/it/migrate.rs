@@ -275,7 +275,9 @@ async fn a_killed_migration_goes_on_where_it_stopped_and_waits_for_no_lock_for_l
     assert_eq!((rows, sum), (1000, 1_001_000));
 }
 
-/// Tables in which nothing is about a user. Who calls too often is there as a hash that nobody can undo.
+/// Tables in which nothing is told about a user. Of who calls too often `rate_limits` has hashes, for a quarter of an hour: those
+/// of the user's id and e-mail address go with the user, as a test of `user` sees; those of a client's address say nothing of
+/// who came from there, and stay.
 const NOT_OF_USERS: [&str; 12] = [
     "currencies",
     "inbox",
