@@ -45,6 +45,56 @@ impl Exchange {
     }
 }
 
+/// Who hangs up gets no answer, and has placed an order nevertheless.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_whose_client_has_hung_up_is_counted_and_so_is_its_request() {
+    let exchange = Exchange::start().await;
+    let (service, owner) = (&exchange.service, exchange.database.owner().await);
+    let (seller, buyer) = (
+        exchange.wallet("2", "0").await,
+        exchange.wallet("0", "1000").await,
+    );
+    seller.place("sell", "2", "100").await;
+    let client = || reqwest::Client::builder().no_proxy();
+    let clients = [client(), client().http2_prior_knowledge()];
+    for (number, client) in (1..).zip(clients) {
+        let mut busy = owner.begin().await.unwrap();
+        sqlx::query("select lock_book_v1('live', 'BTC-USD')")
+            .execute(&mut *busy)
+            .await
+            .unwrap();
+        let request = client.build().unwrap().post(service.url("/trade/add"));
+        let request = request.bearer_auth(buyer.trader.token());
+        let placing = tokio::spawn(request.json(&buyer.order("buy", "1", "100")).send());
+        eventually("the order waits for its book", || async {
+            let waits: bool = sqlx::query_scalar(
+                "select exists (select from pg_stat_activity where wait_event = 'advisory'
+                     and query like '%submit_orders%' and datname = current_database())",
+            )
+            .fetch_one(&owner)
+            .await
+            .unwrap();
+            waits.then_some(())
+        })
+        .await;
+        placing.abort();
+        let counted = async |line: String| {
+            eventually(&line, || async {
+                let page = service.admin("/metrics").await.text().await.unwrap();
+                page.contains(&line).then_some(())
+            })
+            .await;
+        };
+        let route = r#"method="POST",route="/trade/add",lane="live",status="499""#;
+        counted(format!("http_server_requests_total{{{route}}} {number}\n")).await;
+        busy.rollback().await.unwrap();
+        counted(format!("orders_total{{outcome=\"accepted\"}} {}\n", number + 1)).await;
+        counted(format!("trades_total {number}\n")).await;
+    }
+    service.logged("POST /trade/add 499", 2).await;
+    assert_eq!(buyer.balances().await[0], "2");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_order_meets_another_and_both_are_settled() {
     let exchange = Exchange::start().await;
