@@ -99,8 +99,9 @@ struct LoginRow {
     scopes: Vec<String>,
 }
 
-/// Starts a session. Wrong attempts are limited per account and per address, right ones per account; not those of whoever
-/// has the secret of the test lane.
+/// Starts a session. Wrong attempts are limited per account and per address, right ones per account.
+///
+/// Whoever sends `x-exchange-lane-secret` with the log-in to a test lane is not limited.
 #[utoipa::path(
     post, path = "/login", tag = "user", request_body = Credentials,
     params(
