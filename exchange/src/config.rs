@@ -199,6 +199,9 @@ pub struct ConfigArgs {
     /// How long an export of a user's data waits for its reader to take the next part.
     #[arg(long, env = "EXCHANGE_EXPORT_PATIENCE", default_value = "10s")]
     export_patience: String,
+    /// Exports per user in 15 minutes. Each may take five of them, and there are two at a time in a process.
+    #[arg(long, env = "EXCHANGE_EXPORTS_PER_USER", default_value = "2")]
+    exports_per_user: String,
     /// How often a live trade service audits the ledger.
     #[arg(long, env = "EXCHANGE_AUDIT_INTERVAL", default_value = "5m")]
     audit_interval: String,
@@ -269,6 +272,8 @@ pub struct Config {
     pub refresh_token_lifetime: Duration,
     /// How long an export waits for its reader.
     pub export_patience: Duration,
+    /// Exports per user and window.
+    pub exports_per_user: i32,
     /// How often the ledger is audited.
     pub audit_interval: Duration,
     /// Failed log-ins per account and window.
@@ -400,6 +405,7 @@ impl ConfigArgs {
         let refresh_token_lifetime =
             problems.duration("refresh-token-lifetime", &self.refresh_token_lifetime);
         let export_patience = problems.duration("export-patience", &self.export_patience);
+        let exports_per_user = problems.positive("exports-per-user", &self.exports_per_user);
         let audit_interval = problems.duration("audit-interval", &self.audit_interval);
         let per_account = problems.positive("login-attempts-per-account", &self.login_attempts_per_account);
         let per_address = problems.positive("login-attempts-per-address", &self.login_attempts_per_address);
@@ -434,6 +440,7 @@ impl ConfigArgs {
                 keys_refresh: keys_refresh?,
                 refresh_token_lifetime: refresh_token_lifetime?,
                 export_patience: export_patience?,
+                exports_per_user: exports_per_user?,
                 audit_interval: audit_interval?,
                 login_attempts_per_account: per_account?,
                 login_attempts_per_address: per_address?,

@@ -3,7 +3,7 @@
 //! The inbox row of an event is inserted in the transaction of its effect; a second delivery finds the row and
 //! does nothing. Messages are acknowledged after the commit, and delivered again when that did not happen.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use async_nats::{
     HeaderValue,
@@ -265,30 +265,12 @@ impl Worker {
     /// Makes the effect of those events that have had none.
     async fn apply(&self, events: &[&Delivered]) -> Result<(), ApplyError> {
         let mut transaction = self.db.begin().await?;
-        let ids: Vec<Uuid> = events.iter().map(|event| event.id).collect();
-        let lanes: Vec<&str> = events.iter().map(|event| event.lane.as_str()).collect();
-        // Of a test lane that has been erased nothing may begin anew. One that is being erased waits for us, and then finds
-        // what we have written.
-        let new: Vec<(Uuid,)> = sqlx::query_as(
-            "with kept as (
-                 select id from outbox where id = any($2) and lane <> 'live' for key share
-             )
-             insert into inbox (consumer, event_id, lane)
-             select $1, given.id, given.lane from unnest($2, $3::text[]) as given (id, lane)
-             where given.lane = 'live' or given.id in (select id from kept)
-             on conflict do nothing returning event_id",
-        )
-        .bind(self.consumer.name())
-        .bind(&ids)
-        .bind(&lanes)
-        .fetch_all(&mut *transaction)
-        .await?;
-        let new: std::collections::HashSet<Uuid> = new.into_iter().map(|(id,)| id).collect();
-        let mut seen = std::collections::HashSet::new();
+        let mut new = self.enter(&mut transaction, events).await?;
+        // An event may have come twice at once.
         let fresh: Vec<&Delivered> = events
             .iter()
             .copied()
-            .filter(|event| new.contains(&event.id) && seen.insert(event.id))
+            .filter(|event| new.remove(&event.id))
             .collect();
         self.metrics
             .duplicates
@@ -301,20 +283,46 @@ impl Worker {
         Ok(())
     }
 
+    /// Enters events in the inbox, and says which of them had not been there: those are this transaction's to handle.
+    ///
+    /// A test lane exists as long as its users do: of one that has been erased nothing may begin anew, and the erasure of another
+    /// waits for this transaction, and then finds what it has written. It locks the users in the order of their ids, so the first
+    /// of them is enough.
+    async fn enter(
+        &self,
+        transaction: &mut PgConnection,
+        events: &[&Delivered],
+    ) -> Result<HashSet<Uuid>, sqlx::Error> {
+        let ids: Vec<Uuid> = events.iter().map(|event| event.id).collect();
+        let lanes: Vec<&str> = events.iter().map(|event| event.lane.as_str()).collect();
+        let new: Vec<Uuid> = sqlx::query_scalar(
+            "with kept as (
+                 select lane from (select distinct lane from unnest($3::text[]) as given (lane) where lane <> 'live') as test,
+                      lateral (select from users where users.lane = test.lane order by id limit 1 for key share) as first
+             )
+             insert into inbox (consumer, event_id, lane)
+             select $1, given.id, given.lane from unnest($2::uuid[], $3::text[]) as given (id, lane)
+             where given.lane = 'live' or given.lane in (select lane from kept)
+             on conflict do nothing returning event_id",
+        )
+        .bind(self.consumer.name())
+        .bind(&ids)
+        .bind(&lanes)
+        .fetch_all(transaction)
+        .await?;
+        Ok(new.into_iter().collect())
+    }
+
     /// Keeps a message that cannot be handled for a person to look at, and counts it as handled. What is about a user who is
     /// gone is not kept; one who is about to go waits until this has been written and can be erased.
     async fn put_aside(&self, event: &Delivered, reason: &str) -> Result<(), sqlx::Error> {
         let user = event.payload.get("user_id").and_then(serde_json::Value::as_str);
         let user = user.and_then(|user| user.parse::<Uuid>().ok());
         let mut transaction = self.db.begin().await?;
-        sqlx::query(
-            "insert into inbox (consumer, event_id, lane) values ($1, $2, $3) on conflict do nothing",
-        )
-        .bind(self.consumer.name())
-        .bind(event.id)
-        .bind(&event.lane)
-        .execute(&mut *transaction)
-        .await?;
+        if self.enter(&mut transaction, &[event]).await?.is_empty() {
+            // Handled in the meantime, or erased with its lane.
+            return Ok(());
+        }
         sqlx::query(
             "with concerned as (
                  select from users where id = $7 and deleted_at is null for key share

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 use tokio::task::JoinHandle;
 use tracing::warn;
@@ -71,6 +71,19 @@ impl Limit {
         let wait = seconds.map_or(SOON, |seconds| Duration::from_secs_f64(seconds.max(1.0).ceil()));
         Err(ApiError::from(TOO_MANY_REQUESTS).retry_after(wait))
     }
+}
+
+/// Forgets everything about these limits: attempts that count, and those under way.
+pub async fn erase(connection: &mut PgConnection, limits: &[Limit]) -> Result<(), sqlx::Error> {
+    let keys: Vec<&[u8]> = limits
+        .iter()
+        .flat_map(|limit| [limit.key.as_slice(), limit.counted.as_slice()])
+        .collect();
+    sqlx::query("delete from rate_limits where key = any($1)")
+        .bind(keys)
+        .execute(connection)
+        .await?;
+    Ok(())
 }
 
 /// An attempt under way. Unless it is said to count it is forgotten when it ends, also if it ends because of a failure of

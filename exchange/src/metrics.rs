@@ -27,6 +27,10 @@ use crate::{
     telemetry::TraceContext,
 };
 
+/// What a request is counted as that could not be answered because its client had hung up, or its connection was cut: nginx's
+/// "client closed request". No client ever sees it.
+const CLIENT_CLOSED_REQUEST: u16 = 499;
+
 /// The metrics of a process. Clones share them.
 #[derive(Clone)]
 pub struct Metrics {
@@ -109,7 +113,11 @@ impl Metrics {
     pub fn new() -> Self {
         let mut registry = Registry::default();
         let requests = Family::default();
-        registry.register("http_server_requests", "Requests answered", requests.clone());
+        registry.register(
+            "http_server_requests",
+            "Requests by the status of their answer; 499: the client has hung up before it",
+            requests.clone(),
+        );
         let problems = Family::default();
         registry.register(
             "http_server_problems",
@@ -119,7 +127,7 @@ impl Metrics {
         let durations = Family::new_with_constructor(latencies as fn() -> Histogram);
         registry.register(
             "http_server_request_duration_seconds",
-            "Time from the header of a request to the header of its response",
+            "Time from the header of a request to the header of its response, or until the client has hung up",
             durations.clone(),
         );
         Self {
@@ -154,58 +162,94 @@ impl Default for Metrics {
 
 /// Middleware: continues the client's trace, counts and times the request, and logs one line for it.
 pub async fn observe(State(app): State<App>, mut request: Request, next: Next) -> Response {
-    let method = known_method(request.method()).to_owned();
-    let matched = request.extensions().get::<MatchedPath>();
-    let route = matched.map_or("unmatched", MatchedPath::as_str).to_owned();
-    let lane = RequestLane::default();
-    request.extensions_mut().insert(lane.clone());
-    let start = Instant::now();
-    TraceContext::continued(request.headers())
-        .scope(async {
+    let trace = TraceContext::continued(request.headers());
+    let observed = Observed::begin(app.metrics.clone(), &mut request);
+    trace
+        .scope(async move {
             // A panic is a failure like any other: answered, and counted.
             let response = AssertUnwindSafe(next.run(request)).catch_unwind().await;
             let response =
                 response.unwrap_or_else(|_| ApiError::internal("a handler panicked").into_response());
-            let elapsed = start.elapsed();
-            let status = response.status().as_u16();
-            let lane = lane.0.get().copied().unwrap_or("live");
-            let labels = RouteLabels {
-                method: method.clone(),
-                route: route.clone(),
-                lane,
-            };
-            app.metrics
-                .durations
-                .get_or_create(&labels)
-                .observe(elapsed.as_secs_f64());
-            let labels = RequestLabels {
-                method: method.clone(),
-                route: route.clone(),
-                lane,
-                status,
-            };
-            app.metrics.requests.get_or_create(&labels).inc();
-            if let Some(problem) = response.extensions().get::<Problem>() {
-                let labels = ProblemLabels {
-                    method: method.clone(),
-                    route: route.clone(),
-                    lane,
-                    code: problem.code,
-                };
-                app.metrics.problems.get_or_create(&labels).inc();
-            }
-            let nanoseconds = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
-            info!(
-                http.request.method = method,
-                http.route = route,
-                http.response.status_code = status,
-                event.duration = nanoseconds,
-                labels.lane = lane,
-                "{method} {route} {status}",
-            );
+            observed.answered(&response);
             response
         })
         .await
+}
+
+/// A request under way, which is counted and logged when it is over: also one whose client has hung up, so that nobody asks for
+/// its answer any more and this is dropped with it.
+struct Observed {
+    metrics: Metrics,
+    method: String,
+    route: String,
+    lane: RequestLane,
+    start: Instant,
+    status: u16,
+    problem: Option<&'static str>,
+}
+
+impl Observed {
+    fn begin(metrics: Metrics, request: &mut Request) -> Self {
+        let lane = RequestLane::default();
+        request.extensions_mut().insert(lane.clone());
+        let matched = request.extensions().get::<MatchedPath>();
+        Self {
+            metrics,
+            method: known_method(request.method()).to_owned(),
+            route: matched.map_or("unmatched", MatchedPath::as_str).to_owned(),
+            lane,
+            start: Instant::now(),
+            status: CLIENT_CLOSED_REQUEST,
+            problem: None,
+        }
+    }
+
+    fn answered(mut self, response: &Response) {
+        self.status = response.status().as_u16();
+        self.problem = response.extensions().get::<Problem>().map(|problem| problem.code);
+    }
+}
+
+impl Drop for Observed {
+    fn drop(&mut self) {
+        let elapsed = self.start.elapsed();
+        let lane = self.lane.0.get().copied().unwrap_or("live");
+        let (method, route, status) = (&self.method, &self.route, self.status);
+        let labels = RouteLabels {
+            method: method.clone(),
+            route: route.clone(),
+            lane,
+        };
+        self.metrics
+            .durations
+            .get_or_create(&labels)
+            .observe(elapsed.as_secs_f64());
+        let labels = RequestLabels {
+            method: method.clone(),
+            route: route.clone(),
+            lane,
+            status,
+        };
+        self.metrics.requests.get_or_create(&labels).inc();
+        if let Some(code) = self.problem {
+            let labels = ProblemLabels {
+                method: method.clone(),
+                route: route.clone(),
+                lane,
+                code,
+            };
+            self.metrics.problems.get_or_create(&labels).inc();
+        }
+        let nanoseconds = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
+        info!(
+            http.request.method = method,
+            http.route = route,
+            http.response.status_code = status,
+            event.duration = nanoseconds,
+            labels.lane = lane,
+            "{method} {route} {status}",
+        );
+    }
 }
 
 fn latencies() -> Histogram {
@@ -238,8 +282,7 @@ mod tests {
         args: ConfigArgs,
     }
 
-    #[tokio::test]
-    async fn a_panic_is_answered_and_counted() {
+    fn app() -> App {
         let flags = [
             "exchange",
             "--database-url=postgres://localhost/exchange",
@@ -247,7 +290,12 @@ mod tests {
         ];
         let config = Command::parse_from(flags).args.validate().unwrap();
         let (role, readiness) = (watch::channel(Role::Live).1, watch::channel(Ok(())).1);
-        let app = App::new("test", V1, config, role, readiness).unwrap();
+        App::new("test", V1, config, role, readiness).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_answered_and_counted() {
+        let app = app();
         let router: Router = Router::new()
             .route(
                 "/panics",
@@ -262,5 +310,22 @@ mod tests {
             page.contains(r#"{method="GET",route="/panics",lane="live",status="500"} 1"#),
             "{page}"
         );
+    }
+
+    #[tokio::test]
+    async fn a_request_that_nobody_waits_for_any_more_is_counted() {
+        let app = app();
+        let router: Router = Router::new()
+            .route("/waits", get(std::future::pending::<()>))
+            .layer(middleware::from_fn_with_state(app.clone(), observe));
+        let request = Request::get("/waits").body(Body::empty()).unwrap();
+        assert!(router.oneshot(request).now_or_never().is_none());
+        let page = app.metrics.encode().unwrap();
+        for line in [
+            r#"http_server_requests_total{method="GET",route="/waits",lane="live",status="499"} 1"#,
+            r#"http_server_request_duration_seconds_count{method="GET",route="/waits",lane="live"} 1"#,
+        ] {
+            assert!(page.contains(line), "{page}");
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! older versions need, and runs when none is left. See `migrations/README.md` for how a file is written.
 
 mod batch;
+mod progress;
 
 use std::time::Duration;
 
@@ -19,7 +20,10 @@ use tokio::time::Instant;
 use tracing::info;
 use uuid::Uuid;
 
-use self::batch::{Batch, Mode, split};
+use self::{
+    batch::{Batch, Mode, split},
+    progress::Progress,
+};
 use crate::{app::App, config::StoreUrl, db, release::Release};
 
 static EXPAND: Migrator = sqlx::migrate!("./migrations/expand");
@@ -331,21 +335,25 @@ async fn apply(
     }
     for (number, batch) in (1..).zip(&batches).skip(usize::try_from(done.unwrap_or(0))?) {
         let start = Instant::now();
+        let mut progress = Progress::begin(format!("{name}: batch {number} of {total}"), start);
         let last = number == total;
-        let rows = loop {
-            match run_batch(connection, phase, migration, batch, number, last).await {
-                Ok(rows) => break rows,
-                Err(error) if db::is_retryable(&error) && Instant::now() < deadline => {
-                    info!("{name}: batch {number} of {total} waits for a lock: {error}");
-                    tokio::time::sleep(Duration::from_millis(rand::random_range(100..500))).await;
-                }
-                Err(error) => {
-                    return Err(error).with_context(|| format!("{name}: batch {number} of {total}"));
-                }
+        while let Err(error) =
+            run_batch(connection, phase, migration, batch, number, last, &mut progress).await
+        {
+            if !db::is_retryable(&error) || Instant::now() >= deadline {
+                return Err(error).context(progress.batch);
             }
-        };
+            info!(
+                "{} waits for a lock after {}: {error}",
+                progress.batch,
+                progress.so_far()
+            );
+            tokio::time::sleep(Duration::from_millis(rand::random_range(100..500))).await;
+        }
         info!(
-            "{name}: batch {number} of {total} done, {rows} rows in {} ms",
+            "{} done, {} rows in {} ms",
+            progress.batch,
+            progress.rows,
             start.elapsed().as_millis()
         );
     }
@@ -386,7 +394,8 @@ async fn no_older_readers(
     }
 }
 
-/// Runs one batch and records it, in one transaction where the batch allows it.
+/// Runs one batch and records it, in one transaction where the batch allows it. What has been done when it fails stands in the
+/// progress.
 async fn run_batch(
     connection: &mut PgConnection,
     phase: Phase,
@@ -394,26 +403,34 @@ async fn run_batch(
     batch: &Batch<'_>,
     number: i32,
     last: bool,
-) -> Result<u64, sqlx::Error> {
+    progress: &mut Progress,
+) -> Result<(), sqlx::Error> {
     let sql = || sqlx::raw_sql(AssertSqlSafe(batch.sql.to_owned()));
-    let mut rows = 0;
     match batch.mode {
         Mode::Transaction => {}
         Mode::OutsideTransaction => {
             drop_invalid_indexes(connection).await?;
-            rows = sql().execute(&mut *connection).await?.rows_affected();
+            progress.rows = sql().execute(&mut *connection).await?.rows_affected();
         }
-        Mode::Repeat => loop {
-            let some = sql().execute(&mut *connection).await?.rows_affected();
-            if some == 0 {
-                break;
+        Mode::Repeat { whole } => {
+            if let Some(whole) = whole.filter(|_| progress.whole.is_none()) {
+                let count = sqlx::query_scalar(AssertSqlSafe(whole.to_owned()));
+                progress.whole = Some(count.fetch_one(&mut *connection).await?);
             }
-            rows += some;
-        },
+            loop {
+                let some = sql().execute(&mut *connection).await?.rows_affected();
+                if some == 0 {
+                    break;
+                }
+                if let Some(told) = progress.add(some, Instant::now()) {
+                    info!("{told}");
+                }
+            }
+        }
     }
     let mut transaction = connection.begin().await?;
     if batch.mode == Mode::Transaction {
-        rows = sql().execute(&mut *transaction).await?.rows_affected();
+        progress.rows = sql().execute(&mut *transaction).await?.rows_affected();
     }
     sqlx::query(
         "insert into migrations (phase, number, name, checksum, batches_done) values ($1, $2, $3, $4, $5)
@@ -435,8 +452,7 @@ async fn run_batch(
         };
         raise.bind(migration.version).execute(&mut *transaction).await?;
     }
-    transaction.commit().await?;
-    Ok(rows)
+    transaction.commit().await
 }
 
 /// What a `create index concurrently` leaves behind when it is interrupted, and what `if not exists` takes for an index.

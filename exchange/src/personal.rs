@@ -33,9 +33,12 @@ use uuid::Uuid;
 
 use crate::{
     app::App,
+    config::Config,
     error::{self, ApiError, Problem},
     extract::Body,
-    session::Session,
+    limit::{self, Limit},
+    session::{self, Session},
+    user,
 };
 
 /// Something of value is left.
@@ -207,6 +210,7 @@ async fn topics(connection: &mut PgConnection) -> Result<Vec<Topic>, sqlx::Error
     responses((status = 200, body = Value, description = "An array of objects per topic")),
 )]
 pub(crate) async fn export(State(app): State<App>, Session(caller): Session) -> Result<Response, ApiError> {
+    let attempt = exports(&app.config, caller.user_id).begin(&app.db).await?;
     let turn = app.exports.begin(caller.user_id)?;
     let mut transaction = app.db.begin().await?;
     // One moment for all of it. Whoever has traded much has left many rows, and may read them slowly.
@@ -219,6 +223,7 @@ pub(crate) async fn export(State(app): State<App>, Session(caller): Session) -> 
     .execute(&mut *transaction)
     .await?;
     let topics = topics(&mut transaction).await?;
+    attempt.count().await?;
     let (pages, received) = mpsc::channel(1);
     let user_id = caller.user_id;
     let patience = app.config.export_patience;
@@ -239,6 +244,11 @@ pub(crate) async fn export(State(app): State<App>, Session(caller): Session) -> 
     });
     let content_type = [(header::CONTENT_TYPE, "application/json")];
     Ok((content_type, ResponseBody::from_stream(read(received))).into_response())
+}
+
+/// Exports of a user. Each may hold a turn, and others up, as long as an export may take.
+fn exports(config: &Config, user_id: Uuid) -> Limit {
+    Limit::new("export", &user_id.to_string(), config.exports_per_user)
 }
 
 /// A part of an export.
@@ -336,10 +346,11 @@ pub(crate) async fn delete_user(
     sqlx::query("set local statement_timeout = '2min'")
         .execute(&mut *transaction)
         .await?;
-    sqlx::query("select from users where id = $1 for update")
+    let email: Option<String> = sqlx::query_scalar("select email from users where id = $1 for update")
         .bind(caller.user_id)
-        .execute(&mut *transaction)
-        .await?;
+        .fetch_optional(&mut *transaction)
+        .await?
+        .flatten();
     // In the order in which orders and deposits lock them: what comes first is an obstacle, what comes later finds them gone.
     sqlx::query(
         "select from accounts where user_id = $1 and deleted_at is null order by id for no key update",
@@ -363,6 +374,16 @@ pub(crate) async fn delete_user(
             .execute(&mut *transaction)
             .await?;
     }
+    // Last, because log-ins wait for it. Those of addresses stay: who came from there is not in them.
+    let mut limits = vec![
+        user::password_changes(&app.config, caller.user_id),
+        exports(&app.config, caller.user_id),
+    ];
+    if let Some(email) = email {
+        limits.push(session::failed_log_ins(&app.config, &caller.lane, &email));
+        limits.push(session::log_ins(&app.config, &caller.lane, &email));
+    }
+    limit::erase(&mut transaction, &limits).await?;
     transaction.commit().await?;
     info!(user.id = %caller.user_id, "a user has been deleted");
     Ok(StatusCode::NO_CONTENT)

@@ -22,6 +22,7 @@ use uuid::Uuid;
 use crate::{
     app::App,
     auth::{self, Jwk},
+    config::Config,
     error::{self, ApiError, Problem},
     extract::{Body, ClientAddress},
     lane::Lane,
@@ -187,12 +188,9 @@ async fn change_password(
     Body(change): Body<PasswordChange>,
 ) -> Result<StatusCode, ApiError> {
     valid_new_password("new_password", &change.new_password)?;
-    let limit = Limit::new(
-        "password",
-        &caller.user_id.to_string(),
-        app.config.login_attempts_per_account,
-    );
-    let attempt = limit.begin(&app.db).await?;
+    let attempt = password_changes(&app.config, caller.user_id)
+        .begin(&app.db)
+        .await?;
     let hash: Option<String> = sqlx::query_scalar("select password_hash from users where id = $1")
         .bind(caller.user_id)
         .fetch_optional(&app.db)
@@ -231,6 +229,15 @@ async fn change_password(
     transaction.commit().await?;
     info!(user.id = %caller.user_id, "a user has changed the password");
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Changes of a user's password that may fail.
+pub(crate) fn password_changes(config: &Config, user_id: Uuid) -> Limit {
+    Limit::new(
+        "password",
+        &user_id.to_string(),
+        config.login_attempts_per_account,
+    )
 }
 
 /// Erases a test lane of this stack, with everything in it.
@@ -382,9 +389,10 @@ async fn alone(db: &PgPool) -> Result<Option<Transaction<'static, Postgres>>, sq
 
 /// Removes a portion of what has expired, which is done in time; says whether that was all.
 async fn remove_expired(transaction: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    // Those of a user who is being deleted go with the user.
     let limits = sqlx::query(
         "delete from rate_limits where key in (
-             select key from rate_limits where window_ends_at < now() limit $1)",
+             select key from rate_limits where window_ends_at < now() limit $1 for update skip locked)",
     )
     .bind(PORTION)
     .execute(&mut *transaction)

@@ -143,6 +143,10 @@ begin
     if lane is null or lane not like 'test-%' then
         raise exception 'only test lanes can be erased, not %', lane using errcode = 'check_violation';
     end if;
+    -- Whoever writes in a lane has locked a user of it, or moves money and has locked the accounts. What they are about to commit
+    -- is waited for here, and seen below; whoever comes later waits for us, and finds nobody.
+    perform from users where users.lane = erase_lane_v1.lane order by id for update;
+    perform from accounts where accounts.lane = erase_lane_v1.lane order by id for update;
     for registered in select table_name from lane_tables order by position, table_name loop
         execute format('delete from %I where lane = $1', registered.table_name) using lane;
     end loop;

@@ -53,7 +53,7 @@ create trigger freeze_follows_state after update of state on accounts
 -- For the backfill only.
 create index concurrently if not exists accounts_frozen on accounts (id) where state = 'frozen';
 
--- batch repeat
+-- batch repeat of select count(*) from accounts where state = 'frozen'
 -- Version 1 has not recorded when: the account's last change is the latest that it can have been. The lock makes sure that
 -- the account is still frozen when the freeze is written.
 insert into freezes (account_id, lane, frozen_at)

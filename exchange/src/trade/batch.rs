@@ -9,7 +9,6 @@ use std::{
     time::Duration,
 };
 
-use prometheus_client::metrics::histogram::Histogram;
 use sqlx::PgPool;
 use time::OffsetDateTime;
 use tokio::{sync::oneshot, time::Instant};
@@ -18,12 +17,13 @@ use uuid::Uuid;
 use crate::{
     db,
     error::{ApiError, UNAVAILABLE},
+    idempotency::KEY_REUSED,
     lane::Lane,
     money::{Amount, Price, Size},
     telemetry::TraceContext,
 };
 
-use super::{Side, TimeInForce};
+use super::{Counters, Side, TimeInForce, refused};
 
 /// Orders per transaction, at most: further ones would wait longer for the answer than they gain.
 const MOST_PER_BATCH: usize = 64;
@@ -64,8 +64,8 @@ pub(super) struct Submission {
 /// What the settlement function says about an order.
 #[derive(Clone, Debug, sqlx::FromRow)]
 pub(super) struct Settled {
-    pub(super) outcome: String,
-    pub(super) field: Option<String>,
+    outcome: String,
+    field: Option<String>,
     pub(super) order_id: Uuid,
     pub(super) status: Option<String>,
     pub(super) reason: Option<String>,
@@ -77,12 +77,28 @@ pub(super) struct Settled {
     pub(super) trade_fees: Option<Vec<Amount>>,
 }
 
+impl Settled {
+    /// Whether this order was known, and this is the first answer once more.
+    pub(super) fn is_replay(&self) -> bool {
+        self.outcome == "replayed"
+    }
+
+    /// The same of an order that was taken; of another, why it was refused.
+    fn or_refusal(self) -> Result<Self, ApiError> {
+        match self.outcome.as_str() {
+            "accepted" | "replayed" => Ok(self),
+            "client_order_id_reused" => Err(ApiError::from(KEY_REUSED).field("client_order_id")),
+            code => Err(refused(code, self.field.as_deref())),
+        }
+    }
+}
+
 /// The books that have orders waiting. Clones share them.
 #[derive(Clone)]
 pub(super) struct Books {
     db: PgPool,
     waiting: Arc<Mutex<HashMap<Book, VecDeque<Waiting>>>>,
-    sizes: Histogram,
+    counters: Counters,
 }
 
 type Book = (Lane, String);
@@ -93,38 +109,49 @@ struct Waiting {
 }
 
 impl Books {
-    pub(super) fn new(db: PgPool, sizes: Histogram) -> Self {
+    pub(super) fn new(db: PgPool, counters: Counters) -> Self {
         Self {
             db,
             waiting: Arc::default(),
-            sizes,
+            counters,
         }
     }
 
-    /// Settles an order. It is settled even if the caller goes away.
+    /// Settles an order. It is settled, and counted, even if the caller goes away.
     pub(super) async fn submit(
         &self,
         lane: Lane,
         product: String,
         submission: Submission,
     ) -> Result<Settled, ApiError> {
+        let answered = self
+            .queue((lane, product), submission)
+            .inspect_err(|refusal| self.counters.refused(refusal))?;
+        answered.await.unwrap_or_else(|_| {
+            let dropped = ApiError::internal("a batch of orders was dropped");
+            self.counters.refused(&dropped);
+            Err(dropped)
+        })
+    }
+
+    /// Has an order wait for its book, and the book worked on. Returns where the answer will come.
+    fn queue(
+        &self,
+        book: Book,
+        submission: Submission,
+    ) -> Result<oneshot::Receiver<Result<Settled, ApiError>>, ApiError> {
         let (answer, answered) = oneshot::channel();
-        let book = (lane, product);
-        {
-            let mut waiting = self.lock();
-            let idle = !waiting.contains_key(&book);
-            let queue = waiting.entry(book.clone()).or_default();
-            if queue.len() >= MOST_WAITING {
-                return Err(ApiError::from(UNAVAILABLE).retry_after(Duration::from_secs(1)));
-            }
-            queue.push_back(Waiting { submission, answer });
-            if idle {
-                tokio::spawn(self.clone().supervise(book));
-            }
+        let mut waiting = self.lock();
+        let idle = !waiting.contains_key(&book);
+        let queue = waiting.entry(book.clone()).or_default();
+        if queue.len() >= MOST_WAITING {
+            return Err(ApiError::from(UNAVAILABLE).retry_after(Duration::from_secs(1)));
         }
-        answered
-            .await
-            .map_err(|_| ApiError::internal("a batch of orders was dropped"))?
+        queue.push_back(Waiting { submission, answer });
+        if idle {
+            tokio::spawn(self.clone().supervise(book));
+        }
+        Ok(answered)
     }
 
     /// Has a book worked on. A panic there must not leave it busy with nobody at work.
@@ -138,7 +165,8 @@ impl Books {
     /// Settles what waits for a book until nothing does.
     async fn work(self, book: Book) {
         while let Some(batch) = self.next_batch(&book) {
-            self.sizes
+            self.counters
+                .batch_sizes
                 .observe(f64::from(u32::try_from(batch.len()).unwrap_or(u32::MAX)));
             let (submissions, answers): (Vec<_>, Vec<_>) = batch
                 .into_iter()
@@ -149,10 +177,15 @@ impl Books {
             for ((submission, answer), result) in submissions.into_iter().zip(answers).zip(results) {
                 if result.as_ref().is_ok_and(|settled| settled.outcome == DEFERRED) {
                     deferred.push(Waiting { submission, answer });
-                } else {
-                    // A client that is gone will ask again.
-                    let _ = answer.send(result);
+                    continue;
                 }
+                let result = submission.trace.within(|| result.and_then(Settled::or_refusal));
+                match &result {
+                    Ok(settled) => self.counters.settled(settled),
+                    Err(refusal) => self.counters.refused(refusal),
+                }
+                // A client that is gone will ask again.
+                let _ = answer.send(result);
             }
             // Before all others, as they came.
             if let Some(queue) = self.lock().get_mut(&book) {

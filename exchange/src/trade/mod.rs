@@ -38,7 +38,7 @@ use crate::{
     role,
 };
 
-use batch::Books;
+use batch::{Books, Settled};
 
 /// Whether an order buys or sells the base currency.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
@@ -181,12 +181,30 @@ impl Counters {
         });
         counters
     }
+
+    /// Counts an order that was taken, now or when it came first.
+    fn settled(&self, order: &Settled) {
+        let outcome = if order.is_replay() {
+            "replayed"
+        } else {
+            let trades = order.trade_ids.as_ref().map_or(0, Vec::len);
+            self.trades.inc_by(u64::try_from(trades).unwrap_or(u64::MAX));
+            "accepted"
+        };
+        self.orders.get_or_create(&[("outcome", outcome)]).inc();
+    }
+
+    /// Counts an order that was not.
+    fn refused(&self, refusal: &ApiError) {
+        let outcome = refusal.problem.code;
+        self.orders.get_or_create(&[("outcome", outcome)]).inc();
+    }
 }
 
 /// The routes of the trade service.
 pub fn router(app: App) -> OpenApiRouter {
     let counters = Counters::new(&app);
-    let books = Books::new(app.db.clone(), counters.batch_sizes.clone());
+    let books = Books::new(app.db.clone(), counters.clone());
     routes()
         .layer(Extension(books))
         .layer(Extension(counters))

@@ -15,7 +15,7 @@ use crate::{
     auth::Caller,
     error::{ApiError, INVALID_PARAMETER},
     extract::Body,
-    idempotency::{Answer, KEY_HEADER, KEY_REUSED, Key},
+    idempotency::{Answer, KEY_HEADER, Key},
     money::{Amount, Price, Size},
     telemetry::TraceContext,
 };
@@ -148,28 +148,9 @@ pub(super) async fn add_order(
     headers: HeaderMap,
     Body(request): Body<NewOrder>,
 ) -> Result<Answer<Order>, ApiError> {
-    let placed = place(caller, &books, &headers, request).await;
-    let outcome = match &placed {
-        Ok(Answer { hit: true, .. }) => "replayed",
-        Ok(Answer { body, .. }) => {
-            let trades = u64::try_from(body.trades.len()).unwrap_or(u64::MAX);
-            counters.trades.inc_by(trades);
-            "accepted"
-        }
-        Err(error) => error.problem.code,
-    };
-    counters.orders.get_or_create(&[("outcome", outcome)]).inc();
-    placed
-}
-
-async fn place(
-    caller: Caller,
-    books: &Books,
-    headers: &HeaderMap,
-    request: NewOrder,
-) -> Result<Answer<Order>, ApiError> {
-    let client_order_id = client_order_id(request.client_order_id.as_deref(), headers)?;
-    let time_in_force = check(&request)?;
+    let understood = client_order_id(request.client_order_id.as_deref(), &headers)
+        .and_then(|client_order_id| Ok((client_order_id, check(&request)?)));
+    let (client_order_id, time_in_force) = understood.inspect_err(|refusal| counters.refused(refusal))?;
     let submission = Submission {
         id: Uuid::now_v7(),
         user_id: caller.user_id,
@@ -185,12 +166,7 @@ async fn place(
     let settled = books
         .submit(caller.lane, request.product.clone(), submission)
         .await?;
-    let hit = match settled.outcome.as_str() {
-        "accepted" => false,
-        "replayed" => true,
-        "client_order_id_reused" => return Err(ApiError::from(KEY_REUSED).field("client_order_id")),
-        code => return Err(refused(code, settled.field.as_deref())),
-    };
+    let hit = settled.is_replay();
     let body = answer(request, client_order_id, time_in_force, settled)?;
     Ok(Answer { body, hit })
 }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::{
-    servers::{Service, eventually},
+    servers::{Database, Postgres, Service, eventually},
     stores::Stores,
     streams::{Stream, token},
     user::{Exchange, PASSWORD},
@@ -155,6 +155,55 @@ async fn log_ins_that_succeed_are_limited_per_account() {
     assert!(seconds_to_wait(one_more).await > 600);
     let other = log_in(service, "bob@example.org", PASSWORD).await;
     assert_eq!(other.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn log_ins_to_a_test_lane_are_limited_but_for_the_holder_of_its_secret() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let flags = ["--login-attempts-per-account=3", "--lane-secret", SECRET];
+    let service = Service::live("user", &database, &flags).ready().await;
+    let guess = async |secret: &str| {
+        let body = json!({"email": "ada@example.org", "password": "wrong password"});
+        let request = service.client.post(service.url("/login")).json(&body);
+        let request = request.header("x-exchange-lane", "test-blue-local.limits");
+        let request = request.header("x-exchange-lane-secret", secret);
+        request.send().await.unwrap()
+    };
+    for _ in 0..6 {
+        assert_eq!(guess(SECRET).await.status(), 401);
+    }
+    let counted: i64 = sqlx::query_scalar("select count(*) from rate_limits")
+        .fetch_one(&database.owner().await)
+        .await
+        .unwrap();
+    assert_eq!(counted, 0);
+    for _ in 0..3 {
+        assert_eq!(guess("another secret").await.status(), 401);
+    }
+    assert!(seconds_to_wait(guess("another secret").await).await > 600);
+    assert_eq!(guess(SECRET).await.status(), 401);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exports_are_limited_per_user_and_counted_by_all_replicas() {
+    let exchange = Exchange::start(&["--exports-per-user=2"]).await;
+    let replica = Exchange::over(exchange.database.clone(), &["--exports-per-user=2"]).await;
+    let (ada, bob) = (
+        exchange.user("ada@example.org").await,
+        exchange.user("bob@example.org").await,
+    );
+    let export =
+        async |from: &Exchange, token: &str| from.call(Method::GET, "/user/export", Some(token), None).await;
+    for from in [&exchange, &replica] {
+        let whole = export(from, &ada.access_token).await;
+        assert_eq!(whole.status(), 200);
+        whole.bytes().await.unwrap();
+    }
+    for from in [&exchange, &replica] {
+        let third = export(from, &ada.access_token).await;
+        assert!(seconds_to_wait(third).await > 600);
+    }
+    assert_eq!(export(&replica, &bob.access_token).await.status(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]

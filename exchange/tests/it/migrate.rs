@@ -14,7 +14,7 @@ use sqlx::{
 use tokio::time::Instant;
 
 use crate::{
-    servers::{Database, Postgres, Service, eventually},
+    servers::{Database, Postgres, Service, V1, V2, eventually},
     whole::SECRET,
 };
 
@@ -275,7 +275,60 @@ async fn a_killed_migration_goes_on_where_it_stopped_and_waits_for_no_lock_for_l
     assert_eq!((rows, sum), (1000, 1_001_000));
 }
 
-/// Tables in which nothing is about a user. Who calls too often is there as a hash that nobody can undo.
+/// It tells how far it has come, and counts what it had done before it had to wait.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backfill_that_waits_for_a_lock_counts_right() {
+    let database = Database::migrated_by(V1, Postgres::shared()).await;
+    let owner = database.owner().await;
+    sqlx::raw_sql(
+        "insert into accounts (id, lane, user_id, currency, name, state)
+         select gen_random_uuid(), 'live', gen_random_uuid(), 'USD', 'main', 'frozen' from generate_series(1, 1200)",
+    )
+    .execute(&owner)
+    .await
+    .unwrap();
+    // One of the second portion.
+    let mut busy = owner.begin().await.unwrap();
+    sqlx::query(
+        "select from accounts where id = (select id from accounts order by id offset 700 limit 1) for update",
+    )
+    .execute(&mut *busy)
+    .await
+    .unwrap();
+    let expanding = {
+        let database = database.clone();
+        tokio::task::spawn_blocking(move || database.migrate_by(V2, "expand", &[]))
+    };
+    let waits = || {
+        sqlx::query_scalar::<_, bool>(
+            "select exists (select from pg_stat_activity where wait_event_type = 'Lock'
+                 and query like '%insert into freezes%' and datname = current_database())",
+        )
+        .fetch_one(&owner)
+    };
+    for (what, waiting) in [
+        ("it waits for the lock", true),
+        ("it has waited long enough", false),
+    ] {
+        eventually(what, || async {
+            (waits().await.unwrap() == waiting).then_some(())
+        })
+        .await;
+    }
+    busy.rollback().await.unwrap();
+    let (succeeded, output) = expanding.await.unwrap();
+    assert!(succeeded, "{output}");
+    for line in [
+        "expand 0020 (freezes): batch 4 of 5 waits for a lock after 500 of about 1200 rows: ",
+        "expand 0020 (freezes): batch 4 of 5 done, 1200 rows in ",
+    ] {
+        assert!(output.contains(line), "{line} is not in\n{output}");
+    }
+}
+
+/// Tables in which nothing is told about a user. Of who calls too often `rate_limits` has hashes, for a quarter of an hour: those
+/// of the user's id and e-mail address go with the user, as a test of `user` sees; those of a client's address say nothing of
+/// who came from there, and stay.
 const NOT_OF_USERS: [&str; 12] = [
     "currencies",
     "inbox",

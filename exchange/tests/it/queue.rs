@@ -12,6 +12,7 @@ use uuid::Uuid;
 use crate::{
     servers::{Service, eventually},
     stores::{Nats, QUIET, Stores},
+    traders::{assert_erased, begin_to_erase},
 };
 
 /// A stack that has never been live, because its live Service cannot be reached.
@@ -498,6 +499,62 @@ async fn a_standby_stack_consumes_its_own_test_lanes_only() {
     );
 }
 
+/// What a consumer is about to write when a lane is erased: what its users are told, and what is put aside.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lane_is_erased_with_what_is_being_written_in_it() {
+    let stores = Stores::start().await;
+    let owner = &stores.owner;
+    sqlx::raw_sql(
+        "create function hold_up() returns trigger language plpgsql as
+         'begin perform pg_advisory_xact_lock(4711); return null; end';
+         create trigger hold_up after insert on notifications for each row execute function hold_up();
+         create trigger hold_up after insert on dead_letters for each row execute function hold_up()",
+    )
+    .execute(owner)
+    .await
+    .unwrap();
+    let _service = stores.notification(&STANDBY).ready().await;
+    for (lane, topic, payload) in [
+        ("test-green-abc.told", "user.signed_in", None),
+        (
+            "test-green-abc.aside",
+            "transfer.posted",
+            Some(json!({"kind": "gift"})),
+        ),
+    ] {
+        let user = stores.user(lane).await;
+        let mut holding = owner.begin().await.unwrap();
+        sqlx::query("select pg_advisory_xact_lock(4711)")
+            .execute(&mut *holding)
+            .await
+            .unwrap();
+        sqlx::query("insert into outbox (id, lane, topic, key, payload) values (uuid_v7(), $1, $2, '', $3)")
+            .bind(lane)
+            .bind(topic)
+            .bind(payload.unwrap_or(json!({"user_id": user})))
+            .execute(owner)
+            .await
+            .unwrap();
+        let writing: String = eventually("it has been written, and is not committed", || async {
+            let waits = "select backend_xid::text from pg_stat_activity
+                         where wait_event = 'advisory' and datname = current_database()";
+            sqlx::query_scalar(waits).fetch_optional(owner).await.unwrap()
+        })
+        .await;
+        let erasing = begin_to_erase(owner, lane).await;
+        holding.rollback().await.unwrap();
+        erasing.await.unwrap();
+        eventually("what was being written is committed", || async {
+            let open =
+                sqlx::query("select from pg_stat_activity where backend_xid::text = $1").bind(&writing);
+            let open = open.fetch_optional(owner).await.unwrap();
+            open.is_none().then_some(())
+        })
+        .await;
+        assert_erased(owner, lane).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_cannot_be_handled_is_put_aside_and_holds_up_nobody() {
     let stores = Stores::start().await;
@@ -523,12 +580,8 @@ async fn a_message_that_cannot_be_handled_is_put_aside_and_holds_up_nobody() {
         1
     );
     assert!(metric(&service, "messages_dead_total").await >= 1);
-    let log = service.logged("was put aside", 1).await;
-    let line = log.lines().find(|line| line.contains("was put aside")).unwrap();
-    assert!(
-        line.contains(r#""trace.id":"0af7651916cd43dd8448eb211c80319c""#),
-        "{line}"
-    );
+    let line = service.logged_entry("was put aside").await;
+    assert_eq!(line["trace.id"], "0af7651916cd43dd8448eb211c80319c", "{line}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -548,11 +601,7 @@ async fn a_message_that_has_to_wait_is_found_by_its_trace() {
     .execute(&stores.owner)
     .await
     .unwrap();
-    let log = service.logged("failed to handle messages", 1).await;
-    let line = log
-        .lines()
-        .find(|line| line.contains("failed to handle messages"));
-    let line: Value = serde_json::from_str(line.unwrap()).unwrap();
+    let line = service.logged_entry("failed to handle messages").await;
     assert_eq!(line["trace.id"], "0af7651916cd43dd8448eb211c80319c", "{line}");
     sqlx::raw_sql("drop trigger fail on inbox")
         .execute(&stores.owner)

@@ -537,6 +537,13 @@ impl Service {
         .await
     }
 
+    /// Waits until something is in the log, and returns the first line with it.
+    pub(crate) async fn logged_entry(&self, words: &str) -> Value {
+        let log = self.logged(words, 1).await;
+        let line = log.lines().find(|line| line.contains(words)).unwrap();
+        serde_json::from_str(line).unwrap()
+    }
+
     /// Sends a signal such as `TERM`.
     pub(crate) fn signal(&self, name: &str) {
         output(Command::new("kill").args([format!("-{name}"), self.child.id().to_string()]));

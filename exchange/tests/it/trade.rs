@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::{
     servers::{Database, Postgres, Service, eventually},
-    traders::{Issuer, Trader, Wallet, accept, assert_clean},
+    traders::{Issuer, Trader, Wallet, accept, assert_clean, assert_erased, begin_to_erase},
 };
 
 /// A running trade service, its treasury, and who issues tokens.
@@ -43,6 +43,56 @@ impl Exchange {
         let trader = self.issuer.trader(&self.service).await;
         trader.wallet(&self.treasury, coins, dollars).await
     }
+}
+
+/// Who hangs up gets no answer, and has placed an order nevertheless.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_whose_client_has_hung_up_is_counted_and_so_is_its_request() {
+    let exchange = Exchange::start().await;
+    let (service, owner) = (&exchange.service, exchange.database.owner().await);
+    let (seller, buyer) = (
+        exchange.wallet("2", "0").await,
+        exchange.wallet("0", "1000").await,
+    );
+    seller.place("sell", "2", "100").await;
+    let client = || reqwest::Client::builder().no_proxy();
+    let clients = [client(), client().http2_prior_knowledge()];
+    for (number, client) in (1..).zip(clients) {
+        let mut busy = owner.begin().await.unwrap();
+        sqlx::query("select lock_book_v1('live', 'BTC-USD')")
+            .execute(&mut *busy)
+            .await
+            .unwrap();
+        let request = client.build().unwrap().post(service.url("/trade/add"));
+        let request = request.bearer_auth(buyer.trader.token());
+        let placing = tokio::spawn(request.json(&buyer.order("buy", "1", "100")).send());
+        eventually("the order waits for its book", || async {
+            let waits: bool = sqlx::query_scalar(
+                "select exists (select from pg_stat_activity where wait_event = 'advisory'
+                     and query like '%submit_orders%' and datname = current_database())",
+            )
+            .fetch_one(&owner)
+            .await
+            .unwrap();
+            waits.then_some(())
+        })
+        .await;
+        placing.abort();
+        let counted = async |line: String| {
+            eventually(&line, || async {
+                let page = service.admin("/metrics").await.text().await.unwrap();
+                page.contains(&line).then_some(())
+            })
+            .await;
+        };
+        let route = r#"method="POST",route="/trade/add",lane="live",status="499""#;
+        counted(format!("http_server_requests_total{{{route}}} {number}\n")).await;
+        busy.rollback().await.unwrap();
+        counted(format!("orders_total{{outcome=\"accepted\"}} {}\n", number + 1)).await;
+        counted(format!("trades_total {number}\n")).await;
+    }
+    service.logged("POST /trade/add 499", 2).await;
+    assert_eq!(buyer.balances().await[0], "2");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1364,26 +1414,35 @@ async fn a_test_lane_meets_nobody_and_can_be_erased() {
         .execute(&sqlx::PgPool::connect(&exchange.database.app_url).await.unwrap())
         .await
         .unwrap();
-    for table in [
-        "accounts",
-        "transfers",
-        "entries",
-        "orders",
-        "trades",
-        "outbox",
-        "idempotency_keys",
-    ] {
-        let sql = format!(
-            "select count(*) filter (where lane = 'live'), count(*) filter (where lane <> 'live') from {table}"
-        );
-        let (_, left): (i64, i64) = sqlx::query_as(sqlx::AssertSqlSafe(sql))
-            .fetch_one(&owner)
-            .await
-            .unwrap();
-        assert_eq!(left, 0, "{table}");
-    }
+    assert_erased(&owner, lane).await;
     assert_eq!(real.balances().await, ["1", "1", "0", "0"]);
     assert_clean(&owner, "live").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lane_is_erased_with_what_is_being_booked_in_it() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let lane = "test-blue-local.booked";
+    let token = exchange
+        .issuer
+        .token(Uuid::now_v7(), lane.parse().unwrap(), &["treasury"])
+        .await;
+    let tester = Trader::new(&exchange.service, token);
+    let account: Uuid = tester.account("USD").await.parse().unwrap();
+    let mut booking = owner.begin().await.unwrap();
+    let outcome: String =
+        sqlx::query_scalar("select outcome from move_external_v1($1, 'deposit', $2, null, 1, 'rent', null)")
+            .bind(lane)
+            .bind(account)
+            .fetch_one(&mut *booking)
+            .await
+            .unwrap();
+    assert_eq!(outcome, "posted");
+    let erasing = begin_to_erase(&owner, lane).await;
+    booking.commit().await.unwrap();
+    erasing.await.unwrap();
+    assert_erased(&owner, lane).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

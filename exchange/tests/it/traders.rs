@@ -9,10 +9,11 @@ use exchange::{
 use reqwest::{Response, StatusCode};
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
-use sqlx::PgPool;
+use sqlx::{AssertSqlSafe, PgPool};
+use tokio::task::JoinHandle;
 use uuid::Uuid;
 
-use crate::servers::{Database, Service};
+use crate::servers::{Database, Service, eventually};
 
 #[derive(clap::Parser)]
 struct Args {
@@ -244,4 +245,44 @@ pub(crate) async fn assert_clean(owner: &PgPool, lane: &str) {
         .await
         .unwrap();
     assert_eq!(found, []);
+}
+
+/// Has a lane be erased, and waits until that has to wait for somebody, or is over.
+pub(crate) async fn begin_to_erase(owner: &PgPool, lane: &'static str) -> JoinHandle<()> {
+    let erasing = {
+        let owner = owner.clone();
+        tokio::spawn(async move {
+            let erase = sqlx::query("select erase_lane_v1($1)").bind(lane);
+            erase.execute(&owner).await.unwrap();
+        })
+    };
+    eventually("the erasure waits, or is over", || async {
+        let waits: bool = sqlx::query_scalar(
+            "select exists (select from pg_stat_activity where wait_event_type = 'Lock'
+                 and query like 'select erase_lane%' and datname = current_database())",
+        )
+        .fetch_one(owner)
+        .await
+        .unwrap();
+        (waits || erasing.is_finished()).then_some(())
+    })
+    .await;
+    erasing
+}
+
+/// Fails if something of a lane is left.
+pub(crate) async fn assert_erased(owner: &PgPool, lane: &str) {
+    let tables: Vec<String> = sqlx::query_scalar("select table_name from lane_tables")
+        .fetch_all(owner)
+        .await
+        .unwrap();
+    for table in tables {
+        let left = AssertSqlSafe(format!("select count(*) from {table} where lane = $1"));
+        let left: i64 = sqlx::query_scalar(left)
+            .bind(lane)
+            .fetch_one(owner)
+            .await
+            .unwrap();
+        assert_eq!(left, 0, "in {table}, of {lane}");
+    }
 }

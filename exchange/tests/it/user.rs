@@ -895,6 +895,43 @@ async fn a_user_can_leave_and_nothing_that_identifies_stays() {
     users.user("zebra@example.org").await;
 }
 
+/// What counts against a user goes as well. What counts against an address is nobody's in particular, and stays its quarter of
+/// an hour.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_who_leaves_is_not_counted_any_more() {
+    let exchange = Exchange::start(&[]).await;
+    let ada = exchange.user("Ada@example.org").await;
+    let token = Some(ada.access_token.as_str());
+    let guess = json!({"email": "ada@example.org", "password": "wrong password"});
+    problem(exchange.post("/login", guess).await, 401, "wrong_credentials").await;
+    let change = json!({"current_password": "wrong password", "new_password": PASSWORD});
+    let refused = exchange
+        .call(Method::POST, "/password", token, Some(change))
+        .await;
+    problem(refused, 401, "wrong_credentials").await;
+    let exported = exchange.call(Method::GET, "/user/export", token, None).await;
+    assert_eq!(exported.status(), 200);
+    let owner = exchange.database.owner().await;
+    let counted = async || -> (i64, i64) {
+        sqlx::query_as(
+            "select count(*) filter (where of_address), count(*) filter (where not of_address)
+             from rate_limits, lateral (select key in (
+                 sha256('register:127.0.0.1'), sha256('counted register:127.0.0.1'),
+                 sha256('login-from:127.0.0.1'), sha256('counted login-from:127.0.0.1')) as of_address) as what",
+        )
+        .fetch_one(&owner)
+        .await
+        .unwrap()
+    };
+    // Two of each: those that count, and those together with those under way.
+    assert_eq!(counted().await, (4, 8));
+    assert_eq!(
+        exchange.call(Method::DELETE, "/user", token, None).await.status(),
+        204
+    );
+    assert_eq!(counted().await, (4, 0));
+}
+
 fn text_of(value: &Value) -> String {
     value.as_str().unwrap().to_owned()
 }

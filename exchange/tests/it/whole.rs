@@ -180,6 +180,11 @@ async fn the_smoke_test_passes_against_a_standby_stack_and_leaves_nothing_behind
         0,
         "events of the lane are remembered"
     );
+    assert_eq!(
+        stores.count("select count(*) from rate_limits").await,
+        0,
+        "what the test has done counts against its address"
+    );
     for (table,) in tables {
         let sql = sqlx::AssertSqlSafe(format!("select count(*) from {table} where lane like 'test-%'"));
         let (rows,): (i64,) = sqlx::query_as(sql).fetch_one(&stores.owner).await.unwrap();
