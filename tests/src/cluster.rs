@@ -33,7 +33,7 @@ pub const API_SERVICE: &str = "10.96.0.1";
 pub const DOMAIN: &str = "cluster.local";
 
 /// The longest name: it becomes part of file names, cgroups and socket paths, and those are limited to 107 bytes.
-const NAME_MAX: usize = 20;
+pub(crate) const NAME_MAX: usize = 20;
 
 /// The kernel's limit of a socket's path.
 const SOCKET_PATH_MAX: usize = 107;
@@ -318,22 +318,6 @@ impl Cluster {
             differences.push("its components have other versions or settings than this code's".to_owned());
         }
         differences
-    }
-
-    /// Takes the name for a run that begins with ending what an earlier one has left under it.
-    ///
-    /// # Errors
-    /// If another such run goes on.
-    pub fn reserve(&self) -> Result<fs::File> {
-        let directory = cache_dir()?.join("runs");
-        fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
-        let lock = fs::File::create(directory.join(&self.name))?;
-        ensure!(
-            lock.try_lock().is_ok(),
-            "another run uses the cluster {0:?} now: wait for its end, or choose another name, such as NAME={0}-2",
-            self.name
-        );
-        Ok(lock)
     }
 
     /// What a shell needs to speak with this cluster, by the programs of these directories; what they remember goes with it.

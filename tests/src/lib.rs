@@ -4,6 +4,7 @@
 //! ordinary process: no container engine, no virtual machine. See `docs/architecture.md`, "The test cluster".
 
 pub mod addons;
+pub mod alone;
 pub mod broker;
 pub mod cluster;
 pub mod components;
