@@ -309,9 +309,11 @@ fn what_a_run_starts_is_a_part_of_it() {
     let refused = alone(&name, &[program, "--name", &other, "alone", "--", "true"])
         .output()
         .unwrap();
-    drop(holder.stdin.take());
-    holder.wait().unwrap();
+    // Whoever ends a run ends what it has started.
+    kill(Pid::from_raw(holder.id().cast_signed()), Signal::SIGTERM).unwrap();
+    let ended = holder.wait().unwrap();
     assert!(!refused.status.success(), "{}", text(&refused));
+    assert_eq!(ended.code(), Some(128 + 15));
 }
 
 /// Make, as a person would call it, in a process group of its own, so that Ctrl-C can be for all of it.
@@ -324,8 +326,7 @@ fn make(name: &str, args: &[&str]) -> Command {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0);
-    // What the make that runs us has told us is about our run.
-    // And what the cargo that runs us says of this crate would be news to build scripts.
+    // What the make that runs us has told us is about our run, and what cargo says of this crate is news to build scripts.
     let is_of_our_run = |variable: &str| {
         [
             "MAKE",
