@@ -19,6 +19,7 @@ use crate::{
     cluster::{Cluster, cache_dir},
     progress::{self, Step},
     results, sandbox,
+    scratch::Scratch,
     tools::{Tools, hex},
 };
 
@@ -342,11 +343,11 @@ fn cached(
     }
     let mut step = Step::start(format!("{title} {image}"));
     let context = Scratch::new(cache.join(format!("{name}-{key}.context")))?;
-    prepare(&mut step, &context.0)?;
+    prepare(&mut step, context.path())?;
     build(
         &mut step,
         &dockerfile(name),
-        &context.0,
+        context.path(),
         args,
         image,
         &archive.path,
@@ -370,28 +371,10 @@ fn root_file_system(step: &mut Step, recipe: &Recipe, context: &Path) -> Result<
     command.args(["--variant=extract", &include, DEBIAN, &tar]);
     let names_it = |file: &&&str| fs::read_to_string(file).is_ok_and(|sources| sources.contains(DEBIAN));
     command.args(SOURCES.iter().find(names_it));
-    finish("mmdebstrap", command.env("TMPDIR", &scratch.0), |line| {
+    finish("mmdebstrap", command.env("TMPDIR", scratch.path()), |line| {
         step.update(line);
     })
     .map_err(|error| explain_full_disk(error, context))
-}
-
-/// A directory to work in. It is gone when this is dropped, whatever came of the work; what a killed process has left goes
-/// when it is made again.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(path: PathBuf) -> Result<Self> {
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 fn build(
@@ -421,9 +404,13 @@ fn build(
     let scratch = Scratch::new(archive.with_extension("scratch"))?;
     let mut run = |args: &[&str]| {
         let mut command = buildah_command()?;
-        finish("buildah", command.args(args).env("TMPDIR", &scratch.0), |line| {
-            step.update(line);
-        })
+        finish(
+            "buildah",
+            command.args(args).env("TMPDIR", scratch.path()),
+            |line| {
+                step.update(line);
+            },
+        )
         .map_err(|error| explain_full_disk(error, archive))
     };
     run(&all)?;

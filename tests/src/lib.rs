@@ -20,6 +20,7 @@ pub mod progress;
 pub mod results;
 pub mod rights;
 pub mod sandbox;
+mod scratch;
 pub mod story;
 pub mod supervisor;
 pub mod tools;
