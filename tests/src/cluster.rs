@@ -324,9 +324,10 @@ impl Cluster {
     pub fn exports(&self, directories: impl Display) -> String {
         let (variable, memory) = MEMORIES[0];
         format!(
-            "  export KUBECONFIG={}\n  export {variable}={}\n  export PATH=\"{directories}:$PATH\"",
+            "  export KUBECONFIG={}\n  export {variable}={}\n  export PATH=\"{directories}:$PATH\"{}",
             self.kubeconfig().display(),
-            self.home().join(memory).display()
+            self.home().join(memory).display(),
+            exports_beside_the_proxy(|variable| env::var(variable).ok())
         )
     }
 
@@ -359,6 +360,21 @@ fn beside_the_proxy(environment: impl Fn(&str) -> Option<String>) -> [(String, S
     let own = [LINKS_CIDR, POD_CIDR, SERVICE_CIDR, DOMAIN].map(str::to_owned);
     let hosts: Vec<String> = set.filter(|hosts| !hosts.is_empty()).chain(own).collect();
     VARIABLES.map(|variable| (variable.to_owned(), hosts.join(",")))
+}
+
+/// What a shell needs beside that where a proxy is set.
+fn exports_beside_the_proxy(environment: impl Fn(&str) -> Option<String>) -> String {
+    let proxies = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"];
+    let is_set = |variable: &&str| {
+        let set = environment(variable).or_else(|| environment(&variable.to_lowercase()));
+        set.is_some_and(|proxy| !proxy.is_empty())
+    };
+    if !proxies.iter().any(is_set) {
+        return String::new();
+    }
+    let exports =
+        beside_the_proxy(environment).map(|(variable, hosts)| format!("\n  export {variable}={hosts}"));
+    exports.concat()
 }
 
 /// Who starts a cluster, and of what.
@@ -585,6 +601,13 @@ mod tests {
         let [upper, lower] = set;
         assert_eq!(upper, ("NO_PROXY".into(), format!("intranet,10.0.0.1,{own}")));
         assert_eq!(lower, ("no_proxy".into(), format!("intranet,10.0.0.1,{own}")));
+
+        assert_eq!(exports_beside_the_proxy(|_| None), "");
+        let behind = |variable: &str| (variable == "https_proxy").then(|| "http://proxy:3128".to_owned());
+        assert_eq!(
+            exports_beside_the_proxy(behind),
+            format!("\n  export NO_PROXY={own}\n  export no_proxy={own}")
+        );
     }
 
     #[test]
