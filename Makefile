@@ -127,7 +127,7 @@ e2e-alone:
 	@$(call find-tests,$(E2E:%=--test %),--ignored $(TEST))
 	@origin=$$($(TESTBED) results --begin); export "$$origin"; \
 	  $(MAKE) --no-print-directory cluster images; \
-	  trap '$(TESTBED) results' EXIT; \
+	  trap '$(TESTBED) results --end $$?' EXIT; \
 	  $(call run-tests,$(E2E:%=--test %) --no-fail-fast,--ignored --test-threads 3 $(TEST))
 
 .PHONY: stories

@@ -21,7 +21,7 @@ use testbed::{
     progress::{Step, say},
     results::{self, Origin},
     sandbox, supervisor,
-    tools::Tools,
+    tools::{self, Tools},
     up,
 };
 
@@ -98,6 +98,9 @@ enum Action {
         /// are told to be of the code that it began with.
         #[arg(long)]
         begin: bool,
+        /// Note first that the run has ended, with the exit code of its tests.
+        #[arg(long, value_name = "EXIT_CODE", conflicts_with = "begin")]
+        end: Option<u8>,
     },
     /// First half of a start; `up` calls it.
     #[command(hide = true)]
@@ -162,6 +165,7 @@ fn act(cluster: Cluster, action: &Action) -> Result<()> {
                 });
                 say(format!("Cluster {:?} is gone.{from}", cluster.name()));
             }
+            tools::remove_leavings()?;
             images::remove_leavings()
         }
         Action::Preflight => preflight::check(),
@@ -208,8 +212,11 @@ fn act(cluster: Cluster, action: &Action) -> Result<()> {
             Origin::of_run();
             demo::run(&Session::from_environment()?)
         }
-        Action::Results { begin: true } => print(&results::begin()?),
-        Action::Results { begin: false } => print(&results::table()?),
+        Action::Results { begin: true, .. } => print(&results::begin()?),
+        Action::Results { begin: false, end } => {
+            end.map_or(Ok(()), |exit_code| results::end(exit_code == 0))?;
+            print(&results::table()?)
+        }
         Action::Alone { .. } | Action::Launch | Action::Supervise => Ok(()),
     }
 }

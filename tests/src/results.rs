@@ -101,6 +101,18 @@ pub fn begin() -> Result<String> {
     Ok(format!("{ORIGIN}={commit}"))
 }
 
+/// Ends an end-to-end run, with a line for all of it: a test may fail before it is a case.
+///
+/// # Errors
+/// As [`add_case`].
+pub fn end(passed: bool) -> Result<()> {
+    let verdict = if passed { "passed" } else { "failed" };
+    add_case(
+        "all-tests",
+        Map::from_iter([("verdict".to_owned(), verdict.into())]),
+    )
+}
+
 /// Name of the figures of an end-to-end run.
 fn end_to_end() -> String {
     of_cluster("e2e", &env::var("TESTBED_NAME").unwrap_or_else(|_| "dev".into()))
