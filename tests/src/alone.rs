@@ -97,7 +97,9 @@ async fn end_of(cluster: &Cluster, command: &[String]) -> Result<ExitCode> {
         }
     };
     // As a shell says it.
-    let code = status.code().or(status.signal().map(|signal| 128 + signal));
+    let code = status
+        .code()
+        .or_else(|| status.signal().map(|signal| 128 + signal));
     let code = code.and_then(|code| u8::try_from(code).ok());
     Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }
