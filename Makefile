@@ -18,6 +18,9 @@ ifneq ($(CASE),)
 endif
 # What the end-to-end tests are about: the ground floor, the API, a newcomer's way, the proof that nothing is lost.
 E2E ?= ground_floor schema newcomer proof
+ifeq ($(strip $(E2E)),)
+  $(error E2E is empty, and cargo would run every ignored test of the workspace: leave it out, or name some)
+endif
 # Releases, and releases that are disturbed.
 STORIES := release disturbed
 # How many histories `make simulate` lives through, from which on, or which one.
@@ -52,13 +55,17 @@ ifdef STORES_VALUES
   export STORES_VALUES
 endif
 export AGENT_IMAGE ?= exchange.local/testbed-agent:$(TAG)
-# Runs tests of the workspace, chosen by arguments of cargo's and arguments of their own; then the third, a command, whatever
-# came of them. Fails if a misspelt TEST selects none. Compiles first, with cargo's progress: through a pipe it shows none.
-run-tests = cargo test --workspace --locked $(1) --no-run; \
-	  log=$$(mktemp); trap 'rm -f "$$log"; $(or $(3),true)' EXIT; \
-	  cargo test --workspace --locked $(1) $(2) 2>&1 | tee "$$log"; \
-	  grep -q "^test result: ok. [1-9]" "$$log" || \
-	  { echo "error: no test is named like TEST=$(TEST)" >&2; exit 1; }
+# Compiles tests of the workspace, chosen by arguments of cargo's and by arguments of their own. Fails if a misspelt TEST selects
+# none, before anything is started for them: with the target that has one of that name, by what its `ignore` says.
+find-tests = cargo test --workspace --locked $(1) --no-run; \
+	  cargo test --workspace --locked $(1) -- $(2) --list 2>/dev/null | grep ': test$$' >/dev/null || { \
+	  there=$$(sed -n '/^\#\[ignore/{N;s/.*\(make [a-z0-9-]*\)"\]\n.*fn [a-z0-9_]*$(TEST).*/; \1 has one/p}' tests/tests/*.rs | sort -u); \
+	  echo "error: no test is named like $(if $(CASE),CASE=$(CASE),TEST=$(TEST))$$there." \
+	    'To list those of this target: cargo test --workspace $(1) -- --list' >&2; exit 1; }
+# Runs them.
+run-tests = $(find-tests); cargo test --workspace --locked $(1) -- $(2)
+# Makes a target while no other run uses the cluster NAME. What is made by that in this way is a part of it.
+alone = $(TESTBED) --name $(NAME) alone -- $(MAKE) --no-print-directory NAME=$(NAME)
 
 .PHONY: help
 help: ## List the targets
@@ -66,25 +73,27 @@ help: ## List the targets
 	@echo
 	@echo "  Variables: NAME=dev (which test cluster), CLUSTER=existing (use the one of KUBECONFIG), TEST=… (one test)"
 
-# Ctrl-C ends the cluster if this has started it, and removes only what the demonstration has brought if it ran before.
 .PHONY: demo
 demo: NAME := $(if $(filter dev,$(NAME)),demo,$(NAME))
-demo: ## Show a release under load, a failed one and a rollback, live; Ctrl-C cleans up
-	@export TESTBED_NAME=$(NAME); \
-	  end="$(if $(filter existing,$(CLUSTER)),demo --clean-up,down)"; \
-	  if [ -x $(TESTBED) ] && $(TESTBED) status >/dev/null 2>&1; then end="demo --clean-up"; fi; \
-	  trap '[ ! -x $(TESTBED) ] || $(TESTBED) $$end; exit 130' INT; \
+demo: deps $(TESTBED) ## Show a release under load, a failed one and a rollback, live; Ctrl-C cleans up
+	@$(alone) demo-alone
+
+# Ctrl-C ends the cluster if this has started it, and removes only what the demonstration has brought if it ran before.
+.PHONY: demo-alone
+demo-alone:
+	@clean_up='demo --clean-up'; $(if $(filter existing,$(CLUSTER)),,$(TESTBED) status &>/dev/null || clean_up=down;) \
+	  trap "$(TESTBED) $$clean_up; exit 130" INT; \
 	  part() { printf '\n\033[1m▶ [%s/8] %s\033[0m\n' "$$1" "$$2" >&2; SECONDS=0; \
-	    $(MAKE) --no-print-directory $$3 NAME=$(NAME); echo "  ✓ [$$1/8] took $$SECONDS s" >&2; }; \
+	    $(MAKE) --no-print-directory $$3; echo "  ✓ [$$1/8] took $$SECONDS s" >&2; }; \
 	  part 1 "The cluster" cluster; part 2 "The images" images; $(TESTBED) demo
 
 .PHONY: test
+test: NAME := $(if $(filter dev,$(NAME)),test,$(NAME))
 test: all-tests ## Check, integration, a new cluster of its own with a newcomer's release and the proof, and its end
 	@$(if $(filter existing,$(CLUSTER)),,tests/deps.sh --cluster)
 	@$(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,preflight) check $(if $(filter existing,$(CLUSTER)),,integration)
 	@$(MAKE) --no-print-directory $(TESTBED)
-	@name=$(if $(filter dev,$(NAME)),test,$(NAME)); $(TESTBED) --name $$name alone -- \
-	  $(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,down) e2e down-test NAME=$$name
+	@$(alone) $(if $(filter existing,$(CLUSTER)),,down) e2e down-test
 
 .PHONY: preflight
 preflight: $(TESTBED)
@@ -112,9 +121,16 @@ integration: not-existing deps ## The exchange against real PostgreSQL, NATS and
 	  $(call run-tests,--test it --test charts,$(TEST))
 
 .PHONY: e2e
-e2e: cluster images $(TESTBED) ## End-to-end tests on the cluster, which stays for the next run; CASE=2 runs one case of the proof
-	@$(TESTBED) results --begin
-	@$(call run-tests,$(E2E:%=--test %) --no-fail-fast,-- --ignored --test-threads 3 $(TEST),$(TESTBED) results)
+e2e: deps $(TESTBED) ## End-to-end tests on the cluster, which stays for the next run; CASE=2 runs one case of the proof
+	@$(alone) e2e-alone
+
+.PHONY: e2e-alone
+e2e-alone:
+	@$(call find-tests,$(E2E:%=--test %),--ignored $(TEST))
+	@origin=$$($(TESTBED) results --begin); export "$$origin"; \
+	  $(MAKE) --no-print-directory cluster images; \
+	  trap '$(TESTBED) results --end $$?' EXIT; \
+	  $(call run-tests,$(E2E:%=--test %) --no-fail-fast,--ignored --test-threads 3 $(TEST))
 
 .PHONY: stories
 stories: ## Releases of every kind and end, and disturbed ones, on the cluster (about 25 minutes)
@@ -126,19 +142,24 @@ e2e-long: ## Both with the full matrices: 20 releases in a row, every phase dist
 
 .PHONY: rbac
 rbac: $(TESTBED) ## Compare the operator's rights with what it did on the test cluster; after `make stories`
-	@$(call run-tests,--test rbac,-- --ignored)
+	@$(call run-tests,--test rbac,--ignored)
 
 .PHONY: cluster-test
 cluster-test: not-existing ## Test the test cluster itself: kills, several at once, leavings, wrong use (about 10 minutes)
 	@tests/deps.sh --cluster
 	@$(MAKE) --no-print-directory $(TESTBED)
+	@$(alone) cluster-test-alone
+
+.PHONY: cluster-test-alone
+cluster-test-alone:
+	@$(call find-tests,--test cluster,--ignored $(TEST))
 	$(TESTBED) tools
-	@$(call run-tests,--test cluster,-- --ignored --test-threads 1 $(TEST))
+	@$(call run-tests,--test cluster,--ignored --test-threads 1 $(TEST))
 
 .PHONY: all-tests
 all-tests:
 ifneq ($(TEST),)
-	@echo "error: TEST and CASE choose tests of one level: make unit, integration, e2e or cluster-test TEST=…" >&2; exit 1
+	@echo "error: TEST and CASE choose tests of one level: make unit, integration, e2e, stories or cluster-test TEST=…" >&2; exit 1
 endif
 
 .PHONY: not-existing
@@ -151,7 +172,7 @@ endif
 down-test:
 ifneq ($(CLUSTER),existing)
 	@$(if $(KEEP),echo "KEEP=1: cluster $(NAME) goes on",$(TESTBED) down)
-	@$(call run-tests,--test cluster,-- --ignored --exact down_leaves_nothing)
+	@$(call run-tests,--test cluster,--ignored --exact down_leaves_nothing)
 endif
 
 .PHONY: cluster
@@ -207,9 +228,15 @@ bench-exchange: not-existing deps ## Those of the exchange: trading beside pgben
 	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --workspace --release --locked --test it -- --ignored --nocapture bench::
 
 .PHONY: bench-operator
-bench-operator: PROFILE := release
-bench-operator: cluster images ## Those of the operator: releases on the cluster, medians of RELEASES=10
-	cargo test --workspace --locked --test bench -- --ignored --nocapture --test-threads 1 $(TEST)
+bench-operator: deps $(TESTBED) ## Those of the operator: releases on the cluster, medians of RELEASES=10
+	@$(alone) bench-operator-alone
+
+.PHONY: bench-operator-alone
+bench-operator-alone: PROFILE := release
+bench-operator-alone:
+	@$(call find-tests,--test bench,--ignored $(TEST))
+	@$(MAKE) --no-print-directory cluster images PROFILE=$(PROFILE)
+	@$(call run-tests,--test bench,--ignored --nocapture --test-threads 1 $(TEST))
 
 .PHONY: deny
 deny: ## Licences, sources and advisories of all dependencies (needs cargo-deny)

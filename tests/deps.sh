@@ -20,6 +20,7 @@ mount            /bin/mount|/usr/bin/mount             the test cluster: volumes
 util-linux       /usr/bin/unshare                      the test cluster: processes that end together
 iproute2         /sbin/ip|/bin/ip|/usr/bin/ip          the test cluster: its own network
 nftables         /usr/sbin/nft                         the test cluster: Services, by kube-proxy
+git              /usr/bin/git                          results: which commit they are of
 buildah          /usr/bin/buildah                      images without a container engine
 mmdebstrap       /usr/bin/mmdebstrap                   images: root file systems from Debian packages
 postgresql-15    /usr/lib/postgresql/15/bin/postgres   integration tests
@@ -43,23 +44,49 @@ done <<END
 $wanted
 END
 
+# Ends with how to get a program that is not in PATH: it may be where its installer puts it all the same.
+#   not_in_path PROGRAM HOW DIRECTORY…
+not_in_path() {
+  program=$1
+  how=$2
+  shift 2
+  for directory; do
+    if [ -x "$directory/$program" ]; then
+      how="it is in $directory: export PATH=\"$directory:\$PATH\""
+      [ -z "${SUDO_USER:-}" ] || how="$how, and keep that over sudo: sudo env \"PATH=\$PATH\" make …"
+      break
+    fi
+  done
+  echo "error: $program is not in PATH; $how" >&2
+  exit 1
+}
+
+# True if the first version is older than the second.
+is_older() {
+  [ "$1" != "$2" ] && [ "$(printf '%s\n' "$1" "$2" | sort --version-sort | head -n 1)" = "$1" ]
+}
+
 # What Debian does not have new enough. Said at the end: `sudo make deps` has another PATH, and installs the packages all the same.
 toolchains() {
-  modules=$(dirname "$0")/cluster
-  wanted_go=$(sed -n 's/^go //p' "$modules/go.mod")
-  if ! command -v go >/dev/null; then
-    echo "error: Go is missing: install Go $wanted_go or newer and put it into PATH; the test cluster is built with it" >&2
-    exit 1
-  fi
+  tests=$(dirname "$0")
+  # Who has become root has another home than the one with the programs.
+  home=$(getent passwd "${SUDO_USER:-$(id -un)}" | cut -d: -f6)
+  go=$(sed -n 's/^go //p' "$tests/cluster/go.mod")
+  rust=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$tests/../Cargo.toml")
+  command -v go >/dev/null || not_in_path go "install Go $go or newer: the test cluster is built with it" \
+    "$HOME/go/bin" "$home/go/bin" /usr/local/go/bin
   # Go itself fetches the version that go.mod asks for, if it may: then this is that version.
-  version=$(cd "$modules" && go env GOVERSION) || version=$(GOTOOLCHAIN=local go env GOVERSION)
-  oldest=$(printf '%s\n' "go$wanted_go" "$version" | sort --version-sort | head -n 1)
-  if [ "$oldest" != "go$wanted_go" ] && [ "${version#go}" != "$version" ]; then
-    echo "error: $(command -v go) is $version: install Go $wanted_go or newer and put it first into PATH" >&2
+  version=$(cd "$tests/cluster" && go env GOVERSION) || version=$(GOTOOLCHAIN=local go env GOVERSION)
+  if [ "${version#go}" != "$version" ] && is_older "${version#go}" "$go"; then
+    echo "error: $(command -v go) is $version: install Go $go or newer and put it first into PATH" >&2
     exit 1
   fi
-  if ! command -v cargo >/dev/null; then
-    echo "error: cargo is not in PATH: install rustup; the toolchain pinned in rust-toolchain.toml comes by itself" >&2
+  command -v cargo >/dev/null || not_in_path cargo \
+    "install rustup: the toolchain pinned in rust-toolchain.toml comes by itself" "$HOME/.cargo/bin" "$home/.cargo/bin"
+  # With rustup this is the pinned one; Debian's own is years old.
+  version=$(cd "$tests" && cargo --version | cut -d' ' -f2)
+  if is_older "$version" "$rust"; then
+    echo "error: $(command -v cargo) is $version: install rustup, and put its directory first into PATH" >&2
     exit 1
   fi
 }

@@ -33,7 +33,7 @@ pub const API_SERVICE: &str = "10.96.0.1";
 pub const DOMAIN: &str = "cluster.local";
 
 /// The longest name: it becomes part of file names, cgroups and socket paths, and those are limited to 107 bytes.
-const NAME_MAX: usize = 20;
+pub(crate) const NAME_MAX: usize = 20;
 
 /// The kernel's limit of a socket's path.
 const SOCKET_PATH_MAX: usize = 107;
@@ -320,29 +320,14 @@ impl Cluster {
         differences
     }
 
-    /// Takes the name for a run that begins with ending what an earlier one has left under it.
-    ///
-    /// # Errors
-    /// If another such run goes on.
-    pub fn reserve(&self) -> Result<fs::File> {
-        let directory = cache_dir()?.join("runs");
-        fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
-        let lock = fs::File::create(directory.join(&self.name))?;
-        ensure!(
-            lock.try_lock().is_ok(),
-            "another run uses the cluster {0:?} now: wait for its end, or choose another name, such as NAME={0}-2",
-            self.name
-        );
-        Ok(lock)
-    }
-
     /// What a shell needs to speak with this cluster, by the programs of these directories; what they remember goes with it.
     pub fn exports(&self, directories: impl Display) -> String {
         let (variable, memory) = MEMORIES[0];
         format!(
-            "  export KUBECONFIG={}\n  export {variable}={}\n  export PATH=\"{directories}:$PATH\"",
+            "  export KUBECONFIG={}\n  export {variable}={}\n  export PATH=\"{directories}:$PATH\"{}",
             self.kubeconfig().display(),
-            self.home().join(memory).display()
+            self.home().join(memory).display(),
+            exports_beside_the_proxy(|variable| env::var(variable).ok())
         )
     }
 
@@ -375,6 +360,21 @@ fn beside_the_proxy(environment: impl Fn(&str) -> Option<String>) -> [(String, S
     let own = [LINKS_CIDR, POD_CIDR, SERVICE_CIDR, DOMAIN].map(str::to_owned);
     let hosts: Vec<String> = set.filter(|hosts| !hosts.is_empty()).chain(own).collect();
     VARIABLES.map(|variable| (variable.to_owned(), hosts.join(",")))
+}
+
+/// What a shell needs beside that where a proxy is set.
+fn exports_beside_the_proxy(environment: impl Fn(&str) -> Option<String>) -> String {
+    let proxies = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"];
+    let is_set = |variable: &&str| {
+        let set = environment(variable).or_else(|| environment(&variable.to_lowercase()));
+        set.is_some_and(|proxy| !proxy.is_empty())
+    };
+    if !proxies.iter().any(is_set) {
+        return String::new();
+    }
+    let exports =
+        beside_the_proxy(environment).map(|(variable, hosts)| format!("\n  export {variable}={hosts}"));
+    exports.concat()
 }
 
 /// Who starts a cluster, and of what.
@@ -601,6 +601,13 @@ mod tests {
         let [upper, lower] = set;
         assert_eq!(upper, ("NO_PROXY".into(), format!("intranet,10.0.0.1,{own}")));
         assert_eq!(lower, ("no_proxy".into(), format!("intranet,10.0.0.1,{own}")));
+
+        assert_eq!(exports_beside_the_proxy(|_| None), "");
+        let behind = |variable: &str| (variable == "https_proxy").then(|| "http://proxy:3128".to_owned());
+        assert_eq!(
+            exports_beside_the_proxy(behind),
+            format!("\n  export NO_PROXY={own}\n  export no_proxy={own}")
+        );
     }
 
     #[test]

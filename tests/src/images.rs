@@ -19,6 +19,7 @@ use crate::{
     cluster::{Cluster, cache_dir},
     progress::{self, Step},
     results, sandbox,
+    scratch::Scratch,
     tools::{Tools, hex},
 };
 
@@ -41,12 +42,14 @@ const HELPER: Recipe = Recipe {
     packages: "busybox,libc6",
 };
 
+/// What images of programs stand on.
+const BASE: Recipe = Recipe {
+    name: "base",
+    packages: "libc6,libgcc-s1,ca-certificates",
+};
+
 /// libc-bin and the shell are for the charts' start scripts.
-const RECIPES: [Recipe; 3] = [
-    Recipe {
-        name: "base",
-        packages: "libc6,libgcc-s1,ca-certificates",
-    },
+const RECIPES: [Recipe; 2] = [
     Recipe {
         name: "redis",
         packages: "redis-server,redis-tools,dash,coreutils",
@@ -81,7 +84,7 @@ pub struct Archive {
 /// # Errors
 /// If buildah or mmdebstrap is missing, or a package cannot be fetched.
 pub fn helper(tools: &Tools) -> Result<Archive> {
-    from_packages(tools, &HELPER, "image")
+    from_packages(tools, &HELPER, &static_image(HELPER.name), "image")
 }
 
 /// The stores' images and the base of all others, from Debian packages and the pinned nats-server.
@@ -89,25 +92,28 @@ pub fn helper(tools: &Tools) -> Result<Archive> {
 /// # Errors
 /// If a package cannot be fetched or an image not be built.
 pub fn stores(tools: &Tools) -> Result<Vec<Archive>> {
-    let mut archives = Vec::new();
-    let all = RECIPES.len() + 1;
+    let all = RECIPES.len() + 2;
+    let title = |number: usize| format!("store image {number} of {all}:");
+    let base = from_packages(tools, &BASE, &base_image(tools.dir())?, &title(1))?;
+    ensure!(
+        stored(&base.image)? || unpack(&base)?,
+        "the base image is damaged"
+    );
+    let argument = format!("BASE={}", base.image);
+    let mut archives = vec![base];
     for recipe in &RECIPES {
-        let title = format!("store image {} of {all}:", archives.len() + 1);
-        let archive = from_packages(tools, recipe, &title)?;
-        ensure!(
-            recipe.name != "base" || stored(&archive.image)? || unpack(&archive)?,
-            "the base image is damaged"
-        );
-        archives.push(archive);
+        let image = static_image(recipe.name);
+        archives.push(from_packages(tools, recipe, &image, &title(archives.len() + 1))?);
     }
-    let image = format!("{PREFIX}/nats:{STATIC_TAG}");
-    let title = format!("store image {all} of {all}:");
-    let on = key_of_recipe(tools, "base", RECIPES[0].packages)?;
-    archives.push(cached(tools, "nats", &image, &on, &title, |_, context| {
+    let copy = |_: &mut Step, context: &Path| {
         fs::copy(tools.path("nats-server"), context.join("nats-server"))
             .context("cannot copy nats-server")?;
-        Ok(())
-    })?);
+        anyhow::Ok(())
+    };
+    let key = key_of_recipe(tools.dir(), "nats", &argument)?;
+    let args = ["--build-arg", &argument];
+    let image = static_image("nats");
+    archives.push(cached("nats", &key, &image, &args, &title(all), copy)?);
     Ok(archives)
 }
 
@@ -169,8 +175,8 @@ pub fn services(tools: &Tools, repository: &Path, binaries: &Path, tag: &str) ->
     }
     let agent = Path::new(env!("CARGO_MANIFEST_DIR")).join("cluster/images/agent.Dockerfile");
     let root = repository.join("Dockerfile");
-    let base = key_of_recipe(tools, "base", RECIPES[0].packages)?;
-    let prebuilt = ["--build-arg", "BINARIES=prebuilt"];
+    let base = format!("BASE={}", base_image(tools.dir())?);
+    let common = ["--build-arg", &base, "--build-arg", "BINARIES=prebuilt"];
     let mut archives = Vec::new();
     let all = 1 + TARGETS.len() + RELEASES.len();
     // The image's name and tag, its Dockerfile, the context and the binary that goes into it, arguments of its build.
@@ -187,7 +193,7 @@ pub fn services(tools: &Tools, repository: &Path, binaries: &Path, tag: &str) ->
         let number = archives.len() + 1;
         if !(path.exists() && fs::read_to_string(&note).is_ok_and(|it| it == made_of)) {
             let mut step = Step::start(format!("image {number} of {all}: {image}"));
-            let args = [&prebuilt, args].concat();
+            let args = [&common, args].concat();
             build(&mut step, file, context, &args, &image, &path)?;
             fs::write(&note, made_of)?;
             step.done();
@@ -272,12 +278,23 @@ fn lock_images(cache: &Path) -> Result<fs::File> {
     Ok(lock)
 }
 
-fn from_packages(tools: &Tools, recipe: &Recipe, title: &str) -> Result<Archive> {
-    let image = format!("{PREFIX}/{}:{STATIC_TAG}", recipe.name);
-    let packages = recipe.packages;
-    cached(tools, recipe.name, &image, packages, title, |step, context| {
+fn from_packages(tools: &Tools, recipe: &Recipe, image: &str, title: &str) -> Result<Archive> {
+    let key = key_of_recipe(tools.dir(), recipe.name, recipe.packages)?;
+    cached(recipe.name, &key, image, &[], title, |step, context| {
         root_file_system(step, recipe, context)
     })
+}
+
+/// The name of an image that a cluster has only one of.
+fn static_image(name: &str) -> String {
+    format!("{PREFIX}/{name}:{STATIC_TAG}")
+}
+
+/// The name of the image that others stand on. Clones share buildah's storage: under a name for all, one with other pins would
+/// put its own beneath our programs.
+fn base_image(pins: &Path) -> Result<String> {
+    let key = key_of_recipe(pins, BASE.name, BASE.packages)?;
+    Ok(format!("{PREFIX}/{}:{key}", BASE.name))
 }
 
 /// What an image is made of, in short.
@@ -290,11 +307,12 @@ fn key(parts: &[&[u8]]) -> String {
     hex(&hash.finalize()).chars().take(12).collect()
 }
 
-/// The same of one of the cache: its Dockerfile and recipe, the users of all, and the tools' pins.
-fn key_of_recipe(tools: &Tools, name: &str, recipe: &str) -> Result<String> {
+/// The same of one of the cache: its Dockerfile, its packages or what else it has, the users of all, and the tools' pins, by their
+/// directory.
+fn key_of_recipe(pins: &Path, name: &str, recipe: &str) -> Result<String> {
     let file = dockerfile(name);
     let file = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-    let pins = tools.dir().as_os_str().as_encoded_bytes();
+    let pins = pins.as_os_str().as_encoded_bytes();
     Ok(key(&[&file, recipe.as_bytes(), USERS.as_bytes(), pins]))
 }
 
@@ -302,17 +320,15 @@ fn dockerfile(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("cluster/images/{name}.Dockerfile"))
 }
 
-/// Builds an image unless the cache has it. The cache's key is everything the image is made of; of a recipe without packages,
-/// the key of the image that it stands on.
+/// Builds an image unless the cache has it. The cache's key is everything the image is made of.
 fn cached(
-    tools: &Tools,
     name: &str,
+    key: &str,
     image: &str,
-    recipe: &str,
+    args: &[&str],
     title: &str,
     prepare: impl FnOnce(&mut Step, &Path) -> Result<()>,
 ) -> Result<Archive> {
-    let key = key_of_recipe(tools, name, recipe)?;
     let cache = cache_dir()?.join("images");
     let archive = Archive {
         image: image.to_owned(),
@@ -327,12 +343,12 @@ fn cached(
     }
     let mut step = Step::start(format!("{title} {image}"));
     let context = Scratch::new(cache.join(format!("{name}-{key}.context")))?;
-    prepare(&mut step, &context.0)?;
+    prepare(&mut step, context.path())?;
     build(
         &mut step,
         &dockerfile(name),
-        &context.0,
-        &[],
+        context.path(),
+        args,
         image,
         &archive.path,
     )?;
@@ -355,28 +371,10 @@ fn root_file_system(step: &mut Step, recipe: &Recipe, context: &Path) -> Result<
     command.args(["--variant=extract", &include, DEBIAN, &tar]);
     let names_it = |file: &&&str| fs::read_to_string(file).is_ok_and(|sources| sources.contains(DEBIAN));
     command.args(SOURCES.iter().find(names_it));
-    finish("mmdebstrap", command.env("TMPDIR", &scratch.0), |line| {
+    finish("mmdebstrap", command.env("TMPDIR", scratch.path()), |line| {
         step.update(line);
     })
     .map_err(|error| explain_full_disk(error, context))
-}
-
-/// A directory to work in. It is gone when this is dropped, whatever came of the work; what a killed process has left goes
-/// when it is made again.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(path: PathBuf) -> Result<Self> {
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 fn build(
@@ -396,9 +394,9 @@ fn build(
         "--layers=false",
         "--file",
         &file,
+        "--tag",
+        image,
     ];
-    let base = format!("BASE={PREFIX}/base:{STATIC_TAG}");
-    all.extend(["--build-arg", &base, "--tag", image]);
     all.extend(args);
     let context = context.display().to_string();
     all.push(&context);
@@ -406,9 +404,13 @@ fn build(
     let scratch = Scratch::new(archive.with_extension("scratch"))?;
     let mut run = |args: &[&str]| {
         let mut command = buildah_command()?;
-        finish("buildah", command.args(args).env("TMPDIR", &scratch.0), |line| {
-            step.update(line);
-        })
+        finish(
+            "buildah",
+            command.args(args).env("TMPDIR", scratch.path()),
+            |line| {
+                step.update(line);
+            },
+        )
         .map_err(|error| explain_full_disk(error, archive))
     };
     run(&all)?;
@@ -432,10 +434,12 @@ fn stored(image: &str) -> Result<bool> {
         .success())
 }
 
-/// Puts an archive back into buildah's storage, when that was cleared but our cache was not.
+/// Puts an archive back into buildah's storage, under its name, when that was cleared but our cache was not.
 fn unpack(archive: &Archive) -> Result<bool> {
     let source = format!("oci-archive:{}", archive.path.display());
-    buildah(&["pull", &source])?;
+    let pulled = buildah_command()?.args(["pull", &source]).output()?;
+    let id = String::from_utf8(pulled.stdout)?;
+    buildah(&["tag", id.trim(), &archive.image])?;
     stored(&archive.image)
 }
 
@@ -548,4 +552,16 @@ fn explain_full_disk(error: anyhow::Error, place: &Path) -> anyhow::Error {
         ));
     }
     error
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clone_with_other_pins_has_a_base_image_of_its_own() {
+        let base = |pins: &str| base_image(Path::new(pins)).expect("a Dockerfile");
+        assert_eq!(base("/cache/tools-1"), base("/cache/tools-1"));
+        assert_ne!(base("/cache/tools-1"), base("/cache/tools-2"));
+    }
 }

@@ -18,7 +18,14 @@ use nix::{
 };
 use serde_json::{Map, Value, json};
 
-use crate::{cluster::Cluster, preflight, progress::say, results, sandbox, tools::Tools};
+use crate::{
+    cluster::Cluster,
+    preflight,
+    progress::say,
+    results::{self, Origin},
+    sandbox,
+    tools::Tools,
+};
 
 /// Where the plugin `kubectl-exchange` is: where `make` has built the images' binaries, or where cargo has built this program.
 ///
@@ -399,11 +406,13 @@ impl<'a> Namespace<'a> {
         Ok(namespace)
     }
 
-    /// One more namespace of a test that has one: it is no case in the figures.
+    /// One that is no case in the figures: another one of a test that has one, or that of a benchmark, whose figures are in a
+    /// file of their own.
     ///
     /// # Errors
     /// If an earlier one of the name cannot be removed.
     pub fn beside(session: &'a Session, case: &str) -> Result<Self> {
+        Origin::of_run();
         let name = format!("exchange-e2e-{case}");
         session.kubectl(&["delete", "namespace", &name, "--ignore-not-found", "--wait"])?;
         let labels = json!({"pod-security.kubernetes.io/enforce": "restricted"});

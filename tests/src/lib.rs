@@ -4,6 +4,7 @@
 //! ordinary process: no container engine, no virtual machine. See `docs/architecture.md`, "The test cluster".
 
 pub mod addons;
+pub mod alone;
 pub mod broker;
 pub mod cluster;
 pub mod components;
@@ -19,6 +20,7 @@ pub mod progress;
 pub mod results;
 pub mod rights;
 pub mod sandbox;
+mod scratch;
 pub mod story;
 pub mod supervisor;
 pub mod tools;

@@ -12,14 +12,16 @@ use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
 use serde_json::json;
 use testbed::{
+    alone,
     cluster::Cluster,
     demo,
     images::{self, Archive},
     kubectl::Session,
     preflight,
     progress::{Step, say},
-    results, sandbox, supervisor,
-    tools::Tools,
+    results::{self, Origin},
+    sandbox, supervisor,
+    tools::{self, Tools},
     up,
 };
 
@@ -62,7 +64,8 @@ enum Action {
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
-    /// Run a command unless another one, so run, uses the cluster of this name.
+    /// Run a command unless another one, so run, uses the cluster of this name. What that command runs in this way is a part
+    /// of it.
     Alone {
         /// The command and its arguments.
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
@@ -91,9 +94,13 @@ enum Action {
     },
     /// Show what the last end-to-end run has measured.
     Results {
-        /// Forget it instead: a run begins.
+        /// Forget it instead: a run begins. Prints what its processes should find in their environment, so that all figures
+        /// are told to be of the code that it began with.
         #[arg(long)]
         begin: bool,
+        /// Note first that the run has ended, with the exit code of its tests.
+        #[arg(long, value_name = "EXIT_CODE", conflicts_with = "begin")]
+        end: Option<u8>,
     },
     /// First half of a start; `up` calls it.
     #[command(hide = true)]
@@ -106,7 +113,7 @@ enum Action {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(&cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             say(format!("error: {error:#}"));
             ExitCode::FAILURE
@@ -114,18 +121,23 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: &Cli) -> Result<()> {
+fn run(cli: &Cli) -> Result<ExitCode> {
     let cluster = Cluster::named(&cli.name)?;
     match &cli.action {
-        Action::Launch => return sandbox::launch(&cluster, &["supervise", "--name", cluster.name()]),
-        Action::Supervise => return supervisor::run(&cluster),
-        _ => {}
+        Action::Launch => sandbox::launch(&cluster, &["supervise", "--name", cluster.name()])?,
+        Action::Supervise => supervisor::run(&cluster)?,
+        Action::Alone { command } => return alone::run(&cluster, command),
+        action => act(cluster, action)?,
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn act(cluster: Cluster, action: &Action) -> Result<()> {
     ensure!(
         rustls::crypto::ring::default_provider().install_default().is_ok(),
         "two TLS providers in one process"
     );
-    match &cli.action {
+    match action {
         Action::Up
         | Action::Status
         | Action::Kubeconfig
@@ -136,7 +148,7 @@ fn run(cli: &Cli) -> Result<()> {
         }
         _ => {}
     }
-    match &cli.action {
+    match action {
         Action::Up => start(&cluster),
         Action::Down { all } => {
             let clusters = if *all { Cluster::all()? } else { vec![cluster] };
@@ -153,6 +165,7 @@ fn run(cli: &Cli) -> Result<()> {
                 });
                 say(format!("Cluster {:?} is gone.{from}", cluster.name()));
             }
+            tools::remove_leavings()?;
             images::remove_leavings()
         }
         Action::Preflight => preflight::check(),
@@ -173,7 +186,6 @@ fn run(cli: &Cli) -> Result<()> {
                 .exec();
             Err(error).with_context(|| format!("cannot start `{program}`"))
         }
-        Action::Alone { command } => alone(&cluster, command),
         Action::Tools => print(&Tools::ensure()?.dir().display().to_string()),
         Action::Images {
             repository,
@@ -196,20 +208,17 @@ fn run(cli: &Cli) -> Result<()> {
                 .try_for_each(|archive| print(&archive.path.display().to_string()))
         }
         Action::Demo { clean_up: true } => demo::clean_up(&Session::from_environment()?),
-        Action::Demo { clean_up: false } => demo::run(&Session::from_environment()?),
-        Action::Results { begin: true } => results::begin(),
-        Action::Results { begin: false } => print(&results::table()?),
-        Action::Launch | Action::Supervise => Ok(()),
+        Action::Demo { clean_up: false } => {
+            Origin::of_run();
+            demo::run(&Session::from_environment()?)
+        }
+        Action::Results { begin: true, .. } => print(&results::begin()?),
+        Action::Results { begin: false, end } => {
+            end.map_or(Ok(()), |exit_code| results::end(exit_code == 0))?;
+            print(&results::table()?)
+        }
+        Action::Alone { .. } | Action::Launch | Action::Supervise => Ok(()),
     }
-}
-
-fn alone(cluster: &Cluster, command: &[String]) -> Result<()> {
-    let _lock = cluster.reserve()?;
-    let (program, args) = command.split_first().context("no command")?;
-    let status = Command::new(program).args(args).status();
-    let status = status.with_context(|| format!("cannot start `{program}`"))?;
-    ensure!(status.success(), "`{}` failed", command.join(" "));
-    Ok(())
 }
 
 fn load(cluster: &Cluster, archives: &[PathBuf]) -> Result<()> {
@@ -232,6 +241,7 @@ fn load(cluster: &Cluster, archives: &[PathBuf]) -> Result<()> {
 }
 
 fn start(cluster: &Cluster) -> Result<()> {
+    Origin::of_run();
     let times = up::up(cluster)?;
     let seconds = |time: Duration| (time.as_secs_f64() * 10.0).round() / 10.0;
     if times.was_running {

@@ -5,6 +5,7 @@ use std::{
     fs::{self, File},
     path::{Path, PathBuf},
     process::Command,
+    sync::LazyLock,
 };
 
 use anyhow::{Context, Result};
@@ -20,15 +21,51 @@ const COLUMNS: [(&str, &str); 6] = [
     ("drain_seconds", "DRAIN S"),
 ];
 
+/// What a run tells its other processes of its [`Origin`].
+const ORIGIN: &str = "TESTBED_ORIGIN";
+
+/// The code that figures are of.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Origin {
+    /// The commit, with `-dirty` if the work tree differed from it; nothing if git did not say.
+    commit: Option<String>,
+}
+
+impl Origin {
+    /// That of this run, noted when it began. Whoever measures asks for it first: by the end, somebody may have committed
+    /// something else, or changed a file.
+    pub fn of_run() -> &'static Self {
+        static OF_RUN: LazyLock<Origin> = LazyLock::new(|| Origin::noted(env::var(ORIGIN).ok(), head));
+        &OF_RUN
+    }
+
+    /// As the run has noted it for this process, else as it is now.
+    fn noted(by_run: Option<String>, now: impl FnOnce() -> Option<String>) -> Self {
+        let commit = by_run.or_else(now);
+        Self {
+            commit: commit.filter(|commit| !commit.is_empty()),
+        }
+    }
+
+    /// What is written in a file of figures, if they are of this code. Figures of other code are forgotten.
+    fn own(&self, mut document: Value) -> Map<String, Value> {
+        let is_own = document.get("commit") == Some(&json!(self.commit));
+        match document.get_mut("figures").map(Value::take) {
+            Some(Value::Object(figures)) if is_own => figures,
+            _ => Map::new(),
+        }
+    }
+}
+
 /// Writes `target/results/<name>.json`: the figures, with the machine and the commit they come from. Keys should
 /// explain themselves and name their unit (`swap_milliseconds`).
 ///
 /// # Errors
 /// If the file cannot be written.
 pub fn write(name: &str, figures: &Value) -> Result<PathBuf> {
-    let root = repository()?;
     let path = place(name)?;
-    let document = json!({"name": name, "machine": machine(), "commit": commit(root), "figures": figures});
+    let commit = &Origin::of_run().commit;
+    let document = json!({"name": name, "machine": machine(), "commit": commit, "figures": figures});
     fs::write(&path, format!("{document:#}\n"))
         .with_context(|| format!("cannot write {}", path.display()))?;
     Ok(path)
@@ -50,16 +87,30 @@ fn place(name: &str) -> Result<PathBuf> {
     Ok(directory.join(format!("{name}.json")))
 }
 
-/// Begins an end-to-end run: forgets the cases of the one before.
+/// Begins an end-to-end run: forgets the cases of the one before, and says what all of its processes should find in their
+/// environment, `variable=value`.
 ///
 /// # Errors
 /// If the old figures cannot be removed.
-pub fn begin() -> Result<()> {
+pub fn begin() -> Result<String> {
     let path = place(&end_to_end())?;
     if path.exists() {
         fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
     }
-    Ok(())
+    let commit = Origin::of_run().commit.as_deref().unwrap_or_default();
+    Ok(format!("{ORIGIN}={commit}"))
+}
+
+/// Ends an end-to-end run, with a line for all of it: a test may fail before it is a case.
+///
+/// # Errors
+/// As [`add_case`].
+pub fn end(passed: bool) -> Result<()> {
+    let verdict = if passed { "passed" } else { "failed" };
+    add_case(
+        "all-tests",
+        Map::from_iter([("verdict".to_owned(), verdict.into())]),
+    )
 }
 
 /// Name of the figures of an end-to-end run.
@@ -85,7 +136,7 @@ pub fn add_case(case: &str, figures: Map<String, Value>) -> Result<()> {
     add(&end_to_end(), [(case.to_owned(), figures.into())]).map(drop)
 }
 
-/// Adds to what is written already under a name, or replaces it. Figures of another commit are forgotten.
+/// Adds to what is written already under a name, or replaces it. Figures of other code are forgotten.
 ///
 /// # Errors
 /// If the figures cannot be read or written.
@@ -130,12 +181,7 @@ fn read(name: &str) -> Result<Map<String, Value>> {
         return Ok(Map::new());
     }
     let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let mut document: Value = serde_json::from_slice(&text)?;
-    let is_of_now = document.get("commit") == Some(&json!(commit(repository()?)));
-    match document.get_mut("figures").map(Value::take) {
-        Some(Value::Object(figures)) if is_of_now => Ok(figures),
-        _ => Ok(Map::new()),
-    }
+    Ok(Origin::of_run().own(serde_json::from_slice(&text)?))
 }
 
 fn machine() -> Value {
@@ -158,12 +204,46 @@ fn machine() -> Value {
     })
 }
 
-/// The commit, with `-dirty` if the work tree differs from it; nothing if git does not say.
-fn commit(root: &Path) -> Option<String> {
+/// The commit that is checked out, with `-dirty` if the work tree differs from it; nothing if git does not say.
+fn head() -> Option<String> {
     let git = Command::new("git")
-        .current_dir(root)
+        .current_dir(repository().ok()?)
         .args(["describe", "--always", "--dirty", "--abbrev=12"])
         .output();
     let said = String::from_utf8(git.ok()?.stdout).ok()?;
-    Some(said.trim().to_owned()).filter(|commit| !commit.is_empty())
+    Some(said.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn origin(commit: &str) -> Origin {
+        Origin::noted(Some(commit.to_owned()), || None)
+    }
+
+    #[test]
+    fn a_run_is_of_the_commit_that_it_began_with() {
+        let now = || Some("of-somebody-who-commits-meanwhile".to_owned());
+        assert_eq!(
+            Origin::noted(Some("at-the-beginning".into()), now),
+            origin("at-the-beginning")
+        );
+        assert_eq!(
+            Origin::noted(None, now),
+            origin("of-somebody-who-commits-meanwhile")
+        );
+        // Where there is no git, nobody has noted anything.
+        assert_eq!(Origin::noted(Some(String::new()), now).commit, None);
+    }
+
+    #[test]
+    fn figures_of_other_code_are_forgotten() {
+        let document = json!({"commit": "one", "figures": {"requests": 5}});
+        let own = origin("one").own(document.clone());
+        assert_eq!(Value::from(own), json!({"requests": 5}));
+        for other in ["one-dirty", "two", ""] {
+            assert!(origin(other).own(document.clone()).is_empty(), "{other}");
+        }
+    }
 }

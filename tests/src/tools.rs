@@ -20,6 +20,7 @@ use crate::{
     cluster::cache_dir,
     progress::{self, Step, say},
     sandbox,
+    scratch::Scratch,
 };
 
 /// The Go modules with a `tool` block, relative to this crate. The volume provisioner stands alone because it
@@ -34,6 +35,10 @@ const COMPLETE: &str = "complete";
 
 /// The file that says how many seconds a build has taken so far.
 const SPENT: &str = "spent";
+
+/// Where a build works, beside the binaries: on one file system Go puts a finished binary in its place whole. What it copies
+/// there, and is killed, looks finished too.
+const SCRATCH: &str = "scratch";
 
 /// How often a build that says nothing is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -55,8 +60,7 @@ impl Tools {
     /// If Go, gcc or libseccomp's headers are missing, or the build fails; the compiler's last lines are part
     /// of the error.
     pub fn ensure() -> Result<Self> {
-        let key = pins_key()?;
-        let dir = cache_dir()?.join(format!("tools-{key}"));
+        let dir = cached()?;
         if let Some(built) = Self::built(&dir) {
             return Ok(built);
         }
@@ -68,6 +72,7 @@ impl Tools {
             return Ok(built); // by somebody else, while we waited
         }
         let spent = Spent::go_on(dir.join(SPENT));
+        let _scratch = Scratch::new(dir.join(SCRATCH))?;
         say(format!(
             "Building the cluster's components into {} (once per set of pins).",
             dir.display()
@@ -112,6 +117,27 @@ impl Tools {
     pub fn path_variable(&self) -> String {
         format!("{}:{}", self.dir.display(), sandbox::search_path())
     }
+}
+
+/// Where the cache has the binaries of these pins, or will have them.
+fn cached() -> Result<PathBuf> {
+    Ok(cache_dir()?.join(format!("tools-{}", pins_key()?)))
+}
+
+/// Removes what a build has left that was killed; nothing while one goes on.
+///
+/// # Errors
+/// If it cannot be removed.
+pub fn remove_leavings() -> Result<()> {
+    let dir = cached()?;
+    let scratch = dir.join(SCRATCH);
+    let Ok(lock) = fs::File::open(dir.join("lock")) else {
+        return Ok(()); // they have never been built
+    };
+    if lock.try_lock().is_err() || !scratch.exists() {
+        return Ok(());
+    }
+    fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
 }
 
 /// How long a build has taken so far, earlier attempts included: also one that was killed has noted it.
@@ -186,11 +212,14 @@ pub fn kubernetes_version() -> Result<String> {
         .context("tests/cluster/go.mod does not pin k8s.io/kubernetes")
 }
 
-/// Go in a module. It ends with us: a build that nobody waits for would run beside the next one.
-fn go(module: &Path) -> Command {
+/// Go in a module, for binaries in a directory. It ends with us: a build that nobody waits for would run beside the next one.
+fn go(module: &Path, bin: &Path) -> Command {
     let mut command = sandbox::bound("go");
     command
         .current_dir(module)
+        .env("GOBIN", bin)
+        .env("GOTMPDIR", bin.join(SCRATCH))
+        .env("TMPDIR", bin.join(SCRATCH)) // of linker and C compiler
         .env("GOFLAGS", "-mod=readonly")
         .env("CGO_ENABLED", "1");
     command
@@ -219,14 +248,17 @@ fn build(module: &Path, bin: &Path, spent: &Spent) -> Result<()> {
             step.update(&format!("{fetched} modules fetched, of at most {most}: {module}"));
         }
     };
-    let tools = listed(module, &["list", "-f", "{{.ImportPath}}", "tool"], &mut tell)?;
-    let stale = stale_packages(module, &ldflags, &mut tell)?;
+    let tools = listed(
+        go(module, bin).args(["list", "-f", "{{.ImportPath}}", "tool"]),
+        &mut tell,
+    )?;
+    let stale = stale_packages(go(module, bin), &ldflags, &mut tell)?;
     step.done();
 
     let mut step = Step::start(format!(
         "{name}: compiling {stale} packages, linking {tools} tools"
     ));
-    let mut child = go(module)
+    let mut child = go(module, bin)
         .args([
             "install",
             "-v",
@@ -237,7 +269,6 @@ fn build(module: &Path, bin: &Path, spent: &Spent) -> Result<()> {
             &ldflags,
             "tool",
         ])
-        .env("GOBIN", bin)
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
@@ -286,7 +317,7 @@ fn count(directory: &Path) -> usize {
 }
 
 /// How many packages are neither installed nor in the build cache.
-fn stale_packages(module: &Path, ldflags: &str, tell: impl FnMut(&str)) -> Result<usize> {
+fn stale_packages(mut go: Command, ldflags: &str, tell: impl FnMut(&str)) -> Result<usize> {
     let template = "{{if and .Stale (ne .StaleReason \"not installed but available in build cache\")}}{{.ImportPath}}{{end}}";
     let args = [
         "list",
@@ -300,14 +331,12 @@ fn stale_packages(module: &Path, ldflags: &str, tell: impl FnMut(&str)) -> Resul
         template,
         "tool",
     ];
-    listed(module, &args, tell)
+    listed(go.args(args), tell)
 }
 
 /// How many lines `go` prints; each line of its error output is told.
-fn listed(module: &Path, args: &[&str], mut tell: impl FnMut(&str)) -> Result<usize> {
-    let mut command = go(module);
+fn listed(command: &mut Command, mut tell: impl FnMut(&str)) -> Result<usize> {
     let mut child = command
-        .args(args)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()

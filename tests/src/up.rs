@@ -10,11 +10,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
-use k8s_openapi::{api::core::v1::Node, kube_aggregator::pkg::apis::apiregistration::v1::APIService};
+use anyhow::{Context, Result, bail, ensure};
+use k8s_openapi::{
+    api::core::v1::{ComponentStatus, Node, ServiceAccount},
+    kube_aggregator::pkg::apis::apiregistration::v1::APIService,
+};
 use kube::{
-    Api, Client, Config,
-    api::{DynamicObject, Patch, PatchParams},
+    Api, Client, Config, ResourceExt,
+    api::{DynamicObject, ListParams, Patch, PatchParams},
     config::{KubeConfigOptions, Kubeconfig},
     core::{GroupVersionKind, TypeMeta},
     discovery::pinned_kind,
@@ -104,6 +107,14 @@ pub fn up(cluster: &Cluster) -> Result<Times> {
         .await?;
         times.node_ready = started.elapsed();
         apply_addons(cluster, &client).await?;
+        wait_async(cluster, &mut step, "the ServiceAccount of pods", async || {
+            pods_are_admitted(&client).await
+        })
+        .await?;
+        wait_async(cluster, &mut step, "the control plane", async || {
+            control_plane_is_healthy(&client).await
+        })
+        .await?;
         wait_async(cluster, &mut step, "DNS", async || dns_is_ready(cluster)).await?;
         wait_async(cluster, &mut step, "Services", async || {
             services_are_there(cluster)
@@ -329,6 +340,29 @@ async fn node_is_ready(client: &Client) -> Result<bool> {
     Ok(conditions
         .iter()
         .any(|condition| condition.type_ == "Ready" && condition.status == "True"))
+}
+
+/// Whether the controller manager has made what every pod needs, unless it names another one: without it the API server admits
+/// none.
+async fn pods_are_admitted(client: &Client) -> Result<bool> {
+    let accounts = Api::<ServiceAccount>::namespaced(client.clone(), "default");
+    Ok(accounts.get_opt("default").await?.is_some())
+}
+
+/// Asks scheduler, controller manager and etcd for their health. They listen on the node's loopback interface, where the API
+/// server reaches them.
+async fn control_plane_is_healthy(client: &Client) -> Result<bool> {
+    let components = Api::<ComponentStatus>::all(client.clone());
+    for component in components.list(&ListParams::default()).await? {
+        let conditions = component.conditions.clone().unwrap_or_default();
+        let is_healthy = conditions.iter().any(|condition| condition.status == "True");
+        ensure!(
+            is_healthy,
+            "{} is not healthy: {conditions:?}",
+            component.name_any()
+        );
+    }
+    Ok(true)
 }
 
 /// Asks CoreDNS itself: it is ready when it has seen all Services.

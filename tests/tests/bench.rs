@@ -248,7 +248,7 @@ fn releases() {
     let session = Session::from_environment().unwrap();
     let images = Images::from_environment().unwrap();
     operator::install(&session, &images).unwrap();
-    let namespace = Namespace::new(&session, "bench").unwrap();
+    let namespace = Namespace::beside(&session, "bench").unwrap();
     let exchange = Exchange::install(&session, &namespace.name, &images).unwrap();
     exchange.release(&exchange.declaration("1.0.0")).unwrap();
     let mut watch = exchange.watch().unwrap();
@@ -369,7 +369,7 @@ fn takeovers() {
     }
     let images = Images::from_environment().unwrap();
     operator::install(&session, &images).unwrap();
-    let namespace = Namespace::new(&session, "bench-kill").unwrap();
+    let namespace = Namespace::beside(&session, "bench-kill").unwrap();
     let exchange = Exchange::install(&session, &namespace.name, &images).unwrap();
     exchange.release(&exchange.declaration("1.0.0")).unwrap();
     let mut watch = exchange.watch().unwrap();
@@ -516,7 +516,7 @@ fn idle() {
     let session = Session::from_environment().unwrap();
     let images = Images::from_environment().unwrap();
     operator::install(&session, &images).unwrap();
-    let namespace = Namespace::new(&session, "bench-idle").unwrap();
+    let namespace = Namespace::beside(&session, "bench-idle").unwrap();
     // An existing cluster gets no fake node.
     let Some(cluster) = session.cluster.as_ref() else {
         return;

@@ -670,6 +670,8 @@ fn cost(rounds: &[Round]) -> Cost {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "a benchmark of some minutes: make bench"]
 async fn trades_per_second() {
+    // By the end somebody may have committed something else.
+    let commit = text(Command::new("git").args(["describe", "--always", "--dirty"]));
     let bench = Bench::start(&[]).await;
     // Plans, caches and the shape of the books settle first.
     bench.pgbench(PRODUCTS, None).await;
@@ -735,7 +737,7 @@ async fn trades_per_second() {
         "products": PRODUCTS,
         "users": USERS,
         "machine": machine(),
-        "commit": text(Command::new("git").args(["describe", "--always", "--dirty"])),
+        "commit": commit,
     });
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/results/trade.json");
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();

@@ -1,5 +1,5 @@
 # nats-server as pinned in tests/cluster/go.mod.
-ARG BASE=exchange.local/base:1
+ARG BASE
 FROM ${BASE}
 COPY nats-server /usr/bin/nats-server
 USER 1000:1000
