@@ -261,7 +261,7 @@ pub enum JobKind {
 pub struct JobSeen {
     /// Its identity and version.
     pub fence: Fence,
-    /// How it stands. A Job that is being deleted has failed.
+    /// How it stands.
     pub state: JobState,
     /// What keeps its pod from starting, in words.
     pub trouble: Option<String>,
