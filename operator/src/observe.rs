@@ -13,7 +13,7 @@ pub mod intact;
 pub mod pods;
 pub mod read;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 pub use assemble::Piece;
 pub(crate) use assemble::{is_nobodys, is_ours};
@@ -287,6 +287,7 @@ pub struct Figures {
     pub errors: u64,
     /// Those whose time counts: without log-ins and event streams.
     pub timed: u64,
-    /// 99th percentile of their time to answer, in milliseconds.
-    pub p99_ms: u64,
+    /// What the 99th percentile of their time to answer exceeds for certain: the lower bound of its bucket in the pods'
+    /// histograms.
+    pub p99_over: Duration,
 }

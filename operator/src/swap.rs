@@ -313,12 +313,11 @@ impl Turn<'_> {
                     "{errors} of {requests} requests to the {service} service failed"
                 )));
             }
-            if figures.timed >= enough
-                && time::Duration::from_millis(figures.p99_ms) > limits.max_latency_p99.into()
-            {
+            let limit = time::Duration::from(limits.max_latency_p99);
+            if figures.timed >= enough && figures.p99_over >= limit {
                 return Some(Err(format!(
-                    "the {service} service answers too slowly: p99 is {} ms",
-                    figures.p99_ms
+                    "the {service} service answers too slowly: p99 is over {:?}, the limit is {limit:?}",
+                    figures.p99_over
                 )));
             }
         }

@@ -1,5 +1,7 @@
 //! Each phase and each way out of it, and the four stories of an operator that wakes too late.
 
+use std::time::Duration;
+
 use crate::world::{Ban, UNREADABLE, View, World};
 use exchange_operator::{
     api::{ColourChoice, Promotion, Service},
@@ -1613,7 +1615,7 @@ fn figures_of_few_requests_say_nothing() {
         requests: 99,
         errors: 99,
         timed: 99,
-        p99_ms: 10_000,
+        p99_over: Duration::from_secs(10),
     };
     let rows = [
         ("few of both", few, Live, ""),
@@ -1640,7 +1642,29 @@ fn figures_of_few_requests_say_nothing() {
                 ..few
             },
             RollingBack,
-            "the trade service answers too slowly: p99 is 10000 ms",
+            "the trade service answers too slowly: p99 is over 10s, the limit is 500ms",
+        ),
+        (
+            "as slow as may be",
+            Figures {
+                requests: 10_000,
+                timed: 100,
+                p99_over: Duration::from_millis(400),
+                ..few
+            },
+            Live,
+            "",
+        ),
+        (
+            "slower than may be",
+            Figures {
+                requests: 10_000,
+                timed: 100,
+                p99_over: Duration::from_millis(500),
+                ..few
+            },
+            RollingBack,
+            "the trade service answers too slowly: p99 is over 500ms, the limit is 500ms",
         ),
     ];
     for (name, figures, phase, why) in rows {
@@ -1759,7 +1783,7 @@ fn a_test_may_take_the_time_that_is_declared_for_it() {
     let mut world = at(Testing);
     world.step(0, View::Fresh).unwrap();
     world.finish(0);
-    world.declare(|spec| spec.rollout.smoke_tests[0].timeout = std::time::Duration::from_mins(20).into());
+    world.declare(|spec| spec.rollout.smoke_tests[0].timeout = Duration::from_mins(20).into());
     let after = |time: i64| {
         records(&world, |seen| {
             seen.status.phase_since = Some(world.now - seconds(time));

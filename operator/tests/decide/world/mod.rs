@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     rc::Rc,
+    time::Duration,
 };
 
 use exchange_operator::{
@@ -390,7 +391,7 @@ impl World {
             requests: 1000,
             errors,
             timed: 1000,
-            p99_ms: 20,
+            p99_over: Duration::from_millis(20),
         };
         let figures = Some((Service::Trade, figures)).filter(|_| !self.unreadable);
         Observed {
