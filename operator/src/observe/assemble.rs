@@ -524,11 +524,15 @@ pub(super) fn addresses(stack: &Stack, children: &Children) -> Vec<Address> {
             let ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
             let mut conditions = status.conditions.iter().flatten();
             let ready = conditions.any(|it| it.type_ == "Ready" && it.status == "True");
+            let service = service_of(&pod.metadata)?;
+            let mut containers = status.container_statuses.iter().flatten();
+            let own = containers.find(|it| it.name == service.as_str());
             Some(Address {
-                service: service_of(&pod.metadata)?,
+                service,
                 pod: pod.uid()?,
                 ip: status.pod_ip.clone().filter(|_| !ended)?,
                 ready: ready && pod.metadata.deletion_timestamp.is_none(),
+                restarts: own.map_or(0, |it| it.restart_count),
             })
         })
         .collect()
