@@ -449,6 +449,11 @@ fn tests_passed(spec: &Spec, seen: &Observed, status: &Status) -> Verdict {
     verdict(false, "TestsNotPassed", message)
 }
 
+/// Why there is no way back to the stack that was live before, if there is none.
+pub(crate) fn no_way_back(seen: &Observed, status: &Status) -> String {
+    rollback_available(seen, status).message
+}
+
 fn rollback_available(seen: &Observed, status: &Status) -> Verdict {
     let Some(previous) = &status.previous else {
         let live = status.live.as_ref().filter(|live| live.contracted);

@@ -252,13 +252,17 @@ impl Turn<'_> {
 
     /// Leaves the live stack for the one before it, if somebody asks for it or the spec names that one again.
     pub(crate) fn leave(&mut self, live: &Live) -> bool {
-        let Some(previous) = self.next.previous.clone() else {
+        let asked = self.asked_to_leave(&live.stack, live.attempt);
+        let previous = self.next.previous.clone().filter(Previous::leads_back);
+        let Some(previous) = previous else {
+            if asked {
+                let asked = self.somebody("asked for the way back");
+                let why = crate::report::no_way_back(self.seen, &self.next);
+                self.tell(true, "RollbackRefused", format!("{asked}, but {why}"));
+            }
             return false;
         };
-        if !previous.leads_back() {
-            return false;
-        }
-        if self.asked_to_leave(&live.stack, live.attempt) {
+        if asked {
             let by = self.asker();
             let why = self.somebody("asked for the way back");
             self.roll_back(Some((Reason::RolledBack, why)), &by);

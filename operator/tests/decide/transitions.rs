@@ -15,7 +15,7 @@ use exchange_operator::{
             self, AwaitingPromotion, Failed, Held, Live, Migrating, Pending, Promoting, Provisioning,
             RollingBack, Testing, Verifying,
         },
-        PreviousState, Reason, Stack,
+        PreviousState, Reason, Stack, token,
     },
 };
 use jiff::SignedDuration;
@@ -1567,6 +1567,83 @@ fn what_no_client_reaches_is_not_verified() {
         assert_eq!(recorded.phase, phase, "{name}");
         let message = recorded.rejected.map(|it| it.message).unwrap_or_default();
         assert_eq!(message, why, "{name}");
+    }
+}
+
+#[test]
+fn a_smoke_test_that_has_passed_stands_although_its_job_is_gone() {
+    let mut world = at(Verifying);
+    for _ in 0..10 {
+        world.finish(0);
+        world.round();
+        world.step(0, View::Fresh).unwrap();
+    }
+    world.finish(0);
+    assert!(world.status.live.clone().unwrap().smoke_passed);
+    let plan = |after: i64, passed: bool| {
+        let mut seen = world.observe();
+        seen.seen_before = true;
+        seen.jobs.retain(|job, _| job.kind != JobKind::Verify);
+        seen.status.phase_since = Some(world.now - seconds(after));
+        seen.status.live.as_mut().unwrap().smoke_passed = passed;
+        let plan = decide(&world.spec, &seen, world.now);
+        let made = |action: &Action| matches!(action, Action::Run(job) if job.kind == JobKind::Verify);
+        let phase = plan.status.unwrap_or(seen.status).phase;
+        (phase, plan.actions.iter().any(made))
+    };
+    assert_eq!(plan(30, true), (Verifying, false));
+    assert_eq!(plan(601, true), (Live, false));
+    // Without a result it is made again, as long as there is time.
+    assert_eq!(plan(30, false), (Verifying, true));
+    assert_eq!(plan(601, false), (RollingBack, false));
+}
+
+#[test]
+fn a_way_back_that_there_is_not_is_refused_and_told_once() {
+    let mut settled = World::new(true);
+    settled.settle().unwrap();
+    let rows: [(World, Change<'_>, &str); 3] = [
+        (
+            settled,
+            Box::new(|_| {}),
+            "alice asked for the way back, but there is no stack to go back to, and the schema is contracted for r0: an \
+             older version comes back by a release of its own, if it bears that",
+        ),
+        (
+            after_a_release(),
+            Box::new(|seen| seen.status.previous.as_mut().unwrap().state = PreviousState::Retiring),
+            "alice asked for the way back, but r0 is being removed",
+        ),
+        (
+            releasing(6, Held),
+            Box::new(|_| {}),
+            "alice asked for the way back, but r6 is what was rolled back from",
+        ),
+    ];
+    for (world, change, note) in rows {
+        let mut seen = world.observe();
+        change(&mut seen);
+        let phase = seen.status.phase;
+        let asks = |seen: &mut Observed, asked: Option<String>| {
+            seen.requests.rollback = asked;
+            seen.requests.by = Some("alice".to_owned());
+            let plan = decide(&world.spec, seen, world.now);
+            seen.status = plan.status.unwrap_or_else(|| seen.status.clone());
+            assert_eq!(seen.status.phase, phase, "{note}");
+            let refusals = plan
+                .events
+                .into_iter()
+                .filter(|event| event.reason == "RollbackRefused");
+            refusals
+                .map(|event| (event.warning, event.note))
+                .collect::<Vec<_>>()
+        };
+        // It is about something else.
+        assert_eq!(asks(&mut seen, Some("r9.9".to_owned())), [], "{note}");
+        let live = seen.status.live.clone().unwrap();
+        let asked = Some(token(&live.stack, live.attempt));
+        assert_eq!(asks(&mut seen, asked.clone()), [(true, note.to_owned())]);
+        assert_eq!(asks(&mut seen, asked), [], "{note}");
     }
 }
 
