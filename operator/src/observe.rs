@@ -143,7 +143,7 @@ impl Target {
 pub struct StackSeen {
     /// The rendered stack, from which everything else is made and repaired.
     pub rendered: Option<Fence>,
-    /// Whether all that its pods need beside their stores exists: the account, the lane's secret, the copies of
+    /// Whether all that its pods need beside their stores exists: the accounts, the lane's secret, the copies of
     /// ConfigMaps and Secrets.
     pub whole: bool,
     /// Whether it belongs to the object. What was left behind by one that was deleted without its children belongs to

@@ -50,7 +50,7 @@ pub(super) struct Children {
     pub(super) pieces: Vec<Piece>,
 }
 
-/// One object of those that the pods of a stack need: the account, the lane's secret, a copy of a ConfigMap or Secret.
+/// One object of those that the pods of a stack need: an account, the lane's secret, a copy of a ConfigMap or Secret.
 #[derive(Clone, Debug)]
 pub struct Piece {
     /// Of which kind it is.
@@ -268,8 +268,9 @@ fn absent(
 
 /// Whether all that can be made of what a stack's pods need is there.
 fn is_whole(builder: &Builder<'_>, stack: &Stack, mut needed: BTreeSet<String>, pieces: &[Piece]) -> bool {
-    let name = builder.stack_name(stack);
-    needed.extend([format!("ServiceAccount/{name}"), format!("Secret/{name}")]);
+    let accounts = Service::ALL.map(|service| builder.workload_name(stack, service));
+    needed.extend(accounts.map(|name| format!("ServiceAccount/{name}")));
+    needed.insert(format!("Secret/{}", builder.stack_name(stack)));
     let there = pieces.iter().filter(|piece| !piece.going);
     let there: BTreeSet<String> = there
         .map(|piece| format!("{}/{}", piece.kind.kind, piece.name))
