@@ -228,7 +228,9 @@ impl Turn<'_> {
                 _ => {}
             }
         }
-        if let (Phase::Verifying, Some(live)) = (self.next.phase, &self.next.live) {
+        if let (Phase::Verifying, Some(live)) = (self.next.phase, &self.next.live)
+            && !live.smoke_passed
+        {
             run(JobKind::Verify, &live.stack, live.attempt);
         }
     }

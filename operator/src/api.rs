@@ -593,7 +593,9 @@ pub struct Verification {
     #[x_kube(validation = Rule::new("self.matches('^(100(\\\\.0+)?|[0-9]{1,2}(\\\\.[0-9]{1,3})?)%$')")
         .message("maxErrorRate must be a percentage between 0% and 100%, for example 0.5%"))]
     pub max_error_rate: String,
-    /// Highest 99th percentile of the time to answer, per service, without event streams and log-ins.
+    /// Highest 99th percentile of the time to answer, per service, without event streams and log-ins. The pods
+    /// count requests by steps of time (…, 250, 300, 400, 500, 750 ms, 1, 1.5, 2 s, …): the limit is broken when more than
+    /// one request in a hundred has taken longer than the first step that is not below it.
     #[serde(rename = "maxLatencyP99", default = "default_latency")]
     #[schemars(length(max = 32), extend("default" = "500ms"))]
     #[x_kube(

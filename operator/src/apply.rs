@@ -140,8 +140,10 @@ impl Writer {
             look.material.rendered.insert(stack.clone(), rendered);
         }
         let builder = builder(&look.object);
-        self.create_missing::<ServiceAccount>(look, builder.service_account(stack))
-            .await?;
+        for service in Service::ALL {
+            self.create_missing::<ServiceAccount>(look, builder.service_account(stack, service))
+                .await?;
+        }
         self.create_missing::<Secret>(
             look,
             builder.lane_secret(stack, &hex(&rand::random::<[u8; 32]>())),

@@ -385,6 +385,7 @@ impl Turn<'_> {
                 version: previous.version,
                 attempt: previous.attempt,
                 since: self.now,
+                smoke_passed: false,
                 verified: previous.verified,
                 contracted: previous.contracted,
                 unserved_since: None,

@@ -107,11 +107,6 @@ pub fn holds(me: &str, sight: &Sight) -> bool {
     holder == Some(me)
 }
 
-/// Whether a leader whose last successful renewal began at this time may go on.
-pub fn leads(renewed: Duration, now: Duration) -> bool {
-    now.saturating_sub(renewed) < RENEW_DEADLINE
-}
-
 /// For each request about the record: short enough for another try on another connection before the deadline.
 const REQUEST_LIMIT: Duration = Duration::from_millis(1250);
 /// After a request that failed.
@@ -127,30 +122,54 @@ pub struct Contender {
     pub identity: String,
 }
 
-/// What a contender knows.
+/// What a contender knows. Times are of its own monotonic clock.
+#[derive(Clone, Debug)]
 struct Knowledge {
-    origin: Instant,
     sight: Sight,
-    /// The beginning of the last renewal that succeeded, while one leads.
+    /// The beginning of the last renewal that succeeded, as long as nobody else holds the record.
     renewed: Option<Duration>,
     /// Whether the record may be another than the one that was seen last.
     in_doubt: bool,
 }
 
 impl Knowledge {
-    fn now(&self) -> Duration {
-        self.origin.elapsed()
+    /// Of the record, before it is seen for the first time.
+    const fn nothing(now: Duration) -> Self {
+        Self {
+            sight: Sight {
+                record: None,
+                since: now,
+            },
+            renewed: None,
+            in_doubt: true,
+        }
     }
 
-    fn see(&mut self, me: &str, record: Option<Record>) {
-        let nothing = Sight {
-            record: None,
-            since: Duration::ZERO,
-        };
-        let now = self.now();
-        self.sight = std::mem::replace(&mut self.sight, nothing).see(record, now);
+    fn see(&mut self, me: &str, record: Option<Record>, now: Duration) {
+        self.sight = self.sight.clone().see(record, now);
         self.renewed = self.renewed.filter(|_| holds(me, &self.sight));
         self.in_doubt = false;
+    }
+
+    /// A write of one's own, which was begun then, has succeeded.
+    fn renew(&mut self, me: &str, record: Record, began: Duration, now: Duration) {
+        self.see(me, Some(record), now);
+        self.renewed = Some(began);
+    }
+
+    /// Until when one leads, unless one renews.
+    fn leads_until(&self) -> Option<Duration> {
+        self.renewed.map(|renewed| renewed + RENEW_DEADLINE)
+    }
+
+    /// Whether one leads. An answer may have come so late that the time which it gives is over.
+    fn leads(&self, now: Duration) -> bool {
+        self.leads_until().is_some_and(|until| now < until)
+    }
+
+    fn give_up(&mut self) {
+        self.renewed = None;
+        self.in_doubt = true;
     }
 }
 
@@ -164,20 +183,12 @@ impl Contender {
         stop: CancellationToken,
     ) {
         let origin = Instant::now();
-        let mut known = Knowledge {
-            origin,
-            sight: Sight {
-                record: None,
-                since: Duration::ZERO,
-            },
-            renewed: None,
-            in_doubt: true,
-        };
+        let mut known = Knowledge::nothing(Duration::ZERO);
         while !stop.is_cancelled() {
-            let deadline = known.renewed.map(|renewed| origin + renewed + RENEW_DEADLINE);
+            let deadline = known.leads_until().map(|until| origin + until);
             let round = async {
-                let wait = self.round(&mut known, &reached).await;
-                tell(&leads, known.renewed.is_some());
+                let wait = self.round(origin, &mut known, &reached).await;
+                tell(&leads, known.leads(origin.elapsed()));
                 sleep(wait).await;
             };
             tokio::select! {
@@ -186,8 +197,7 @@ impl Contender {
                 // Whatever is under way: who cannot renew must stop now.
                 () = until(deadline) => {
                     warn!("the lease could not be renewed in time");
-                    known.renewed = None;
-                    known.in_doubt = true;
+                    known.give_up();
                     tell(&leads, false);
                 }
             }
@@ -199,14 +209,15 @@ impl Contender {
     }
 
     /// One look and one write, if one is due; how long to wait for the next.
-    async fn round(&self, known: &mut Knowledge, reached: &watch::Sender<bool>) -> Duration {
+    async fn round(&self, origin: Instant, known: &mut Knowledge, reached: &watch::Sender<bool>) -> Duration {
         // A leader knows its record, unless its last renewal failed.
         if known.renewed.is_none() || known.in_doubt {
             let again = if known.renewed.is_some() { AGAIN } else { RETRY };
             match timeout(REQUEST_LIMIT, self.leases.get_opt(&self.name)).await {
                 Ok(Ok(lease)) => {
                     reached.send_replace(true);
-                    known.see(&self.identity, lease.as_ref().map(record));
+                    let record = lease.as_ref().map(record);
+                    known.see(&self.identity, record, origin.elapsed());
                 }
                 Ok(Err(error)) => {
                     warn!(error.message = %error, "failed to read the lease");
@@ -215,7 +226,7 @@ impl Contender {
                 Err(_) => return again,
             }
         }
-        let began = known.now();
+        let began = origin.elapsed();
         let version = match evaluate(&self.identity, &known.sight, began) {
             Step::Create => None,
             Step::Take(version) | Step::Renew(version) => Some(version),
@@ -235,10 +246,10 @@ impl Contender {
         known.in_doubt = true;
         match timeout(REQUEST_LIMIT, write).await {
             Ok(Ok(lease)) => {
-                known.see(&self.identity, Some(record(&lease)));
-                known.renewed = Some(began);
+                let now = origin.elapsed();
+                known.renew(&self.identity, record(&lease), began, now);
                 // The next one is due a while after this one began, however long it took.
-                RETRY.saturating_sub(known.now().saturating_sub(began))
+                RETRY.saturating_sub(now.saturating_sub(began))
             }
             // Somebody else was faster, or one's own write that was given up: who, is seen in the next round.
             Ok(Err(kube::Error::Api(status))) if status.code == 409 => AGAIN,
@@ -427,8 +438,7 @@ mod tests {
     struct Contender {
         name: &'static str,
         skew: Duration,
-        sight: Sight,
-        renewed: Option<Duration>,
+        known: Knowledge,
         /// A write on its way: what it is about, and when it was begun.
         sent: Option<(Option<String>, Duration)>,
     }
@@ -441,8 +451,7 @@ mod tests {
             let contender = |name, skew| Contender {
                 name,
                 skew: Duration::from_millis(skew),
-                sight: Sight { record: None, since: Duration::from_millis(skew) },
-                renewed: None,
+                known: Knowledge::nothing(Duration::from_millis(skew)),
                 sent: None,
             };
             let mut all = [contender("a", 0), contender("b", skew)];
@@ -456,18 +465,17 @@ mod tests {
                     (0, Some((expected, began))) => {
                         if expected == lease.as_ref().map(|lease| lease.resource_version.clone()) {
                             version += 1;
-                            lease = Some(record(it.name, version));
+                            let written = record(it.name, version);
+                            lease = Some(written.clone());
                             // The answer may be lost.
                             if millis % 3 > 0 {
-                                it.renewed = Some(began);
-                                it.sight = it.sight.clone().see(lease.clone(), now);
+                                it.known.renew(it.name, written, began, now);
                             }
                         }
                     }
                     (1, None) => {
-                        it.sight = it.sight.clone().see(lease.clone(), now);
-                        it.renewed = it.renewed.filter(|_| holds(it.name, &it.sight));
-                        it.sent = match evaluate(it.name, &it.sight, now) {
+                        it.known.see(it.name, lease.clone(), now);
+                        it.sent = match evaluate(it.name, &it.known.sight, now) {
                             Step::Create => Some((None, now)),
                             Step::Take(version) | Step::Renew(version) => Some((Some(version), now)),
                             Step::Wait(_) => None,
@@ -475,7 +483,7 @@ mod tests {
                     }
                     (_, sent) => it.sent = sent,
                 }
-                let leading = all.iter().filter(|it| it.renewed.is_some_and(|renewed| leads(renewed, time + it.skew)));
+                let leading = all.iter().filter(|it| it.known.leads(time + it.skew));
                 prop_assert!(leading.count() <= 1);
             }
         }

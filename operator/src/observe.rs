@@ -13,7 +13,7 @@ pub mod intact;
 pub mod pods;
 pub mod read;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 pub use assemble::Piece;
 pub(crate) use assemble::{is_nobodys, is_ours};
@@ -143,7 +143,7 @@ impl Target {
 pub struct StackSeen {
     /// The rendered stack, from which everything else is made and repaired.
     pub rendered: Option<Fence>,
-    /// Whether all that its pods need beside their stores exists: the account, the lane's secret, the copies of
+    /// Whether all that its pods need beside their stores exists: the accounts, the lane's secret, the copies of
     /// ConfigMaps and Secrets.
     pub whole: bool,
     /// Whether it belongs to the object. What was left behind by one that was deleted without its children belongs to
@@ -261,7 +261,7 @@ pub enum JobKind {
 pub struct JobSeen {
     /// Its identity and version.
     pub fence: Fence,
-    /// How it stands. A Job that is being deleted has failed.
+    /// How it stands.
     pub state: JobState,
     /// What keeps its pod from starting, in words.
     pub trouble: Option<String>,
@@ -287,6 +287,7 @@ pub struct Figures {
     pub errors: u64,
     /// Those whose time counts: without log-ins and event streams.
     pub timed: u64,
-    /// 99th percentile of their time to answer, in milliseconds.
-    pub p99_ms: u64,
+    /// What the 99th percentile of their time to answer exceeds for certain: the lower bound of its bucket in the pods'
+    /// histograms.
+    pub p99_over: Duration,
 }

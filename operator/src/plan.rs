@@ -44,7 +44,7 @@ pub enum Action {
         intent: Intent,
     },
     /// Create the rendered stack, and after it what is missing of that which its pods need: the copies of ConfigMaps and
-    /// Secrets, the ServiceAccount, the lane's secret.
+    /// Secrets, the ServiceAccounts, the lane's secret.
     Render {
         /// Which stack.
         stack: Stack,

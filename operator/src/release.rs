@@ -130,6 +130,7 @@ impl Turn<'_> {
             version: seen.map_or_else(|| self.spec.version.clone(), |seen| seen.version.clone()),
             attempt: seen.map_or(self.next.attempt, |seen| seen.attempt),
             since: self.now,
+            smoke_passed: false,
             verified: false,
             contracted: false,
             unserved_since: None,
@@ -228,6 +229,7 @@ impl Turn<'_> {
         self.next.attempt = self.highest_attempt() + 1;
         if let Some(live) = &mut self.next.live {
             live.attempt = self.next.attempt;
+            live.smoke_passed = false;
         }
         self.enter(Phase::Verifying);
     }

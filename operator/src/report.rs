@@ -271,7 +271,7 @@ fn times(spec: &Spec, seen: &Observed, status: &Status) -> String {
         (Phase::Verifying, _) => {
             let watched = signed(spec.rollout.verification.duration);
             let lasts = match &seen.unheard {
-                _ if !verify_passed(seen, status) => deadline,
+                _ if !status.live.as_ref().is_some_and(|live| live.smoke_passed) => deadline,
                 None => watched,
                 Some(_) => watched + deadline,
             };
@@ -283,19 +283,6 @@ fn times(spec: &Spec, seen: &Observed, status: &Status) -> String {
         || format!("; since {}", second(since)),
         |lasts| format!("; since {}, until {}", second(since), second(later(since, lasts))),
     )
-}
-
-/// Whether the smoke test through the live address has passed.
-fn verify_passed(seen: &Observed, status: &Status) -> bool {
-    status.live.as_ref().is_some_and(|live| {
-        let job = Job {
-            kind: JobKind::Verify,
-            stack: live.stack.clone(),
-            attempt: live.attempt,
-        };
-        let job = seen.jobs.get(&job);
-        job.is_some_and(|job| job.state == JobState::Passed)
-    })
 }
 
 fn second(time: Timestamp) -> Timestamp {
@@ -460,6 +447,11 @@ fn tests_passed(spec: &Spec, seen: &Observed, status: &Status) -> Verdict {
         token(stack, attempt)
     );
     verdict(false, "TestsNotPassed", message)
+}
+
+/// Why there is no way back to the stack that was live before, if there is none.
+pub(crate) fn no_way_back(seen: &Observed, status: &Status) -> String {
+    rollback_available(seen, status).message
 }
 
 fn rollback_available(seen: &Observed, status: &Status) -> Verdict {

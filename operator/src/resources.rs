@@ -77,7 +77,7 @@ impl Builder<'_> {
         format!("{}-{}-{service}", self.name, stack.colour)
     }
 
-    /// Name of the workload of a service of a stack, and of what goes with it.
+    /// Name of the workload of a service of a stack, and of what goes with it: its account, its budget, its autoscaler.
     pub fn workload_name(&self, stack: &Stack, service: Service) -> String {
         format!("{}-{}-{service}-{}", self.name, stack.colour, stack.revision)
     }
@@ -90,7 +90,7 @@ impl Builder<'_> {
         }
     }
 
-    /// Name of the rendered stack, of its ServiceAccount, and of the Secret that opens its test lanes.
+    /// Name of the rendered stack, and of the Secret that opens its test lanes.
     pub fn stack_name(&self, stack: &Stack) -> String {
         format!("{}-{}-{}", self.name, stack.colour, stack.revision)
     }
@@ -270,12 +270,14 @@ impl Builder<'_> {
         })
     }
 
-    /// The account of a stack's pods. It may do nothing, and its token is not mounted.
-    pub fn service_account(&self, stack: &Stack) -> Value {
+    /// The account of the pods of a service of a stack. It may do nothing, and its token is not mounted.
+    pub fn service_account(&self, stack: &Stack, service: Service) -> Value {
+        let mut labels = self.stack_labels(stack);
+        labels.insert("app.kubernetes.io/component".to_owned(), service.to_string());
         json!({
             "apiVersion": "v1",
             "kind": "ServiceAccount",
-            "metadata": self.metadata(&self.stack_name(stack), &self.stack_labels(stack)),
+            "metadata": self.metadata(&self.workload_name(stack, service), &labels),
             "automountServiceAccountToken": false,
         })
     }
@@ -391,7 +393,7 @@ impl Builder<'_> {
             "volumeMounts": mounts,
         });
         let mut pod = json!({
-            "serviceAccountName": self.stack_name(stack),
+            "serviceAccountName": self.workload_name(stack, service),
             "automountServiceAccountToken": false,
             "enableServiceLinks": false,
             "terminationGracePeriodSeconds": GRACE_SECONDS,

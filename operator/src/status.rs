@@ -187,6 +187,9 @@ pub struct Live {
     /// Since when it is live.
     #[schemars(with = "Time")]
     pub since: Timestamp,
+    /// Whether the smoke test through the live addresses has passed in this attempt. Its Job is not needed any more.
+    #[serde(default)]
+    pub smoke_passed: bool,
     /// Whether it has passed the verification after its swap.
     #[serde(default)]
     pub verified: bool,

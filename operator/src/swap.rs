@@ -5,8 +5,6 @@
 
 use std::time;
 
-use jiff::Timestamp;
-
 use crate::{
     api::Service,
     decide::{KEPT_FOR_LOGS, SHORT_OF_ENDPOINTS, Turn, later, named, signed},
@@ -104,6 +102,7 @@ impl Turn<'_> {
             version: candidate.version,
             attempt: candidate.attempt,
             since: self.now,
+            smoke_passed: false,
             verified: false,
             contracted: false,
             unserved_since: None,
@@ -166,6 +165,7 @@ impl Turn<'_> {
                 version,
                 attempt,
                 since: self.now,
+                smoke_passed: false,
                 verified: false,
                 contracted: false,
                 unserved_since: None,
@@ -197,19 +197,19 @@ impl Turn<'_> {
     }
 
     pub(crate) fn verifying(&mut self) {
-        let Some(live) = self.next.live.clone() else {
+        let Some(mut live) = self.next.live.clone() else {
             return;
         };
         if self.leave(&live) {
             return;
         }
-        let since = self
+        let passed = self.state(JobKind::Verify, &live.stack, live.attempt) == Some(&JobState::Passed);
+        live.smoke_passed |= passed;
+        live.unserved_since = self
             .without_endpoints(&live.stack)
             .map(|_| live.unserved_since.unwrap_or(self.now));
-        if let Some(live) = &mut self.next.live {
-            live.unserved_since = since;
-        }
-        let verdict = self.verdict(&live, since);
+        self.next.live = Some(live.clone());
+        let verdict = self.verdict(&live);
         let way_back = self
             .next
             .previous
@@ -252,13 +252,17 @@ impl Turn<'_> {
 
     /// Leaves the live stack for the one before it, if somebody asks for it or the spec names that one again.
     pub(crate) fn leave(&mut self, live: &Live) -> bool {
-        let Some(previous) = self.next.previous.clone() else {
+        let asked = self.asked_to_leave(&live.stack, live.attempt);
+        let previous = self.next.previous.clone().filter(Previous::leads_back);
+        let Some(previous) = previous else {
+            if asked {
+                let asked = self.somebody("asked for the way back");
+                let why = crate::report::no_way_back(self.seen, &self.next);
+                self.tell(true, "RollbackRefused", format!("{asked}, but {why}"));
+            }
             return false;
         };
-        if !previous.leads_back() {
-            return false;
-        }
-        if self.asked_to_leave(&live.stack, live.attempt) {
+        if asked {
             let by = self.asker();
             let why = self.somebody("asked for the way back");
             self.roll_back(Some((Reason::RolledBack, why)), &by);
@@ -295,11 +299,11 @@ impl Turn<'_> {
     }
 
     /// How the verification has ended, if it has. What does not serve is not verified, whatever was measured before.
-    fn verdict(&self, live: &Live, unserved: Option<Timestamp>) -> Option<Result<(), String>> {
+    fn verdict(&self, live: &Live) -> Option<Result<(), String>> {
         let limits = &self.spec.rollout.verification;
         let too_long = |since| self.now.duration_since(since) >= SHORT_OF_ENDPOINTS && self.watched();
         if let Some(service) = self.without_endpoints(&live.stack)
-            && unserved.is_some_and(too_long)
+            && live.unserved_since.is_some_and(too_long)
         {
             return Some(Err(format!("the {service} service has no ready endpoints")));
         }
@@ -313,34 +317,32 @@ impl Turn<'_> {
                     "{errors} of {requests} requests to the {service} service failed"
                 )));
             }
-            if figures.timed >= enough
-                && time::Duration::from_millis(figures.p99_ms) > limits.max_latency_p99.into()
-            {
+            let limit = time::Duration::from(limits.max_latency_p99);
+            if figures.timed >= enough && figures.p99_over >= limit {
                 return Some(Err(format!(
-                    "the {service} service answers too slowly: p99 is {} ms",
-                    figures.p99_ms
+                    "the {service} service answers too slowly: p99 is over {:?}, the limit is {limit:?}",
+                    figures.p99_over
                 )));
             }
+        }
+        if live.smoke_passed {
+            if !self.serves(&live.stack) {
+                let late = || Err(self.blamed("its traffic had not reached it in time"));
+                return self.overdue().then(late);
+            }
+            let due = signed(limits.duration);
+            let late = self.watched() && self.elapsed() >= due + signed(self.spec.rollout.progress_deadline);
+            return match &self.seen.unheard {
+                _ if self.elapsed() < due => None,
+                None => Some(Ok(())),
+                // What nobody can read is not good.
+                Some(why) => late.then(|| Err(why.clone())),
+            };
         }
         match self.state(JobKind::Verify, &live.stack, live.attempt) {
             Some(JobState::Failed(why)) => Some(Err(format!(
                 "the smoke test through the live address failed: {why}"
             ))),
-            Some(JobState::Passed) if self.serves(&live.stack) => {
-                let due = signed(limits.duration);
-                let late =
-                    self.watched() && self.elapsed() >= due + signed(self.spec.rollout.progress_deadline);
-                match &self.seen.unheard {
-                    _ if self.elapsed() < due => None,
-                    None => Some(Ok(())),
-                    // What nobody can read is not good.
-                    Some(why) => late.then(|| Err(why.clone())),
-                }
-            }
-            Some(JobState::Passed) if self.overdue() => {
-                Some(Err(self.blamed("its traffic had not reached it in time")))
-            }
-            Some(JobState::Passed) => None,
             _ if self.overdue() => {
                 let late = "the smoke test through the live address was not done in time";
                 let late = self.late(late, JobKind::Verify, (&live.stack, live.attempt));

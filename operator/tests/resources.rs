@@ -6,7 +6,10 @@
     reason = "a test that cannot go on panics"
 )]
 
-use std::{collections::BTreeMap, fs};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+};
 
 use exchange_operator::{
     api::{ExchangeDeployment, ExchangeDeploymentSpec as Spec, Service},
@@ -78,6 +81,10 @@ fn everything(spec: &Spec) -> BTreeMap<String, Value> {
     }
     for service in Service::ALL {
         all.insert(
+            format!("{service}-account"),
+            BUILDER.service_account(&stack(), service),
+        );
+        all.insert(
             format!("live-{service}"),
             BUILDER.live_service(service, Some(&stack()), 3),
         );
@@ -86,6 +93,7 @@ fn everything(spec: &Spec) -> BTreeMap<String, Value> {
             version: spec.version.clone(),
             attempt: 7,
             since: Timestamp::UNIX_EPOCH,
+            smoke_passed: true,
             verified: true,
             contracted: true,
             unserved_since: None,
@@ -99,7 +107,6 @@ fn everything(spec: &Spec) -> BTreeMap<String, Value> {
         "live-nothing".to_owned(),
         BUILDER.live_service(Service::Trade, None, 0),
     );
-    all.insert("account".to_owned(), BUILDER.service_account(&stack()));
     all.insert(
         "lane".to_owned(),
         BUILDER.lane_secret(&stack(), "drawn at random"),
@@ -132,7 +139,7 @@ fn the_minimal_exchange() {
         "trade-budget",
         "live-trade",
         "live-nothing",
-        "account",
+        "trade-account",
     ] {
         insta::assert_yaml_snapshot!(format!("minimal-{name}"), all.get(name).unwrap());
     }
@@ -213,7 +220,7 @@ fn names_fit_also_for_the_longest_name() {
         assert!(builder.live_name(service).len() <= 63);
         assert!(builder.colour_name(&stack(), service).len() <= 63);
     }
-    let mut seen = std::collections::BTreeSet::new();
+    let mut seen = BTreeSet::new();
     for attempt in [1, 2, 4_000_000_000] {
         for job in jobs() {
             let name = builder.job_name(&Job { attempt, ..job });
@@ -241,6 +248,23 @@ fn pods_are_restricted() {
             assert_eq!(security["capabilities"]["drop"], json!(["ALL"]), "{name}");
         }
     }
+}
+
+#[test]
+fn each_service_has_an_account_of_its_own_that_may_do_nothing() {
+    let all = everything(&example("full"));
+    let mut names = BTreeSet::new();
+    for service in Service::ALL {
+        let account = &all[&format!("{service}-account")];
+        let pod = &all[&format!("{service}-workload")]["spec"]["template"]["spec"];
+        assert_eq!(
+            pod["serviceAccountName"], account["metadata"]["name"],
+            "{service}"
+        );
+        assert_eq!(account["automountServiceAccountToken"], false, "{service}");
+        names.insert(account["metadata"]["name"].to_string());
+    }
+    assert_eq!(names.len(), 3, "{names:?}");
 }
 
 /// A quota asks for both, and nodes may be tainted or of several architectures.

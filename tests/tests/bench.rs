@@ -291,7 +291,9 @@ fn releases() {
         measure("events_per_release", told);
         measure("writes_per_release", written + told);
         let tested = jobs.first(there.declared, |job| {
-            text(job, "/metadata/labels/exchange.dev~1job") == "smoke" && job["status"]["succeeded"] == 1
+            text(job, "/metadata/labels/exchange.dev~1revision") == there.to
+                && text(job, "/metadata/labels/exchange.dev~1job") == "smoke"
+                && job["status"]["succeeded"] == 1
         });
         measure(
             "tests_passed_to_selectors_moved_milliseconds",

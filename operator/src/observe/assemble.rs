@@ -50,7 +50,7 @@ pub(super) struct Children {
     pub(super) pieces: Vec<Piece>,
 }
 
-/// One object of those that the pods of a stack need: the account, the lane's secret, a copy of a ConfigMap or Secret.
+/// One object of those that the pods of a stack need: an account, the lane's secret, a copy of a ConfigMap or Secret.
 #[derive(Clone, Debug)]
 pub struct Piece {
     /// Of which kind it is.
@@ -268,8 +268,9 @@ fn absent(
 
 /// Whether all that can be made of what a stack's pods need is there.
 fn is_whole(builder: &Builder<'_>, stack: &Stack, mut needed: BTreeSet<String>, pieces: &[Piece]) -> bool {
-    let name = builder.stack_name(stack);
-    needed.extend([format!("ServiceAccount/{name}"), format!("Secret/{name}")]);
+    let accounts = Service::ALL.map(|service| builder.workload_name(stack, service));
+    needed.extend(accounts.map(|name| format!("ServiceAccount/{name}")));
+    needed.insert(format!("Secret/{}", builder.stack_name(stack)));
     let there = pieces.iter().filter(|piece| !piece.going);
     let there: BTreeSet<String> = there
         .map(|piece| format!("{}/{}", piece.kind.kind, piece.name))
@@ -524,11 +525,15 @@ pub(super) fn addresses(stack: &Stack, children: &Children) -> Vec<Address> {
             let ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
             let mut conditions = status.conditions.iter().flatten();
             let ready = conditions.any(|it| it.type_ == "Ready" && it.status == "True");
+            let service = service_of(&pod.metadata)?;
+            let mut containers = status.container_statuses.iter().flatten();
+            let own = containers.find(|it| it.name == service.as_str());
             Some(Address {
-                service: service_of(&pod.metadata)?,
+                service,
                 pod: pod.uid()?,
                 ip: status.pod_ip.clone().filter(|_| !ended)?,
                 ready: ready && pod.metadata.deletion_timestamp.is_none(),
+                restarts: own.map_or(0, |it| it.restart_count),
             })
         })
         .collect()

@@ -43,6 +43,8 @@ pub struct Address {
     pub ip: String,
     /// Whether it is ready, and not going.
     pub ready: bool,
+    /// How often its container has been started anew.
+    pub restarts: i32,
 }
 
 impl Address {
@@ -75,14 +77,23 @@ pub struct Counters {
     buckets: BTreeMap<String, u64>,
 }
 
-/// Where the counters of pods stood when a verification began.
+/// What pods have counted since a verification began: what has died since has not become unsaid.
 #[derive(Clone, Debug, Default)]
 pub struct Baselines {
     of: Option<(u32, u32)>,
     fresh: bool,
-    pods: BTreeMap<String, Counters>,
-    /// What each pod has said last, since the verification began: what has died since has not become unsaid.
-    last: BTreeMap<String, (Service, Counters)>,
+    pods: BTreeMap<String, Said>,
+}
+
+/// What one pod has said.
+#[derive(Clone, Debug)]
+struct Said {
+    service: Service,
+    /// Of which of its containers the last page was: how many there were before.
+    restarts: i32,
+    last: Counters,
+    /// What all of its containers have counted since the verification began.
+    since: Counters,
 }
 
 impl Baselines {
@@ -99,46 +110,49 @@ impl Baselines {
         }
     }
 
-    fn said(&mut self, pod: &Address, now: &Counters) {
-        let since = self.since(&pod.pod, now);
-        self.last.insert(pod.pod.clone(), (pod.service, since));
+    /// A container that was started anew counts from nothing; what the one before it has said is kept.
+    fn said(&mut self, pod: &Address, now: Counters) {
+        let fresh = self.fresh;
+        let said = self.pods.entry(pod.pod.clone()).or_insert_with(|| Said {
+            service: pod.service,
+            restarts: pod.restarts,
+            last: if fresh { Counters::default() } else { now.clone() },
+            since: Counters::default(),
+        });
+        // A page may be of a later container than the list of pods, which then follows.
+        let below = now.is_below(&said.last);
+        let anew = below || pod.restarts > said.restarts;
+        let before = if anew { &Counters::default() } else { &said.last };
+        said.since.add(&now.minus(before));
+        said.restarts = pod.restarts.max(said.restarts + i32::from(below));
+        said.last = now;
     }
 
     fn figures(&self) -> BTreeMap<Service, Figures> {
         let mut sums: BTreeMap<Service, Counters> = BTreeMap::new();
-        for (service, counters) in self.last.values() {
-            sums.entry(*service).or_default().add(counters);
+        for said in self.pods.values() {
+            sums.entry(said.service).or_default().add(&said.since);
         }
         sums.into_iter()
             .map(|(service, counters)| (service, counters.figures()))
             .collect()
     }
-
-    fn since(&mut self, pod: &str, now: &Counters) -> Counters {
-        let base = self.pods.entry(pod.to_owned()).or_insert_with(|| {
-            if self.fresh {
-                Counters::default()
-            } else {
-                now.clone()
-            }
-        });
-        now.minus(base)
-    }
 }
 
 impl Counters {
-    /// A pod that was started anew counts from nothing.
-    fn minus(&self, base: &Self) -> Self {
-        let since = |now: u64, base: u64| if now < base { now } else { now - base };
+    /// Whether it cannot have come out of these by counting on.
+    const fn is_below(&self, before: &Self) -> bool {
+        self.requests < before.requests || self.errors < before.errors
+    }
+
+    fn minus(&self, before: &Self) -> Self {
         let buckets = self.buckets.iter().map(|(bound, count)| {
-            (
-                bound.clone(),
-                since(*count, base.buckets.get(bound).copied().unwrap_or(0)),
-            )
+            let before = before.buckets.get(bound).copied().unwrap_or(0);
+            (bound.clone(), count.saturating_sub(before))
         });
         Self {
-            requests: since(self.requests, base.requests),
-            errors: since(self.errors, base.errors),
+            requests: self.requests.saturating_sub(before.requests),
+            errors: self.errors.saturating_sub(before.errors),
             buckets: buckets.collect(),
         }
     }
@@ -180,7 +194,9 @@ impl Counters {
         counters
     }
 
-    /// Requests, errors, those that were timed, and the upper bound of the bucket with their 99th percentile.
+    /// Requests, errors, those that were timed, and what their 99th percentile exceeds: the lower bound of its bucket. All
+    /// that is told of the requests in a bucket is that they took longer than this, so that no estimate between its bounds
+    /// can give up a version that keeps its limit.
     fn figures(&self) -> Figures {
         let mut bounds: Vec<(f64, u64)> = self
             .buckets
@@ -198,15 +214,13 @@ impl Counters {
         let all = bounds.last().map_or(0, |(_, count)| *count);
         // The smallest whole number of requests that is 99 % of all.
         let most = all - all / 100;
-        let slowest = bounds.iter().find(|(_, count)| all > 0 && *count >= most);
-        let p99 = slowest.map_or(Duration::ZERO, |(bound, _)| {
-            Duration::try_from_secs_f64(*bound).unwrap_or(Duration::MAX)
-        });
+        let exceeded = bounds.iter().rev().find(|(_, count)| *count < most);
+        let p99_over = exceeded.and_then(|(bound, _)| Duration::try_from_secs_f64(*bound).ok());
         Figures {
             requests: self.requests,
             errors: self.errors,
             timed: all,
-            p99_ms: u64::try_from(p99.as_millis()).unwrap_or(u64::MAX),
+            p99_over: p99_over.unwrap_or_default(),
         }
     }
 }
@@ -319,7 +333,7 @@ impl Pods {
         let mut unheard = None;
         for (pod, page) in pods.iter().zip(pages) {
             match page {
-                Ok(page) => baselines.said(pod, &Counters::parse(&page)),
+                Ok(page) => baselines.said(pod, Counters::parse(&page)),
                 Err(why) if pod.ready => {
                     let (service, at) = (pod.service, pod.admin());
                     let told = format!("the figures of the {service} service cannot be read at {at}: {why}");
@@ -453,11 +467,9 @@ pub fn tried(job: &BatchJob, pods: &[Pod]) -> Option<String> {
     Some(format!("try {} of {tries}{said}", (failed + 1).min(tries)))
 }
 
-/// How a Job stands; if it has failed, with what its pod said last.
+/// How a Job stands; if it has failed, with what its pod said last. A result stands also while its Job is being deleted. Who
+/// is deleted before has none: it is not finished, and made again when it is gone.
 pub fn job_state(job: &BatchJob, pods: &[Pod]) -> JobState {
-    if job.metadata.deletion_timestamp.is_some() {
-        return JobState::Failed("it was deleted".to_owned());
-    }
     let conditions = job
         .status
         .iter()
@@ -560,25 +572,108 @@ http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/logi
                 requests: 1000,
                 errors: 10,
                 timed: 100,
-                p99_ms: 50
+                p99_over: Duration::from_millis(5)
             }
         );
     }
 
+    /// Counters of requests that took at most so many seconds each.
+    fn timed(took: &[(u64, f64)]) -> Counters {
+        let bounds = ["0.1", "0.25", "0.5", "1.0", "2.5", "10.0", "+Inf"];
+        let within = |bound: &str| {
+            let bound: f64 = bound.parse().unwrap_or(f64::INFINITY);
+            let counts = took.iter().filter(|(_, seconds)| *seconds <= bound);
+            counts.map(|(count, _)| count).sum::<u64>()
+        };
+        Counters {
+            buckets: bounds.map(|bound| (bound.to_owned(), within(bound))).into(),
+            ..Counters::default()
+        }
+    }
+
     #[test]
-    fn a_stack_that_was_live_before_is_judged_by_what_comes_now() {
-        let now = Counters::parse(PAGE);
+    fn of_the_99th_percentile_only_that_is_told_which_is_sure() {
+        let seconds = Duration::from_secs_f64;
+        let rows: [(&str, &[(u64, f64)], f64); 8] = [
+            ("nothing was asked", &[], 0.0),
+            ("all are fast", &[(1000, 0.02)], 0.0),
+            // 99 of 100 are fast: that one is slow does not count.
+            ("one in a hundred is slow", &[(990, 0.02), (10, 9.0)], 0.0),
+            ("eleven in a thousand are slow", &[(989, 0.02), (11, 9.0)], 2.5),
+            // A limit of 2 s is kept, and one of 1 s is not, although both lie in the bounds of one bucket or at them.
+            ("within a bucket", &[(500, 0.2), (500, 1.1)], 1.0),
+            ("at the bound of a bucket", &[(1000, 1.0)], 0.5),
+            ("in the last bucket", &[(1000, 10.0)], 2.5),
+            ("beyond all bounds", &[(900, 0.2), (100, 3600.0)], 10.0),
+        ];
+        for (what, took, over) in rows {
+            assert_eq!(timed(took).figures().p99_over, seconds(over), "{what}");
+        }
+    }
+
+    fn pod(pod: &str, restarts: i32) -> Address {
+        Address {
+            service: Service::Trade,
+            pod: pod.to_owned(),
+            ip: "192.0.2.1".to_owned(),
+            ready: true,
+            restarts,
+        }
+    }
+
+    /// Requests and errors that are counted after pods have said this in turn: their restarts, requests and errors.
+    fn counted(fresh: bool, pages: &[(&str, i32, u64, u64)]) -> (u64, u64) {
         let mut baselines = Baselines::default();
+        baselines.begin((3, 2), fresh);
+        for (name, restarts, requests, errors) in pages {
+            let page = Counters {
+                requests: *requests,
+                errors: *errors,
+                ..timed(&[(*requests, 0.02)])
+            };
+            baselines.said(&pod(name, *restarts), page);
+        }
+        let figures = baselines.figures()[&Service::Trade];
+        assert_eq!(figures.timed, figures.requests);
+        (figures.requests, figures.errors)
+    }
+
+    #[test]
+    fn what_was_counted_counts_although_who_counted_it_has_ended() {
+        // It has just been swapped in: all that its pods have counted is since then.
+        assert_eq!(counted(true, &[("a", 0, 100, 10)]), (100, 10));
+        assert_eq!(counted(true, &[("a", 0, 100, 10), ("a", 0, 130, 12)]), (130, 12));
+        assert_eq!(counted(true, &[("a", 0, 100, 10), ("b", 0, 20, 1)]), (120, 11));
+        // Its container was started anew; also when that has counted more than the one before, or is not listed yet.
+        assert_eq!(counted(true, &[("a", 0, 100, 10), ("a", 1, 20, 0)]), (120, 10));
+        assert_eq!(counted(true, &[("a", 0, 3, 3), ("a", 1, 5, 4)]), (8, 7));
+        assert_eq!(counted(true, &[("a", 0, 100, 10), ("a", 0, 20, 0)]), (120, 10));
+        let followed = [
+            ("a", 0, 100, 10),
+            ("a", 0, 20, 0),
+            ("a", 0, 25, 0),
+            ("a", 1, 30, 0),
+        ];
+        assert_eq!(counted(true, &followed), (130, 10));
+        let crashes = [("a", 0, 50, 9), ("a", 1, 50, 9), ("a", 2, 50, 9), ("a", 2, 60, 9)];
+        assert_eq!(counted(true, &crashes), (160, 27));
+        // It was live before: what counts is what comes from now on.
+        assert_eq!(counted(false, &[("a", 0, 100, 10)]), (0, 0));
+        assert_eq!(counted(false, &[("a", 0, 100, 10), ("a", 0, 130, 12)]), (30, 2));
+        assert_eq!(counted(false, &[("a", 0, 100, 10), ("a", 1, 20, 1)]), (20, 1));
+    }
+
+    #[test]
+    fn another_verification_begins_from_nothing() {
+        let mut baselines = Baselines::default();
+        let page = Counters::parse(PAGE);
         baselines.begin((3, 2), true);
-        assert_eq!(baselines.since("pod", &now).errors, 10);
+        baselines.said(&pod("a", 0), page.clone());
+        baselines.begin((3, 2), true);
+        assert_eq!(baselines.figures()[&Service::Trade].errors, 10);
         baselines.begin((3, 3), false);
-        assert_eq!(baselines.since("pod", &now).errors, 0);
-        let mut later = now.clone();
-        later.errors += 2;
-        assert_eq!(baselines.since("pod", &later).errors, 2);
-        // It was started anew.
-        later.errors = 1;
-        assert_eq!(baselines.since("pod", &later).errors, 1);
+        baselines.said(&pod("a", 0), page);
+        assert_eq!(baselines.figures()[&Service::Trade].errors, 0);
     }
 
     #[tokio::test]
@@ -633,6 +728,25 @@ http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/logi
         for (state, last, told) in rows {
             let what = format!("{state} after {last}");
             assert_eq!(keeps(state, last).as_deref(), told, "{what}");
+        }
+    }
+
+    #[test]
+    fn a_job_stands_as_it_has_ended_also_while_it_is_being_deleted() {
+        let state = |ended: Option<&str>, going: bool| {
+            let condition = ended.map(|kind| json!({"type": kind, "status": "True", "message": "why"}));
+            let job = json!({
+                "metadata": {"name": "smoke", "deletionTimestamp": going.then_some("2026-01-01T00:00:00Z")},
+                "status": {"conditions": condition.into_iter().collect::<Vec<_>>()},
+            });
+            job_state(&serde_json::from_value(job).unwrap(), &[])
+        };
+        for going in [false, true] {
+            assert_eq!(state(Some("Complete"), going), JobState::Passed);
+            assert_eq!(state(Some("Failed"), going), JobState::Failed("why".to_owned()));
+            assert_eq!(state(Some("Suspended"), going), JobState::Running);
+            // Deleted before its end it has not failed: it is made again.
+            assert_eq!(state(None, going), JobState::Running);
         }
     }
 

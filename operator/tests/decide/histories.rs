@@ -82,6 +82,11 @@ enum Step {
         revision: usize,
         service: Service,
     },
+    KillOnePod {
+        stack: usize,
+        service: Service,
+    },
+    Lag(bool),
 }
 
 /// What a history is about beside all else. Each is a kind of its own: so the others stay the histories that they were.
@@ -92,6 +97,10 @@ enum Kind {
     Pages,
     /// Pods have nowhere to run, and somebody suspends and goes back.
     Suspended,
+    /// Pods die one by one, and connections follow late.
+    Fine,
+    /// The same, and at last the object is deleted in the middle of everything.
+    Deleted,
 }
 
 impl Kind {
@@ -99,6 +108,8 @@ impl Kind {
         match seed % 16 {
             3 => Self::Pages,
             7 => Self::Suspended,
+            11 | 13 => Self::Fine,
+            15 => Self::Deleted,
             _ => Self::Plain,
         }
     }
@@ -173,6 +184,10 @@ fn steps(kind: Kind) -> impl Strategy<Value = Vec<Step>> {
                 (0..3_usize, service).prop_map(|(revision, service)| Step::Crowd { revision, service });
             prop_oneof![20 => step, 1 => crowd].boxed()
         }
+        Kind::Fine | Kind::Deleted => {
+            let one = (0..2_usize, service).prop_map(|(stack, service)| Step::KillOnePod { stack, service });
+            prop_oneof![20 => step, 3 => one, 1 => any::<bool>().prop_map(Step::Lag)].boxed()
+        }
     };
     proptest::collection::vec(step, 10..70)
 }
@@ -233,6 +248,8 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
         Step::LoseStatus => world.lose_status(),
         Step::Unreadable(unreadable) => world.unreadable = unreadable,
         Step::Crowd { revision, service } => world.crowd(&format!("r{revision}"), service),
+        Step::KillOnePod { stack, service } => world.kill_one_pod(stack, service),
+        Step::Lag(lagging) => world.lagging = lagging,
     }
     Ok(())
 }
@@ -246,6 +263,10 @@ fn live_through(steps: &[Step], kind: Kind, traced: bool) -> Result<World, Strin
     };
     for step in steps {
         take(&mut world, step).map_err(|why| told(&world, why))?;
+    }
+    if kind == Kind::Deleted {
+        world.delete().map_err(|why| told(&world, why))?;
+        return Ok(world);
     }
     if kind == Kind::Suspended {
         world
@@ -263,6 +284,7 @@ fn live_through(steps: &[Step], kind: Kind, traced: bool) -> Result<World, Strin
     world.miss(false);
     world.taken = false;
     world.unreadable = false;
+    world.lagging = false;
     world.settle().map_err(|why| told(&world, why))?;
     if world.stalled().is_some_and(|it| it.0 == "AdoptionUndecided") {
         world.decide_for_one();

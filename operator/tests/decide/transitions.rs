@@ -1,5 +1,7 @@
 //! Each phase and each way out of it, and the four stories of an operator that wakes too late.
 
+use std::time::Duration;
+
 use crate::world::{Ban, UNREADABLE, View, World};
 use exchange_operator::{
     api::{ColourChoice, Promotion, Service},
@@ -13,7 +15,7 @@ use exchange_operator::{
             self, AwaitingPromotion, Failed, Held, Live, Migrating, Pending, Promoting, Provisioning,
             RollingBack, Testing, Verifying,
         },
-        PreviousState, Reason, Stack,
+        PreviousState, Reason, Stack, token,
     },
 };
 use jiff::SignedDuration;
@@ -1568,6 +1570,83 @@ fn what_no_client_reaches_is_not_verified() {
     }
 }
 
+#[test]
+fn a_smoke_test_that_has_passed_stands_although_its_job_is_gone() {
+    let mut world = at(Verifying);
+    for _ in 0..10 {
+        world.finish(0);
+        world.round();
+        world.step(0, View::Fresh).unwrap();
+    }
+    world.finish(0);
+    assert!(world.status.live.clone().unwrap().smoke_passed);
+    let plan = |after: i64, passed: bool| {
+        let mut seen = world.observe();
+        seen.seen_before = true;
+        seen.jobs.retain(|job, _| job.kind != JobKind::Verify);
+        seen.status.phase_since = Some(world.now - seconds(after));
+        seen.status.live.as_mut().unwrap().smoke_passed = passed;
+        let plan = decide(&world.spec, &seen, world.now);
+        let made = |action: &Action| matches!(action, Action::Run(job) if job.kind == JobKind::Verify);
+        let phase = plan.status.unwrap_or(seen.status).phase;
+        (phase, plan.actions.iter().any(made))
+    };
+    assert_eq!(plan(30, true), (Verifying, false));
+    assert_eq!(plan(601, true), (Live, false));
+    // Without a result it is made again, as long as there is time.
+    assert_eq!(plan(30, false), (Verifying, true));
+    assert_eq!(plan(601, false), (RollingBack, false));
+}
+
+#[test]
+fn a_way_back_that_there_is_not_is_refused_and_told_once() {
+    let mut settled = World::new(true);
+    settled.settle().unwrap();
+    let rows: [(World, Change<'_>, &str); 3] = [
+        (
+            settled,
+            Box::new(|_| {}),
+            "alice asked for the way back, but there is no stack to go back to, and the schema is contracted for r0: an \
+             older version comes back by a release of its own, if it bears that",
+        ),
+        (
+            after_a_release(),
+            Box::new(|seen| seen.status.previous.as_mut().unwrap().state = PreviousState::Retiring),
+            "alice asked for the way back, but r0 is being removed",
+        ),
+        (
+            releasing(6, Held),
+            Box::new(|_| {}),
+            "alice asked for the way back, but r6 is what was rolled back from",
+        ),
+    ];
+    for (world, change, note) in rows {
+        let mut seen = world.observe();
+        change(&mut seen);
+        let phase = seen.status.phase;
+        let asks = |seen: &mut Observed, asked: Option<String>| {
+            seen.requests.rollback = asked;
+            seen.requests.by = Some("alice".to_owned());
+            let plan = decide(&world.spec, seen, world.now);
+            seen.status = plan.status.unwrap_or_else(|| seen.status.clone());
+            assert_eq!(seen.status.phase, phase, "{note}");
+            let refusals = plan
+                .events
+                .into_iter()
+                .filter(|event| event.reason == "RollbackRefused");
+            refusals
+                .map(|event| (event.warning, event.note))
+                .collect::<Vec<_>>()
+        };
+        // It is about something else.
+        assert_eq!(asks(&mut seen, Some("r9.9".to_owned())), [], "{note}");
+        let live = seen.status.live.clone().unwrap();
+        let asked = Some(token(&live.stack, live.attempt));
+        assert_eq!(asks(&mut seen, asked.clone()), [(true, note.to_owned())]);
+        assert_eq!(asks(&mut seen, asked), [], "{note}");
+    }
+}
+
 /// The message of a condition.
 fn told(status: &Status, kind: &str) -> String {
     let condition = status.conditions.iter().find(|it| it.type_ == kind).unwrap();
@@ -1613,7 +1692,7 @@ fn figures_of_few_requests_say_nothing() {
         requests: 99,
         errors: 99,
         timed: 99,
-        p99_ms: 10_000,
+        p99_over: Duration::from_secs(10),
     };
     let rows = [
         ("few of both", few, Live, ""),
@@ -1640,7 +1719,29 @@ fn figures_of_few_requests_say_nothing() {
                 ..few
             },
             RollingBack,
-            "the trade service answers too slowly: p99 is 10000 ms",
+            "the trade service answers too slowly: p99 is over 10s, the limit is 500ms",
+        ),
+        (
+            "as slow as may be",
+            Figures {
+                requests: 10_000,
+                timed: 100,
+                p99_over: Duration::from_millis(400),
+                ..few
+            },
+            Live,
+            "",
+        ),
+        (
+            "slower than may be",
+            Figures {
+                requests: 10_000,
+                timed: 100,
+                p99_over: Duration::from_millis(500),
+                ..few
+            },
+            RollingBack,
+            "the trade service answers too slowly: p99 is over 500ms, the limit is 500ms",
         ),
     ];
     for (name, figures, phase, why) in rows {
@@ -1759,7 +1860,7 @@ fn a_test_may_take_the_time_that_is_declared_for_it() {
     let mut world = at(Testing);
     world.step(0, View::Fresh).unwrap();
     world.finish(0);
-    world.declare(|spec| spec.rollout.smoke_tests[0].timeout = std::time::Duration::from_mins(20).into());
+    world.declare(|spec| spec.rollout.smoke_tests[0].timeout = Duration::from_mins(20).into());
     let after = |time: i64| {
         records(&world, |seen| {
             seen.status.phase_since = Some(world.now - seconds(time));

@@ -76,6 +76,33 @@ pub(crate) fn request(action: Action, object: &ExchangeDeployment) -> Result<Req
     })
 }
 
+/// Whether the object bears a request that is still to be acted upon or refused: its status is about the time before. What
+/// names another stack or attempt is about the past; and before an approval nothing is settled anyway.
+pub(crate) fn is_asked(object: &ExchangeDeployment, status: &Status) -> bool {
+    let annotations = object.metadata.annotations.as_ref();
+    let waits = |word: &str, handled: &Option<String>, meant: Option<String>| {
+        let asked = annotations.and_then(|all| all.get(&format!("{GROUP}/{word}")));
+        asked.is_some() && asked == meant.as_ref() && asked != handled.as_ref()
+    };
+    let candidate = status.candidate.as_ref().map(|it| token(&it.stack, it.attempt));
+    let live = status.live.as_ref().map(|it| token(&it.stack, it.attempt));
+    let leaves = if status.phase == Phase::Promoting {
+        candidate.clone()
+    } else {
+        live
+    };
+    // With something else in the way it is not tried again before that is mended.
+    let given_up = status.rejected.as_ref().filter(|it| {
+        let stalled = condition(status, "Stalled").map(|stalled| stalled.reason.clone());
+        stalled == Some(it.reason.to_string())
+    });
+    let given_up = given_up.map(|it| token(&it.stack, it.attempt));
+    let handled = &status.handled;
+    waits("abort", &handled.abort, candidate)
+        || waits("rollback", &handled.rollback, leaves)
+        || waits("retry", &handled.retry, given_up)
+}
+
 fn promote(object: &ExchangeDeployment, status: &Status) -> Result<(String, String), Refusal> {
     if status.observed_generation != object.metadata.generation {
         return Err("the spec has been changed and the operator has not looked at it yet: look again".into());

@@ -393,6 +393,8 @@ fn show(view: &View, output: Option<Output>) -> anyhow::Result<()> {
 /// The exit code of `status --wait`, if what is waited for has come.
 const fn verdict(view: &View) -> Option<u8> {
     match (view.ready, view.stalled) {
+        // What is seen is what was before it.
+        _ if view.asked => None,
         (true, _) => Some(0),
         (_, true) => Some(GIVEN_UP),
         _ => None,
@@ -423,6 +425,40 @@ mod tests {
         ] {
             let view = view::view(&view::tests::object(object), &[], &[], &[]);
             assert_eq!(verdict(&view), expected, "{object}");
+        }
+    }
+
+    #[test]
+    fn who_waits_after_a_request_does_not_see_what_was_before_it() {
+        for (name, word, asked, handled, expected) in [
+            ("failed", "retry", "r5.2", None, None),
+            ("failed", "retry", "r5.2", Some("r5.2"), Some(2)),
+            ("failed", "retry", "r5.2", Some("r5.1"), None),
+            ("held", "retry", "r6.2", None, None),
+            ("live", "rollback", "r1.2", None, None),
+            ("live", "rollback", "r1.2", Some("r1.2"), Some(0)),
+            // It is about the past, and will never be heard.
+            ("live", "rollback", "r0.1", None, Some(0)),
+            ("failed", "retry", "r5.1", None, Some(2)),
+            ("live", "promote", "r1.2", None, Some(0)),
+            ("live", "abort", "r1.2", None, Some(0)),
+            // It is not heard before somebody has helped.
+            ("name_taken", "retry", "r1.2", None, Some(2)),
+        ] {
+            let mut object = view::tests::object(name);
+            let annotations = object.annotations_mut();
+            annotations.insert(format!("{GROUP}/{word}"), asked.to_owned());
+            let mut status = object.status.take().unwrap_or_default();
+            let of_word = match word {
+                "promote" => &mut status.handled.promote,
+                "abort" => &mut status.handled.abort,
+                "rollback" => &mut status.handled.rollback,
+                _ => &mut status.handled.retry,
+            };
+            *of_word = handled.map(str::to_owned);
+            object.status = Some(status);
+            let view = view::view(&object, &[], &[], &[]);
+            assert_eq!(verdict(&view), expected, "{name} {word} {asked} {handled:?}");
         }
     }
 

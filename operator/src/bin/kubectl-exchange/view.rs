@@ -17,7 +17,7 @@ use k8s_openapi::{
 };
 use serde::Serialize;
 
-use crate::act::{Action, request};
+use crate::act::{Action, is_asked, request};
 
 /// An exchange: what is declared, what serves, what is on its way.
 #[derive(Debug, Serialize)]
@@ -35,6 +35,8 @@ pub(crate) struct View {
     pub(crate) ready: bool,
     /// Whether nothing goes on without somebody's help.
     pub(crate) stalled: bool,
+    /// Whether somebody has asked for something that the operator has not come to yet.
+    pub(crate) asked: bool,
     pub(crate) message: String,
     pub(crate) stacks: Vec<StackView>,
 }
@@ -173,6 +175,7 @@ pub(crate) fn view(object: &ExchangeDeployment, pods: &[Pod], jobs: &[Job], told
         current,
         ready: current && is("Ready"),
         stalled: current && is("Stalled"),
+        asked: is_asked(object, &status),
         message,
         stacks,
     }

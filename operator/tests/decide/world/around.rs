@@ -12,6 +12,9 @@ use jiff::SignedDuration;
 
 use super::{Ban, LiveThere, Names, Nature, Pod, View, World, nature, with_object_of};
 
+/// Rounds in which a stack has no endpoints before that is too long. The operator takes some for a pass.
+const PATIENCE: u32 = 120;
+
 impl World {
     /// Controllers and kubelets do a bit of their work.
     pub(crate) fn kubelet(&mut self) {
@@ -106,10 +109,11 @@ impl World {
             } else {
                 JobState::Passed
             };
+            Self::touch(&mut there.seen.fence, &mut self.counter);
             if !fails {
                 self.passed.insert(job.clone(), there.of.clone());
+                self.passed_at.insert(job.clone(), self.counter);
             }
-            Self::touch(&mut there.seen.fence, &mut self.counter);
             if job.kind == JobKind::Verify && nature == Nature::Collapses {
                 self.collapsed.insert(job.stack.clone());
             }
@@ -264,6 +268,32 @@ impl World {
             there.pods.fill(Pod::Dead);
             note!(self, "chaos: pods of stack {stack} {service} die");
         }
+    }
+
+    /// One pod of a service dies.
+    pub(crate) fn kill_one_pod(&mut self, stack: usize, service: Service) {
+        let there = self.stacks.values_mut().nth(stack);
+        let there = there.and_then(|it| it.services.get_mut(&service));
+        let ready = there.and_then(|it| it.pods.iter_mut().find(|pod| **pod == Pod::Ready));
+        if let Some(pod) = ready {
+            *pod = Pod::Dead;
+            note!(self, "chaos: one pod of stack {stack} {service} dies");
+            self.slices();
+        }
+    }
+
+    /// The object is deleted. What belongs to it goes later; whoever is in the middle of something stops.
+    pub(crate) fn delete(&mut self) -> Result<(), String> {
+        note!(self, "people: the object is deleted");
+        self.deleting = true;
+        self.past.clear();
+        self.edited();
+        for who in 0..2 {
+            for _ in 0..20 {
+                self.step(who, View::Fresh)?;
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn edit_live(&mut self, service: Service, stack: Option<usize>) {
@@ -430,7 +460,7 @@ impl World {
     pub(crate) fn look_at_old_object(&mut self, who: usize, old: &(Observed, u64)) {
         let seen = with_object_of(&old.0, &self.observe());
         self.operators[who].stacks = self.pieces();
-        self.plan(who, seen, old.1);
+        self.plan(who, seen, old.1).unwrap();
     }
 
     /// The object is deleted without its children, and created again.
@@ -559,10 +589,19 @@ impl World {
         // Who is refused tries again and again.
         let banned = self.ban.is_some();
         let calm = if banned { 80 } else { 8 };
+        let mut unserved = 0;
         for _ in 0..3000 {
             let before = self.writes;
             self.step(0, View::Fresh)?;
             self.round();
+            unserved = if self.waits_for_endpoints() {
+                unserved + 1
+            } else {
+                0
+            };
+            if unserved > PATIENCE {
+                return Err(format!("P1: {} goes on without endpoints", self.status.phase));
+            }
             still = if self.writes == before && (banned || self.operators[0].idle()) {
                 still + 1
             } else {
@@ -587,6 +626,24 @@ impl World {
             "P7: no end is reached; at last {:?}",
             self.trace.iter().rev().take(12).rev().collect::<Vec<_>>()
         ))
+    }
+
+    /// Clients of a stack that is verified, or of one that is still to get the traffic of a service, have nowhere to go.
+    fn waits_for_endpoints(&self) -> bool {
+        let status = &self.status;
+        let stack = match status.phase {
+            Phase::Verifying => status.live.as_ref().map(|it| &it.stack),
+            Phase::Promoting => status.candidate.as_ref().map(|it| &it.stack),
+            _ => None,
+        };
+        stack.is_some_and(|stack| {
+            Service::ALL.iter().any(|service| {
+                let ready = self.slices.get(&(stack.clone(), *service)).copied();
+                let written = self.live.get(service).map(|live| live.epoch);
+                let moved = status.phase == Phase::Promoting && written == Some(status.epoch);
+                ready.unwrap_or(0) == 0 && !moved
+            })
+        })
     }
 
     /// Suspended for as long as it takes: a move that has begun, and a way back that somebody asks for, come to their end.
@@ -652,6 +709,7 @@ impl World {
             return Err(format!("P7: {left} is left over"));
         }
         let fixed = self.spec.rollout.colour.fixed();
+        let gates = format!("g{}", self.gates);
         match status.phase {
             Phase::Live => {
                 let right = status.live.as_ref().is_some_and(|it| {
@@ -667,6 +725,9 @@ impl World {
                 let rejected = status.rejected.as_ref().ok_or("P9: given up without a reason")?;
                 if rejected.stack.revision != self.revision {
                     return Err("P9: what was given up is not what is declared".to_owned());
+                }
+                if !rejected.gates.is_empty() && rejected.gates != gates {
+                    return Err("P7: what has other gates now is not tried again".to_owned());
                 }
             }
             Phase::Pending => {

@@ -2,11 +2,12 @@
 //! pods that die, Jobs that fail, people who change their minds, and operators that sleep between any two steps.
 //!
 //! After every write of an operator the promises are checked against what is *true* in this world, not against what
-//! the operator has seen of it.
+//! the operator has seen of it; and each plan against what may be planned by who has seen that.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     rc::Rc,
+    time::Duration,
 };
 
 use exchange_operator::{
@@ -32,6 +33,7 @@ macro_rules! note {
 }
 
 mod around;
+mod judge;
 
 /// What is the matter with a revision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -249,6 +251,19 @@ pub(crate) struct World {
     pub(crate) taken: bool,
     /// The pages of the trade service's pods cannot be read.
     pub(crate) unreadable: bool,
+    /// New connections do not agree yet, whatever the slices list.
+    pub(crate) lagging: bool,
+    /// The object is being deleted.
+    deleting: bool,
+    /// Whether it was at the time of the last guard, per operator.
+    deleting_at_guard: [bool; 2],
+    /// When each smoke test through the live address has passed, and since when the present verification lasts: as many
+    /// writes of anybody ago.
+    passed_at: BTreeMap<Job, u64>,
+    verifying_from: u64,
+    /// Stacks and attempts whose smoke test through the live address has passed, as somebody has seen who had nothing to
+    /// record about it.
+    known_to_pass: BTreeSet<(Stack, u32)>,
     /// Verifications in which somebody has read all pages.
     read: BTreeSet<(u32, u32)>,
     /// Stacks whose pods have died for good.
@@ -316,6 +331,12 @@ impl World {
             missing: false,
             taken: false,
             unreadable: false,
+            lagging: false,
+            deleting: false,
+            deleting_at_guard: [false; 2],
+            passed_at: BTreeMap::new(),
+            verifying_from: 0,
+            known_to_pass: BTreeSet::new(),
             read: BTreeSet::new(),
             collapsed: BTreeSet::new(),
             crowded: BTreeSet::new(),
@@ -374,7 +395,9 @@ impl World {
         let mut answers = self.live_slices.values().map(Vec::as_slice);
         let answers = match answers.next() {
             Some([first])
-                if self.live_slices.len() == 3 && answers.all(|it| it == std::slice::from_ref(first)) =>
+                if !self.lagging
+                    && self.live_slices.len() == 3
+                    && answers.all(|it| it == std::slice::from_ref(first)) =>
             {
                 Some(first.clone())
             }
@@ -390,12 +413,12 @@ impl World {
             requests: 1000,
             errors,
             timed: 1000,
-            p99_ms: 20,
+            p99_over: Duration::from_millis(20),
         };
         let figures = Some((Service::Trade, figures)).filter(|_| !self.unreadable);
         Observed {
             generation: self.generation,
-            deleting: false,
+            deleting: self.deleting,
             requests: self.requests.clone(),
             status: self.status.clone(),
             declared: if self.missing {
@@ -501,6 +524,7 @@ impl World {
                 })
                 .collect();
             self.declared_at_guard[who] = self.spec.clone();
+            self.deleting_at_guard[who] = self.deleting;
             if let Err(refusal) =
                 guard::check(&self.spec, &self.operators[who].record, &action, &self.observe())
             {
@@ -571,7 +595,7 @@ impl World {
             &fresh
         };
         self.operators[who].stacks.clone_from(&all_of.2);
-        self.plan(who, seen, version);
+        self.plan(who, seen, version)?;
         if view == View::Fresh {
             self.is_not_refused(who)?;
         }
@@ -603,7 +627,7 @@ impl World {
         }
     }
 
-    fn plan(&mut self, who: usize, mut seen: Observed, version: u64) {
+    fn plan(&mut self, who: usize, mut seen: Observed, version: u64) -> Result<(), String> {
         let now = (seen.status.phase, seen.status.attempt);
         seen.seen_before = self.operators[who].known == Some(now);
         seen.refused.clone_from(&self.operators[who].refused);
@@ -611,6 +635,19 @@ impl World {
             self.read.insert((seen.status.epoch, seen.status.attempt));
         }
         let plan = decide(&self.spec, &seen, self.now);
+        judge::judge(&self.spec, &seen, &plan, self.now)?;
+        if let Some(live) = seen.status.live.as_ref().filter(|_| plan.status.is_none())
+            && seen.status.phase == Phase::Verifying
+        {
+            let job = Job {
+                kind: JobKind::Verify,
+                stack: live.stack.clone(),
+                attempt: live.attempt,
+            };
+            if seen.jobs.get(&job).is_some_and(|it| it.state == JobState::Passed) {
+                self.known_to_pass.insert((live.stack.clone(), live.attempt));
+            }
+        }
         let operator = &mut self.operators[who];
         operator.phase = Some(
             plan.status
@@ -621,6 +658,7 @@ impl World {
         operator.status = plan.status.map(|status| (status, version));
         operator.actions = plan.actions.into();
         self.end_pass(who);
+        Ok(())
     }
 
     // ---- writes -----------------------------------------------------------------------------------------------
@@ -672,6 +710,7 @@ impl World {
         if verified && !self.read.contains(&(old.epoch, old.attempt)) {
             return Err("P3: what nobody could read was verified".to_owned());
         }
+        self.verification(old, &new)?;
         if new.phase == Phase::Migrating && old.phase == Phase::Pending {
             may_expand(&new)?;
         }
@@ -737,6 +776,39 @@ impl World {
                     ));
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// A verification goes by a smoke test that has passed in it, and does not need its Job any more after that.
+    fn verification(&mut self, old: &Status, new: &Status) -> Result<(), String> {
+        if new.phase == Phase::Verifying && (old.phase, old.attempt) != (new.phase, new.attempt) {
+            self.verifying_from = self.counter;
+        }
+        let Some(live) = old.live.as_ref().filter(|_| old.phase == Phase::Verifying) else {
+            return Ok(());
+        };
+        let job = Job {
+            kind: JobKind::Verify,
+            stack: live.stack.clone(),
+            attempt: live.attempt,
+        };
+        let passed = self
+            .passed_at
+            .get(&job)
+            .is_some_and(|at| *at > self.verifying_from);
+        if new.phase == Phase::Live && !passed {
+            return Err(format!("P3: {} is verified by an old result", live.stack));
+        }
+        let late = new.rejected.as_ref().is_some_and(|it| {
+            it.message
+                .starts_with("the smoke test through the live address was not done")
+        });
+        if late && self.known_to_pass.contains(&(live.stack.clone(), live.attempt)) {
+            return Err(format!(
+                "P7: {} is given up for a test that has passed",
+                live.stack
+            ));
         }
         Ok(())
     }
@@ -809,6 +881,9 @@ impl World {
     #[expect(clippy::too_many_lines, reason = "one arm per action")]
     fn act(&mut self, who: usize, action: &Action) -> Result<Done, String> {
         self.leaves_alone(who, action)?;
+        if self.deleting_at_guard[who] {
+            return Err(format!("{action:?} of an object that is being deleted"));
+        }
         match action {
             Action::CreateLive { service } => {
                 if self.live.contains_key(service) {
