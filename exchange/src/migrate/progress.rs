@@ -70,7 +70,7 @@ mod tests {
         let told = |text: &str| Some(format!("batch 4 of 5: {text}"));
         assert_eq!(add(TELL_EVERY / 2), None);
         assert_eq!(add(TELL_EVERY), told("1000 of about 4000 rows, 200 per second"));
-        assert_eq!(add(TELL_EVERY * 2 - Duration::from_millis(1)), None);
+        assert_eq!(add(TELL_EVERY + TELL_EVERY / 2), None);
         assert_eq!(
             add(TELL_EVERY * 2),
             told("2000 of about 4000 rows, 200 per second")

@@ -531,7 +531,7 @@ async fn a_lane_is_erased_with_what_is_being_written_in_it() {
         sqlx::query("insert into outbox (id, lane, topic, key, payload) values (uuid_v7(), $1, $2, '', $3)")
             .bind(lane)
             .bind(topic)
-            .bind(payload.unwrap_or(json!({"user_id": user})))
+            .bind(payload.unwrap_or_else(|| json!({"user_id": user})))
             .execute(owner)
             .await
             .unwrap();
