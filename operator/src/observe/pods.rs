@@ -577,8 +577,10 @@ http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/logi
         );
     }
 
-    /// Counters of requests that took at most so many seconds each.
-    fn timed(took: &[(u64, f64)]) -> Counters {
+    /// So many requests that took so many seconds each.
+    type Took = [(u64, f64)];
+
+    fn timed(took: &Took) -> Counters {
         let bounds = ["0.1", "0.25", "0.5", "1.0", "2.5", "10.0", "+Inf"];
         let within = |bound: &str| {
             let bound: f64 = bound.parse().unwrap_or(f64::INFINITY);
@@ -594,7 +596,7 @@ http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/logi
     #[test]
     fn of_the_99th_percentile_only_that_is_told_which_is_sure() {
         let seconds = Duration::from_secs_f64;
-        let rows: [(&str, &[(u64, f64)], f64); 8] = [
+        let rows: [(&str, &Took, f64); 8] = [
             ("nothing was asked", &[], 0.0),
             ("all are fast", &[(1000, 0.02)], 0.0),
             // 99 of 100 are fast: that one is slow does not count.

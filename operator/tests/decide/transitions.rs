@@ -1602,7 +1602,7 @@ fn a_smoke_test_that_has_passed_stands_although_its_job_is_gone() {
 fn a_way_back_that_there_is_not_is_refused_and_told_once() {
     let mut settled = World::new(true);
     settled.settle().unwrap();
-    let rows: [(World, Change<'_>, &str); 3] = [
+    let rows: Vec<(World, Change<'_>, &str)> = vec![
         (
             settled,
             Box::new(|_| {}),

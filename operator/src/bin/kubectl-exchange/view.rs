@@ -22,6 +22,10 @@ use crate::act::{Action, is_asked, request};
 /// An exchange: what is declared, what serves, what is on its way.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a question of its own to whoever reads it"
+)]
 pub(crate) struct View {
     pub(crate) name: String,
     pub(crate) namespace: String,

@@ -12,9 +12,6 @@ use jiff::SignedDuration;
 
 use super::{Ban, LiveThere, Names, Nature, Pod, View, World, nature, with_object_of};
 
-/// Rounds in which a stack has no endpoints before that is too long. The operator takes some for a pass.
-const PATIENCE: u32 = 120;
-
 impl World {
     /// Controllers and kubelets do a bit of their work.
     pub(crate) fn kubelet(&mut self) {
@@ -589,19 +586,10 @@ impl World {
         // Who is refused tries again and again.
         let banned = self.ban.is_some();
         let calm = if banned { 80 } else { 8 };
-        let mut unserved = 0;
         for _ in 0..3000 {
             let before = self.writes;
             self.step(0, View::Fresh)?;
             self.round();
-            unserved = if self.waits_for_endpoints() {
-                unserved + 1
-            } else {
-                0
-            };
-            if unserved > PATIENCE {
-                return Err(format!("P1: {} goes on without endpoints", self.status.phase));
-            }
             still = if self.writes == before && (banned || self.operators[0].idle()) {
                 still + 1
             } else {
@@ -626,24 +614,6 @@ impl World {
             "P7: no end is reached; at last {:?}",
             self.trace.iter().rev().take(12).rev().collect::<Vec<_>>()
         ))
-    }
-
-    /// Clients of a stack that is verified, or of one that is still to get the traffic of a service, have nowhere to go.
-    fn waits_for_endpoints(&self) -> bool {
-        let status = &self.status;
-        let stack = match status.phase {
-            Phase::Verifying => status.live.as_ref().map(|it| &it.stack),
-            Phase::Promoting => status.candidate.as_ref().map(|it| &it.stack),
-            _ => None,
-        };
-        stack.is_some_and(|stack| {
-            Service::ALL.iter().any(|service| {
-                let ready = self.slices.get(&(stack.clone(), *service)).copied();
-                let written = self.live.get(service).map(|live| live.epoch);
-                let moved = status.phase == Phase::Promoting && written == Some(status.epoch);
-                ready.unwrap_or(0) == 0 && !moved
-            })
-        })
     }
 
     /// Suspended for as long as it takes: a move that has begun, and a way back that somebody asks for, come to their end.

@@ -236,8 +236,8 @@ impl Case<'_> {
             attempt: live.attempt,
         };
         let passes = self.seen.jobs.get(&job).map(|job| &job.state) == Some(&JobState::Passed);
-        let passed = old.live.as_ref().is_some_and(|live| live.smoke_passed);
-        is(passes || passed, || {
+        let recorded = old.live.as_ref().is_some_and(|live| live.smoke_passed);
+        is(passes || recorded, || {
             "P3: verified without its smoke test".to_owned()
         })?;
         let begun = old.phase_since.map(|since| since + self.pause());
@@ -267,16 +267,18 @@ impl Case<'_> {
 
     fn retires(&self) -> Result<(), String> {
         let (old, new) = (self.old, self.new);
-        let draining = |it: &&exchange_operator::status::Previous| it.state == PreviousState::Draining;
         let Some(was) = old
             .previous
             .as_ref()
-            .filter(draining)
+            .filter(|it| it.state == PreviousState::Draining)
             .filter(|_| !new.phase.moves())
         else {
             return Ok(());
         };
-        let drained = new.previous.as_ref().filter(draining).is_none();
+        let drained = new
+            .previous
+            .as_ref()
+            .is_none_or(|it| it.state != PreviousState::Draining);
         let open = self.stack(&was.stack).is_some_and(|seen| seen.open != Some(0));
         let lasted = self.clock().duration_since(was.since + self.pause());
         let late = lasted >= seconds(self.spec.rollout.drain_timeout);
