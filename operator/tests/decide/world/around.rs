@@ -210,6 +210,12 @@ impl World {
     /// A reference goes missing, or comes back.
     pub(crate) fn miss(&mut self, missing: bool) {
         note!(self, "people: a reference is missing: {missing}");
+        match (self.missing, missing) {
+            (false, true) => self.gates_told = self.gates,
+            // Nobody could tell before that they were changed.
+            (true, false) => self.declarations += u64::from(self.gates != self.gates_told),
+            _ => {}
+        }
         self.missing = missing;
     }
 

@@ -247,6 +247,8 @@ pub(crate) struct World {
     pub(crate) ban: Option<Ban>,
     /// A reference is missing.
     pub(crate) missing: bool,
+    /// The gates that were declared when it went.
+    gates_told: u32,
     /// A name that is needed belongs to somebody else.
     pub(crate) taken: bool,
     /// The pages of the trade service's pods cannot be read.
@@ -329,6 +331,7 @@ impl World {
             past: VecDeque::new(),
             ban: None,
             missing: false,
+            gates_told: 0,
             taken: false,
             unreadable: false,
             lagging: false,
