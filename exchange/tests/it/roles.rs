@@ -86,7 +86,12 @@ async fn a_stack_follows_its_live_service() {
 
     live.answer_as(Some("blue-def"));
     has_role(&service, "Draining").await;
-    assert_eq!(version().await.headers()["connection"], "close");
+    // A connection learns of the role by itself, a moment before or after it is told.
+    eventually("an answer says that its connection ends", || async {
+        let answer = version().await;
+        (answer.headers().get("connection")? == "close").then_some(())
+    })
+    .await;
     eventually("it has no connections", || async {
         let stack: Value = service.admin("/stack").await.json().await.unwrap();
         (stack["connections"] == 0).then_some(())
