@@ -912,17 +912,25 @@ async fn a_user_who_leaves_is_not_counted_any_more() {
     let exported = exchange.call(Method::GET, "/user/export", token, None).await;
     assert_eq!(exported.status(), 200);
     let owner = exchange.database.owner().await;
-    let counted = async || -> (i64, i64) {
-        sqlx::query_as(
-            "select count(*) filter (where of_address), count(*) filter (where not of_address)
-             from rate_limits, lateral (select key in (
-                 sha256('register:127.0.0.1'), sha256('counted register:127.0.0.1'),
-                 sha256('login-from:127.0.0.1'), sha256('counted login-from:127.0.0.1')) as of_address) as what",
+    let by_address = ["register:127.0.0.1", "login-from:127.0.0.1"].map(str::to_owned);
+    let mail = "live:ada@example.org";
+    let by_user = [
+        format!("login-to:{mail}"),
+        format!("logged-in-to:{mail}"),
+        format!("password:{}", ada.user_id),
+        format!("export:{}", ada.user_id),
+    ];
+    let rows_of = async |limits: &[String]| -> i64 {
+        sqlx::query_scalar(
+            "select count(*) from rate_limits where key in (
+                 select sha256(convert_to(prefix || name, 'UTF8')) from unnest($1::text[]) as name, unnest('{\"\",\"counted \"}'::text[]) as prefix)",
         )
+        .bind(limits)
         .fetch_one(&owner)
         .await
         .unwrap()
     };
+    let counted = async || (rows_of(&by_address).await, rows_of(&by_user).await);
     // Two of each: those that count, and those together with those under way.
     assert_eq!(counted().await, (4, 8));
     assert_eq!(
