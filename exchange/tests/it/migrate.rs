@@ -14,7 +14,7 @@ use sqlx::{
 use tokio::time::Instant;
 
 use crate::{
-    servers::{Database, Postgres, Service, V1, V2, eventually},
+    servers::{Database, Postgres, Service, V1, V2, eventually, waits_for_lock},
     whole::SECRET,
 };
 
@@ -299,19 +299,13 @@ async fn a_backfill_that_waits_for_a_lock_counts_right() {
         let database = database.clone();
         tokio::task::spawn_blocking(move || database.migrate_by(V2, "expand", &[]))
     };
-    let waits = || {
-        sqlx::query_scalar::<_, bool>(
-            "select exists (select from pg_stat_activity where wait_event_type = 'Lock'
-                 and query like '%insert into freezes%' and datname = current_database())",
-        )
-        .fetch_one(&owner)
-    };
     for (what, waiting) in [
         ("it waits for the lock", true),
         ("it has waited long enough", false),
     ] {
         eventually(what, || async {
-            (waits().await.unwrap() == waiting).then_some(())
+            let waits = waits_for_lock(&owner, "%insert into freezes%").await.unwrap();
+            (waits == waiting).then_some(())
         })
         .await;
     }

@@ -641,6 +641,17 @@ pub(crate) async fn eventually<T, F: Future<Output = Option<T>>>(
     }
 }
 
+/// Whether a statement like this waits for a lock in the database.
+pub(crate) async fn waits_for_lock(owner: &PgPool, like: &str) -> sqlx::Result<bool> {
+    sqlx::query_scalar(
+        "select exists (select from pg_stat_activity where wait_event_type = 'Lock'
+             and query like $1 and datname = current_database())",
+    )
+    .bind(like)
+    .fetch_one(owner)
+    .await
+}
+
 /// An HTTP client with connections of its own.
 pub(crate) fn client() -> reqwest::Client {
     // Fails when another test was faster.

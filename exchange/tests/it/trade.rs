@@ -12,7 +12,7 @@ use sqlx::PgPool;
 use uuid::Uuid;
 
 use crate::{
-    servers::{Database, Postgres, Service, eventually},
+    servers::{Database, Postgres, Service, eventually, waits_for_lock},
     traders::{Issuer, Trader, Wallet, accept, assert_clean, assert_erased, begin_to_erase},
 };
 
@@ -67,13 +67,7 @@ async fn an_order_whose_client_has_hung_up_is_counted_and_so_is_its_request() {
         let request = request.bearer_auth(buyer.trader.token());
         let placing = tokio::spawn(request.json(&buyer.order("buy", "1", "100")).send());
         eventually("the order waits for its book", || async {
-            let waits: bool = sqlx::query_scalar(
-                "select exists (select from pg_stat_activity where wait_event = 'advisory'
-                     and query like '%submit_orders%' and datname = current_database())",
-            )
-            .fetch_one(&owner)
-            .await
-            .unwrap();
+            let waits = waits_for_lock(&owner, "%submit_orders%").await.unwrap();
             waits.then_some(())
         })
         .await;
@@ -658,13 +652,7 @@ async fn a_locked_account_does_not_hold_up_its_book() {
         tokio::spawn(async move { trader.post("/trade/add", &order).await })
     };
     eventually("it has the book", || async {
-        let waits: bool = sqlx::query_scalar(
-            "select exists (select from pg_locks join pg_stat_activity using (pid)
-                            where not granted and query like '%submit_orders%' and datname = current_database())",
-        )
-        .fetch_one(&owner)
-        .await
-        .ok()?;
+        let waits = waits_for_lock(&owner, "%submit_orders%").await.ok()?;
         waits.then_some(())
     })
     .await;
@@ -857,13 +845,7 @@ async fn an_order_meets_so_many_others_and_no_more() {
         async move { trader.post("/trade/add", &first).await }
     });
     eventually("it waits for the book", || async {
-        let waits: bool = sqlx::query_scalar(
-            "select exists (select from pg_locks join pg_stat_activity using (pid)
-                            where not granted and query like '%submit_orders%' and datname = current_database())",
-        )
-        .fetch_one(&owner)
-        .await
-        .ok()?;
+        let waits = waits_for_lock(&owner, "%submit_orders%").await.ok()?;
         waits.then_some(())
     })
     .await;

@@ -13,7 +13,7 @@ use sqlx::{AssertSqlSafe, PgPool};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
-use crate::servers::{Database, Service, eventually};
+use crate::servers::{Database, Service, eventually, waits_for_lock};
 
 #[derive(clap::Parser)]
 struct Args {
@@ -257,13 +257,7 @@ pub(crate) async fn begin_to_erase(owner: &PgPool, lane: &'static str) -> JoinHa
         })
     };
     eventually("the erasure waits, or is over", || async {
-        let waits: bool = sqlx::query_scalar(
-            "select exists (select from pg_stat_activity where wait_event_type = 'Lock'
-                 and query like 'select erase_lane%' and datname = current_database())",
-        )
-        .fetch_one(owner)
-        .await
-        .unwrap();
+        let waits = waits_for_lock(owner, "select erase_lane%").await.unwrap();
         (waits || erasing.is_finished()).then_some(())
     })
     .await;

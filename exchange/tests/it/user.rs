@@ -8,7 +8,7 @@ use sqlx::Transaction;
 use uuid::Uuid;
 
 use crate::{
-    servers::{Database, Postgres, Service, eventually},
+    servers::{Database, Postgres, Service, eventually, waits_for_lock},
     stores::Stores,
     traders::{Issuer, Trader, Wallet, accept, assert_clean},
 };
@@ -459,13 +459,7 @@ async fn a_log_in_that_was_under_way_does_not_outlive_its_password() {
         let body = json!({"email": email, "password": PASSWORD});
         let changed = async {
             eventually("the password has been found right", || async {
-                let waits: bool = sqlx::query_scalar(
-                    "select exists (select from pg_stat_activity where wait_event_type = 'Lock'
-                         and query like 'insert into sessions%' and datname = current_database())",
-                )
-                .fetch_one(&owner)
-                .await
-                .unwrap();
+                let waits = waits_for_lock(&owner, "insert into sessions%").await.unwrap();
                 waits.then_some(())
             })
             .await;
@@ -641,16 +635,17 @@ impl Farewell {
     /// Waits until what the message `late` writes to this table waits for the deletion, or is over.
     async fn meets_the_deletion(&self, table: &str) {
         eventually("it is being written, or has been", || async {
-            let meets: bool = sqlx::query_scalar(
-                "select exists (select from pg_stat_activity where wait_event_type = 'Lock'
-                     and query like '%insert into ' || $1 || '%' and datname = current_database())
-                     or exists (select from inbox join outbox on id = event_id where key = 'late')",
+            let owner = &self.stores.owner;
+            let waits = waits_for_lock(owner, &format!("%insert into {table}%"))
+                .await
+                .unwrap();
+            let is_over: bool = sqlx::query_scalar(
+                "select exists (select from inbox join outbox on id = event_id where key = 'late')",
             )
-            .bind(table)
-            .fetch_one(&self.stores.owner)
+            .fetch_one(owner)
             .await
             .unwrap();
-            meets.then_some(())
+            (waits || is_over).then_some(())
         })
         .await;
     }
@@ -923,7 +918,8 @@ async fn a_user_who_leaves_is_not_counted_any_more() {
     let rows_of = async |limits: &[String]| -> i64 {
         sqlx::query_scalar(
             "select count(*) from rate_limits where key in (
-                 select sha256(convert_to(prefix || name, 'UTF8')) from unnest($1::text[]) as name, unnest('{\"\",\"counted \"}'::text[]) as prefix)",
+                 select sha256(convert_to(prefix || name, 'UTF8'))
+                 from unnest($1::text[]) as name, unnest(array['', 'counted ']) as prefix)",
         )
         .bind(limits)
         .fetch_one(&owner)
