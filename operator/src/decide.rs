@@ -381,15 +381,10 @@ impl Turn<'_> {
             }
             self.next.candidate = Some(left);
             self.next.live = Some(Live {
-                stack: previous.stack,
-                version: previous.version,
-                attempt: previous.attempt,
-                since: self.now,
-                smoke_passed: false,
                 verified: previous.verified,
                 contracted: previous.contracted,
-                unserved_since: None,
                 scale: previous.scale,
+                ..Live::new(previous.stack, previous.version, previous.attempt, self.now)
             });
         }
         self.next.epoch += 1;

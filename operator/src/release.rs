@@ -125,17 +125,9 @@ impl Turn<'_> {
 
     fn found(&self, stack: &Stack) -> Live {
         let seen = self.stack(stack).filter(|seen| seen.rendered.is_some());
-        Live {
-            stack: stack.clone(),
-            version: seen.map_or_else(|| self.spec.version.clone(), |seen| seen.version.clone()),
-            attempt: seen.map_or(self.next.attempt, |seen| seen.attempt),
-            since: self.now,
-            smoke_passed: false,
-            verified: false,
-            contracted: false,
-            unserved_since: None,
-            scale: None,
-        }
+        let version = seen.map_or(&self.spec.version, |seen| &seen.version);
+        let attempt = seen.map_or(self.next.attempt, |seen| seen.attempt);
+        Live::new(stack.clone(), version.clone(), attempt, self.now)
     }
 
     pub(crate) fn highest_attempt(&self) -> u32 {

@@ -205,6 +205,23 @@ pub struct Live {
     pub scale: Option<Scale>,
 }
 
+impl Live {
+    /// A stack that gets the traffic now: nothing has been found out about it in this place.
+    pub const fn new(stack: Stack, version: String, attempt: u32, since: Timestamp) -> Self {
+        Self {
+            stack,
+            version,
+            attempt,
+            since,
+            smoke_passed: false,
+            verified: false,
+            contracted: false,
+            unserved_since: None,
+            scale: None,
+        }
+    }
+}
+
 /// The stack that is being built, tested or promoted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]

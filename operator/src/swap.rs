@@ -98,15 +98,8 @@ impl Turn<'_> {
         };
         self.next.previous = old.map(|old| self.leaves(old, !forced));
         self.next.live = Some(Live {
-            stack: candidate.stack,
-            version: candidate.version,
-            attempt: candidate.attempt,
-            since: self.now,
-            smoke_passed: false,
-            verified: false,
-            contracted: false,
-            unserved_since: None,
             scale,
+            ..Live::new(candidate.stack, candidate.version, candidate.attempt, self.now)
         });
         self.enter(if forced { Phase::Held } else { Phase::Verifying });
     }
@@ -154,23 +147,7 @@ impl Turn<'_> {
                 self.enter(Phase::Failed);
                 return;
             }
-            let Candidate {
-                stack,
-                version,
-                attempt,
-                ..
-            } = left;
-            let left = Live {
-                stack,
-                version,
-                attempt,
-                since: self.now,
-                smoke_passed: false,
-                verified: false,
-                contracted: false,
-                unserved_since: None,
-                scale: None,
-            };
+            let left = Live::new(left.stack, left.version, left.attempt, self.now);
             self.next.previous = Some(self.leaves(left, false));
             self.tell(false, "RolledBack", "the traffic is back".to_owned());
             if self.next.rejected.is_some() {

@@ -7,7 +7,7 @@ use exchange_operator::{
     api::{ExchangeDeploymentSpec as Spec, Service},
     observe::{Job, JobKind, JobState, Observed, Part, StackSeen, Target},
     plan::{Action, Plan},
-    status::{ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack, token},
+    status::{ExchangeDeploymentStatus as Status, Live, Phase, PreviousState, Stack, token},
 };
 use jiff::{SignedDuration, Timestamp};
 
@@ -41,6 +41,15 @@ pub(super) fn judge(spec: &Spec, seen: &Observed, plan: &Plan, now: Timestamp) -
     case.gives_up()?;
     case.retires()?;
     case.takes_over()
+}
+
+/// The smoke test through the live addresses, of what is live.
+pub(super) fn verify_job(live: &Live) -> Job {
+    Job {
+        kind: JobKind::Verify,
+        stack: live.stack.clone(),
+        attempt: live.attempt,
+    }
 }
 
 fn seconds(duration: kube::core::Duration) -> SignedDuration {
@@ -230,11 +239,7 @@ impl Case<'_> {
                 format!("P3: verified, and no client reaches {service}")
             })?;
         }
-        let job = Job {
-            kind: JobKind::Verify,
-            stack: live.stack.clone(),
-            attempt: live.attempt,
-        };
+        let job = verify_job(live);
         let passes = self.seen.jobs.get(&job).map(|job| &job.state) == Some(&JobState::Passed);
         let recorded = old.live.as_ref().is_some_and(|live| live.smoke_passed);
         is(passes || recorded, || {

@@ -642,11 +642,7 @@ impl World {
         if let Some(live) = seen.status.live.as_ref().filter(|_| plan.status.is_none())
             && seen.status.phase == Phase::Verifying
         {
-            let job = Job {
-                kind: JobKind::Verify,
-                stack: live.stack.clone(),
-                attempt: live.attempt,
-            };
+            let job = judge::verify_job(live);
             if seen.jobs.get(&job).is_some_and(|it| it.state == JobState::Passed) {
                 self.known_to_pass.insert((live.stack.clone(), live.attempt));
             }
@@ -791,11 +787,7 @@ impl World {
         let Some(live) = old.live.as_ref().filter(|_| old.phase == Phase::Verifying) else {
             return Ok(());
         };
-        let job = Job {
-            kind: JobKind::Verify,
-            stack: live.stack.clone(),
-            attempt: live.attempt,
-        };
+        let job = judge::verify_job(live);
         let passed = self
             .passed_at
             .get(&job)
