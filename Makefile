@@ -62,8 +62,9 @@ find-tests = cargo test --workspace --locked $(1) --no-run; \
 	  there=$$(sed -n '/^\#\[ignore/{N;s/.*\(make [a-z0-9-]*\)"\]\n.*fn [a-z0-9_]*$(TEST).*/; \1 has one/p}' tests/tests/*.rs | sort -u); \
 	  echo "error: no test is named like $(if $(CASE),CASE=$(CASE),TEST=$(TEST))$$there." \
 	    'To list those of this target: cargo test --workspace $(1) -- --list' >&2; exit 1; }
-# Runs them.
-run-tests = $(find-tests); cargo test --workspace --locked $(1) -- $(2)
+# The same, and runs them; and the second half alone, for who had to start something in between.
+run-tests = $(find-tests); $(run-found)
+run-found = cargo test --workspace --locked $(1) -- $(2)
 # Makes a target while no other run uses the cluster NAME. What is made by that in this way is a part of it.
 alone = $(TESTBED) --name $(NAME) alone -- $(MAKE) --no-print-directory NAME=$(NAME)
 
@@ -130,7 +131,7 @@ e2e-alone:
 	@origin=$$($(TESTBED) results --begin); export "$$origin"; \
 	  $(MAKE) --no-print-directory cluster images; \
 	  trap '$(TESTBED) results --end $$?' EXIT; \
-	  $(call run-tests,$(E2E:%=--test %) --no-fail-fast,--ignored --test-threads 3 $(TEST))
+	  $(call run-found,$(E2E:%=--test %) --no-fail-fast,--ignored --test-threads 3 $(TEST))
 
 .PHONY: stories
 stories: ## Releases of every kind and end, and disturbed ones, on the cluster (about 25 minutes)
@@ -154,7 +155,7 @@ cluster-test: not-existing ## Test the test cluster itself: kills, several at on
 cluster-test-alone:
 	@$(call find-tests,--test cluster,--ignored $(TEST))
 	$(TESTBED) tools
-	@$(call run-tests,--test cluster,--ignored --test-threads 1 $(TEST))
+	@$(call run-found,--test cluster,--ignored --test-threads 1 $(TEST))
 
 .PHONY: all-tests
 all-tests:
@@ -236,7 +237,7 @@ bench-operator-alone: PROFILE := release
 bench-operator-alone:
 	@$(call find-tests,--test bench,--ignored $(TEST))
 	@$(MAKE) --no-print-directory cluster images PROFILE=$(PROFILE)
-	@$(call run-tests,--test bench,--ignored --nocapture --test-threads 1 $(TEST))
+	@$(call run-found,--test bench,--ignored --nocapture --test-threads 1 $(TEST))
 
 .PHONY: deny
 deny: ## Licences, sources and advisories of all dependencies (needs cargo-deny)
