@@ -145,6 +145,10 @@ pub(crate) async fn login(
         for attempt in attempts {
             attempt.count().await?;
         }
+        // Before the answer: who comes at once with the right one finds its place free.
+        if let Some(success) = success {
+            success.forgive().await;
+        }
         return Err(WRONG_CREDENTIALS.into());
     };
     for attempt in attempts {
