@@ -431,7 +431,16 @@ async fn a_standby_stack_consumes_its_own_test_lanes_only() {
         .unwrap()
         .await
         .unwrap();
-    let before = stores.nats.stream("exchange-live").await.unwrap();
+    // The broker has acknowledged the message before it has told its consumers of it.
+    let before = eventually("the message waits, and nobody for it", || async {
+        let stream = stores.nats.stream("exchange-live").await?;
+        let waits = |consumer: &serde_json::Value| {
+            consumer["num_pending"] == 1 && consumer["num_waiting"].as_u64().unwrap_or(0) == 0
+        };
+        let consumers = stream["consumer_detail"].as_array()?;
+        (!consumers.is_empty() && consumers.iter().all(waits)).then_some(stream)
+    })
+    .await;
 
     stores.trade("live", ann, bob, 101, "1").await;
     let mine = "test-green-abc.run";
