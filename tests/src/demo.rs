@@ -259,7 +259,8 @@ pub fn clean_up(session: &Session) -> Result<()> {
                 "the operator is uninstalled, which the demonstration had installed",
                 || Operator::of_all().uninstall(session),
             )?;
-            "The API (customresourcedefinition/exchangedeployments.exchange.dev) stays.".to_owned()
+            "The API (customresourcedefinition/exchangedeployments.exchange.dev) and the operator's empty namespace stay."
+                .to_owned()
         }
         Fate::IsNeeded => format!(
             "The operator stays, which the demonstration had installed: {exchanges} other ExchangeDeployments need it."
