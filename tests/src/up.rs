@@ -91,9 +91,15 @@ pub fn up(cluster: &Cluster) -> Result<Times> {
     }
     drop(lock);
     let mut step = Step::start(format!("cluster {:?}: starting", cluster.name()));
-    wait(cluster, &mut step, "containerd's socket", || {
+    let runtime_runs = wait(cluster, &mut step, "containerd's socket", || {
         Ok(UnixStream::connect(cluster.containerd_socket()).is_ok())
-    })?;
+    });
+    if times.was_running && runtime_runs.is_err() && sandbox::supervisor(cluster).is_none() {
+        // It had just been killed when we found it, and was alive for the moment that its end takes.
+        drop(step);
+        return up(cluster);
+    }
+    runtime_runs?;
     images::load(cluster, &tools, &helper)?;
     runtime()?.block_on(async {
         wait_async(cluster, &mut step, "the API server", async || {
