@@ -228,18 +228,30 @@ async fn what_is_wrong_with_an_order_is_said_with_its_field() {
         order
     };
     let cases = [
-        (with("type", json!("hold")), 400, "invalid_body", "type"),
-        (with("size", json!(0.1)), 400, "invalid_body", "size"),
-        (with("size", json!("1e3")), 400, "invalid_body", "size"),
-        (with("size", json!("-1")), 400, "invalid_body", "size"),
-        (with("size", json!("0")), 400, "invalid_body", "size"),
-        (with("price", json!("NaN")), 400, "invalid_body", "price"),
+        (with("type", json!("hold")), 422, "invalid_field", "type"),
+        (
+            with("order_type", json!("stop")),
+            422,
+            "invalid_field",
+            "order_type",
+        ),
+        (
+            with("time_in_force", json!("FOK")),
+            422,
+            "invalid_field",
+            "time_in_force",
+        ),
+        (with("size", json!(0.1)), 422, "invalid_field", "size"),
+        (with("size", json!("1e3")), 422, "invalid_field", "size"),
+        (with("size", json!("-1")), 422, "invalid_field", "size"),
+        (with("size", json!("0")), 422, "invalid_field", "size"),
+        (with("price", json!("NaN")), 422, "invalid_field", "price"),
         (with("price", json!(null)), 422, "invalid_field", "price"),
         (with("order_type", json!("market")), 422, "invalid_field", "price"),
         (
             with("client_order_id", json!("with space")),
-            400,
-            "invalid_parameter",
+            422,
+            "invalid_field",
             "client_order_id",
         ),
         (

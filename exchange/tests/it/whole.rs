@@ -270,6 +270,8 @@ async fn what_happens_is_counted_and_belongs_to_its_trace() {
     let mut invalid = bob.order("buy", "1", "100");
     invalid["order_type"] = json!("market");
     assert_eq!(bob.trader.post("/trade/add", &invalid).await.status(), 422);
+    invalid["order_type"] = json!("stop");
+    assert_eq!(bob.trader.post("/trade/add", &invalid).await.status(), 422);
     let unknown = json!({"order_id": Uuid::now_v7()});
     assert_eq!(bob.trader.post("/trade/cancel", &unknown).await.status(), 404);
     let much = json!({"account_id": bob.usd, "amount": "1000000"});
@@ -314,7 +316,7 @@ async fn what_happens_is_counted_and_belongs_to_its_trace() {
         ),
         (r#"orders_total{outcome="accepted"}"#.to_owned(), 2.0),
         (r#"orders_total{outcome="insufficient_funds"}"#.to_owned(), 1.0),
-        (r#"orders_total{outcome="invalid_field"}"#.to_owned(), 1.0),
+        (r#"orders_total{outcome="invalid_field"}"#.to_owned(), 2.0),
         (problems("/trade/add", "insufficient_funds"), 1.0),
         (problems("/trade/cancel", "order_not_found"), 1.0),
         (problems("/account/withdraw", "insufficient_funds"), 1.0),
