@@ -165,7 +165,10 @@ fn stores_that_are_missing_or_cannot_be_reached_by_their_urls_are_all_named_at_o
     let said = start(&["notification"], &[live]);
     assert_eq!(names(&said), needed, "{said}");
     // Whoever serves nobody has no role.
-    for (command, settings) in [(&["market", "rebuild"][..], &[][..]), (&["trade"][..], &[live][..])] {
+    for (command, settings) in [
+        (&["market", "rebuild"][..], &[][..]),
+        (&["trade"][..], &[live][..]),
+    ] {
         let said = start(command, settings);
         assert_eq!(names(&said), [needed[0], needed[2]], "{said}");
     }

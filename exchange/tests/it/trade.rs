@@ -777,7 +777,7 @@ async fn rest_many(owner: &PgPool, wallet: &Wallet, number: i32, price: i32) -> 
              array_fill((select user_id from accounts where id = $2), array[$1]),
              array(select gen_random_uuid()::text from generate_series(1, $1)), array_fill('sell'::text, array[$1]),
              array_fill($4::numeric, array[$1]), array_fill(0.00001, array[$1]), array_fill('gtc'::text, array[$1]),
-             array_fill($2, array[$1]), array_fill($3, array[$1]), array_fill(null::text, array[$1]))",
+             array_fill($2, array[$1]), array_fill($3, array[$1]), array_fill(null::jsonb, array[$1]))",
     )
     .bind(number)
     .bind(wallet.btc.parse::<Uuid>().unwrap())
