@@ -379,7 +379,8 @@ pub(super) async fn list_accounts(
 #[utoipa::path(
     post, path = "/account/deposit", tag = "trade", security(("access_token" = [])), request_body = Movement,
     params(
-        ("Idempotency-Key" = String, Header, description = "Repeating a request with its key gives its answer again"),
+        ("Idempotency-Key" = String, Header, description = "Repeating a request with its key gives its answer again",
+         min_length = 1, max_length = 128),
         ("x-exchange-lane-secret" = Option<String>, Header, description = "In a test lane: the secret of its stack"),
     ),
     responses((status = 201, body = Transfer)),
@@ -400,7 +401,8 @@ pub(super) async fn deposit(
 /// Takes money out of an account of the caller.
 #[utoipa::path(
     post, path = "/account/withdraw", tag = "trade", security(("access_token" = [])), request_body = Movement,
-    params(("Idempotency-Key" = String, Header, description = "Repeating a request with its key gives its answer again")),
+    params(("Idempotency-Key" = String, Header, description = "Repeating a request with its key gives its answer again",
+            min_length = 1, max_length = 128)),
     responses((status = 201, body = Transfer)),
 )]
 pub(super) async fn withdraw(

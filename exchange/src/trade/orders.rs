@@ -137,7 +137,8 @@ struct CancelRow {
 /// Places an order, matches it and settles what it traded.
 #[utoipa::path(
     post, path = "/trade/add", tag = "trade", security(("access_token" = [])), request_body = NewOrder,
-    params(("Idempotency-Key" = Option<String>, Header, description = "Instead of `client_order_id`")),
+    params(("Idempotency-Key" = Option<String>, Header, description = "Instead of `client_order_id`",
+            min_length = 1, max_length = 128)),
     responses((status = 201, body = Order)),
 )]
 pub(super) async fn add_order(
