@@ -29,7 +29,7 @@ use tokio::{
 use uuid::Uuid;
 
 use self::{
-    audit::{Audit, Evidence, TraderEvidence, judge},
+    audit::{Acknowledged, Audit, Evidence, TraderEvidence, judge},
     link::{Answered, Body, Events, Link, Protocol, body},
     record::{Record, Summary, summarize},
     streams::{End, Opening, Received, Streams},
@@ -180,8 +180,8 @@ struct Run {
     authorities: [String; 3],
     tokens: RwLock<Vec<String>>,
     records: Mutex<Vec<Record>>,
-    /// For each trader, the trades that answers have acknowledged.
-    acknowledged: Mutex<Vec<Vec<String>>>,
+    /// For each trader, what answers have acknowledged.
+    acknowledged: Mutex<Vec<Acknowledged>>,
     /// Orders without a good answer.
     unknown: Mutex<Vec<(usize, Value)>>,
 }
@@ -266,9 +266,10 @@ impl Run {
 
     fn acknowledge(&self, trader: usize, answer: &Value) {
         let fills = list(answer, "trades").iter();
-        let ids = fills.filter_map(|fill| field(fill, "trade_id").ok());
+        let trades = fills.filter_map(|fill| field(fill, "trade_id").ok());
         if let Some(acknowledged) = locked(&self.acknowledged).get_mut(trader) {
-            acknowledged.extend(ids);
+            acknowledged.orders.extend(field(answer, "order_id"));
+            acknowledged.trades.extend(trades);
         }
     }
 }
@@ -328,7 +329,7 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
         ],
         tokens: RwLock::new(tokens),
         records: Mutex::default(),
-        acknowledged: Mutex::new(vec![Vec::new(); traders.len()]),
+        acknowledged: Mutex::new(vec![Acknowledged::default(); traders.len()]),
         unknown: Mutex::default(),
     });
     let events = Arc::new(Events::default());

@@ -260,6 +260,7 @@ async fn exercise(client: &Client, report: &mut Report) -> Option<()> {
             for trader in [&buyer, &seller] {
                 for currency in [BASE, QUOTE] {
                     let trades = client.trades(trader, account(trader, currency)?).await?;
+                    let trades: Vec<_> = trades.into_iter().map(|trade| trade.trade_id).collect();
                     same("the trades of an account", &trades, &vec![fill.trade_id.clone()])?;
                 }
             }

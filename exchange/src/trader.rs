@@ -361,9 +361,9 @@ impl Client {
         Ok(serde_json::from_value(list(&answer.body, "accounts").into())?)
     }
 
-    /// The ids of all trades of an account.
-    pub async fn trades(&self, trader: &Trader, account: Uuid) -> Result<Vec<String>, CallError> {
-        let mut ids = Vec::new();
+    /// All trades of an account, as its owner's list shows them.
+    pub async fn trades(&self, trader: &Trader, account: Uuid) -> Result<Vec<ListedTrade>, CallError> {
+        let mut trades = Vec::new();
         let mut cursor = String::new();
         loop {
             let base = &self.endpoints.trade_url;
@@ -373,11 +373,11 @@ impl Client {
                 .await?
                 .body;
             for trade in list(&page, "trades") {
-                ids.push(field(trade, "trade_id")?);
+                trades.push(ListedTrade::deserialize(trade)?);
             }
             match page.get("next_cursor").and_then(Value::as_str) {
                 Some(next) => cursor = format!("&cursor={next}"),
-                None => return Ok(ids),
+                None => return Ok(trades),
             }
         }
     }
@@ -488,6 +488,17 @@ pub struct Account {
     pub balance: rust_decimal::Decimal,
     /// What is reserved.
     pub hold: rust_decimal::Decimal,
+}
+
+/// A trade as one of its two sides sees it, as far as synthetic traders look at it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct ListedTrade {
+    /// Its id.
+    pub trade_id: String,
+    /// The owner's order.
+    pub order_id: String,
+    /// Whose order came to one that rested: `taker`, or `maker` for the other side.
+    pub role: String,
 }
 
 /// A list in an answer; empty if there is none.

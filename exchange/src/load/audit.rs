@@ -5,14 +5,24 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 
 use super::streams::Received;
+use crate::trader::ListedTrade;
+
+/// What answers to a trader's orders have acknowledged.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Acknowledged {
+    /// The orders that were placed.
+    pub(crate) orders: BTreeSet<String>,
+    /// What they traded on arrival. What they trade later is told to whoever came then.
+    pub(crate) trades: Vec<String>,
+}
 
 /// What one trader knows when all is over.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct TraderEvidence {
-    /// Trades that answers to this trader's orders have acknowledged.
-    pub(crate) acknowledged: Vec<String>,
-    /// The trades in the trader's list.
-    pub(crate) listed: Vec<String>,
+    /// What answers have acknowledged, those of orders included that were asked for again.
+    pub(crate) acknowledged: Acknowledged,
+    /// The trader's list of trades.
+    pub(crate) listed: Vec<ListedTrade>,
     /// The trades that the trader was notified of.
     pub(crate) notified: Vec<String>,
     /// What came over the trader's event streams, in the order in which it came, if there were any.
@@ -52,7 +62,7 @@ pub(crate) fn judge(evidence: &Evidence) -> Audit {
     let mut sides: BTreeMap<&str, usize> = BTreeMap::new();
     let mut acknowledged = 0;
     for (number, trader) in evidence.traders.iter().enumerate() {
-        let listed = counts(&trader.listed);
+        let listed = counts(trader.listed.iter().map(|trade| &trade.trade_id));
         for (trade, times) in &listed {
             *sides.entry(trade).or_default() += 1;
             if *times > 1 {
@@ -61,7 +71,8 @@ pub(crate) fn judge(evidence: &Evidence) -> Audit {
                 ));
             }
         }
-        for (trade, times) in counts(&trader.acknowledged) {
+        let told = counts(&trader.acknowledged.trades);
+        for (&trade, &times) in &told {
             acknowledged += 1;
             if !listed.contains_key(trade) {
                 findings.push(format!(
@@ -71,6 +82,23 @@ pub(crate) fn judge(evidence: &Evidence) -> Audit {
             if times > 1 {
                 findings.push(format!(
                     "trade {trade} was acknowledged {times} times to trader {number}"
+                ));
+            }
+        }
+        // An order that was executed twice: as another order that nobody knows, or by trades that no answer names.
+        for trade in &trader.listed {
+            let ListedTrade {
+                trade_id,
+                order_id,
+                role,
+            } = trade;
+            if !trader.acknowledged.orders.contains(order_id) {
+                findings.push(format!(
+                    "trade {trade_id} of trader {number} is of order {order_id}, which was never acknowledged"
+                ));
+            } else if role == "taker" && !told.contains_key(trade_id.as_str()) {
+                findings.push(format!(
+                    "trade {trade_id} was made by order {order_id} of trader {number}, and never acknowledged"
                 ));
             }
         }
@@ -144,7 +172,7 @@ fn gaps(streamed: &[Received], listed: &BTreeMap<&str, usize>) -> Vec<String> {
     order.into_iter().chain(missing).collect()
 }
 
-fn counts(trades: &[String]) -> BTreeMap<&str, usize> {
+fn counts<'a>(trades: impl IntoIterator<Item = &'a String>) -> BTreeMap<&'a str, usize> {
     let mut counts = BTreeMap::new();
     for trade in trades {
         *counts.entry(trade.as_str()).or_default() += 1;
@@ -163,10 +191,25 @@ mod tests {
         }
     }
 
+    fn listed(trade: &str, order: &str, role: &str) -> ListedTrade {
+        ListedTrade {
+            trade_id: trade.to_owned(),
+            order_id: order.to_owned(),
+            role: role.to_owned(),
+        }
+    }
+
+    fn acknowledged(orders: [&str; 2], trade: &str) -> Acknowledged {
+        Acknowledged {
+            orders: orders.map(str::to_owned).into(),
+            trades: vec![trade.to_owned()],
+        }
+    }
+
     fn clean() -> Evidence {
         let trader = TraderEvidence {
-            acknowledged: vec!["1".into()],
-            listed: vec!["2".into(), "1".into()],
+            acknowledged: acknowledged(["came", "rested"], "1"),
+            listed: vec![listed("2", "rested", "maker"), listed("1", "came", "taker")],
             notified: vec!["1".into(), "2".into()],
             streamed: Some(vec![
                 received(1, None),
@@ -176,7 +219,11 @@ mod tests {
             impossible_balances: Vec::new(),
         };
         let other = TraderEvidence {
-            acknowledged: vec!["2".into()],
+            acknowledged: acknowledged(["other came", "other rested"], "2"),
+            listed: vec![
+                listed("2", "other came", "taker"),
+                listed("1", "other rested", "maker"),
+            ],
             ..trader.clone()
         };
         Evidence {
@@ -204,15 +251,27 @@ mod tests {
     #[test]
     fn each_kind_of_damage_is_found() {
         type Damage = (&'static str, fn(&mut Evidence));
-        let damages: [Damage; 13] = [
+        let damages: [Damage; 16] = [
             ("does not exist", |evidence| {
-                evidence.traders[0].acknowledged.push("3".into());
+                evidence.traders[0].acknowledged.trades.push("3".into());
             }),
             ("2 times in the list", |evidence| {
-                evidence.traders[0].listed.push("1".into());
+                evidence.traders[0].listed.push(listed("1", "came", "taker"));
             }),
             ("acknowledged 2 times", |evidence| {
-                evidence.traders[0].acknowledged.push("1".into());
+                evidence.traders[0].acknowledged.trades.push("1".into());
+            }),
+            (
+                "trade 4 was made by order came of trader 0, and never",
+                |evidence| {
+                    evidence.traders[0].listed.push(listed("4", "came", "taker"));
+                },
+            ),
+            ("trade 4 of trader 0 is of order twin, which", |evidence| {
+                evidence.traders[0].listed.push(listed("4", "twin", "taker"));
+            }),
+            ("trade 4 of trader 1 is of order twin, which", |evidence| {
+                evidence.traders[1].listed.push(listed("4", "twin", "maker"));
             }),
             ("notified 0 times", |evidence| {
                 evidence.traders[1].notified.truncate(1);

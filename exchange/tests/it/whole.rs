@@ -2,6 +2,7 @@
 
 use std::process::{Command, Output};
 
+use exchange::lane::Lane;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -9,7 +10,7 @@ use crate::{
     disasters::treasury,
     servers::{Service, eventually, temporary_directory},
     stores::Stores,
-    traders::Issuer,
+    traders::{Issuer, Trader, Wallet},
 };
 
 pub(crate) const SECRET: &str = "a secret of this stack";
@@ -493,6 +494,61 @@ async fn the_load_test_finds_nothing_wrong_and_something_when_there_is() {
         "{result:#}"
     );
     assert_discreet(&stack.services());
+}
+
+/// What an order that is executed twice would leave behind: a trade of its trader that no answer tells of. That others trade
+/// with the load's traders is no such thing.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_load_test_finds_a_trade_that_nobody_was_told_of() {
+    let stores = Stores::start().await;
+    let stack = Stack::start(&stores, &["--role", "live"]).await;
+    let issuer = Issuer::new(&stores.database).await;
+    let bank = issuer.caller(&stack.trade, &["treasury"]).await;
+    let stranger = async || {
+        let stranger = issuer.trader(&stack.trade).await;
+        stranger.wallet(&bank, "10", "1000000").await
+    };
+    let (seller, buyer) = (stranger().await, stranger().await);
+    let (mut flags, _treasury) = treasury(&stores, &stack.user).await;
+    flags.extend(["--rate", "30", "--duration", "8s", "--traders", "2"].map(str::to_owned));
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let meanwhile = async {
+        let (user, base, quote): (Uuid, Uuid, Uuid) = eventually("orders come in", || async {
+            sqlx::query_as("select user_id, base_account_id, quote_account_id from orders limit 1")
+                .fetch_optional(&stores.owner)
+                .await
+                .unwrap()
+        })
+        .await;
+        seller.place("sell", "0.001", "19000").await;
+        // Better than all that the load bids: its orders come to this one, and so does the one that it does not know of.
+        let bid = buyer.place("buy", "1", "30000").await;
+        assert_eq!(bid["status"], "open", "{bid}");
+        let token = issuer.token(user, Lane::live(), &[]).await;
+        let twin = Wallet {
+            trader: Trader::new(&stack.trade, token),
+            btc: base.to_string(),
+            usd: quote.to_string(),
+        };
+        twin.place("sell", "0.0001", "30000").await
+    };
+    let (output, executed) = tokio::join!(stack.run("load", &flags), meanwhile);
+    let said = text(&output);
+    assert!(
+        !output.status.success() && said.contains(", 1 findings"),
+        "{said}"
+    );
+    let (trade, order) = (&executed["trades"][0]["trade_id"], &executed["order_id"]);
+    let (trade, order) = (trade.as_str().unwrap(), order.as_str().unwrap());
+    let findings: Vec<&str> = said
+        .lines()
+        .filter(|line| line.contains("never acknowledged"))
+        .collect();
+    assert_eq!(findings.len(), 1, "{said}");
+    assert!(
+        findings[0].contains(trade) && findings[0].contains(order),
+        "{said}"
+    );
 }
 
 /// An audit that cannot be made takes nothing along of what the load has seen.
