@@ -59,7 +59,7 @@ struct Trading<'a> {
 impl<'a> Trading<'a> {
     /// Deploys a version, and lets clients trade.
     fn begin(ground: &'a Ground, namespace: &'a Namespace<'_>, version: &str) -> Self {
-        let mut trading = Self::deploy(ground, namespace, |exchange| exchange.declaration(version));
+        let mut trading = Self::deploy(ground, namespace, |exchange| declaration(exchange, version));
         trading.start_load();
         trading
     }
@@ -97,6 +97,8 @@ impl<'a> Trading<'a> {
         let (table, report) = self.load.take().unwrap().end().unwrap();
         say(&table);
         self.figures.add_report(&report);
+        // Before it is judged: a case that fails shows how many requests did.
+        self.figures.note(self.namespace);
         assert_eq!(report["summary"]["failed"], 0, "{table}");
         assert_eq!(report["closed_without_notice"], 0, "{table}");
         assert_eq!(report["streams_cut_off"], 0, "{table}");
@@ -130,7 +132,7 @@ impl<'a> Trading<'a> {
 
     /// Declares the same version with another setting: a release without a migration.
     fn release_setting(&self, value: &str) {
-        let declaration = with_setting(self.exchange.declaration("1.0.0"), value);
+        let declaration = with_setting(declaration(&self.exchange, "1.0.0"), value);
         self.exchange.release(&declaration).unwrap();
     }
 
@@ -190,6 +192,14 @@ fn assert_audited(table: &str, report: &Value) {
     assert!(report["audit"]["trades"].as_u64().unwrap() > 100, "{table}");
 }
 
+/// As the harness declares it, and verified for as short as it can be: the clients' own audit, at the end, sees more.
+fn declaration(exchange: &Exchange<'_>, version: &str) -> Value {
+    let mut declaration = exchange.declaration(version);
+    declaration["spec"]["rollout"]["verification"]["duration"] = json!("1s");
+    declaration
+}
+
+/// Another setting: a release without a migration.
 fn with_setting(mut declaration: Value, value: &str) -> Value {
     declaration["spec"]["services"]["trade"]["env"] = json!([{"name": "RELEASE_NOTE", "value": value}]);
     declaration
@@ -509,7 +519,7 @@ fn case_2_a_migration_and_the_way_back() {
 
 /// Two pods of each service, so that one serves while the other is not there.
 fn two_of_each(exchange: &Exchange<'_>, version: &str) -> Value {
-    let mut declaration = exchange.declaration(version);
+    let mut declaration = declaration(exchange, version);
     for service in SERVICES {
         declaration["spec"]["services"][service]["replicas"] = json!(2);
     }
@@ -625,7 +635,7 @@ fn case_3_the_queue_has_one_colour_of_readers() {
     drop(broker);
 
     // The broker is restarted between the first and the second of the writes that move the traffic.
-    let declaration = with_setting(trading.exchange.declaration("1.0.0"), "restart");
+    let declaration = with_setting(self::declaration(&trading.exchange, "1.0.0"), "restart");
     trading.release_up_to(&gate, 1, &declaration);
     restart_store(&ground, &namespace, "nats", "nats-server");
     assert!(trading.is_promoting());
@@ -716,7 +726,7 @@ fn case_7_the_candidate_is_as_big_as_what_an_autoscaler_has_made_of_the_live_sta
     let ground = Ground::shared();
     let namespace = case(&ground, 7, "grown");
     let declare = |exchange: &Exchange<'_>, value: &str| {
-        let mut declaration = with_setting(exchange.declaration("1.0.0"), value);
+        let mut declaration = with_setting(declaration(exchange, "1.0.0"), value);
         let trade = &mut declaration["spec"]["services"]["trade"];
         trade["resources"] = json!({"requests": {"cpu": "20m"}});
         trade["autoscaling"] =
@@ -1205,9 +1215,7 @@ mod alone {
     }
 
     fn declare(exchange: &Exchange<'_>, name: &str) -> Value {
-        let mut declaration = with_setting(exchange.declaration("1.0.0"), name);
-        declaration["spec"]["rollout"]["verification"]["duration"] = json!("1s");
-        declaration
+        with_setting(declaration(exchange, "1.0.0"), name)
     }
 
     /// Six writes of a release, each moment twice; SEED=… chooses the same again. With WRITES=3,17 those, with EVERY_WRITE=1
@@ -1321,7 +1329,9 @@ mod alone {
                 );
             }
             if so_far(&trading).failed > 0 {
-                let (table, _) = trading.load.take().unwrap().end().unwrap();
+                let (table, report) = trading.load.take().unwrap().end().unwrap();
+                trading.figures.add_report(&report);
+                trading.figures.note(&namespace);
                 panic!("a request failed while kubelet and kube-proxy were away: {table}");
             }
         }
@@ -1439,7 +1449,7 @@ mod alone {
         let releases: usize = std::env::var("RELEASES").map_or(5, |count| count.parse().unwrap());
         let ground = Ground::alone();
         let namespace = case(&ground, 1, "releases");
-        let mut trading = Trading::deploy(&ground, &namespace, |exchange| exchange.declaration("1.0.0"));
+        let mut trading = Trading::deploy(&ground, &namespace, |exchange| declaration(exchange, "1.0.0"));
         trading.load = Some(trading.exchange.start_load(FULL_RATE).unwrap());
         let mut stacks = vec![trading.revision("live")];
         for number in 1..=releases {
