@@ -10,7 +10,7 @@
 )]
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Mutex,
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -560,13 +560,26 @@ fn restart_each_pod(trading: &Trading<'_>, stack: &str) -> usize {
 const MIXED_TRADES: &str = "select count(*) from trades where (select count(*) from orders where id in (taker_order_id, \
                             maker_order_id) and orders.lane = trades.lane) <> 2";
 
-/// Only this stack has asked for messages of the live lane.
+/// Only this stack has asked for anything of the live lane, and for messages of it.
 fn assert_only_reader(asked: &Asked, revision: &str) {
-    assert!(!asked.is_empty(), "nobody reads the queue");
     let is_its_own = |name: &String| name.ends_with(revision);
     assert!(
         asked.keys().all(is_its_own),
-        "{revision} is live, and these ask for messages: {asked:?}"
+        "{revision} is live, and these ask of the live lane: {asked:?}"
+    );
+    let reads = |what: &BTreeSet<String>| what.contains("CONSUMER.MSG.NEXT");
+    assert!(asked.values().any(reads), "nobody reads the queue: {asked:?}");
+}
+
+/// A candidate has nothing to do with the live lane: it has asked for nothing there, and nobody has for it by a consumer of
+/// its own; and it listens to nothing, but for answers to what it asks.
+fn assert_stands_by(broker: &Broker, candidate: &str, live: &str, consumers: &[String]) {
+    assert_only_reader(&broker.asked(), live);
+    assert_eq!(broker.consumers().unwrap(), consumers);
+    let heard = broker.heard_by(candidate).unwrap();
+    assert!(
+        heard.iter().all(|subject| subject.starts_with("_INBOX.")),
+        "{candidate} listens to {heard:?}"
     );
 }
 
@@ -585,7 +598,8 @@ fn case_3_the_queue_has_one_colour_of_readers() {
     // they run, and after them.
     broker.asked();
     let before = broker.delivered().unwrap();
-    let mut declaration = with_setting(trading.exchange.declaration("1.0.0"), "manual");
+    let consumers = broker.consumers().unwrap();
+    let mut declaration = with_setting(self::declaration(&trading.exchange, "1.0.0"), "manual");
     declaration["spec"]["rollout"]["promotion"] = json!("Manual");
     let smoke = Hold {
         of: "create jobs".to_owned(),
@@ -599,16 +613,16 @@ fn case_3_the_queue_has_one_colour_of_readers() {
         is_current(object) && phase_of(object) == "Testing"
     });
     let candidate = trading.revision("candidate");
+    let stands_by = || assert_stands_by(&broker, &candidate, &first, &consumers);
     trading.trade(300);
-    assert_only_reader(&broker.asked(), &first);
+    stands_by();
     gate.decide(true).unwrap();
     trading.until("the tests to have passed", |object| {
         phase_of(object) == "AwaitingPromotion"
     });
-    assert_only_reader(&broker.asked(), &first);
+    stands_by();
     trading.trade(300);
-    let asked = broker.asked();
-    assert_only_reader(&asked, &first);
+    stands_by();
     let delivered = broker.delivered().unwrap() - before;
     assert!(delivered > 500, "the live stack has got {delivered} messages");
     namespace.note("messages_to_live", delivered);
