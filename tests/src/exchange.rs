@@ -2,7 +2,8 @@
 //! end-to-end tests of releases stand on. Everything goes through `kubectl` and `helm`, as a person would do it.
 
 use std::{
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Read as _, Write as _},
+    net::TcpStream,
     process::Child,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -298,6 +299,33 @@ impl<'a> Exchange<'a> {
         })
     }
 
+    /// Connects to the stack that has the traffic of a service now, as somebody who asks once, and stays without a word.
+    ///
+    /// # Errors
+    /// If there is no answer.
+    pub fn connect(&self, service: &str) -> Result<Connected> {
+        let tunnel = Tunnel::open(
+            self.session,
+            self.namespace,
+            &format!("service/{NAME}-{service}"),
+            80,
+        )?;
+        let mut stream = TcpStream::connect(("127.0.0.1", tunnel.port))?;
+        stream.set_read_timeout(Some(REQUEST_LIMIT))?;
+        stream.write_all(b"GET /version HTTP/1.1\r\nhost: exchange\r\n\r\n")?;
+        let mut answer = [0; 12];
+        stream.read_exact(&mut answer)?;
+        ensure!(
+            answer == *b"HTTP/1.1 200",
+            "{service} answers {}",
+            String::from_utf8_lossy(&answer)
+        );
+        Ok(Connected {
+            _stream: stream,
+            _tunnel: tunnel,
+        })
+    }
+
     /// Starts clients that trade, at `rate` requests a second, until [`Load::end`]. There has to be a treasury.
     ///
     /// # Errors
@@ -430,6 +458,14 @@ pub struct PodReport {
     pub connections: u64,
     /// Requests on them.
     pub in_flight: u64,
+}
+
+/// A connection to a pod on which nothing comes any more, until it is dropped.
+#[derive(Debug)]
+pub struct Connected {
+    // It ends before the way on which it goes.
+    _stream: TcpStream,
+    _tunnel: Tunnel,
 }
 
 /// A client of the public API.

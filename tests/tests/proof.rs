@@ -24,7 +24,8 @@ use serde_json::{Value, json};
 use testbed::{
     broker::{Asked, Broker},
     exchange::{
-        Api, Exchange, Load, NAME, PATIENCE, Pod, Watch, is_current, is_given_up, phase_of, text, token,
+        Api, Connected, Exchange, Load, NAME, PATIENCE, Pod, Watch, is_current, is_given_up, phase_of, text,
+        token,
     },
     gate::{Gate, Hold, Moment},
     kubectl::Namespace,
@@ -317,7 +318,7 @@ fn drains(watch: &Watch) -> impl Iterator<Item = u64> {
     let mut all: BTreeMap<&str, u64> = BTreeMap::new();
     for (_, object) in watch.sightings() {
         let time = |field: &str| text(object, &format!("/status/previous/{field}")).parse::<Timestamp>();
-        if text(object, "/status/previous/state") == "Retained"
+        if ["Retained", "Retiring"].contains(&text(object, "/status/previous/state"))
             && let (Ok(since), Ok(idle)) = (time("since"), time("idleSince"))
         {
             let took = idle.duration_since(since).as_millis();
@@ -327,7 +328,24 @@ fn drains(watch: &Watch) -> impl Iterator<Item = u64> {
     all.into_values()
 }
 
-/// The old stack has all its pods, and not one of them has a connection: everybody has left it, before its time was over.
+/// The old stack has all its pods, and not one of them has a connection or a request.
+fn assert_empty(trading: &Trading<'_>, old: &str, pods: &[Pod]) {
+    assert_eq!(
+        sorted(trading.exchange.pods(old).unwrap()),
+        pods,
+        "it has lost a pod"
+    );
+    for pod in pods {
+        let report = trading.exchange.report_of(pod).unwrap();
+        assert_eq!(
+            (report.connections, report.in_flight),
+            (0, 0),
+            "{pod:?} says {report:?}"
+        );
+    }
+}
+
+/// Everybody has left the old stack, before its time was over, and it is still there.
 fn assert_left(trading: &mut Trading<'_>, old: &str, pods: &[Pod]) {
     let retained = trading.until_drained(old);
     let draining = trading
@@ -345,19 +363,7 @@ fn assert_left(trading: &mut Trading<'_>, old: &str, pods: &[Pod]) {
         !text(trading.last(), "/status/previous/idleSince").is_empty(),
         "{status:#}"
     );
-    assert_eq!(
-        sorted(trading.exchange.pods(old).unwrap()),
-        pods,
-        "it has lost a pod"
-    );
-    for pod in pods {
-        let report = trading.exchange.report_of(pod).unwrap();
-        assert_eq!(
-            (report.connections, report.in_flight),
-            (0, 0),
-            "{pod:?} says {report:?}"
-        );
-    }
+    assert_empty(trading, old, pods);
 }
 
 /// A namespace for a case of this number.
@@ -1457,6 +1463,41 @@ mod alone {
         }
     }
 
+    /// A stack that has lost the traffic, and somebody who has not left it.
+    struct Staying {
+        old: String,
+        pods: Vec<Pod>,
+        one: Connected,
+    }
+
+    /// A release that needs the colour of a stack waits for the last one who is connected to that. What is held at the gate is
+    /// the first write that takes a pod of it away.
+    fn assert_left_before_it_goes(trading: &mut Trading<'_>, gate: &Gate<'_>, staying: Staying) {
+        let Staying { old, pods, one } = staying;
+        let idle_since = |object: &Value| text(object, "/status/previous/idleSince").to_owned();
+        trading.until("the next release to wait", |object| {
+            is_current(object) && phase_of(object) == "Pending"
+        });
+        let status = &trading.last()["status"];
+        assert_eq!(revision(trading.last(), "previous"), old, "{status:#}");
+        assert_eq!(status["previous"]["state"], "Draining", "{status:#}");
+        assert_eq!(idle_since(trading.last()), "", "{status:#}");
+        assert_eq!(
+            sorted(trading.exchange.pods(&old).unwrap()),
+            pods,
+            "it has lost a pod that somebody is connected to"
+        );
+        drop(one);
+        let write = gate.until_held(PATIENCE).unwrap();
+        assert!(write.name.ends_with(&old), "{write} was held");
+        trading.until("its retirement", |object| {
+            revision(object, "previous") == old && text(object, "/status/previous/state") == "Retiring"
+        });
+        assert_ne!(idle_since(trading.last()), "", "{:#}", trading.last()["status"]);
+        assert_empty(trading, &old, &pods);
+        gate.decide(true).unwrap();
+    }
+
     #[test]
     #[ignore = "needs a cluster: make e2e"]
     fn case_1_releases_back_and_forth() {
@@ -1465,19 +1506,36 @@ mod alone {
         let namespace = case(&ground, 1, "releases");
         let mut trading = Trading::deploy(&ground, &namespace, |exchange| declaration(exchange, "1.0.0"));
         trading.load = Some(trading.exchange.start_load(FULL_RATE).unwrap());
+        let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
+        trading.trade(500);
         let mut stacks = vec![trading.revision("live")];
+        let mut stays: Option<Staying> = None;
         for number in 1..=releases {
-            trading.trade(500);
             let old = stacks.last().unwrap().clone();
             let pods = sorted(trading.exchange.pods(&old).unwrap());
             assert_eq!(pods.len(), SERVICES.len(), "{pods:?}");
             assert!(pods.iter().all(|pod| pod.ready && !pod.leaving), "{pods:?}");
+            // Every second stack is left by everybody but one, who is no client of the load, until the next release waits.
+            let one_stays = number.is_multiple_of(2) && number < releases;
+            let one = one_stays.then(|| trading.exchange.connect("trade").unwrap());
+            if stays.is_some() {
+                let of = "delete deployments".to_owned();
+                gate.hold(&Hold { of, number: 0 }).unwrap();
+            }
             trading.release_setting(&number.to_string());
+            if let Some(staying) = stays.take() {
+                assert_left_before_it_goes(&mut trading, &gate, staying);
+            }
             trading.until_live_after(&old);
             stacks.push(trading.revision("live"));
-            assert_left(&mut trading, &old, &pods);
+            if let Some(one) = one {
+                stays = Some(Staying { old, pods, one });
+            } else {
+                assert_left(&mut trading, &old, &pods);
+                trading.trade(500);
+            }
         }
-        trading.trade(500);
+        drop(gate);
         assert_eq!(
             moves(&trading.watch).len(),
             releases,
