@@ -1326,6 +1326,20 @@ mod alone {
         }
     }
 
+    /// Pods that were killed.
+    #[derive(Clone, Copy, Debug)]
+    struct Struck {
+        /// How many connections they had.
+        connections: u64,
+        /// When the last of them had ended, in milliseconds since 1970.
+        dead: u64,
+        /// When that can have been noticed.
+        window: Window,
+    }
+
+    /// Requests that clients have on one connection at the same time, at most.
+    const AT_ONCE: u64 = 4;
+
     /// Node-like disturbances, the database and pods of the live stack, one of two of each service: each ends while one of
     /// three live Services has been moved, and two have not.
     #[test]
@@ -1412,18 +1426,7 @@ mod alone {
             0,
             "no pod has been killed yet"
         );
-        let live = trading.exchange.pods(&release.0).unwrap();
-        assert_eq!(live.len(), 2 * SERVICES.len(), "{live:?}");
-        let killed = SERVICES.map(|service| live.iter().find(|pod| pod.service == service).unwrap());
-        let from = now_ms();
-        for pod in killed {
-            ground.session.kill_pod(&namespace.name, &pod.name, NAME).unwrap();
-        }
-        // What begins when everybody knows that they are gone, goes to others.
-        let pods = Window {
-            from,
-            to: now_ms() + SETTLING,
-        };
+        let pods = kill_one_of_each(&trading, &release.0);
         assert!(trading.is_promoting());
         gate.decide(true).unwrap();
         ends_well(&mut trading, &release);
@@ -1440,6 +1443,39 @@ mod alone {
         judge(&namespace, &report, database, pods);
     }
 
+    /// Kills one of the two pods of each service of a stack. The others go on all the while: the same pods, which answer.
+    fn kill_one_of_each(trading: &Trading<'_>, stack: &str) -> Struck {
+        let live = sorted(trading.exchange.pods(stack).unwrap());
+        let report_of = |pod: &Pod| trading.exchange.report_of(pod).unwrap();
+        let of_each: Vec<&[Pod]> = live.chunks(2).collect();
+        let mut connections = 0;
+        let from = now_ms();
+        for (service, pods) in sorted(SERVICES).into_iter().zip(&of_each) {
+            let of_service = pods.iter().filter(|pod| pod.service == service).count();
+            assert_eq!((of_service, pods.len()), (2, 2), "{live:?}");
+            let (killed, survivor) = (&pods[0], &pods[1]);
+            connections += report_of(killed).connections;
+            let session = &trading.ground.session;
+            session
+                .kill_pod(&trading.namespace.name, &killed.name, NAME)
+                .unwrap();
+            report_of(survivor);
+        }
+        let dead = now_ms();
+        let there = trading.exchange.pods(stack).unwrap();
+        for survivor in of_each.iter().map(|pods| &pods[1]) {
+            assert!(there.contains(survivor), "{survivor:?} is not among {there:?}");
+            report_of(survivor);
+        }
+        // What begins when everybody knows that they are gone, goes to others.
+        let to = dead + SETTLING;
+        Struck {
+            connections,
+            dead,
+            window: Window { from, to },
+        }
+    }
+
     /// When the killed pods are long replaced, nothing fails, and no connection is closed without notice any more.
     fn assert_recovered(trading: &Trading<'_>) {
         let harm = || {
@@ -1454,7 +1490,7 @@ mod alone {
     }
 
     /// Whether all that went wrong did so in one of these times, and as it should.
-    fn judge(namespace: &Namespace<'_>, report: &Value, database: Window, pods: Window) {
+    fn judge(namespace: &Namespace<'_>, report: &Value, database: Window, pods: Struck) {
         let failed = report["summary"]["failed_requests"].as_array().unwrap();
         assert_eq!(report["summary"]["failed"], failed.len());
         let orders = failed.iter().filter(|it| it["operation"] == "order").count();
@@ -1466,22 +1502,19 @@ mod alone {
             let (begun, ended) = (at(request, "intended_ms"), at(request, "ended_ms"));
             let failure = text(request, "/failure");
             // The database's absence is told, with when to come back (`exchange load` calls it another failure if it is not);
-            // killed pods tell nothing: nobody takes the connection, it breaks, or the answer is late.
+            // killed pods tell nothing: nobody takes a connection any more, or that in time; and what was in flight then is
+            // cut off.
             if database.has(begun, ended) {
                 assert_eq!(failure, "status 503", "{request}");
                 counts[0] += 1;
             } else {
                 assert!(
-                    pods.has(begun, ended),
+                    pods.window.has(begun, ended),
                     "{request}: neither {database:?} nor {pods:?}"
                 );
-                let is_of_the_dead = |words: &&str| failure.starts_with(*words);
-                assert!(
-                    ["connect: ", "connection lost: ", "timeout"]
-                        .iter()
-                        .any(is_of_the_dead),
-                    "{request}"
-                );
+                let in_flight = failure.starts_with("connection lost: ") && begun <= pods.dead;
+                let nobody_there = failure.starts_with("connect: ") || failure.starts_with("timeout");
+                assert!(in_flight || nobody_there, "{request}, and {pods:?}");
                 counts[1] += 1;
             }
         }
@@ -1493,12 +1526,22 @@ mod alone {
             u64::from(counts[1]) + closed > 0,
             "nobody has noticed that pods were killed"
         );
-        for opening in report["streams"].as_array().unwrap() {
+        let mut cut_off = 0;
+        let openings = report["streams"].as_array().unwrap().iter();
+        for opening in openings.filter(|it| matches!(text(it, "/end"), "cut_off" | "not_opened")) {
             let ended = at(opening, "to_ms");
-            let cut_off = matches!(text(opening, "/end"), "cut_off" | "not_opened");
-            let excused = database.has(ended, ended) || pods.has(ended, ended);
-            assert!(!cut_off || excused, "{opening}");
+            if !database.has(ended, ended) {
+                assert!(pods.window.has(ended, ended), "{opening}");
+                cut_off += u64::from(opening["end"] == "cut_off");
+            }
         }
+        // No more than was connected to the dead.
+        namespace.note("connections_of_killed_pods", pods.connections);
+        assert!(
+            closed + cut_off <= pods.connections && u64::from(counts[1]) <= AT_ONCE * pods.connections,
+            "{closed} connections closed without notice, {cut_off} streams and {} requests cut off: {pods:?}",
+            counts[1]
+        );
     }
 
     /// A stack that has lost the traffic, and somebody who has not left it.
