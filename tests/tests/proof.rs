@@ -44,6 +44,8 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 const STREAMS_END: u64 = 5_000;
 /// For the data plane to follow, and for connections to a store to be made again, once everything is ready.
 const SETTLING: u64 = 2_000;
+/// A variable that means nothing: with another value it is another release.
+const SETTING: &str = "RELEASE_NOTE";
 /// The writes that move the traffic, each a live Service.
 const MOVES: &str = "update services";
 
@@ -202,7 +204,7 @@ fn declaration(exchange: &Exchange<'_>, version: &str) -> Value {
 
 /// Another setting: a release without a migration.
 fn with_setting(mut declaration: Value, value: &str) -> Value {
-    declaration["spec"]["services"]["trade"]["env"] = json!([{"name": "RELEASE_NOTE", "value": value}]);
+    declaration["spec"]["services"]["trade"]["env"] = json!([{"name": SETTING, "value": value}]);
     declaration
 }
 
@@ -1010,6 +1012,66 @@ mod alone {
     /// For so many attempts the operator keeps a contract Job.
     const CONTRACTS_KEPT: u64 = 10;
 
+    /// What is another thing in each release, and rightly so: addresses, and the labels by which a Job knows its pods, are given
+    /// by the API server; attempts only grow.
+    const OF_ONE_RELEASE: [&str; 7] = [
+        "clusterIP",
+        "clusterIPs",
+        "controller-uid",
+        "job-name",
+        "batch.kubernetes.io/controller-uid",
+        "batch.kubernetes.io/job-name",
+        "exchange.dev/attempt",
+    ];
+
+    /// What an object is: its labels, what is wanted of it, what it holds. Not what is of one release: beside
+    /// [`OF_ONE_RELEASE`] what a Secret holds, which is drawn, and the setting that makes it a release.
+    fn content(object: &Value) -> Value {
+        fn forget(value: &mut Value) {
+            match value {
+                Value::Object(fields) => {
+                    fields.retain(|name, _| !OF_ONE_RELEASE.contains(&name.as_str()));
+                    if fields.get("name").is_some_and(|name| name == SETTING) {
+                        fields.remove("value");
+                    }
+                    fields.values_mut().for_each(forget);
+                }
+                Value::Array(values) => values.iter_mut().for_each(forget),
+                _ => {}
+            }
+        }
+        let mut content = json!({
+            "labels": object["metadata"]["labels"],
+            "spec": object["spec"],
+            "data": object["data"],
+        });
+        if let (true, Some(data)) = (object["kind"] == "Secret", content["data"].as_object_mut()) {
+            let length = |value: &Value| value.as_str().unwrap().len();
+            data.values_mut().for_each(|value| *value = json!(length(value)));
+        }
+        forget(&mut content);
+        content
+    }
+
+    /// Where two values differ, and how.
+    fn differences(path: &str, one: &Value, other: &Value) -> Vec<String> {
+        match (one, other) {
+            (Value::Object(fields), Value::Object(others)) => {
+                let names: BTreeSet<&String> = fields.keys().chain(others.keys()).collect();
+                let of = |name: &&String| {
+                    differences(
+                        &format!("{path}/{name}"),
+                        &one[name.as_str()],
+                        &other[name.as_str()],
+                    )
+                };
+                names.iter().flat_map(of).collect()
+            }
+            _ if one == other => Vec::new(),
+            _ => vec![format!("{path}: {one} instead of {other}")],
+        }
+    }
+
     /// How a release has ended, in words that are the same for each: the live stack's names are replaced by `live`, those
     /// of the one before by `previous`.
     fn end_state(ground: &Ground, namespace: &str) -> Value {
@@ -1020,33 +1082,46 @@ mod alone {
             "get",
             CHILDREN,
             of_ours,
-            "--output=name",
+            "--output=json",
             "--namespace",
             namespace,
         ];
-        let names = ground.session.kubectl(&list).unwrap();
+        let list: Value = serde_json::from_str(&ground.session.kubectl(&list).unwrap()).unwrap();
+        let objects: BTreeMap<String, &Value> = list["items"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|it| {
+                (
+                    format!("{} {}", text(it, "/kind"), text(it, "/metadata/name")),
+                    it,
+                )
+            })
+            .collect();
         let attempt = |stack: &str| status[stack]["attempt"].as_u64().unwrap();
         // Every stack that has left has its contract behind it. How many there are depends on how many releases there were.
-        let contract = |name: &str| name.split_once("-contract-")?.1.parse::<u64>().ok();
-        let contracts = sorted(names.lines().filter_map(contract));
+        let contract = |name: &String| name.split_once("-contract-")?.1.parse::<u64>().ok();
+        let contracts = sorted(objects.keys().filter_map(contract));
         let from = (attempt("live") + 1).saturating_sub(CONTRACTS_KEPT).max(1);
         let kept: Vec<u64> = (from..=attempt("previous")).collect();
-        let renamed = |mut names: String| {
+        let renamed = |objects: &Value| {
+            let mut text = objects.to_string();
             for stack in ["live", "previous"] {
                 for field in ["revision", "colour"] {
-                    names = names.replace(text(&status, &format!("/{stack}/{field}")), stack);
+                    text = text.replace(self::text(&status, &format!("/{stack}/{field}")), stack);
                 }
                 // The Jobs of its attempt, and not of another one.
                 for gate in ["expand", "smoke", "verify"] {
-                    names = names.replace(&format!("-{gate}-{}\n", attempt(stack)), &format!("-{gate}\n"));
+                    let name = |attempt: &str| format!("-{gate}{attempt}\"");
+                    text = text.replace(&name(&format!("-{}", attempt(stack))), &name(""));
                 }
             }
-            names
+            serde_json::from_str::<Value>(&text).unwrap()
         };
-        let selectors = SERVICES.map(|service| {
-            let selector = get(&format!("service/{NAME}-{service}"), "{.spec.selector}");
-            serde_json::from_str::<Value>(&renamed(selector)).unwrap()
-        });
+        let objects = objects.iter().filter(|(name, _)| contract(name).is_none());
+        let objects: serde_json::Map<String, Value> = objects
+            .map(|(name, object)| (name.clone(), content(object)))
+            .collect();
         let conditions = status["conditions"].as_array().unwrap().iter();
         let conditions: Vec<Value> = conditions
             .map(|it| json!([it["type"], it["status"], it["reason"]]))
@@ -1060,8 +1135,7 @@ mod alone {
             "history": [status["history"][0]["outcome"], status["history"][1]["outcome"]],
             "conditions": conditions,
             "contracts_kept": contracts == kept,
-            "objects": sorted(renamed(names).lines().filter(|name| contract(name).is_none())),
-            "selectors": selectors,
+            "objects": renamed(&objects.into()),
         })
     }
 
@@ -1249,10 +1323,11 @@ mod alone {
             let waited = wait_until("the end of the undisturbed run", PATIENCE, || {
                 end() == *undisturbed
             });
+            let differences = || differences("", &end(), undisturbed).join("\n");
             assert!(
                 waited.is_ok(),
-                "{name} (WRITES={number} does it again): it ended as\n{:#}\nand undisturbed as\n{undisturbed:#}",
-                end()
+                "{name} (WRITES={number} does it again): it did not end as undisturbed:\n{}",
+                differences()
             );
             self.operator.recovers(&self.ground.session).unwrap();
             reached
