@@ -15,13 +15,13 @@ use crate::{
         text, token,
     },
     kubectl::{Session, plugin_directory},
-    operator::{Found, Operator},
+    operator::{Found, INSTALLED_BY, Operator},
     progress::{Step, say},
     results,
     tools::Tools,
 };
 
-/// How the demonstration signs the operator that it has installed.
+/// How the demonstration signs its namespace, and the operator if it has installed that.
 const INSTALLER: &str = "demo";
 /// Where the demonstration's exchange is.
 const NAMESPACE: &str = "exchange-demo";
@@ -49,6 +49,7 @@ pub fn run(session: &Session) -> Result<()> {
             "default",
             &json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {
                 "name": NAMESPACE,
+                "annotations": {INSTALLED_BY: INSTALLER},
                 "labels": {"pod-security.kubernetes.io/enforce": "restricted"}}}),
         )?;
         step("stores: PostgreSQL, NATS, Redis", || {
@@ -92,6 +93,11 @@ pub fn run(session: &Session) -> Result<()> {
             exchange.release(&exchange.declaration("2.0.1-fails-smoke"))?;
             stage.show_until("Failed", "2.0.1-fails-smoke")?;
             let bad = stage.given_up();
+            ensure!(
+                stage.is_contracted(),
+                "the contract of 2.0.0 has not been made, though another version was on its way after it"
+            );
+            say("  Before it, version 1.0.0 has gone and the contract migration of 2.0.0 has been made.");
             stage.show_traffic(SHOWN)?;
             Ok(bad)
         },
@@ -228,16 +234,38 @@ fn needed(images: &Images) -> String {
     let Images { prefix, tag } = images;
     format!(
         "It pulls {prefix}/exchange:1.0.0, {prefix}/exchange:2.0.0, {prefix}/exchange:2.0.1-fails-smoke, \
-         {prefix}/exchange-operator:{tag} unless it has an operator, {} and what the stores' chart names \
-         (STORES_VALUES=… changes that).",
+         {prefix}/exchange-operator:{tag} unless it has an operator (AGENT_IMAGE={prefix}/testbed-agent:{tag} says so: \
+         another prefix and tag are taken from it), {} (BUSYBOX_IMAGE=… changes that) and what the stores' chart names \
+         (STORES_VALUES=… changes that). Where that needs a password, PULL_SECRET=… names a Secret of the kubeconfig's \
+         namespace.",
         busybox_image()
     )
 }
 
-/// Removes the exchange of a demonstration.
+/// Removes the exchange of a demonstration. On a cluster that is not ours, a namespace that somebody else has called like that
+/// is left alone.
 fn remove(session: &Session) -> Result<()> {
+    let found = [
+        "get",
+        "namespace",
+        NAMESPACE,
+        "--ignore-not-found",
+        "--output=json",
+    ];
+    let found = session.kubectl(&found)?;
+    ensure!(
+        session.cluster.is_some() || found.is_empty() || is_signed(&serde_json::from_str(&found)?),
+        "namespace {NAMESPACE} was not made by the demonstration ({INSTALLED_BY}: {INSTALLER} is missing), so it is left \
+         alone: remove it, or use another cluster"
+    );
     let delete = ["delete", "namespace", NAMESPACE, "--ignore-not-found", "--wait"];
     session.kubectl(&delete).map(drop)
+}
+
+/// Whether the demonstration has made a namespace.
+fn is_signed(namespace: &Value) -> bool {
+    let annotation = INSTALLED_BY.replace('/', "~1");
+    text(namespace, &format!("/metadata/annotations/{annotation}")) == INSTALLER
 }
 
 /// Removes everything that a demonstration has brought to a cluster that goes on.
@@ -424,16 +452,21 @@ impl Stage<'_> {
             .unwrap_or_default()
     }
 
+    fn is_contracted(&self) -> bool {
+        let last = self.watch.sightings().last();
+        last.and_then(|(_, object)| object.pointer("/status/live/contracted")) == Some(&Value::Bool(true))
+    }
+
     fn show_until(&mut self, phase: &str, version: &str) -> Result<()> {
         self.show(&format!("{version} is {phase}"), |object| {
             is_current(object) && phase_of(object) == phase && text(object, "/spec/version") == version
         })
     }
 
-    /// Shows each phase with its time, and the traffic, until the object is like this.
+    /// Shows each phase with its time and whatever is told within it, and the traffic, until the object is like this.
     fn show(&mut self, what: &str, holds: impl Fn(&Value) -> bool) -> Result<()> {
         let begun = Instant::now();
-        let mut shown = String::new();
+        let (mut shown, mut said) = (String::new(), String::new());
         let mut told = Instant::now();
         let (mut live, mut decided) = (self.live(), (String::new(), begun, SystemTime::now()));
         loop {
@@ -453,12 +486,16 @@ impl Stage<'_> {
                     // By then status may call the stack live that the traffic goes to.
                     let left = std::mem::replace(&mut live, live_of(&object));
                     decided = (named(&left), at, SystemTime::now());
+                    shown.clone_from(&phase);
+                    said.clear();
+                }
+                let news = message(&object);
+                if is_current(&object) && news != said {
                     say(format!(
-                        "  {:>5.1} s  \x1b[36m{phase:<12}\x1b[0m {}",
-                        begun.elapsed().as_secs_f64(),
-                        message(&object)
+                        "  {:>5.1} s  \x1b[36m{phase:<12}\x1b[0m {news}",
+                        begun.elapsed().as_secs_f64()
                     ));
-                    shown = phase;
+                    said = news;
                 }
                 if holds(&object) {
                     return Ok(());
@@ -560,6 +597,20 @@ mod tests {
         // One for all would work beside it.
         let refused = operator_for_all(&[operator(Some("prod"), "")]).unwrap_err();
         assert!(refused.to_string().contains("namespace prod alone"), "{refused}");
+    }
+
+    #[test]
+    fn only_a_namespace_that_the_demonstration_has_made_is_its_own() {
+        let namespace =
+            |annotations: Value| json!({"metadata": {"name": NAMESPACE, "annotations": annotations}});
+        assert!(is_signed(&namespace(
+            json!({"exchange.dev/installed-by": "demo"})
+        )));
+        assert!(!is_signed(&namespace(
+            json!({"exchange.dev/installed-by": "tests"})
+        )));
+        assert!(!is_signed(&namespace(json!({}))));
+        assert!(!is_signed(&namespace(Value::Null)));
     }
 
     #[test]

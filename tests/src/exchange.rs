@@ -88,6 +88,7 @@ impl<'a> Exchange<'a> {
     /// # Errors
     /// If a store does not become ready.
     pub fn install(session: &'a Session, namespace: &'a str, images: &'a Images) -> Result<Self> {
+        session.let_pull(namespace)?;
         let chart = chart("exchange-stores");
         let values = session.stores_values();
         let mut args = vec!["upgrade", "--install", NAME, &chart, "--namespace", namespace];
@@ -107,7 +108,7 @@ impl<'a> Exchange<'a> {
     /// machine is that compiles beside it.
     pub fn declaration(&self, version: &str) -> Value {
         let secret = |store: &str, key: &str| json!({"name": format!("{NAME}-{store}"), "key": key});
-        json!({
+        let mut declaration = json!({
             "apiVersion": "exchange.dev/v1alpha1",
             "kind": "ExchangeDeployment",
             "metadata": {"name": NAME},
@@ -125,7 +126,15 @@ impl<'a> Exchange<'a> {
                     "drainTimeout": "30s",
                 },
             },
-        })
+        });
+        if let Some(name) = self.session.pull_secret() {
+            set(
+                &mut declaration,
+                "/spec/imagePullSecrets",
+                json!([{"name": name}]),
+            );
+        }
+        declaration
     }
 
     /// Declares it, with `kubectl apply`.

@@ -186,6 +186,30 @@ impl Session {
         values.map_or_else(Vec::new, |values| vec!["--values".to_owned(), values])
     }
 
+    /// Name of the Secret with which images are pulled, if `PULL_SECRET` names one. On the test cluster none are.
+    pub fn pull_secret(&self) -> Option<String> {
+        env::var("PULL_SECRET").ok().filter(|_| self.cluster.is_none())
+    }
+
+    /// Has the pods of a namespace pull their images with that Secret, if there is one: with a copy of it, which is made from
+    /// the kubeconfig's namespace, as their ServiceAccount `default` says.
+    ///
+    /// # Errors
+    /// If there is no such Secret, or the API server refuses its copy.
+    pub fn let_pull(&self, namespace: &str) -> Result<()> {
+        let Some(name) = self.pull_secret() else {
+            return Ok(());
+        };
+        let secret: Value =
+            serde_json::from_str(&self.kubectl(&["get", "secret", &name, "--output=json"])?)?;
+        let copy = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name},
+                          "type": secret.get("type"), "data": secret.get("data")});
+        self.apply(namespace, &copy)?;
+        let account = json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default"},
+                             "imagePullSecrets": [{"name": name}]});
+        self.apply(namespace, &account)
+    }
+
     /// Applies an object in a namespace.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     exchange::{Images, chart, text},
@@ -22,7 +22,7 @@ pub const OPERATOR: &str = "exchange-operator";
 
 /// Annotation of its pods that says who has installed it: the tests, or the demonstration. It is one of the values of the
 /// chart's release, so that whoever upgrades that with values of their own takes it away, and with it our claim.
-const INSTALLED_BY: &str = "exchange.dev/installed-by";
+pub(crate) const INSTALLED_BY: &str = "exchange.dev/installed-by";
 /// How the tests sign.
 const TESTS: &str = "tests";
 /// Its program's name, as far as the kernel keeps it.
@@ -135,6 +135,16 @@ impl Operator {
     /// # Errors
     /// If it does not become ready.
     pub fn install_as(&self, installer: &str, session: &Session, images: &Images) -> Result<()> {
+        let pull;
+        let mut pulls = Vec::new();
+        if let Some(secret) = session.pull_secret() {
+            let object =
+                json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": self.namespace}});
+            session.apply(&self.namespace, &object)?;
+            session.let_pull(&self.namespace)?;
+            pull = format!("imagePullSecrets[0].name={secret}");
+            pulls.extend(["--set", &pull]);
+        }
         let repository = format!("image.repository={}/exchange-operator", images.prefix);
         let tag = format!("image.tag={}", images.tag);
         let chart = chart("exchange-operator");
@@ -143,6 +153,7 @@ impl Operator {
         let signed = format!("podAnnotations.{}={installer}", INSTALLED_BY.replace('.', "\\."));
         args.extend(["--set-string", &signed]);
         args.extend(["--set", &repository, "--set", &tag, "--wait", "--timeout", "180s"]);
+        args.extend(pulls);
         let loaded;
         if session.cluster.is_some() {
             // The tag is always the same: pods of an image that was loaded earlier would go on.
@@ -334,8 +345,6 @@ impl<'a> Leader<'a> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
