@@ -49,7 +49,7 @@ pub const PROBLEMS: &[Problem] = &[
     LANE_REFUSED,
 ];
 
-/// How often old rows are removed; longer than a process that can reach the database takes to announce itself.
+/// How often keys and old rows are looked after; longer than a process that can reach the database takes to announce itself.
 const HOUSEKEEPING: Duration = Duration::from_mins(1);
 
 /// Rows of a kind removed at a time.
@@ -310,7 +310,8 @@ impl FromRequestParts<App> for ChosenLane {
     }
 }
 
-/// Removes what has expired, and the lanes of stacks that are gone, while this stack is live.
+/// While this stack is live: makes the next signing key in time, and removes what has expired and the lanes of stacks that are
+/// gone.
 pub async fn run(app: App, shutdown: CancellationToken) {
     let mut housekeeping = Housekeeping::default();
     while shutdown
@@ -318,9 +319,13 @@ pub async fn run(app: App, shutdown: CancellationToken) {
         .await
         .is_some()
     {
-        if *app.role.borrow() == Role::Live
-            && let Err(error) = housekeeping.clean_up(&app.db).await
-        {
+        if *app.role.borrow() != Role::Live {
+            continue;
+        }
+        if let Err(error) = app.keys.ensure_keys().await {
+            warn!(error.message = %error, "the signing keys could not be looked after; it is tried again");
+        }
+        if let Err(error) = housekeeping.clean_up(&app.db).await {
             warn!(error.message = %error, "housekeeping failed; it is tried again");
         }
     }
