@@ -908,30 +908,52 @@ async fn the_audit_finds_a_trade_that_says_other_than_its_entries() {
     }
 }
 
-/// The answer to a deposit says what is in the account now, which is somebody else's.
+/// The answer to a deposit names the account, and says what is in it now. Both are somebody else's.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_treasury_takes_along_says_nothing_of_others_balances() {
+async fn what_the_treasury_takes_along_says_nothing_of_others_accounts() {
     let exchange = Exchange::start().await;
     let owner = exchange.database.owner().await;
-    let trader = exchange.issuer.trader(&exchange.service).await;
-    trader.wallet(&exchange.treasury, "0", "987.65").await;
-    let (treasury, export): (Uuid, String) = sqlx::query_as(
-        "select user_id, export from idempotency_keys, user_data
-         where topic = 'idempotency keys' and answer ->> 'amount' = '987.65'",
-    )
-    .fetch_one(&owner)
-    .await
-    .unwrap();
-    let exported: Vec<Value> = sqlx::query_scalar(sqlx::AssertSqlSafe(export))
-        .bind(treasury)
-        .fetch_all(&owner)
-        .await
-        .unwrap();
-    let mut answers = exported.iter().filter_map(|row| row["answer"].as_object());
+    let wallet = exchange.wallet("0", "987.65").await;
+    let part = json!({"account_id": wallet.usd, "amount": "87.65"});
+    let withdrawn = wallet
+        .trader
+        .post_with_key("/account/withdraw", "part", &part)
+        .await;
+    let withdrawn = accept(withdrawn, StatusCode::CREATED).await;
+    // Everything that whoever got this answer takes along.
+    let export = async |amount: &str| -> Vec<Value> {
+        let user: Uuid =
+            sqlx::query_scalar("select user_id from idempotency_keys where answer ->> 'amount' = $1")
+                .bind(amount)
+                .fetch_one(&owner)
+                .await
+                .unwrap();
+        let topics: Vec<String> = sqlx::query_scalar("select export from user_data")
+            .fetch_all(&owner)
+            .await
+            .unwrap();
+        let mut exported = Vec::new();
+        for topic in topics {
+            let rows = sqlx::query_scalar::<_, Value>(sqlx::AssertSqlSafe(topic)).bind(user);
+            exported.extend(rows.fetch_all(&owner).await.unwrap());
+        }
+        exported
+    };
+    let of_the_treasury = export("987.65").await;
+    let mut answers = of_the_treasury.iter().filter_map(|row| row["answer"].as_object());
     let answer = answers.find(|answer| answer["amount"] == "987.65").unwrap();
     assert!(
         !answer.contains_key("balance") && !answer.contains_key("hold"),
-        "{exported:?}"
+        "{answer:?}"
+    );
+    let text = Value::from(of_the_treasury).to_string();
+    assert!(!text.contains(&wallet.usd), "{text}");
+    // The account's owner gets the whole of it.
+    let of_the_trader = export("87.65").await;
+    let answers = of_the_trader.iter().map(|row| &row["answer"]);
+    assert_eq!(
+        answers.filter(|answer| !answer.is_null()).collect::<Vec<_>>(),
+        [&withdrawn]
     );
 }
 
