@@ -69,7 +69,8 @@ impl App {
             revision: config.revision.clone(),
             version: release.version,
         };
-        let db = db::pool(&config, &format!("exchange-{service} {stack}"))?;
+        let name = format!("exchange-{service} {stack}");
+        let db = db::pool(&config.database, config.database_connections, &name)?;
         let metrics = Metrics::new();
         let gauges = Gauges::default();
         gauges.register(&metrics);

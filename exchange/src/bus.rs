@@ -22,7 +22,12 @@ use percent_encoding::percent_decode_str;
 use secrecy::ExposeSecret;
 use uuid::Uuid;
 
-use crate::{app::StackId, config::StoreUrl, lane::Lane};
+use crate::{
+    app::StackId,
+    config::StoreUrl,
+    lane::Lane,
+    telemetry::{PARENT_HEADER, STATE_HEADER},
+};
 
 /// How long a consumer has for a message before the broker gives it to another one.
 pub const ACK_WAIT: Duration = Duration::from_secs(5);
@@ -39,8 +44,6 @@ const TEST_INACTIVE: Duration = Duration::from_mins(10);
 pub const LANE_HEADER: &str = "exchange-lane";
 /// The header that names an event's topic.
 pub const TOPIC_HEADER: &str = "exchange-topic";
-/// The header that carries the W3C trace context.
-pub const TRACE_HEADER: &str = "traceparent";
 const STREAM_PREFIX: &str = "exchange-";
 
 /// Where the queue is, and how to trust it.
@@ -172,6 +175,8 @@ pub struct Outgoing {
     pub payload: serde_json::Value,
     /// The trace in which it happened, in W3C form.
     pub traceparent: Option<String>,
+    /// What belongs to that.
+    pub tracestate: Option<String>,
 }
 
 /// The subject of one lane's messages on a topic.
@@ -295,8 +300,14 @@ impl Bus {
             .header(LANE_HEADER, event.lane.as_str())
             .header(TOPIC_HEADER, event.topic.as_str())
             .payload(event.payload.to_string().into());
-        if let Some(traceparent) = &event.traceparent {
-            message = message.header(TRACE_HEADER, traceparent.as_str());
+        let trace = [
+            (PARENT_HEADER, &event.traceparent),
+            (STATE_HEADER, &event.tracestate),
+        ];
+        for (name, value) in trace {
+            if let Some(value) = value {
+                message = message.header(name, value.as_str());
+            }
         }
         self.jetstream
             .send_publish(subject(&event.lane, &event.topic), message)

@@ -10,7 +10,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use crate::{
     app::App,
-    config::{ConfigArgs, Peer},
+    config::{ConfigArgs, Peer, RebuildArgs},
     db,
     grant::{self, GrantArgs},
     load::{self, LoadArgs},
@@ -67,7 +67,7 @@ enum Command {
 #[derive(Subcommand)]
 enum MarketCommand {
     /// Write the market data again from the trades in PostgreSQL. Services may run meanwhile.
-    Rebuild(Box<ConfigArgs>),
+    Rebuild(RebuildArgs),
 }
 
 /// Does what the command line says, as a binary of this release.
@@ -140,10 +140,10 @@ async fn run(command: Command, release: Release, around: Around) -> anyhow::Resu
         Command::Market {
             command: MarketCommand::Rebuild(args),
         } => {
-            let config = args.validate_with(&[Peer::MarketData])?;
+            let (database, market_data) = args.validate()?;
             telemetry::init("market", release.version, "none".to_owned());
-            let db = db::pool(&config, "exchange-market-rebuild")?;
-            let store = Store::new(StoreConfig::from(&config)?);
+            let db = db::pool(&database, 1, "exchange-market-rebuild")?;
+            let store = Store::new(market_data);
             let rebuilt = store.rebuild(&db, time::OffsetDateTime::now_utc()).await?;
             let rebuilt = rebuilt.context("another process is rebuilding the market data")?;
             info!(

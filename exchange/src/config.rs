@@ -15,7 +15,7 @@ use rustls::pki_types::{CertificateDer, pem::PemObject};
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::postgres::PgConnectOptions;
 
-use crate::mail::MailConfig;
+use crate::{mail::MailConfig, market::StoreConfig};
 
 /// Something that a service works with, and reaches by a URL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +91,67 @@ impl Peer {
     }
 }
 
+/// How to reach the database.
+#[derive(Clone, Debug, clap::Args)]
+struct DatabaseArgs {
+    /// PostgreSQL: `postgres://user:password@host:port/database?sslmode=verify-full&sslrootcert=/path`.
+    #[arg(long, env = "EXCHANGE_DATABASE_URL", hide_env_values = true)]
+    database_url: Option<String>,
+    /// A file with the database URL, read again when it changes.
+    #[arg(long, env = "EXCHANGE_DATABASE_URL_FILE")]
+    database_url_file: Option<PathBuf>,
+}
+
+impl DatabaseArgs {
+    fn check(self, problems: &mut Problems) -> Option<StoreUrl> {
+        problems.url(Peer::Database, true, self.database_url, self.database_url_file)
+    }
+}
+
+/// How to reach the market-data store.
+#[derive(Clone, Debug, clap::Args)]
+struct MarketDataArgs {
+    /// A Redis-protocol store: `redis://` or `rediss://user:password@host:port`.
+    #[arg(long, env = "EXCHANGE_MARKET_DATA_URL", hide_env_values = true)]
+    market_data_url: Option<String>,
+    /// A file with the market-data store's URL, read again on each reconnect.
+    #[arg(long, env = "EXCHANGE_MARKET_DATA_URL_FILE")]
+    market_data_url_file: Option<PathBuf>,
+    /// PEM certificates to trust at the market-data store, instead of those of the system.
+    #[arg(long, env = "EXCHANGE_MARKET_DATA_CA_FILE")]
+    market_data_ca_file: Option<PathBuf>,
+}
+
+impl MarketDataArgs {
+    fn check(self, problems: &mut Problems, required: bool) -> Option<StoreConfig> {
+        let (url, file) = (self.market_data_url, self.market_data_url_file);
+        let url = problems.url(Peer::MarketData, required, url, file);
+        let ca_file = problems.certificates("market-data-ca-file", self.market_data_ca_file);
+        url.map(|url| StoreConfig { url, ca_file })
+    }
+}
+
+/// The flags of `exchange market rebuild`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct RebuildArgs {
+    #[command(flatten)]
+    database: DatabaseArgs,
+    #[command(flatten)]
+    market_data: MarketDataArgs,
+}
+
+impl RebuildArgs {
+    /// Checks everything, and reports everything that is wrong.
+    pub fn validate(self) -> Result<(StoreUrl, StoreConfig), InvalidConfig> {
+        let mut problems = Problems(Vec::new());
+        let database = self.database.check(&mut problems);
+        match (database, self.market_data.check(&mut problems, true)) {
+            (Some(database), Some(market_data)) if problems.0.is_empty() => Ok((database, market_data)),
+            _ => Err(InvalidConfig(problems.0)),
+        }
+    }
+}
+
 /// The flags of a service. Each is also read from `EXCHANGE_<FLAG>`. Durations are written like `1h30m` or `250ms`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ConfigArgs {
@@ -100,12 +161,8 @@ pub struct ConfigArgs {
     /// Where /livez, /readyz, /metrics and /stack are served.
     #[arg(long, env = "EXCHANGE_ADMIN_ADDRESS", default_value = "0.0.0.0:9090")]
     admin_address: String,
-    /// PostgreSQL: `postgres://user:password@host:port/database?sslmode=verify-full&sslrootcert=/path`.
-    #[arg(long, env = "EXCHANGE_DATABASE_URL", hide_env_values = true)]
-    database_url: Option<String>,
-    /// A file with the database URL, read again when it changes.
-    #[arg(long, env = "EXCHANGE_DATABASE_URL_FILE")]
-    database_url_file: Option<PathBuf>,
+    #[command(flatten)]
+    database: DatabaseArgs,
     /// The most connections that this process opens to PostgreSQL.
     #[arg(long, env = "EXCHANGE_DATABASE_CONNECTIONS", default_value = "10")]
     database_connections: String,
@@ -115,18 +172,11 @@ pub struct ConfigArgs {
     /// A file with the queue's URL, read again on each reconnect.
     #[arg(long, env = "EXCHANGE_QUEUE_URL_FILE")]
     queue_url_file: Option<PathBuf>,
-    /// A Redis-protocol store: `redis://` or `rediss://user:password@host:port`.
-    #[arg(long, env = "EXCHANGE_MARKET_DATA_URL", hide_env_values = true)]
-    market_data_url: Option<String>,
-    /// A file with the market-data store's URL, read again on each reconnect.
-    #[arg(long, env = "EXCHANGE_MARKET_DATA_URL_FILE")]
-    market_data_url_file: Option<PathBuf>,
+    #[command(flatten)]
+    market_data: MarketDataArgs,
     /// PEM certificates to trust at the queue, beside those of the system.
     #[arg(long, env = "EXCHANGE_QUEUE_CA_FILE")]
     queue_ca_file: Option<PathBuf>,
-    /// PEM certificates to trust at the market-data store, instead of those of the system.
-    #[arg(long, env = "EXCHANGE_MARKET_DATA_CA_FILE")]
-    market_data_ca_file: Option<PathBuf>,
     /// A mail server, if users are to be told by e-mail: `smtps://user:password@host:port`, or
     /// `smtp://…?tls=required` for STARTTLS.
     #[arg(long, env = "EXCHANGE_MAIL_URL", hide_env_values = true)]
@@ -233,11 +283,9 @@ pub struct Config {
     /// The message queue, if configured.
     pub queue: Option<StoreUrl>,
     /// The market-data store, if configured.
-    pub market_data: Option<StoreUrl>,
+    pub market_data: Option<StoreConfig>,
     /// Whom to trust at the queue.
     pub queue_ca_file: Option<PathBuf>,
-    /// Whom to trust at the market-data store.
-    pub market_data_ca_file: Option<PathBuf>,
     /// E-mail, if configured.
     pub mail: Option<MailConfig>,
     /// From going live to telling the users of the release.
@@ -337,16 +385,13 @@ impl ConfigArgs {
     #[expect(clippy::too_many_lines, reason = "one line for each flag")]
     pub fn validate_with(self, needed: &[Peer]) -> Result<Config, InvalidConfig> {
         let mut problems = Problems(Vec::new());
-        let mut url = |peer: Peer, url, file| {
-            let required = peer == Peer::Database || needed.contains(&peer);
-            problems.url(peer, required, url, file)
-        };
-        let database = url(Peer::Database, self.database_url, self.database_url_file);
-        let queue = url(Peer::Queue, self.queue_url, self.queue_url_file);
-        let market_data = url(Peer::MarketData, self.market_data_url, self.market_data_url_file);
-        let mail_url = url(Peer::Mail, self.mail_url, self.mail_url_file);
+        let database = self.database.check(&mut problems);
+        let queue_is_needed = needed.contains(&Peer::Queue);
+        let queue = problems.url(Peer::Queue, queue_is_needed, self.queue_url, self.queue_url_file);
         let queue_ca_file = problems.certificates("queue-ca-file", self.queue_ca_file);
-        let market_data_ca_file = problems.certificates("market-data-ca-file", self.market_data_ca_file);
+        let store_is_needed = needed.contains(&Peer::MarketData);
+        let market_data = self.market_data.check(&mut problems, store_is_needed);
+        let mail_url = problems.url(Peer::Mail, false, self.mail_url, self.mail_url_file);
         let mail_ca_file = problems.certificates("mail-ca-file", self.mail_ca_file);
         let mail = problems.mail(mail_url, mail_ca_file, &self.mail_from);
         let notice_delay = problems.duration("notice-delay", &self.notice_delay);
@@ -422,7 +467,6 @@ impl ConfigArgs {
                 queue,
                 market_data,
                 queue_ca_file,
-                market_data_ca_file,
                 mail,
                 notice_delay: notice_delay?,
                 colour: self.colour,

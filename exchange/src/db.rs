@@ -10,7 +10,7 @@ use sqlx::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::config::{Config, StoreUrl};
+use crate::config::StoreUrl;
 
 /// How long a connection may idle in the pool before it is tried before use. Trying each time would cost a round
 /// trip per request.
@@ -20,10 +20,10 @@ const TRUSTED_IDLE: Duration = Duration::from_secs(5);
 const CREDENTIALS_POLL: Duration = Duration::from_secs(5);
 
 /// A pool that connects when it is used: a service starts, and says that it is not ready, without its database.
-pub fn pool(config: &Config, application_name: &str) -> anyhow::Result<PgPool> {
-    let options = connect_options(&config.database, application_name)?;
+pub fn pool(database: &StoreUrl, connections: u32, application_name: &str) -> anyhow::Result<PgPool> {
+    let options = connect_options(database, application_name)?;
     let pool = PgPoolOptions::new()
-        .max_connections(config.database_connections)
+        .max_connections(connections)
         .acquire_timeout(Duration::from_secs(3))
         .idle_timeout(Duration::from_mins(5))
         .test_before_acquire(false)

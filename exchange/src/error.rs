@@ -27,7 +27,7 @@ impl Problem {
     }
 }
 
-/// The request is not JSON of the documented shape.
+/// The body is not JSON, or no object.
 pub const INVALID_BODY: Problem = Problem::new(
     StatusCode::BAD_REQUEST,
     "invalid_body",
@@ -39,7 +39,7 @@ pub const INVALID_PARAMETER: Problem = Problem::new(
     "invalid_parameter",
     "A parameter cannot be read.",
 );
-/// One field has a value that is not allowed.
+/// One field has a value that is not allowed, or is missing, unknown, or there twice.
 pub const INVALID_FIELD: Problem = Problem::new(
     StatusCode::UNPROCESSABLE_ENTITY,
     "invalid_field",

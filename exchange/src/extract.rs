@@ -14,7 +14,8 @@ use axum::{
     http::{HeaderMap, StatusCode, header, request::Parts},
 };
 use ipnet::IpNet;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
+use serde_path_to_error::Segment;
 
 use crate::{
     app::App,
@@ -46,13 +47,40 @@ impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
                 StatusCode::PAYLOAD_TOO_LARGE => ApiError::from(error::BODY_TOO_LARGE),
                 _ => ApiError::from(error::INVALID_BODY).detail("the body was cut off"),
             })?;
-        let mut deserializer = serde_json::Deserializer::from_slice(&body);
-        let value = serde_path_to_error::deserialize(&mut deserializer)
-            .map_err(|error| at_path(error::INVALID_BODY, error))?;
-        deserializer
-            .end()
-            .map_err(|error| ApiError::from(error::INVALID_BODY).detail(error.to_string()))?;
-        Ok(Self(value))
+        read(&body).map(Self)
+    }
+}
+
+fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| refused(body, error))?;
+    deserializer
+        .end()
+        .map_err(|error| ApiError::from(error::INVALID_BODY).detail(error.to_string()))?;
+    Ok(value)
+}
+
+/// Names the field at fault: its value is not one of those allowed, or it is missing, unknown, or there twice. What is not
+/// JSON, or no object, is at fault as a whole.
+fn refused(body: &[u8], error: serde_path_to_error::Error<serde_json::Error>) -> ApiError {
+    // What is inside of an enumeration's value is nothing that clients know of.
+    let keys = error.path().iter().map_while(|segment| match segment {
+        Segment::Map { key } => Some(key.clone()),
+        _ => None,
+    });
+    let mut field: Vec<String> = keys.collect();
+    let detail = error.into_inner().to_string();
+    // Of these the path leads to the object only, and the name is nowhere but in serde's words.
+    let absent = ["missing field `", "duplicate field `"]
+        .iter()
+        .find_map(|words| detail.strip_prefix(words)?.split('`').next());
+    field.extend(absent.map(ToOwned::to_owned));
+    // The error does not tell: serde_json takes some values of the wrong kind for a mistake of syntax.
+    let is_json = serde_json::from_slice::<IgnoredAny>(body).is_ok();
+    if is_json && !field.is_empty() {
+        ApiError::invalid_field(&field.join("."), detail)
+    } else {
+        ApiError::from(error::INVALID_BODY).detail(detail)
     }
 }
 
@@ -155,17 +183,75 @@ fn network(address: IpAddr) -> IpAddr {
     }
 }
 
-fn at_path(problem: error::Problem, error: serde_path_to_error::Error<serde_json::Error>) -> ApiError {
-    let path = error.path().to_string();
-    let detail = ApiError::from(problem).detail(error.into_inner().to_string());
-    if path == "." { detail } else { detail.field(path) }
-}
-
 #[cfg(test)]
 mod tests {
     use axum::http::HeaderValue;
+    use serde::Deserialize;
 
     use super::*;
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[expect(dead_code, reason = "what matters is what cannot be read")]
+    struct Parcel {
+        size: Size,
+        weight: u8,
+        to: Option<Address>,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    enum Size {
+        Small,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[expect(dead_code, reason = "what matters is what cannot be read")]
+    struct Address {
+        city: String,
+    }
+
+    #[test]
+    fn the_field_at_fault_is_named() {
+        read::<Parcel>(br#"{"size": "small", "weight": 1, "to": {"city": "x"}}"#).unwrap();
+        for (body, field) in [
+            (r#"{"size": "huge", "weight": 1}"#, "size"),
+            (r#"{"size": 7, "weight": 1}"#, "size"),
+            (r#"{"size": {"small": 1}, "weight": 1}"#, "size"),
+            (r#"{"size": "small", "weight": 256}"#, "weight"),
+            (r#"{"size": "small", "weight": null}"#, "weight"),
+            (r#"{"size": "small", "weight": 1e999}"#, "weight"),
+            (r#"{"size": "small"}"#, "weight"),
+            (r#"{"size": "small", "weight": 1, "size": "small"}"#, "size"),
+            (r#"{"size": "small", "weight": 1, "colour": 1}"#, "colour"),
+            (r#"{"size": "small", "weight": 1, "to": {"city": 1}}"#, "to.city"),
+            (r#"{"size": "small", "weight": 1, "to": {}}"#, "to.city"),
+            (
+                r#"{"size": "small", "weight": 1, "to": {"city": "x", "c": 1}}"#,
+                "to.c",
+            ),
+        ] {
+            let refusal = read::<Parcel>(body.as_bytes()).unwrap_err();
+            assert_eq!(refusal.problem, error::INVALID_FIELD, "{body}");
+            assert_eq!(refusal.field.as_deref(), Some(field), "{body}");
+        }
+        for body in [
+            "",
+            "{",
+            "[]",
+            "7",
+            r#"{"size": "small", "weight": 1}}"#,
+            r#"{"size": smal"#,
+        ] {
+            let refusal = read::<Parcel>(body.as_bytes()).unwrap_err();
+            assert_eq!(
+                (refusal.problem, refusal.field),
+                (error::INVALID_BODY, None),
+                "{body}"
+            );
+        }
+    }
 
     #[test]
     fn a_client_cannot_choose_what_it_is_known_by() {

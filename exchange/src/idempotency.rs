@@ -5,7 +5,7 @@
 
 use axum::{
     extract::FromRequestParts,
-    http::{HeaderName, HeaderValue, StatusCode, request::Parts},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, request::Parts},
     response::{IntoResponse, Response},
 };
 use serde::Serialize;
@@ -40,14 +40,24 @@ pub const KEY_REUSED: Problem = Problem::new(
 pub struct Key(String);
 
 impl Key {
-    /// Checks a key, wherever it came from; `field` is named if it is not one.
-    pub fn new(key: String, field: &str) -> Result<Self, ApiError> {
+    /// Checks a key of the body; `field` is named if it is not one.
+    pub fn in_field(key: &str, field: &str) -> Result<Self, ApiError> {
+        Self::new(key).map_err(|why| ApiError::invalid_field(field, why))
+    }
+
+    /// Checks the header, which may not be there.
+    pub fn in_header(headers: &HeaderMap) -> Result<Option<Self>, ApiError> {
+        let key = headers
+            .get(KEY_HEADER)
+            .map(|key| Self::new(key.to_str().unwrap_or_default()));
+        key.transpose().map_err(at_header)
+    }
+
+    fn new(key: &str) -> Result<Self, &'static str> {
         if (1..=128).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return Ok(Self(key));
+            return Ok(Self(key.to_owned()));
         }
-        Err(ApiError::from(INVALID_PARAMETER)
-            .field(field)
-            .detail("1 to 128 visible ASCII characters are needed"))
+        Err("1 to 128 visible ASCII characters are needed")
     }
 
     /// The key as it was sent.
@@ -60,14 +70,15 @@ impl<S: Sync> FromRequestParts<S> for Key {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
-        let sent = parts.headers.get(KEY_HEADER).map(HeaderValue::to_str);
-        let Some(Ok(key)) = sent else {
-            return Err(ApiError::from(INVALID_PARAMETER)
-                .field("Idempotency-Key")
-                .detail("the header is needed, so that the request can be repeated safely"));
-        };
-        Self::new(key.to_owned(), "Idempotency-Key")
+        Self::in_header(&parts.headers)?
+            .ok_or_else(|| at_header("the header is needed, so that the request can be repeated safely"))
     }
+}
+
+fn at_header(why: &str) -> ApiError {
+    ApiError::from(INVALID_PARAMETER)
+        .field("Idempotency-Key")
+        .detail(why)
 }
 
 /// An answer, and whether it had been given before.

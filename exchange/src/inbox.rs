@@ -17,13 +17,13 @@ use tracing::{Instrument, error, info_span, warn};
 use uuid::Uuid;
 
 use crate::{
-    bus::{Bus, BusError, LANE_HEADER, Scope, TOPIC_HEADER, TRACE_HEADER},
+    bus::{Bus, BusError, LANE_HEADER, Scope, TOPIC_HEADER},
     lane::Lane,
     market,
     messages::MessageMetrics,
     notification,
     outbox::{Topic, rest},
-    telemetry::TraceContext,
+    telemetry::{PARENT_HEADER, STATE_HEADER, TraceContext},
 };
 
 /// Messages handled in one transaction.
@@ -76,15 +76,8 @@ pub struct Delivered {
     pub topic: Topic,
     /// The facts.
     pub payload: serde_json::Value,
-    /// The trace in which it happened, in W3C form.
-    pub traceparent: Option<String>,
-}
-
-impl Delivered {
     /// The trace in which it happened, continued.
-    fn trace(&self) -> TraceContext {
-        TraceContext::following(self.traceparent.as_deref())
-    }
+    pub trace: TraceContext,
 }
 
 /// Why an event had no effect.
@@ -200,11 +193,7 @@ impl Worker {
                         error!(labels.consumer = self.consumer.name(), labels.subject = %message.subject, error.message = reason, "dropped a message");
                         acknowledge(&message, AckKind::Term).await;
                     };
-                    let headers = message.headers.as_ref();
-                    let sent = headers.and_then(|headers| headers.get(TRACE_HEADER));
-                    TraceContext::following(sent.map(HeaderValue::as_str))
-                        .scope(dropped)
-                        .await;
+                    trace(&message).scope(dropped).await;
                     self.metrics.dead.inc();
                 }
             }
@@ -214,7 +203,7 @@ impl Worker {
         let events: Vec<&Delivered> = readable.iter().map(|(event, _)| event).collect();
         let Some(first) = events.first() else { return };
         // What happens to all of them is told once, in the trace of the first.
-        let kind = match first.trace().scope(self.apply(&events)).await {
+        let kind = match first.trace.clone().scope(self.apply(&events)).await {
             Ok(()) => AckKind::Ack,
             Err(error) if error.is_permanent() => {
                 // One message spoils the batch: find it.
@@ -224,7 +213,7 @@ impl Worker {
                 return;
             }
             Err(error) => {
-                first.trace().within(|| {
+                first.trace.within(|| {
                     warn!(
                         labels.consumer = self.consumer.name(),
                         labels.messages = events.len(),
@@ -237,7 +226,7 @@ impl Worker {
             }
         };
         for (event, message) in &readable {
-            event.trace().scope(acknowledge(message, kind)).await;
+            event.trace.clone().scope(acknowledge(message, kind)).await;
         }
     }
 
@@ -259,7 +248,7 @@ impl Worker {
             };
             acknowledge(message, kind).await;
         };
-        event.trace().scope(handled.instrument(span)).await;
+        event.trace.clone().scope(handled.instrument(span)).await;
     }
 
     /// Makes the effect of those events that have had none.
@@ -374,8 +363,19 @@ fn read(message: &jetstream::Message) -> Result<Delivered, Unread> {
         topic: Topic::parse(header(TOPIC_HEADER).ok_or(Malformed("no topic"))?).ok_or(UnknownTopic)?,
         payload: serde_json::from_slice(&message.payload)
             .map_err(|_| Malformed("the payload is not JSON"))?,
-        traceparent: header(TRACE_HEADER).map(ToOwned::to_owned),
+        trace: trace(message),
     })
+}
+
+/// The trace in which a message was sent, continued.
+fn trace(message: &jetstream::Message) -> TraceContext {
+    let headers = message.headers.as_ref();
+    let header = |name| {
+        headers
+            .and_then(|headers| headers.get(name))
+            .map(HeaderValue::as_str)
+    };
+    TraceContext::following(header(PARENT_HEADER), header(STATE_HEADER))
 }
 
 fn deliveries(message: &jetstream::Message) -> i64 {

@@ -439,7 +439,7 @@ async fn mark_all_read(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lane::Lane;
+    use crate::{lane::Lane, telemetry::TraceContext};
 
     fn delivered(topic: Topic, payload: Value) -> Delivered {
         Delivered {
@@ -447,7 +447,7 @@ mod tests {
             lane: Lane::live(),
             topic,
             payload,
-            traceparent: None,
+            trace: TraceContext::root(),
         }
     }
 

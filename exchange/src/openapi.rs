@@ -27,34 +27,22 @@ use crate::{
 /// What operations refuse for reasons of their own. What follows from their shape is in [`of_shape`].
 const REFUSALS: &[(&str, &str, &[&str])] = &[
     ("get", "/version", &[]),
-    (
-        "post",
-        "/register",
-        &["lane_refused", "invalid_field", "too_many_requests"],
-    ),
+    ("post", "/register", &["lane_refused", "too_many_requests"]),
     ("post", "/login", &["wrong_credentials", "too_many_requests"]),
     ("post", "/token/refresh", &["invalid_refresh_token"]),
     ("post", "/logout", &[]),
     ("get", "/profile", &[]),
-    ("patch", "/profile", &["invalid_field"]),
-    (
-        "post",
-        "/password",
-        &["wrong_credentials", "invalid_field", "too_many_requests"],
-    ),
+    ("patch", "/profile", &[]),
+    ("post", "/password", &["wrong_credentials", "too_many_requests"]),
     ("get", "/user/export", &["too_many_requests"]),
     ("delete", "/user", &["accounts_not_empty"]),
     ("delete", "/lane", &["lane_refused"]),
     ("get", "/.well-known/jwks.json", &[]),
-    (
-        "post",
-        "/account/add",
-        &["unknown_currency", "account_exists", "invalid_field"],
-    ),
+    ("post", "/account/add", &["unknown_currency", "account_exists"]),
     (
         "post",
         "/account/update",
-        &["account_not_found", "account_exists", "invalid_field"],
+        &["account_not_found", "account_exists"],
     ),
     (
         "post",
@@ -71,7 +59,6 @@ const REFUSALS: &[(&str, &str, &[&str])] = &[
             "amount_increment",
             "balance_limit",
             "idempotency_key_reused",
-            "invalid_field",
         ],
     ),
     (
@@ -83,7 +70,6 @@ const REFUSALS: &[(&str, &str, &[&str])] = &[
             "amount_increment",
             "insufficient_funds",
             "idempotency_key_reused",
-            "invalid_field",
         ],
     ),
     ("get", "/products", &[]),
@@ -104,7 +90,6 @@ const REFUSALS: &[(&str, &str, &[&str])] = &[
             "balance_limit",
             "open_order_limit",
             "idempotency_key_reused",
-            "invalid_field",
         ],
     ),
     ("post", "/trade/cancel", &["order_not_found", "order_filled"]),
@@ -235,6 +220,7 @@ fn of_shape(operation: &Operation) -> Vec<Problem> {
     if operation.request_body.is_some() {
         problems.extend([
             error::INVALID_BODY,
+            error::INVALID_FIELD,
             error::REQUEST_TIMEOUT,
             error::BODY_TOO_LARGE,
             error::UNSUPPORTED_MEDIA_TYPE,

@@ -17,7 +17,7 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use crate::{
-    bus::{Bus, BusError, Outgoing, Scope, TRACE_HEADER},
+    bus::{Bus, BusError, Outgoing, Scope},
     lane::Lane,
     messages::MessageMetrics,
     telemetry::TraceContext,
@@ -102,10 +102,7 @@ pub struct Event {
 /// Writes an event down, in the transaction of what it tells, with the trace that it belongs to.
 pub async fn enqueue(connection: &mut PgConnection, event: &Event) -> Result<Uuid, sqlx::Error> {
     let id = Uuid::now_v7();
-    let headers = TraceContext::current().map_or_else(
-        || json!({}),
-        |context| json!({ TRACE_HEADER: context.to_string() }),
-    );
+    let headers = TraceContext::current().map_or_else(|| json!({}), |context| context.headers());
     sqlx::query(
         "insert into outbox (id, lane, topic, key, payload, headers) values ($1, $2, $3, $4, $5, $6)",
     )
@@ -186,7 +183,8 @@ async fn publish_open(
 ) -> Result<usize, RelayError> {
     let mut transaction = db.begin().await?;
     let events: Vec<Outgoing> = sqlx::query_as(
-        "select id, lane, topic, payload, headers ->> 'traceparent' as traceparent
+        "select id, lane, topic, payload, headers ->> 'traceparent' as traceparent,
+                headers ->> 'tracestate' as tracestate
          from outbox
          where published_at is null and done_at is null and starts_with(lane, $1)
          order by id limit $2 for update skip locked",

@@ -2,9 +2,9 @@
 //!
 //! Never logged: passwords, tokens, secrets, URLs with credentials, e-mail addresses, bodies.
 
-use std::{fmt, io::Write};
+use std::{fmt, io::Write, sync::Arc};
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderValue};
 use serde_json::{Map, Value};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tracing::{
@@ -14,16 +14,26 @@ use tracing::{
 };
 use tracing_subscriber::{EnvFilter, Layer, layer::Context, prelude::*, registry::LookupSpan};
 
+/// The header of requests and messages that says in which step of which trace they were sent.
+pub const PARENT_HEADER: &str = "traceparent";
+/// The header with what tracing systems add to that for each other.
+pub const STATE_HEADER: &str = "tracestate";
+/// The longest `tracestate` that is passed on, and the most entries: what W3C asks of everybody.
+const LONGEST_STATE: usize = 512;
+const MOST_ENTRIES: usize = 32;
+
 tokio::task_local! {
     static TRACE: TraceContext;
 }
 
 /// Where an event belongs: a W3C trace context.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TraceContext {
     trace_id: u128,
     span_id: u64,
     flags: u8,
+    /// The `tracestate` of the sender, which is passed on as it came.
+    state: Option<Arc<str>>,
 }
 
 impl TraceContext {
@@ -33,20 +43,32 @@ impl TraceContext {
             trace_id: rand::random_range(1..=u128::MAX),
             span_id: new_span_id(),
             flags: 1,
+            state: None,
         }
     }
 
     /// The trace that the sender of these headers was in, continued; a new one if it sent none.
     pub fn continued(headers: &HeaderMap) -> Self {
-        let sent = headers.get("traceparent").and_then(|value| value.to_str().ok());
-        Self::following(sent)
+        let parent = headers.get(PARENT_HEADER).and_then(|value| value.to_str().ok());
+        // A list, which may be spread over several headers.
+        let state: Result<Vec<_>, _> = headers
+            .get_all(STATE_HEADER)
+            .iter()
+            .map(HeaderValue::to_str)
+            .collect();
+        Self::following(parent, state.ok().map(|entries| entries.join(",")).as_deref())
     }
 
-    /// The trace of this `traceparent`, continued; a new one if there is none that can be read.
-    pub fn following(traceparent: Option<&str>) -> Self {
-        traceparent
-            .and_then(Self::parse)
-            .map_or_else(Self::root, Self::child)
+    /// The trace of this `traceparent` and `tracestate`, continued; a new one if there is none that can be read. A state that
+    /// cannot be passed on is left out.
+    pub fn following(traceparent: Option<&str>, tracestate: Option<&str>) -> Self {
+        let Some(sent) = traceparent.and_then(Self::parse) else {
+            return Self::root();
+        };
+        Self {
+            state: tracestate.filter(|state| is_state(state)).map(Arc::from),
+            ..sent.child()
+        }
     }
 
     /// Reads a `traceparent`.
@@ -66,27 +88,36 @@ impl TraceContext {
             trace_id: u128::from_str_radix(trace, 16).ok()?,
             span_id: u64::from_str_radix(span, 16).ok()?,
             flags: u8::from_str_radix(flags, 16).ok()?,
+            state: None,
         };
         (context.trace_id != 0 && context.span_id != 0).then_some(context)
     }
 
     /// A step inside this trace.
     #[must_use]
-    pub fn child(self) -> Self {
+    pub fn child(&self) -> Self {
         Self {
             span_id: new_span_id(),
-            ..self
+            ..self.clone()
         }
     }
 
     /// The context of the running task, to be sent on with requests and messages.
     pub fn current() -> Option<Self> {
-        TRACE.try_with(|context| *context).ok()
+        TRACE.try_with(Self::clone).ok()
+    }
+
+    /// As the headers of a message, by their names.
+    pub fn headers(&self) -> Value {
+        let state = self.state.iter().map(|state| (STATE_HEADER, state.to_string()));
+        std::iter::once((PARENT_HEADER, self.to_string()))
+            .chain(state)
+            .collect()
     }
 
     /// Does something in this context.
-    pub fn within<T>(self, action: impl FnOnce() -> T) -> T {
-        TRACE.sync_scope(self, action)
+    pub fn within<T>(&self, action: impl FnOnce() -> T) -> T {
+        TRACE.sync_scope(self.clone(), action)
     }
 
     /// Runs a future in this context.
@@ -104,6 +135,15 @@ impl fmt::Display for TraceContext {
             self.trace_id, self.span_id, self.flags
         )
     }
+}
+
+/// Whether this is a list of entries `key=value` that is short enough.
+fn is_state(state: &str) -> bool {
+    let entries = || state.split(',').map(str::trim).filter(|entry| !entry.is_empty());
+    state.len() <= LONGEST_STATE
+        && state.bytes().all(|byte| matches!(byte, b' '..=b'~'))
+        && (1..=MOST_ENTRIES).contains(&entries().count())
+        && entries().all(|entry| entry.find('=').is_some_and(|length| length > 0))
 }
 
 fn new_span_id() -> u64 {
@@ -229,6 +269,59 @@ mod tests {
         let child = context.child();
         assert_eq!(child.trace_id, context.trace_id);
         assert_ne!(child.span_id, context.span_id);
+    }
+
+    #[test]
+    fn the_state_of_a_trace_goes_on_as_it_came() {
+        let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        let mut sent = HeaderMap::new();
+        sent.insert(PARENT_HEADER, HeaderValue::from_static(parent));
+        sent.append(
+            STATE_HEADER,
+            HeaderValue::from_static("vendor=a:1;b=2, other@x=3"),
+        );
+        sent.append(STATE_HEADER, HeaderValue::from_static("third=4"));
+        let headers = TraceContext::continued(&sent).child().headers();
+        assert_eq!(headers[STATE_HEADER], "vendor=a:1;b=2, other@x=3,third=4");
+        let (parent, state) = (headers[PARENT_HEADER].as_str(), headers[STATE_HEADER].as_str());
+        let received = TraceContext::following(parent, state);
+        assert_eq!(received.headers()[STATE_HEADER], headers[STATE_HEADER]);
+        sent.append(STATE_HEADER, HeaderValue::from_bytes(b"fourth=\xff").unwrap());
+        assert_eq!(TraceContext::continued(&sent).state, None);
+    }
+
+    #[test]
+    fn a_state_that_cannot_go_on_is_left_out() {
+        let parent = Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
+        let of_length = |length: usize| format!("k={}", "v".repeat(length - 2));
+        let entries = |number| {
+            (0..number)
+                .map(|key| format!("k{key}=v"))
+                .collect::<Vec<_>>()
+                .join(",")
+        };
+        for good in [of_length(512), entries(32), "a=b,,c=d".to_owned()] {
+            let context = TraceContext::following(parent, Some(&good));
+            assert_eq!(context.state.as_deref(), Some(&*good));
+            // It belongs to its trace.
+            for parent in [None, Some("00-0af7-b7ad6b7169203331-01")] {
+                assert_eq!(TraceContext::following(parent, Some(&good)).state, None);
+            }
+        }
+        for bad in [
+            of_length(513),
+            entries(33),
+            String::new(),
+            ",".to_owned(),
+            "k".to_owned(),
+            "=v".to_owned(),
+            "k=v\r\nx: y".to_owned(),
+            "k=ß".to_owned(),
+        ] {
+            let context = TraceContext::following(parent, Some(&bad));
+            assert_eq!(context.state, None, "{bad}");
+            assert_eq!(context.headers()[STATE_HEADER], Value::Null);
+        }
     }
 
     #[test]

@@ -74,7 +74,7 @@ $$;
 -- is not above the taker's and ⌈a⌉ + ⌊b⌋ ≤ ⌈a + b⌉; if both were rounded up, a unit could be missing.
 create function submit_orders_v1(
     p_lane text, p_product text, p_ids uuid[], p_users uuid[], p_client_order_ids text[], p_sides text[], p_prices numeric[],
-    p_sizes numeric[], p_times_in_force text[], p_base_accounts uuid[], p_quote_accounts uuid[], p_traces text[]
+    p_sizes numeric[], p_times_in_force text[], p_base_accounts uuid[], p_quote_accounts uuid[], p_headers jsonb[]
 ) returns table (
     -- `accepted`, `replayed` (this very order is known: the first answer again), `deferred` (nothing has been done, send it again),
     -- or why it was refused, and the field at fault.
@@ -333,7 +333,7 @@ begin
                        and case when buying then o.quote_account_id = m_quote[m] else o.base_account_id = m_base[m] end), now_at);
                 return query select * from submit_orders_v1(
                     p_lane, p_product, p_ids, p_users, p_client_order_ids, p_sides, p_prices, p_sizes, p_times_in_force,
-                    p_base_accounts, p_quote_accounts, p_traces);
+                    p_base_accounts, p_quote_accounts, p_headers);
                 return;
             end if;
             -- The taker gives and gets, then the maker, whose share was on hold.
@@ -434,7 +434,7 @@ begin
          where given.at is null and o.id = given.id and o.remaining <> given.rest;
 
         with given as (
-            select u.id, u.price, u.size, u.value, p_sides[u.taker] as side, p_traces[u.taker] as trace,
+            select u.id, u.price, u.size, u.value, p_sides[u.taker] as side, p_headers[u.taker] as headers,
                    p_users[u.taker] as taker_user, p_ids[u.taker] as taker_order, u.taker_fee,
                    p_base_accounts[u.taker] as taker_base, p_quote_accounts[u.taker] as taker_quote,
                    m_user[u.maker] as maker_user, m_id[u.maker] as maker_order, u.maker_fee,
@@ -474,7 +474,7 @@ begin
                    jsonb_build_object('user_id', taker_user, 'order_id', taker_order, 'fee', trim_scale(taker_fee)::text),
                    case side when 'buy' then 'seller' else 'buyer' end,
                    jsonb_build_object('user_id', maker_user, 'order_id', maker_order, 'fee', trim_scale(maker_fee)::text)),
-               case when trace is null then '{}' else jsonb_build_object('traceparent', trace) end
+               coalesce(headers, '{}')
           from given;
     end if;
 
@@ -538,7 +538,7 @@ end $$;
 -- A withdrawal names its owner; a deposit comes from outside and has none (null).
 -- `outcome`: `posted`, `account_not_found`, `account_frozen`, `insufficient_funds`, `amount_increment`, `balance_limit`.
 create function move_external_v1(p_lane text, p_kind text, p_account uuid, p_user uuid, p_amount numeric, p_reference text,
-                                 p_trace text)
+                                 p_headers jsonb)
 returns table (outcome text, transfer_id bigint, currency text, balance numeric, hold numeric, created_at timestamptz)
 language plpgsql security definer set search_path = public, pg_temp as $$
 #variable_conflict use_column
@@ -581,7 +581,7 @@ begin
                 jsonb_build_object('transfer_id', move_external_v1.transfer_id::text, 'kind', p_kind, 'user_id', owner_id,
                                    'account_id', p_account, 'currency', move_external_v1.currency,
                                    'amount', trim_scale(p_amount)::text),
-                case when p_trace is null then '{}' else jsonb_build_object('traceparent', p_trace) end);
+                coalesce(p_headers, '{}'));
     end if;
     return next;
 end $$;

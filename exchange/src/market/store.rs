@@ -42,14 +42,10 @@ pub struct StoreConfig {
 impl StoreConfig {
     /// The part of a service's configuration that is about market data.
     pub fn from(config: &Config) -> anyhow::Result<Self> {
-        let url = config
+        config
             .market_data
             .clone()
-            .context("--market-data-url or --market-data-url-file is required")?;
-        Ok(Self {
-            url,
-            ca_file: config.market_data_ca_file.clone(),
-        })
+            .context("--market-data-url or --market-data-url-file is required")
     }
 }
 

@@ -302,7 +302,7 @@ impl Books {
         .bind(batch.iter().map(|order| order.time_in_force.as_str()).collect::<Vec<_>>())
         .bind(column(|order| order.base_account_id))
         .bind(column(|order| order.quote_account_id))
-        .bind(batch.iter().map(|order| order.trace.to_string()).collect::<Vec<_>>())
+        .bind(batch.iter().map(|order| order.trace.headers()).collect::<Vec<_>>())
         .fetch_all(&self.db)
         .await
     }

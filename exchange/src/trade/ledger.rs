@@ -19,6 +19,7 @@ use crate::{
     extract::Body,
     idempotency::{self, Answer, Key},
     money::{Amount, OutOfRange},
+    outbox::{self, Event, Topic},
     telemetry::TraceContext,
 };
 
@@ -378,7 +379,8 @@ pub(super) async fn list_accounts(
 #[utoipa::path(
     post, path = "/account/deposit", tag = "trade", security(("access_token" = [])), request_body = Movement,
     params(
-        ("Idempotency-Key" = String, Header, description = "Repeating a request with its key gives its answer again"),
+        ("Idempotency-Key" = String, Header, description = "Repeating a request with its key gives its answer again",
+         min_length = 1, max_length = 128),
         ("x-exchange-lane-secret" = Option<String>, Header, description = "In a test lane: the secret of its stack"),
     ),
     responses((status = 201, body = Transfer)),
@@ -399,7 +401,8 @@ pub(super) async fn deposit(
 /// Takes money out of an account of the caller.
 #[utoipa::path(
     post, path = "/account/withdraw", tag = "trade", security(("access_token" = [])), request_body = Movement,
-    params(("Idempotency-Key" = String, Header, description = "Repeating a request with its key gives its answer again")),
+    params(("Idempotency-Key" = String, Header, description = "Repeating a request with its key gives its answer again",
+            min_length = 1, max_length = 128)),
     responses((status = 201, body = Transfer)),
 )]
 pub(super) async fn withdraw(
@@ -450,7 +453,7 @@ async fn move_external(
     .bind(caller.user_id)
     .bind(request.amount)
     .bind(reference)
-    .bind(TraceContext::current().map(|trace| trace.to_string()))
+    .bind(TraceContext::current().map(|trace| trace.headers()))
     .fetch_one(&mut *transaction)
     .await?;
     let (Some(transfer_id), Some(currency), Some(balance), Some(hold), Some(created_at)) = (
@@ -503,16 +506,13 @@ async fn tell_change(
     let payload = json!({
         "user_id": caller.user_id, "account_id": account.id, "change": change, "currency": account.currency,
     });
-    let headers =
-        TraceContext::current().map_or_else(|| json!({}), |trace| json!({"traceparent": trace.to_string()}));
-    sqlx::query("insert into outbox (id, lane, topic, key, payload, headers) values ($1, $2, 'account.changed', $3, $4, $5)")
-        .bind(Uuid::now_v7())
-        .bind(&caller.lane)
-        .bind(caller.user_id.to_string())
-        .bind(payload)
-        .bind(headers)
-        .execute(connection)
-        .await?;
+    let event = Event {
+        lane: caller.lane.clone(),
+        topic: Topic::AccountChanged,
+        key: caller.user_id.to_string(),
+        payload,
+    };
+    outbox::enqueue(connection, &event).await?;
     Ok(())
 }
 

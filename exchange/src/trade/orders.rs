@@ -4,7 +4,6 @@
 //! arrival stands in its row, so that the first answer can be given again.
 
 use axum::{Extension, Json, extract::State, http::HeaderMap};
-use http::HeaderValue;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
@@ -13,9 +12,9 @@ use uuid::Uuid;
 use crate::{
     app::App,
     auth::Caller,
-    error::{ApiError, INVALID_PARAMETER},
+    error::ApiError,
     extract::Body,
-    idempotency::{Answer, KEY_HEADER, Key},
+    idempotency::{Answer, Key},
     money::{Amount, Price, Size},
     telemetry::TraceContext,
 };
@@ -138,7 +137,8 @@ struct CancelRow {
 /// Places an order, matches it and settles what it traded.
 #[utoipa::path(
     post, path = "/trade/add", tag = "trade", security(("access_token" = [])), request_body = NewOrder,
-    params(("Idempotency-Key" = Option<String>, Header, description = "Instead of `client_order_id`")),
+    params(("Idempotency-Key" = Option<String>, Header, description = "Instead of `client_order_id`",
+            min_length = 1, max_length = 128)),
     responses((status = 201, body = Order)),
 )]
 pub(super) async fn add_order(
@@ -146,8 +146,9 @@ pub(super) async fn add_order(
     Extension(books): Extension<Books>,
     Extension(counters): Extension<Counters>,
     headers: HeaderMap,
-    Body(request): Body<NewOrder>,
+    body: Result<Body<NewOrder>, ApiError>,
 ) -> Result<Answer<Order>, ApiError> {
+    let Body(request) = body.inspect_err(|refusal| counters.refused(refusal))?;
     let understood = client_order_id(request.client_order_id.as_deref(), &headers)
         .and_then(|client_order_id| Ok((client_order_id, check(&request)?)));
     let (client_order_id, time_in_force) = understood.inspect_err(|refusal| counters.refused(refusal))?;
@@ -213,17 +214,17 @@ pub(super) async fn cancel_order(
 
 /// The client order id, from the body or the header.
 fn client_order_id(given: Option<&str>, headers: &HeaderMap) -> Result<String, ApiError> {
-    let header = headers.get(KEY_HEADER).map(HeaderValue::to_str).transpose();
-    let header = header.map_err(|_| ApiError::from(INVALID_PARAMETER).field("Idempotency-Key"))?;
-    let key = match (given, header) {
+    let given = given
+        .map(|key| Key::in_field(key, "client_order_id"))
+        .transpose()?;
+    let key = match (given, Key::in_header(headers)?) {
         (Some(given), Some(header)) if given != header => {
             return Err(ApiError::invalid_field(
                 "client_order_id",
                 "differs from the header Idempotency-Key",
             ));
         }
-        (Some(key), _) => Key::new(key.to_owned(), "client_order_id")?,
-        (None, Some(key)) => Key::new(key.to_owned(), "Idempotency-Key")?,
+        (Some(key), _) | (None, Some(key)) => key,
         (None, None) => {
             return Err(ApiError::invalid_field(
                 "client_order_id",

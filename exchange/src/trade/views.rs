@@ -65,7 +65,8 @@ pub(super) struct TradesOfAccount {
     account_id: Uuid,
     /// Where the page begins: the `next_cursor` of the page before it.
     cursor: Option<String>,
-    /// Trades on the page, 1 to 500; 100 unless given.
+    /// Trades on the page; 100 unless given.
+    #[param(minimum = 1, maximum = 500)]
     limit: Option<i64>,
 }
 
@@ -104,7 +105,8 @@ pub(super) struct BookChoice {
     /// The symbol of a product.
     #[param(min_length = 1, max_length = 21)]
     product: String,
-    /// Price levels per side, 1 to 200; 20 unless given.
+    /// Price levels per side; 20 unless given.
+    #[param(minimum = 1, maximum = 200)]
     depth: Option<i64>,
 }
 

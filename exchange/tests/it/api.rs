@@ -235,6 +235,14 @@ impl Operation {
             .collect()
     }
 
+    /// The fields that a body cannot do without.
+    pub(crate) fn required_fields(&self, document: &Value) -> Vec<String> {
+        let schema = &self.description["requestBody"]["content"]["application/json"]["schema"];
+        let reference = schema["$ref"].as_str().unwrap().trim_start_matches('#');
+        let required = document.pointer(reference).unwrap()["required"].as_array();
+        required.into_iter().flatten().map(text).collect()
+    }
+
     fn rule(&self) -> Rule {
         let of_this = |rule: &&(&str, &str, Rule)| (rule.0, rule.1) == (&*self.method, &*self.path);
         RULES.iter().find(of_this).unwrap().2

@@ -161,7 +161,7 @@ from submit_orders_v1('live', 'C' || lpad((:p)::int::text, 2, '0') || '-USD', ar
     array[('00000000-0000-4000-9000-' || lpad(to_hex((:u)::int), 12, '0'))::uuid], array[gen_random_uuid()::text],
     array[case (:s)::int when 0 then 'buy' else 'sell' end], array[100]::numeric[], array[(:z)::int * 0.01], array['gtc'],
     array[('00000000-0000-4000-8' || lpad(to_hex((:p)::int), 3, '0') || '-' || lpad(to_hex((:u)::int), 12, '0'))::uuid],
-    array[('00000000-0000-4000-8000-' || lpad(to_hex((:u)::int), 12, '0'))::uuid], array[null]::text[]);
+    array[('00000000-0000-4000-8000-' || lpad(to_hex((:u)::int), 12, '0'))::uuid], array[null]::jsonb[]);
 ";
 
 /// Users with plenty in an account of each currency.

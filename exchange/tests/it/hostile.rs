@@ -73,6 +73,51 @@ async fn no_input_makes_it_fail() {
     assert!(tried > 1500, "only {tried} inputs");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_with_a_body_is_said_with_its_field() {
+    let world = World::start().await;
+    let document = document();
+    let user = world.user("ada").await;
+    let mut bodies = 0;
+    for operation in operations(&document) {
+        let right = Input::of(&document, &operation, &user);
+        let Some(Value::Object(fields)) = &right.body else {
+            continue;
+        };
+        bodies += 1;
+        let with = |field: &str, value: Value| {
+            let mut wrong = fields.clone();
+            wrong.insert(field.to_owned(), value);
+            (field.to_owned(), wrong)
+        };
+        let mistyped = fields
+            .keys()
+            .flat_map(|field| [with(field, json!([])), with(field, json!({"$ne": null}))]);
+        let required = operation.required_fields(&document);
+        let missing = required.into_iter().map(|field| {
+            let mut wrong = fields.clone();
+            wrong.remove(&field).unwrap();
+            (field, wrong)
+        });
+        for (field, body) in mistyped.chain(missing).chain([with("surprise", json!(1))]) {
+            let input = Input {
+                body: Some(body.into()),
+                ..right.clone()
+            };
+            let response = world.send(&operation, &input, Some(&user.token)).await;
+            let status = response.status();
+            let problem: Value = response.json().await.unwrap();
+            assert_eq!(
+                (status.as_u16(), &problem["code"], &problem["field"]),
+                (422, &json!("invalid_field"), &json!(field)),
+                "{} {input:?} {problem}",
+                operation.path
+            );
+        }
+    }
+    assert!(bodies > 10, "only {bodies} operations with a body");
+}
+
 /// Sends what is right and then everything that is not, and returns how much that was.
 async fn try_as(
     guise: &Guise,

@@ -203,7 +203,7 @@ impl<'a> Lane<'a> {
         )
         .bind(batch.iter().map(|order| user(order).1).collect::<Vec<_>>())
         .bind(batch.iter().map(|order| user(order).2).collect::<Vec<_>>())
-        .bind(vec![None::<String>; batch.len()])
+        .bind(vec![None::<serde_json::Value>; batch.len()])
         .fetch_all(self.db)
         .await
         .unwrap()

@@ -136,7 +136,6 @@ fn stores_that_are_missing_or_cannot_be_reached_by_their_urls_are_all_named_at_o
     let start = |service: &[&str], settings: &[(&str, &str)]| {
         let output = std::process::Command::new(crate::servers::binary())
             .args(service)
-            .env("EXCHANGE_ROLE", "live")
             .envs(settings.iter().copied())
             .output()
             .unwrap();
@@ -155,17 +154,22 @@ fn stores_that_are_missing_or_cannot_be_reached_by_their_urls_are_all_named_at_o
         ("EXCHANGE_MARKET_DATA_URL", "redis://:s3cr3t@"),
         ("EXCHANGE_MAIL_URL_FILE", mail.to_str().unwrap()),
     ];
-    let said = start(&["notification"], &unusable);
+    let live = ("EXCHANGE_ROLE", "live");
+    let said = start(&["notification"], &[&unusable[..], &[live]].concat());
     assert_eq!(names(&said), unusable.map(|(name, _)| name), "{said}");
     let needed = [
         "EXCHANGE_DATABASE_URL",
         "EXCHANGE_QUEUE_URL",
         "EXCHANGE_MARKET_DATA_URL",
     ];
-    let said = start(&["notification"], &[]);
+    let said = start(&["notification"], &[live]);
     assert_eq!(names(&said), needed, "{said}");
-    for service in [&["market", "rebuild"][..], &["trade"]] {
-        let said = start(service, &[]);
+    // Whoever serves nobody has no role.
+    for (command, settings) in [
+        (&["market", "rebuild"][..], &[][..]),
+        (&["trade"][..], &[live][..]),
+    ] {
+        let said = start(command, settings);
         assert_eq!(names(&said), [needed[0], needed[2]], "{said}");
     }
 }

@@ -456,7 +456,7 @@ impl Stores {
     /// Runs `exchange market rebuild`.
     pub(crate) fn rebuild_market_data(&self) {
         let output = Command::new(binary())
-            .args(["market", "rebuild", "--role", "live"])
+            .args(["market", "rebuild"])
             .args(["--database-url", &self.database.app_url])
             .args(["--market-data-url", &self.redis.url()])
             .output()

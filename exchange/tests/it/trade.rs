@@ -228,18 +228,30 @@ async fn what_is_wrong_with_an_order_is_said_with_its_field() {
         order
     };
     let cases = [
-        (with("type", json!("hold")), 400, "invalid_body", "type"),
-        (with("size", json!(0.1)), 400, "invalid_body", "size"),
-        (with("size", json!("1e3")), 400, "invalid_body", "size"),
-        (with("size", json!("-1")), 400, "invalid_body", "size"),
-        (with("size", json!("0")), 400, "invalid_body", "size"),
-        (with("price", json!("NaN")), 400, "invalid_body", "price"),
+        (with("type", json!("hold")), 422, "invalid_field", "type"),
+        (
+            with("order_type", json!("stop")),
+            422,
+            "invalid_field",
+            "order_type",
+        ),
+        (
+            with("time_in_force", json!("FOK")),
+            422,
+            "invalid_field",
+            "time_in_force",
+        ),
+        (with("size", json!(0.1)), 422, "invalid_field", "size"),
+        (with("size", json!("1e3")), 422, "invalid_field", "size"),
+        (with("size", json!("-1")), 422, "invalid_field", "size"),
+        (with("size", json!("0")), 422, "invalid_field", "size"),
+        (with("price", json!("NaN")), 422, "invalid_field", "price"),
         (with("price", json!(null)), 422, "invalid_field", "price"),
         (with("order_type", json!("market")), 422, "invalid_field", "price"),
         (
             with("client_order_id", json!("with space")),
-            400,
-            "invalid_parameter",
+            422,
+            "invalid_field",
             "client_order_id",
         ),
         (
@@ -765,7 +777,7 @@ async fn rest_many(owner: &PgPool, wallet: &Wallet, number: i32, price: i32) -> 
              array_fill((select user_id from accounts where id = $2), array[$1]),
              array(select gen_random_uuid()::text from generate_series(1, $1)), array_fill('sell'::text, array[$1]),
              array_fill($4::numeric, array[$1]), array_fill(0.00001, array[$1]), array_fill('gtc'::text, array[$1]),
-             array_fill($2, array[$1]), array_fill($3, array[$1]), array_fill(null::text, array[$1]))",
+             array_fill($2, array[$1]), array_fill($3, array[$1]), array_fill(null::jsonb, array[$1]))",
     )
     .bind(number)
     .bind(wallet.btc.parse::<Uuid>().unwrap())

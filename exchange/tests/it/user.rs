@@ -1098,14 +1098,14 @@ async fn hostile_input_is_refused_with_the_field_at_fault() {
         ),
         (
             json!({"email": 7, "password": PASSWORD}),
-            400,
-            "invalid_body",
+            422,
+            "invalid_field",
             "email",
         ),
         (
             json!({"email": "a@b.org", "password": PASSWORD, "scopes": ["treasury"]}),
-            400,
-            "invalid_body",
+            422,
+            "invalid_field",
             "scopes",
         ),
     ] {

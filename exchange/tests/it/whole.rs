@@ -337,15 +337,35 @@ async fn what_happens_is_counted_and_belongs_to_its_trace() {
     ann.place("sell", "1", "100").await;
 
     let trace = "0af7651916cd43dd8448eb211c80319c";
-    let order = bob.order("buy", "1", "100");
-    let request = stack
-        .trade
-        .client
-        .post(stack.trade.url("/trade/add"))
-        .bearer_auth(bob.trader.token())
-        .header("traceparent", format!("00-{trace}-b7ad6b7169203331-01"));
-    let placed = request.json(&order).send().await.unwrap();
-    assert_eq!(placed.status(), 201);
+    // Every way into the outbox.
+    let requests = [
+        ("/trade/add", bob.order("buy", "1", "100"), "trade.executed"),
+        (
+            "/account/withdraw",
+            json!({"account_id": bob.usd, "amount": "1"}),
+            "transfer.posted",
+        ),
+        (
+            "/account/add",
+            json!({"currency": "USD", "name": "more"}),
+            "account.changed",
+        ),
+    ];
+    for (path, body, _) in &requests {
+        let request = stack
+            .trade
+            .client
+            .post(stack.trade.url(path))
+            .bearer_auth(bob.trader.token())
+            .header("traceparent", format!("00-{trace}-b7ad6b7169203331-01"))
+            .header("tracestate", format!("vendor={path}"));
+        let request = if *path == "/account/withdraw" {
+            request.header("idempotency-key", "traced")
+        } else {
+            request
+        };
+        assert_eq!(request.json(body).send().await.unwrap().status(), 201, "{path}");
+    }
     let refused = bob
         .trader
         .post("/trade/add", &bob.order("buy", "1", "999999"))
@@ -354,6 +374,8 @@ async fn what_happens_is_counted_and_belongs_to_its_trace() {
     // What is refused before the database is asked is refused as well; and what is no order.
     let mut invalid = bob.order("buy", "1", "100");
     invalid["order_type"] = json!("market");
+    assert_eq!(bob.trader.post("/trade/add", &invalid).await.status(), 422);
+    invalid["order_type"] = json!("stop");
     assert_eq!(bob.trader.post("/trade/add", &invalid).await.status(), 422);
     let unknown = json!({"order_id": Uuid::now_v7()});
     assert_eq!(bob.trader.post("/trade/cancel", &unknown).await.status(), 404);
@@ -369,16 +391,18 @@ async fn what_happens_is_counted_and_belongs_to_its_trace() {
         .get_stream("exchange-live")
         .await
         .unwrap();
-    let message = stream
-        .get_last_raw_message_by_subject("exchange.live.trade.executed")
-        .await
-        .unwrap();
-    let header = message.headers.get("traceparent").unwrap().as_str();
-    assert!(header.starts_with(&format!("00-{trace}-")), "{header}");
-    assert!(
-        !header.contains("b7ad6b7169203331"),
-        "the span is the sender's: {header}"
-    );
+    for (path, _, topic) in &requests {
+        let subject = format!("exchange.live.{topic}");
+        let message = stream.get_last_raw_message_by_subject(&subject).await.unwrap();
+        let header = |name: &str| message.headers.get(name).unwrap().as_str().to_owned();
+        let parent = header("traceparent");
+        assert!(parent.starts_with(&format!("00-{trace}-")), "{parent}");
+        assert!(
+            !parent.contains("b7ad6b7169203331"),
+            "the span is the sender's: {parent}"
+        );
+        assert_eq!(header("tracestate"), format!("vendor={path}"));
+    }
 
     let route = r#"method="POST",route="/trade/add",lane="live""#;
     let problems = |route: &str, code: &str| {
@@ -399,7 +423,7 @@ async fn what_happens_is_counted_and_belongs_to_its_trace() {
         ),
         (r#"orders_total{outcome="accepted"}"#.to_owned(), 2.0),
         (r#"orders_total{outcome="insufficient_funds"}"#.to_owned(), 1.0),
-        (r#"orders_total{outcome="invalid_field"}"#.to_owned(), 1.0),
+        (r#"orders_total{outcome="invalid_field"}"#.to_owned(), 2.0),
         (problems("/trade/add", "insufficient_funds"), 1.0),
         (problems("/trade/cancel", "order_not_found"), 1.0),
         (problems("/account/withdraw", "insufficient_funds"), 1.0),
