@@ -17,7 +17,7 @@ use tokio_rustls::TlsAcceptor;
 use uuid::Uuid;
 
 use crate::{
-    servers::{Service, eventually, free_port, temporary_directory},
+    servers::{Port, Service, eventually, temporary_directory},
     stores::{Certificates, Nats, Redis, Stores},
 };
 
@@ -416,7 +416,7 @@ async fn who_is_told_to_stop_does_not_wait_for_a_silent_mail_server() {
 async fn events_pass_and_mails_go_out_over_tls_only_to_whom_we_trust() {
     let certificates = Certificates::new();
     let mut stores = Stores::start().await;
-    stores.nats = Nats::start_on(free_port(), Some(&certificates));
+    stores.nats = Nats::start_on(Port::free(), Some(&certificates));
     stores.redis = Redis::start(Some(&certificates));
     let sink = MailSink::start(&certificates, Encrypts::AtOnce, NOWHERE).await;
     let mail = format!("smtps://user:secret@localhost:{}", sink.port);
