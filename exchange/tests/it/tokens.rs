@@ -285,7 +285,7 @@ async fn many_processes_that_start_at_once_agree_on_one_key() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_expires() {
-    let exchange = Exchange::start(&["--access-token-lifetime=5s"]).await;
+    let exchange = Exchange::start(&["--access-token-lifetime=15s"]).await;
     let token = exchange.user("ada@example.org").await.access_token;
     assert_eq!(status(&exchange.service, &token).await, 200);
     eventually("it has expired", || async {
