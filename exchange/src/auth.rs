@@ -418,8 +418,12 @@ impl Keys {
         Ok(())
     }
 
-    /// Makes the key that is missing: the first one, which signs at once, or the successor of the last.
-    async fn ensure_keys(&self) -> Result<(), ApiError> {
+    /// Makes the key that is missing: the first one, which signs at once, or the successor of the last. Called now and then it
+    /// publishes each an hour before it signs, whether or not anybody asks for a token.
+    ///
+    /// # Errors
+    /// `unavailable` while the database is.
+    pub async fn ensure_keys(&self) -> Result<(), ApiError> {
         let mut transaction = self.db.begin().await?;
         let began = Instant::now();
         sqlx::query("select pg_advisory_xact_lock(hashtext('signing_keys'))")

@@ -229,12 +229,7 @@ pub(crate) async fn export(State(app): State<App>, Session(caller): Session) -> 
     let patience = app.config.export_patience;
     // Not by whoever reads: a client that stops to read keeps the database and the turn for no longer than is waited for it.
     tokio::spawn(async move {
-        let _turn = turn;
-        let written = timeout(
-            LONGEST_EXPORT,
-            write(transaction, topics, user_id, pages, patience),
-        )
-        .await;
+        let written = timeout(LONGEST_EXPORT, write(turn, transaction, topics, pages, patience)).await;
         let failure = match &written {
             Ok(Ok(())) => return,
             Ok(Err(error)) => error as &dyn Display,
@@ -259,9 +254,9 @@ enum Page {
 
 /// Writes an export until it is complete, or nobody reads it any more.
 async fn write(
+    turn: Turn,
     mut transaction: Transaction<'static, Postgres>,
     topics: Vec<Topic>,
-    user_id: Uuid,
     pages: mpsc::Sender<Page>,
     patience: Duration,
 ) -> Result<(), ExportError> {
@@ -278,7 +273,7 @@ async fn write(
             topic.export
         );
         sqlx::query(AssertSqlSafe(declare))
-            .bind(user_id)
+            .bind(turn.user_id)
             .execute(&mut *transaction)
             .await?;
         let mut separator = "";
@@ -306,8 +301,9 @@ async fn write(
         page.push(']');
     }
     page.push('}');
-    // What comes last waits without the database.
+    // What comes last waits without the database, and without the turn: whoever has read it may come again at once.
     transaction.rollback().await?;
+    drop(turn);
     match pages.send_timeout(Page::Last(page), patience).await {
         Err(SendTimeoutError::Timeout(_)) => Err(ExportError::Unread),
         // A reader who has gone misses nothing.

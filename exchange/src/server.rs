@@ -225,8 +225,10 @@ async fn passed<T>(watched: &mut watch::Receiver<T>, time: impl Fn(&T) -> Option
         match time {
             None => changed.await,
             Some(time) => tokio::select! {
-                () = sleep_until(time) => return,
+                // It has changed its mind in time, however late this is found out.
+                biased;
                 () = changed => {}
+                () = sleep_until(time) => return,
             },
         }
     }

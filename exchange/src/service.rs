@@ -133,9 +133,9 @@ pub async fn serve<B: Future<Output = ()> + Send + 'static>(
 
     until_signal(&app, &closing_sender).await?;
     info!("terminating: clients are asked to leave");
-    terminating.cancel();
     let patience = app.config.termination_deadline;
     closing_sender.send_replace(Closing::within(patience));
+    terminating.cancel();
     if tokio::time::timeout(patience, until_quiet(&app.counts))
         .await
         .is_err()

@@ -2,7 +2,9 @@
 //! users in a test lane of their own. Leaves nothing behind.
 
 use std::{
-    fmt::Write as _,
+    fmt::{self, Write as _},
+    io::{self, Write as _},
+    mem,
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -11,6 +13,7 @@ use http::StatusCode;
 use rust_decimal::Decimal;
 use secrecy::SecretString;
 use serde_json::Value;
+use tokio::signal::unix::{SignalKind, signal};
 use uuid::Uuid;
 
 use crate::trader::{BASE, Call, CallError, Client, Endpoints, LaneKey, PRODUCT, QUOTE, Trader, field, list};
@@ -21,6 +24,10 @@ const SIZE: &str = "0.01";
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a connection may be refused at first: each node learns of a new Service's pods some time after they are ready.
 const UNKNOWN_ADDRESS: Duration = Duration::from_secs(10);
+/// How long it is tried to erase the lane: a database that changes its host is away for less.
+const ERASURE: Duration = Duration::from_mins(1);
+/// When it is tried again if nobody has said when.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// The flags of `exchange smoke`.
 #[derive(Clone, Debug, clap::Args)]
@@ -57,12 +64,25 @@ struct Step {
     failure: Option<String>,
 }
 
+/// One line, and a second one if it has failed.
+impl fmt::Display for Step {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, took, failure } = self;
+        let verdict = if failure.is_none() { "ok  " } else { "FAIL" };
+        write!(formatter, "{verdict} {:>6} ms  {name}", took.as_millis())?;
+        match failure {
+            None => Ok(()),
+            Some(failure) => write!(formatter, "\n     {failure}"),
+        }
+    }
+}
+
 /// What happened, step by step.
 #[derive(Debug, Default)]
 struct Report(Vec<Step>);
 
 impl Report {
-    /// Takes a step, and keeps what came of it.
+    /// Takes a step, and says and keeps what came of it.
     async fn step<T>(
         &mut self,
         name: &'static str,
@@ -71,29 +91,24 @@ impl Report {
         let start = Instant::now();
         let result = step.await;
         let failure = result.as_ref().err().map(ToString::to_string);
-        self.0.push(Step {
+        let step = Step {
             name,
             took: start.elapsed(),
             failure,
-        });
+        };
+        // Who has stopped reading the report does not keep the lane from being erased.
+        let _ = writeln!(io::stdout(), "{step}");
+        self.0.push(step);
         result.ok()
+    }
+
+    /// Whether the stack has answered: before that nobody is registered.
+    fn reached(&self) -> bool {
+        self.0.first().is_some_and(|step| step.failure.is_none())
     }
 
     fn failed(&self) -> bool {
         self.0.iter().any(|step| step.failure.is_some())
-    }
-
-    fn human(&self) -> String {
-        let mut text = String::new();
-        for Step { name, took, failure } in &self.0 {
-            let verdict = if failure.is_none() { "ok  " } else { "FAIL" };
-            // Writing to a string cannot fail.
-            let _ = writeln!(text, "{verdict} {:>6} ms  {name}", took.as_millis());
-            if let Some(failure) = failure {
-                let _ = writeln!(text, "     {failure}");
-            }
-        }
-        text
     }
 
     fn junit(&self) -> String {
@@ -104,6 +119,7 @@ impl Report {
         );
         for Step { name, took, failure } in &self.0 {
             let (name, seconds) = (escape(name), took.as_secs_f64());
+            // Writing to a string cannot fail.
             let _ = write!(
                 text,
                 "  <testcase classname=\"exchange.smoke\" name=\"{name}\" time=\"{seconds:.3}\""
@@ -141,7 +157,7 @@ fn escape(text: &str) -> String {
         })
 }
 
-/// Runs the smoke test, prints what happened, and says whether all of it was right.
+/// Runs the smoke test until it is told to end, prints what happens, and says whether all of it was right.
 pub async fn run(args: SmokeArgs) -> anyhow::Result<bool> {
     let secret = match (args.lane_secret, args.lane_secret_file) {
         (Some(secret), _) => secret,
@@ -151,20 +167,54 @@ pub async fn run(args: SmokeArgs) -> anyhow::Result<bool> {
     let stack = format!("{}-{}", args.colour, args.revision);
     let lane = format!("test-{stack}.{}", Uuid::now_v7().simple()).parse()?;
     let client = Client::new(args.endpoints, Some(LaneKey { lane, secret }), Some(stack))?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
     let mut report = Report::default();
-    // What has been reached does not matter: the report says where it ended.
-    let _ = exercise(&client, &mut report).await;
-    report.step("erase the lane", client.erase_lane()).await;
-    print(&report.human());
+    let told_to_end = tokio::select! {
+        // What has been reached does not matter: the report says where it ended.
+        _ = exercise(&client, &mut report) => false,
+        _ = interrupt.recv() => true,
+        _ = terminate.recv() => true,
+    };
+    if told_to_end {
+        let cut_off = async { Err::<(), _>(CallError::Wrong("a signal came before".to_owned())) };
+        report.step("come to the end", cut_off).await;
+    }
+    if report.reached() {
+        report.step("erase the lane", erase(&client, ERASURE)).await;
+    }
     if let Some(file) = args.junit {
         tokio::fs::write(file, report.junit()).await?;
     }
     Ok(!report.failed())
 }
 
-#[expect(clippy::print_stdout, reason = "the report is what the command is for")]
-fn print(text: &str) {
-    print!("{text}");
+/// Erases the lane. What cannot be done right now is tried again: it would be left behind.
+async fn erase(client: &Client, patience: Duration) -> Result<(), CallError> {
+    let start = Instant::now();
+    let mut told = false;
+    loop {
+        let Err(error) = client.erase_lane().await else {
+            return Ok(());
+        };
+        let wait = match &error {
+            CallError::Transport { .. } => AGAIN,
+            CallError::Status { retry_after, .. } if error.is_unavailable() => retry_after.unwrap_or(AGAIN),
+            _ => return Err(error),
+        };
+        if start.elapsed() + wait > patience {
+            return Err(error);
+        }
+        // Once: of a long text the beginning is lost, and that is where the step stands that has failed.
+        if !mem::replace(&mut told, true) {
+            let patience = patience.as_secs();
+            let _ = writeln!(
+                io::stderr(),
+                "the lane is not erased yet, it is tried for {patience} s: {error}"
+            );
+        }
+        tokio::time::sleep(wait).await;
+    }
 }
 
 #[expect(clippy::too_many_lines, reason = "the steps in their order")]
@@ -388,7 +438,55 @@ fn same<T: PartialEq + std::fmt::Debug>(what: &str, actual: &T, expected: &T) ->
 
 #[cfg(test)]
 mod tests {
+    use std::iter;
+
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
     use super::*;
+
+    /// Erases a lane at a user service that gives these answers, and then the right one, each on a connection of its own.
+    async fn erase_against(answers: &'static [&'static str]) -> Result<(), CallError> {
+        // Fails when another test was faster.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let serving = tokio::spawn(async move {
+            for answer in answers.iter().chain(iter::repeat(&"204 No Content\r\n")) {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                assert!(stream.read(&mut [0; 4096]).await.unwrap() > 0);
+                if !answer.is_empty() {
+                    let answer = format!("HTTP/1.1 {answer}connection: close\r\ncontent-length: 0\r\n\r\n");
+                    stream.write_all(answer.as_bytes()).await.unwrap();
+                }
+            }
+        });
+        let endpoints = Endpoints {
+            user_url: url.clone(),
+            trade_url: url.clone(),
+            notification_url: url,
+        };
+        let client = Client::new(endpoints, None, None).unwrap();
+        let erased = erase(&client, Duration::from_secs(30)).await;
+        serving.abort();
+        erased
+    }
+
+    #[tokio::test]
+    async fn a_lane_that_cannot_be_erased_right_now_is_erased_later() {
+        let no_answer = "";
+        erase_against(&[no_answer, "503 Service Unavailable\r\nretry-after: 2\r\n"])
+            .await
+            .unwrap();
+        for for_good in [
+            &["403 Forbidden\r\n"],
+            &["503 Service Unavailable\r\nretry-after: 60\r\n"],
+        ] {
+            erase_against(for_good).await.unwrap_err();
+        }
+    }
 
     #[tokio::test]
     async fn what_is_awaited_is_asked_for_again() {
@@ -415,6 +513,9 @@ mod tests {
             junit.contains("<failure message=\"a &quot;b&quot; &lt;c&gt; &amp; ?d\"/>"),
             "{junit}"
         );
-        assert!(report.human().contains("FAIL") && report.human().contains("ok "));
+        let [first, second] = report.0.as_slice() else {
+            panic!("{report:?}");
+        };
+        assert!(first.to_string().starts_with("ok ") && second.to_string().starts_with("FAIL "));
     }
 }

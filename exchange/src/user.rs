@@ -49,8 +49,11 @@ pub const PROBLEMS: &[Problem] = &[
     LANE_REFUSED,
 ];
 
-/// How often old rows are removed; longer than a process that can reach the database takes to announce itself.
+/// How often keys and old rows are looked after; longer than a process that can reach the database takes to announce itself.
 const HOUSEKEEPING: Duration = Duration::from_mins(1);
+
+/// How long a test lane stays after the last token of its users: whoever tests something may look at what has come of it.
+const LANE_UNUSED: Duration = Duration::from_hours(1);
 
 /// Rows of a kind removed at a time.
 const PORTION: i64 = 5_000;
@@ -310,7 +313,8 @@ impl FromRequestParts<App> for ChosenLane {
     }
 }
 
-/// Removes what has expired, and the lanes of stacks that are gone, while this stack is live.
+/// While this stack is live: makes the next signing key in time, and removes what has expired and the test lanes that nobody
+/// uses any more.
 pub async fn run(app: App, shutdown: CancellationToken) {
     let mut housekeeping = Housekeeping::default();
     while shutdown
@@ -318,9 +322,14 @@ pub async fn run(app: App, shutdown: CancellationToken) {
         .await
         .is_some()
     {
-        if *app.role.borrow() == Role::Live
-            && let Err(error) = housekeeping.clean_up(&app.db).await
-        {
+        if *app.role.borrow() != Role::Live {
+            continue;
+        }
+        if let Err(error) = app.keys.ensure_keys().await {
+            warn!(error.message = %error, "the signing keys could not be looked after; it is tried again");
+        }
+        let token_lifetime = app.config.access_token_lifetime;
+        if let Err(error) = housekeeping.clean_up(&app.db, token_lifetime).await {
             warn!(error.message = %error, "housekeeping failed; it is tried again");
         }
     }
@@ -329,16 +338,17 @@ pub async fn run(app: App, shutdown: CancellationToken) {
 /// What one round of housekeeping must know of the one before.
 #[derive(Debug, Default)]
 pub struct Housekeeping {
-    /// Test lanes whose stack was not seen.
+    /// Test lanes that nobody seemed to use.
     suspects: HashSet<String>,
 }
 
 impl Housekeeping {
     /// One round of housekeeping; nothing if another process is at it.
     ///
-    /// A lane is erased when its stack has not been seen in two rounds in a row: after a time without a database those who
-    /// are alive look gone, until they have had the time to announce themselves.
-    pub async fn clean_up(&mut self, db: &PgPool) -> Result<(), sqlx::Error> {
+    /// A test lane is erased when its stack is gone, or when for an hour nobody has had a token of it: whoever opened it has been
+    /// killed before the end. That must be so in two rounds in a row: after a time without a database those who are alive look
+    /// gone, until they have had the time to announce themselves.
+    pub async fn clean_up(&mut self, db: &PgPool, token_lifetime: Duration) -> Result<(), sqlx::Error> {
         let suspects = std::mem::take(&mut self.suspects);
         while let Some(mut transaction) = alone(db).await? {
             let all = remove_expired(&mut transaction).await?;
@@ -351,12 +361,19 @@ impl Housekeeping {
             return Ok(());
         };
         let abandoned: Vec<String> = sqlx::query_scalar(
-            "select distinct lane from users where lane <> 'live' and not exists (
+            "select lane from (select distinct lane from users where lane <> 'live') as lanes
+             where not exists (
                  select from instances
                  where stack = split_part(substr(lane, 6), '.', 1) and seen_at > now() - make_interval(secs => $1)
+             ) or not exists (
+                 select from users left join sessions on sessions.user_id = users.id
+                     left join refresh_tokens on refresh_tokens.session_id = sessions.id
+                 where users.lane = lanes.lane and now() - make_interval(secs => $2)
+                     < greatest(users.created_at, sessions.created_at, refresh_tokens.created_at)
              )",
         )
         .bind(migrate::INSTANCE_GONE_AFTER.as_secs_f64())
+        .bind((LANE_UNUSED + token_lifetime).as_secs_f64())
         .fetch_all(&mut *transaction)
         .await?;
         transaction.commit().await?;
@@ -372,7 +389,7 @@ impl Housekeeping {
                 continue;
             }
             transaction.commit().await?;
-            info!("erased the test lane {lane}, whose stack is gone");
+            info!("erased the test lane {lane}, which nobody uses any more");
         }
         Ok(())
     }

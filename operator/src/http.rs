@@ -97,7 +97,7 @@ mod tests {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let heard = Heard::with_patience(Duration::from_millis(100), Duration::from_millis(300));
+        let heard = Heard::with_patience(Duration::from_secs(1), Duration::from_secs(3));
         let (reach, reached) = watch::channel(false);
         let (metrics, stop) = (Metrics::new(), CancellationToken::new());
         let health = Health {
@@ -135,7 +135,7 @@ mod tests {
                 }
             }
         };
-        let (code, text) = tokio::time::timeout(Duration::from_secs(10), wedged)
+        let (code, text) = tokio::time::timeout(Duration::from_mins(1), wedged)
             .await
             .unwrap();
         assert_eq!(code, 503);

@@ -424,12 +424,12 @@ mod tests {
         said
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_renewal_that_arrived_without_an_answer_is_no_loss() {
         assert_eq!(after_a_conflict("me").await, [false, false, true, true, true]);
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn who_sees_another_holder_stops_at_once() {
         assert_eq!(after_a_conflict("you").await, [false, false, true, true, false]);
     }

@@ -170,7 +170,7 @@ mod tests {
     fn time_goes_on_while_there_is_nothing_to_tell() {
         let mut step = Step::start_on("linking".into(), false, Duration::from_millis(5), keep);
         step.update("kubelet");
-        wait_until("two more lines", Duration::from_secs(5), || {
+        wait_until("two more lines", Duration::from_mins(1), || {
             WRITTEN.lock().expect("no panic").matches("s) kubelet\n").count() >= 2
         })
         .expect("the clock writes");

@@ -120,10 +120,10 @@ fn a_pod_starts_and_can_be_looked_into() {
         &busybox_image(),
         &["/bin/sh", "-c", "echo it runs; sleep infinity"],
     );
-    let log = session
-        .kubectl(&["logs", "--namespace", &namespace.name, "hello"])
-        .unwrap();
-    assert_eq!(log.trim(), "it runs");
+    // It is ready as soon as its shell runs.
+    let log = || session.kubectl(&["logs", "--namespace", &namespace.name, "hello"]);
+    let said = wait_for(PATIENCE, || log().is_ok_and(|log| log.trim() == "it runs"));
+    assert!(said, "{:?}", log());
     let who = session
         .kubectl(&["exec", "--namespace", &namespace.name, "hello", "--", "id", "-u"])
         .unwrap();
@@ -357,8 +357,10 @@ fn a_second_up_changes_nothing() {
 fn metrics_and_a_default_storage_class_are_served() {
     let session = session();
     let _case = Namespace::new(&session, "metrics").unwrap();
-    let top = session.kubectl(&["top", "node", "--no-headers"]).unwrap();
-    assert!(top.contains('%'), "{top}");
+    // The first figures are there when the node has been measured twice.
+    let top = || session.kubectl(&["top", "node", "--no-headers"]);
+    let measured = wait_for(PATIENCE, || top().is_ok_and(|top| top.contains('%')));
+    assert!(measured, "{:?}", top());
     let class = session.kubectl(&["get", "storageclass"]).unwrap();
     assert!(class.contains("(default)"), "{class}");
 }
@@ -410,17 +412,19 @@ fn the_stores_keep_their_data_over_the_end_of_their_pods_and_an_upgrade() {
         .unwrap();
     let _ = busy.wait();
     for store in ["postgres", "nats", "redis"] {
-        let set = format!("statefulset/exchange-{store}");
-        session
-            .kubectl(&[
-                "rollout",
-                "status",
-                "--namespace",
-                &namespace.name,
-                &set,
-                "--timeout=120s",
-            ])
-            .unwrap();
+        // Not by the state of its set, which may still be about the pod that is gone.
+        let pod = format!("pod/exchange-{store}-0");
+        let ready = "{.status.conditions[?(@.type=='Ready')].status}";
+        let is_ready = || {
+            session
+                .get(&namespace.name, &pod, ready)
+                .is_ok_and(|ready| ready == "True")
+        };
+        assert!(
+            wait_for(PATIENCE, is_ready),
+            "{pod}: {}",
+            session.circumstances(&namespace.name)
+        );
     }
     assert_stores_have_the_data(&session, &namespace.name);
     let log = session

@@ -90,9 +90,11 @@ insert into user_data (topic, position, export, erase, obstacle) values
     ),
     (
         'idempotency keys', 140,
-        -- Without what was in the account that was credited: it may be another user's.
-        'select jsonb_build_object(''key'', key, ''answer'', answer - ''balance'' - ''hold'', ''created_at'', created_at)
-         from idempotency_keys
-         where user_id = $1 order by created_at',
+        -- Without the account that was credited, and what was in it, if it is another user's.
+        'select jsonb_build_object(''key'', k.key, ''answer'', case when own.id is not null then k.answer
+                    else k.answer - ''{account_id,balance,hold}''::text[] end, ''created_at'', k.created_at)
+         from idempotency_keys k
+             left join accounts own on own.id = (k.answer ->> ''account_id'')::uuid and own.user_id = k.user_id
+         where k.user_id = $1 order by k.created_at',
         'delete from idempotency_keys where user_id = $1', null
     );

@@ -465,7 +465,7 @@ mod tests {
     use hyper::{server::conn as server, service::service_fn};
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
-        net::TcpListener,
+        net::{TcpListener, TcpSocket},
         sync::Notify,
         time::sleep,
     };
@@ -614,12 +614,11 @@ mod tests {
             let told = failure_after(protocol, says).await;
             assert_eq!(lost(&told), is_lost, "{protocol:?}: {told}");
         }
-        let nobody = TcpListener::bind("127.0.0.1:0")
-            .await
-            .unwrap()
-            .local_addr()
-            .unwrap();
-        let link = Link::new(nobody.to_string(), Protocol::Http2, Arc::new(Events::default()));
+        // Taken, so that nobody else is given it, and nobody listens.
+        let taken = TcpSocket::new_v4().unwrap();
+        taken.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let nobody = taken.local_addr().unwrap().to_string();
+        let link = Link::new(nobody, Protocol::Http2, Arc::new(Events::default()));
         let request = || Ok(Request::new(body(Bytes::new(), None)));
         let told = link.send(&request).await.err().unwrap();
         assert!(told.starts_with(CONNECT) && !lost(&told), "{told}");

@@ -23,6 +23,7 @@ use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{TcpListener, TcpStream},
     sync::{Notify, watch},
+    task::JoinHandle,
     time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -35,7 +36,7 @@ const LONG: Duration = Duration::from_mins(1);
 
 const OPTIONS: Options = Options {
     max_connection_age: LONG,
-    request_timeout: Duration::from_millis(500),
+    request_timeout: LONG,
     max_body_size: 64 * 1024,
 };
 
@@ -193,7 +194,7 @@ impl Client {
     }
 
     async fn assert_closed(&mut self) {
-        let end = timeout(Duration::from_secs(5), self.0.fill_buf())
+        let end = timeout(LONG, self.0.fill_buf())
             .await
             .expect("the server keeps the connection");
         assert!(end.is_err() || end.is_ok_and(<[u8]>::is_empty));
@@ -387,7 +388,7 @@ async fn no_request_is_lost_while_draining_comes_and_goes() {
             tokio::spawn(async move {
                 let mut client = server.connect().await;
                 let (mut answered, mut closed) = (0, 0);
-                while !over.load(Ordering::Relaxed) {
+                while !over.load(Ordering::Relaxed) || answered <= 50 || closed <= 5 {
                     let answer = if number % 2 == 0 {
                         client.get("/").await
                     } else {
@@ -401,23 +402,21 @@ async fn no_request_is_lost_while_draining_comes_and_goes() {
                     }
                     tokio::time::sleep(Duration::from_micros(rand::random_range(0..2000))).await;
                 }
-                (answered, closed)
             })
         })
         .collect();
-    for _ in 0..100 {
+    let mut rounds = 0;
+    // On a busy machine until every client has seen enough of it.
+    while rounds < 100 || !clients.iter().all(JoinHandle::is_finished) {
         server.drain();
         tokio::time::sleep(Duration::from_millis(10)).await;
         server.closing.send_replace(Closing::No);
         tokio::time::sleep(Duration::from_millis(10)).await;
+        rounds += 1;
+        over.store(rounds >= 100, Ordering::Relaxed);
     }
-    over.store(true, Ordering::Relaxed);
     for client in clients {
-        let (answered, closed) = client.await.unwrap();
-        assert!(
-            answered > 50 && closed > 5,
-            "{answered} answered, {closed} closed"
-        );
+        client.await.unwrap();
     }
 }
 
@@ -453,12 +452,20 @@ async fn http2_is_told_to_go_away_and_loses_nothing() {
 async fn http2_opened_while_draining_has_its_first_request_served() {
     let server = Running::start(OPTIONS).await;
     server.drain();
-    let (mut sender, ended) = http2(&server).await;
-    // Longer than a farewell needs that is said at once.
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    assert_eq!(sender.send_request(request("/")).await.unwrap().status(), 200);
-    drop(sender);
-    ended.await.unwrap().expect("the connection ends in order");
+    loop {
+        let opened = Instant::now();
+        let (mut sender, ended) = http2(&server).await;
+        // Longer than a farewell needs that is said at once.
+        tokio::time::sleep(A_WHILE).await;
+        let answer = sender.send_request(request("/")).await;
+        drop(sender);
+        ended.await.unwrap().expect("the connection ends in order");
+        // A machine that stalls for longer than is waited for the first request has shown nothing.
+        if opened.elapsed() < Duration::from_secs(1) {
+            assert_eq!(answer.unwrap().status(), 200);
+            break;
+        }
+    }
     let (_unused, ended) = http2(&server).await;
     ended.await.unwrap().expect("the connection ends in order");
 }
@@ -480,7 +487,7 @@ async fn http2_is_told_to_go_away_when_it_is_old() {
 
 type Sender = hyper::client::conn::http2::SendRequest<Empty<Bytes>>;
 
-async fn http2(server: &Running) -> (Sender, tokio::task::JoinHandle<hyper::Result<()>>) {
+async fn http2(server: &Running) -> (Sender, JoinHandle<hyper::Result<()>>) {
     let stream = TcpStream::connect(server.address).await.unwrap();
     let io = TokioIo::new(stream);
     let (sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io)

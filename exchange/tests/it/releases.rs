@@ -256,6 +256,15 @@ async fn a_killed_backfill_goes_on_and_misses_nobody_who_thaws_or_freezes_meanwh
     let database = Database::migrated_by(V1, Postgres::shared()).await;
     let owner = database.owner().await;
     accounts_of_version_1(&owner, 40_000).await;
+    // However late it is killed: it does not get past an account in the middle.
+    let mut busy = owner.begin().await.unwrap();
+    sqlx::query(
+        "select from accounts where id = (select id from accounts where state = 'frozen' order by id offset 10000 limit 1)
+         for update",
+    )
+    .execute(&mut *busy)
+    .await
+    .unwrap();
     let mut migration = Command::new(V2)
         .args([
             "migrate",
@@ -275,8 +284,8 @@ async fn a_killed_backfill_goes_on_and_misses_nobody_who_thaws_or_freezes_meanwh
     .await;
     migration.kill().unwrap();
     migration.wait().unwrap();
-    let done = freezes().await;
-    assert!(done < 20_000, "the backfill was over before it could be killed");
+    busy.rollback().await.unwrap();
+    assert!(freezes().await < 20_000, "it was over before it was killed");
     assert_eq!(read_state(&owner).await.unwrap().expanded, release::V1.level);
     // Version 2 does not start on half of it.
     let early = Service::start_by(&mut Command::new(V2), "trade", &database, &GREEN);
@@ -416,13 +425,18 @@ async fn a_release_that_is_slow_for_some_real_users() {
         .ready()
         .await;
     let trader = Issuer::new(&database).await.trader(&service).await;
-    let mut slow = 0;
+    let mut took = Vec::new();
     for _ in 0..10 {
         let start = Instant::now();
         assert_eq!(trader.try_get("/account/list").await.status(), 200);
-        slow += usize::from(start.elapsed() >= Duration::from_secs(2));
+        took.push(start.elapsed());
     }
-    assert_eq!(slow, 1);
+    // One in ten, and not the others: of those a busy machine may have held up some.
+    let slow = Duration::from_secs(2);
+    assert!(
+        took[9] >= slow && took[..9].iter().any(|took| *took < slow),
+        "{took:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -315,6 +315,7 @@ async fn place(lane: &mut Lane<'_>, book: &mut Book, batch: &[NewOrder]) -> Resu
     while !batch.is_empty() {
         let placed = lane.orders.len();
         let answers = lane.submit(&batch).await;
+        prop_assert_eq!(answers.len(), batch.len());
         let ids = lane.orders.split_off(placed);
         let (deferred, answered): (Vec<_>, Vec<_>) = batch
             .into_iter()

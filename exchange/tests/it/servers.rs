@@ -2,10 +2,10 @@
 //! the test process, however it ends.
 
 use std::{
-    fmt::Write as _,
+    fmt::{self, Display, Formatter, Write as _},
     fs::Permissions,
     io::{BufRead, BufReader, Write as _},
-    net::{SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
     os::unix::fs::{PermissionsExt as _, chown},
     path::PathBuf,
     process::{Child, ChildStdout, Command, Stdio},
@@ -19,7 +19,7 @@ use std::{
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, ConnectOptions, PgPool, error::DatabaseError, postgres::PgConnectOptions};
 use tempfile::TempDir;
-use tokio::sync::OnceCell;
+use tokio::{net::TcpSocket, sync::OnceCell};
 
 use crate::{releases, stores::Redis};
 
@@ -42,7 +42,7 @@ pub(crate) fn binary() -> String {
 }
 
 /// The debug build starts slowly on a busy machine.
-const START: Duration = Duration::from_mins(1);
+const START: Duration = Duration::from_mins(2);
 
 /// Starts the server again for each line that it reads. Ends it, and removes its directory, when its standard input ends:
 /// with this process at the latest.
@@ -143,9 +143,9 @@ impl Server {
     }
 
     /// Waits until the server accepts connections.
-    pub(crate) fn await_port(&self, port: u16) {
+    pub(crate) fn await_port(&self, port: &Port) {
         let deadline = Instant::now() + START;
-        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+        while TcpStream::connect((Ipv4Addr::LOCALHOST, port.number)).is_err() {
             assert!(
                 Instant::now() < deadline,
                 "nothing listens on {port}: {}",
@@ -188,13 +188,31 @@ impl Drop for Server {
     }
 }
 
-/// A port that was free a moment ago, for servers that cannot choose one themselves.
-pub(crate) fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
+/// A port of this machine for a server that cannot choose one itself. While a clone of it lives, the kernel gives it to nobody
+/// who asks for any port: neither to another server, nor to a client for its end of a connection.
+#[derive(Clone)]
+pub(crate) struct Port {
+    number: u16,
+    _kept: Arc<TcpSocket>,
+}
+
+impl Port {
+    pub(crate) fn free() -> Self {
+        let kept = TcpSocket::new_v4().unwrap();
+        // It does not listen, so a server that may reuse the address as well, as all of them may, can.
+        kept.set_reuseaddr(true).unwrap();
+        kept.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        Self {
+            number: kept.local_addr().unwrap().port(),
+            _kept: Arc::new(kept),
+        }
+    }
+}
+
+impl Display for Port {
+    fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
+        self.number.fmt(formatter)
+    }
 }
 
 /// A new directory, for keys and passwords too: for this user only, and removed with what is returned.
@@ -210,7 +228,7 @@ pub(crate) fn temporary_directory(name: &str) -> TempDir {
 pub(crate) struct Postgres {
     /// The process.
     pub(crate) server: Server,
-    port: u16,
+    port: Port,
     /// What another version has left, if tests are to find that.
     left: OnceCell<Database>,
 }
@@ -262,7 +280,7 @@ impl Postgres {
                     "--locale=C",
                 ]),
         );
-        let port = free_port();
+        let port = Port::free();
         let (binary, port_text) = (postgres_binary("postgres"), port.to_string());
         let mut command = as_user.to_vec();
         command.extend([
@@ -280,7 +298,7 @@ impl Postgres {
         let server = Server::start(directory, &command);
         let left = OnceCell::new();
         let postgres = Self { server, port, left };
-        postgres.server.await_port(port);
+        postgres.server.await_port(&postgres.port);
         postgres
     }
 
@@ -627,11 +645,17 @@ fn assert_well_named(log: &str) {
 }
 
 /// Waits until `probe` yields something.
-pub(crate) async fn eventually<T, F: Future<Output = Option<T>>>(
+pub(crate) async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, probe: impl FnMut() -> F) -> T {
+    within(START, what, probe).await
+}
+
+/// The same for what has its own time.
+pub(crate) async fn within<T, F: Future<Output = Option<T>>>(
+    patience: Duration,
     what: &str,
     mut probe: impl FnMut() -> F,
 ) -> T {
-    let deadline = Instant::now() + START;
+    let deadline = Instant::now() + patience;
     loop {
         if let Some(value) = probe().await {
             return value;

@@ -6,7 +6,7 @@ use tokio::{
 };
 
 use crate::{
-    servers::{Database, Postgres, Service, client, eventually, free_port, temporary_directory},
+    servers::{Database, Port, Postgres, Service, client, eventually, temporary_directory},
     stores::{Nats, Redis},
 };
 
@@ -64,7 +64,7 @@ async fn a_lost_database_is_an_answer_and_not_an_empty_service() {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_store_is_needed_once_and_none_later() {
     let database = Database::migrated(Postgres::shared()).await;
-    let (queue_port, market_port) = (free_port(), free_port());
+    let (queue_port, market_port) = (Port::free(), Port::free());
     let market_url = format!("redis://:secret@localhost:{market_port}");
     let queue_url = format!("nats://exchange:secret@localhost:{queue_port}");
     let market = ["--market-data-url", &market_url];

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::servers::{Database, Server, Service, binary, eventually, free_port, temporary_directory};
+use crate::servers::{Database, Port, Server, Service, binary, eventually, temporary_directory};
 
 /// Files for TLS: a certificate for `localhost`, its key, and the authority to trust.
 pub(crate) struct Certificates {
@@ -51,26 +51,26 @@ impl Certificates {
 /// A NATS server with JetStream.
 pub(crate) struct Nats {
     pub(crate) server: Server,
-    port: u16,
-    monitor: u16,
+    port: Port,
+    monitor: Port,
     password: &'static str,
     tls: bool,
 }
 
 impl Nats {
     pub(crate) fn start() -> Self {
-        Self::start_on(free_port(), None)
+        Self::start_on(Port::free(), None)
     }
 
     /// A server that a client of the one before on this port takes for the same, come back without its store.
-    pub(crate) fn start_on(port: u16, tls: Option<&Certificates>) -> Self {
+    pub(crate) fn start_on(port: Port, tls: Option<&Certificates>) -> Self {
         Self::start_with(port, "secret", tls)
     }
 
     /// The same with another password.
-    pub(crate) fn start_with(port: u16, password: &'static str, tls: Option<&Certificates>) -> Self {
+    pub(crate) fn start_with(port: Port, password: &'static str, tls: Option<&Certificates>) -> Self {
         let directory = temporary_directory("nats");
-        let monitor = free_port();
+        let monitor = Port::free();
         let secure = tls.map_or_else(String::new, |tls| {
             format!(
                 "tls {{ cert_file: {:?}, key_file: {:?} }}",
@@ -86,7 +86,7 @@ impl Nats {
         let file = directory.path().join("nats.conf");
         std::fs::write(&file, config).unwrap();
         let server = Server::start(directory, &["nats-server", "-c", file.to_str().unwrap()]);
-        server.await_port(port);
+        server.await_port(&port);
         Self {
             server,
             port,
@@ -96,8 +96,8 @@ impl Nats {
         }
     }
 
-    pub(crate) fn port(&self) -> u16 {
-        self.port
+    pub(crate) fn port(&self) -> Port {
+        self.port.clone()
     }
 
     pub(crate) fn url(&self) -> String {
@@ -131,7 +131,7 @@ impl Nats {
 /// A Redis-protocol server.
 pub(crate) struct Redis {
     server: Server,
-    port: u16,
+    port: Port,
     password: &'static str,
     tls: bool,
 }
@@ -144,10 +144,10 @@ impl Redis {
     }
 
     pub(crate) fn start(tls: Option<&Certificates>) -> Self {
-        Self::start_on(free_port(), tls)
+        Self::start_on(Port::free(), tls)
     }
 
-    pub(crate) fn start_on(port: u16, tls: Option<&Certificates>) -> Self {
+    pub(crate) fn start_on(port: Port, tls: Option<&Certificates>) -> Self {
         let directory = temporary_directory("redis");
         let port_text = port.to_string();
         let files = directory.path().to_str().unwrap().to_owned();
@@ -183,7 +183,7 @@ impl Redis {
             command.extend(["--port", &port_text]);
         }
         let server = Server::start(directory, &command);
-        server.await_port(port);
+        server.await_port(&port);
         Self {
             server,
             port,
@@ -217,7 +217,7 @@ impl Redis {
     /// Kills the server and starts it again with what was last saved.
     pub(crate) fn kill_and_restart(&mut self) {
         self.server.kill_and_restart();
-        self.server.await_port(self.port);
+        self.server.await_port(&self.port);
     }
 
     /// Changes the password, and ends all connections.

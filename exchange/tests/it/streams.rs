@@ -79,17 +79,14 @@ impl Stream {
         }
     }
 
-    /// Reads to the end, which must be said: the last event tells when to come back.
+    /// Reads to the end, which must be said: the last event tells when to come back. It comes before a heartbeat, at which the
+    /// stream would notice by itself that it has to end.
     async fn end(&mut self) {
-        let read = async {
-            let mut last = String::new();
-            while let Some(event) = self.event().await {
-                last = event;
-            }
-            last
-        };
-        let last = tokio::time::timeout(Duration::from_secs(40), read).await;
-        let last = last.expect("the stream does not end");
+        let mut last = String::new();
+        while let Some(event) = self.event().await {
+            assert_ne!(event.trim(), ":", "a heartbeat has come before the end");
+            last = event;
+        }
         assert!(last.contains("retry: 1000"), "{last}");
     }
 
@@ -233,20 +230,15 @@ async fn draining_ends_streams_at_an_event_and_stops_consuming() {
     stores.assert_told_once("live").await;
 }
 
-/// Sooner than a heartbeat, which would notice everything.
-const AT_ONCE: Duration = Duration::from_secs(10);
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_ends_with_its_token_and_goes_on_with_the_next() {
     let stores = Stores::start().await;
-    let users = Exchange::over(stores.database.clone(), &["--access-token-lifetime=8s"]).await;
+    let users = Exchange::over(stores.database.clone(), &["--access-token-lifetime=12s"]).await;
     let service = stores.notification(&["--role", "live"]).ready().await;
     let ann = users.user("ann@example.org").await;
-    let opened = Instant::now();
     let mut stream = Stream::open(&service, &ann.access_token, Some(0)).await;
     assert_eq!(stream.notification().await["kind"], "sign_in");
     stream.end().await;
-    assert!(opened.elapsed() < AT_ONCE, "{:?}", opened.elapsed());
     assert_eq!(ask(&service, &ann.access_token, Some(1)).await.status(), 401);
 
     let body = serde_json::json!({"refresh_token": ann.refresh_token});
@@ -271,7 +263,11 @@ async fn a_stream_becomes_no_older_than_a_connection() {
     let token = token(&stores, ann).await;
     let opened = Instant::now();
     Stream::open(&service, &token, None).await.end().await;
-    assert!((Duration::from_secs(2)..AT_ONCE).contains(&opened.elapsed()));
+    assert!(
+        opened.elapsed() >= Duration::from_secs(2),
+        "{:?}",
+        opened.elapsed()
+    );
     Stream::open(&service, &token, None).await.end().await;
 }
 
@@ -295,7 +291,6 @@ async fn a_stream_ends_with_its_session() {
     for round in 0..4 {
         let mut stream = Stream::open(&service, &there.access_token, None).await;
         stream.event().await.unwrap();
-        let begun = Instant::now();
         let refresh = || Some(serde_json::json!({"refresh_token": there.refresh_token}));
         let (path, token, body) = match round {
             0 => ("/logout", Some(&there.access_token), None),
@@ -311,7 +306,6 @@ async fn a_stream_ends_with_its_session() {
             assert_eq!(again.status(), 401);
         }
         stream.end().await;
-        assert!(begun.elapsed() < AT_ONCE, "{path}: {:?}", begun.elapsed());
         assert_eq!(ask(&service, &there.access_token, None).await.status(), 401);
         let password = if round == 1 { "another password" } else { PASSWORD };
         let body = serde_json::json!({"email": "ann@example.org", "password": password});
@@ -319,13 +313,11 @@ async fn a_stream_ends_with_its_session() {
         there = login.json().await.unwrap();
         assert_eq!(kept.notification().await["kind"], "sign_in");
     }
-    let begun = Instant::now();
     let gone = users
         .call(Method::DELETE, "/user", Some(&here.access_token), None)
         .await;
     assert_eq!(gone.status(), 204);
     kept.end().await;
-    assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]

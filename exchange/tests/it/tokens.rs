@@ -1,5 +1,7 @@
 //! Access tokens that must not work, and keys that change.
 
+use std::time::Duration;
+
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use ed25519_dalek::{Signer, SigningKey};
 use hmac::{Hmac, KeyInit, Mac};
@@ -7,7 +9,7 @@ use serde_json::{Value, json};
 use sha2::Sha256;
 
 use crate::{
-    servers::{Database, Postgres, Service, eventually},
+    servers::{Database, Postgres, Service, eventually, within},
     user::Exchange,
 };
 
@@ -188,6 +190,29 @@ async fn a_key_is_published_before_it_signs_and_until_its_last_token_has_expired
     assert_eq!(status(&replica.service, &old_token).await, 401);
 }
 
+/// A night without log-ins must not end with a key that signs and that no verifier has heard of.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_next_key_is_published_in_time_though_nobody_asks_for_one() {
+    let exchange = Exchange::start(&[]).await;
+    let owner = exchange.database.owner().await;
+    exchange.user("ada@example.org").await;
+    sqlx::query("update signing_keys set signs_until = now() + interval '90 minutes'")
+        .execute(&owner)
+        .await
+        .unwrap();
+    // Housekeeping comes once a minute.
+    within(Duration::from_mins(2), "the next key is there", || async {
+        let next: bool = sqlx::query_scalar(
+            "select exists (select from signing_keys where signs_from > now() + interval '1 hour')",
+        )
+        .fetch_one(&owner)
+        .await
+        .unwrap();
+        next.then_some(())
+    })
+    .await;
+}
+
 /// Whoever deletes one key that has leaked may not know that its successor does not sign yet.
 #[tokio::test(flavor = "multi_thread")]
 async fn log_ins_go_on_when_only_the_key_that_signs_is_deleted() {
@@ -260,7 +285,7 @@ async fn many_processes_that_start_at_once_agree_on_one_key() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_expires() {
-    let exchange = Exchange::start(&["--access-token-lifetime=5s"]).await;
+    let exchange = Exchange::start(&["--access-token-lifetime=15s"]).await;
     let token = exchange.user("ada@example.org").await.access_token;
     assert_eq!(status(&exchange.service, &token).await, 200);
     eventually("it has expired", || async {

@@ -607,36 +607,29 @@ async fn an_account_that_is_full_at_once_does_not_hold_up_its_book() {
     let full = exchange.wallet("2", "1").await;
     enrich(&owner, &full.usd, "999999999999999850").await;
     let buying = exchange.wallet("0", "1000").await;
-    let mut book = owner.begin().await.unwrap();
-    sqlx::query("select lock_book_v1('live', 'BTC-USD')")
-        .execute(&mut *book)
-        .await
-        .unwrap();
-    // The first waits alone, and the others behind it.
-    let orders = [
-        buying.order("buy", "1", "1"),
-        full.order("sell", "1", "100"),
-        full.order("sell", "1", "101"),
-        buying.order("buy", "2", "110"),
-    ];
-    let mut placing = Vec::new();
-    for (order, wallet) in orders.into_iter().zip([&buying, &full, &full, &buying]) {
-        let trader = wallet.trader.clone();
-        placing.push(tokio::spawn(
-            async move { trader.post("/trade/add", &order).await },
-        ));
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
-    book.rollback().await.unwrap();
-    let mut placed = Vec::new();
-    for answer in placing {
-        placed.push(accept(answer.await.unwrap(), StatusCode::CREATED).await);
-    }
-    assert_eq!(
-        (&placed[3]["status"], &placed[3]["filled"]),
-        (&json!("open"), &json!("1")),
-        "{placed:?}"
-    );
+    let accounts = |account: fn(&Wallet) -> &str| {
+        [&full, &full, &buying].map(|wallet| account(wallet).parse::<Uuid>().unwrap())
+    };
+    let placed: Vec<(String, String, Option<String>)> = sqlx::query_as(
+        "select outcome, status, (select trim_scale(sum(size))::text from unnest(trade_sizes) as size)
+         from submit_orders_v1('live', 'BTC-USD',
+             array(select gen_random_uuid() from generate_series(1, 3)),
+             array(select user_id from unnest($1) with ordinality as given (id, place) join accounts using (id)
+                   order by place),
+             array(select gen_random_uuid()::text from generate_series(1, 3)), array['sell', 'sell', 'buy'],
+             array[100, 101, 110]::numeric[], array[1, 1, 2]::numeric[], array_fill('gtc'::text, array[3]), $1, $2,
+             array_fill(null::text, array[3]))",
+    )
+    .bind(accounts(|wallet| &wallet.btc))
+    .bind(accounts(|wallet| &wallet.usd))
+    .fetch_all(&owner)
+    .await
+    .unwrap();
+    let open = |filled: Option<&str>| {
+        let [outcome, status] = ["accepted", "open"].map(str::to_owned);
+        (outcome, status, filled.map(str::to_owned))
+    };
+    assert_eq!(placed, [open(None), open(None), open(Some("1"))]);
     assert_clean(&owner, "live").await;
 }
 
@@ -920,30 +913,52 @@ async fn the_audit_finds_a_trade_that_says_other_than_its_entries() {
     }
 }
 
-/// The answer to a deposit says what is in the account now, which is somebody else's.
+/// The answer to a deposit names the account, and says what is in it now. Both are somebody else's.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_treasury_takes_along_says_nothing_of_others_balances() {
+async fn what_the_treasury_takes_along_says_nothing_of_others_accounts() {
     let exchange = Exchange::start().await;
     let owner = exchange.database.owner().await;
-    let trader = exchange.issuer.trader(&exchange.service).await;
-    trader.wallet(&exchange.treasury, "0", "987.65").await;
-    let (treasury, export): (Uuid, String) = sqlx::query_as(
-        "select user_id, export from idempotency_keys, user_data
-         where topic = 'idempotency keys' and answer ->> 'amount' = '987.65'",
-    )
-    .fetch_one(&owner)
-    .await
-    .unwrap();
-    let exported: Vec<Value> = sqlx::query_scalar(sqlx::AssertSqlSafe(export))
-        .bind(treasury)
-        .fetch_all(&owner)
-        .await
-        .unwrap();
-    let mut answers = exported.iter().filter_map(|row| row["answer"].as_object());
+    let wallet = exchange.wallet("0", "987.65").await;
+    let part = json!({"account_id": wallet.usd, "amount": "87.65"});
+    let withdrawn = wallet
+        .trader
+        .post_with_key("/account/withdraw", "part", &part)
+        .await;
+    let withdrawn = accept(withdrawn, StatusCode::CREATED).await;
+    // Everything that whoever got this answer takes along.
+    let export = async |amount: &str| -> Vec<Value> {
+        let user: Uuid =
+            sqlx::query_scalar("select user_id from idempotency_keys where answer ->> 'amount' = $1")
+                .bind(amount)
+                .fetch_one(&owner)
+                .await
+                .unwrap();
+        let topics: Vec<String> = sqlx::query_scalar("select export from user_data")
+            .fetch_all(&owner)
+            .await
+            .unwrap();
+        let mut exported = Vec::new();
+        for topic in topics {
+            let rows = sqlx::query_scalar::<_, Value>(sqlx::AssertSqlSafe(topic)).bind(user);
+            exported.extend(rows.fetch_all(&owner).await.unwrap());
+        }
+        exported
+    };
+    let of_the_treasury = export("987.65").await;
+    let mut answers = of_the_treasury.iter().filter_map(|row| row["answer"].as_object());
     let answer = answers.find(|answer| answer["amount"] == "987.65").unwrap();
     assert!(
         !answer.contains_key("balance") && !answer.contains_key("hold"),
-        "{exported:?}"
+        "{answer:?}"
+    );
+    let text = Value::from(of_the_treasury).to_string();
+    assert!(!text.contains(&wallet.usd), "{text}");
+    // The account's owner gets the whole of it.
+    let of_the_trader = export("87.65").await;
+    let answers = of_the_trader.iter().map(|row| &row["answer"]);
+    assert_eq!(
+        answers.filter(|answer| !answer.is_null()).collect::<Vec<_>>(),
+        [&withdrawn]
     );
 }
 

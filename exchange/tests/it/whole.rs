@@ -1,6 +1,6 @@
 //! All services together: the smoke test and the load test, as their users run them.
 
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use exchange::lane::Lane;
 use serde_json::{Value, json};
@@ -68,8 +68,8 @@ impl Stack {
         [&mut self.user, &mut self.trade, &mut self.notification]
     }
 
-    /// Runs the binary with the addresses of this stack.
-    pub(crate) async fn run(&self, command: &str, flags: &[&str]) -> Output {
+    /// The binary with the addresses of this stack.
+    fn command(&self, command: &str, flags: &[&str]) -> Command {
         let mut process = Command::new(crate::servers::binary());
         process
             .args([command, "--user-url", &self.user.url("")])
@@ -77,6 +77,12 @@ impl Stack {
             .args(["--notification-url", &self.notification.url("")])
             .args(flags)
             .env("EXCHANGE_LANE_SECRET", SECRET);
+        process
+    }
+
+    /// Runs it.
+    pub(crate) async fn run(&self, command: &str, flags: &[&str]) -> Output {
+        let mut process = self.command(command, flags);
         tokio::task::spawn_blocking(move || process.output().unwrap())
             .await
             .unwrap()
@@ -223,6 +229,85 @@ async fn the_smoke_test_passes_against_a_standby_stack_and_leaves_nothing_behind
     assert_discreet(&stack.services());
 }
 
+const IN_TEST_LANES: &str = "select count(*) from users where lane like 'test-%'";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_smoke_test_goes_on_until_its_lane_is_erased() {
+    let stores = Stores::start().await;
+    let stack = Stack::start(&stores, &STANDBY).await;
+    // As while the database changes its host. A sequence does not go back with its transaction.
+    sqlx::raw_sql(
+        "create sequence attempts;
+         create function not_now() returns trigger language plpgsql as $$
+         begin
+             if nextval('attempts') <= 2 then raise exception 'not now' using errcode = 'cannot_connect_now'; end if;
+             return null;
+         end $$;
+         create trigger not_now before delete on users for each statement execute function not_now()",
+    )
+    .execute(&stores.owner)
+    .await
+    .unwrap();
+    let output = stack.run("smoke", &STANDBY[..4]).await;
+    let report = text(&output);
+    assert!(output.status.success(), "{report}");
+    assert_eq!(
+        report.matches("the lane is not erased yet").count(),
+        1,
+        "{report}"
+    );
+    assert_eq!(
+        stores.count("select last_value from attempts").await,
+        3,
+        "{report}"
+    );
+    assert_eq!(stores.count(IN_TEST_LANES).await, 0, "{report}");
+}
+
+/// The node is drained, or the Job's time is over.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_smoke_test_that_is_told_to_end_has_failed_and_erases_its_lane() {
+    let stores = Stores::start().await;
+    let stack = Stack::start(&stores, &STANDBY).await;
+    // Nobody is told anything, and the test waits for it.
+    sqlx::raw_sql(
+        "create function mute() returns trigger language plpgsql as 'begin return null; end';
+         create trigger mute before insert on notifications for each row execute function mute()",
+    )
+    .execute(&stores.owner)
+    .await
+    .unwrap();
+    let mut smoke = stack.command("smoke", &STANDBY[..4]);
+    let smoke = smoke
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    eventually("it has traded", || async {
+        let traded = stores
+            .count("select count(*) from trades where lane like 'test-%'")
+            .await
+            > 0;
+        traded.then_some(())
+    })
+    .await;
+    let told = Command::new("kill")
+        .args(["-TERM", &smoke.id().to_string()])
+        .status();
+    assert!(told.unwrap().success());
+    let output = tokio::task::spawn_blocking(move || smoke.wait_with_output().unwrap())
+        .await
+        .unwrap();
+    let report = text(&output);
+    // Not by the signal, which would have no code.
+    assert_eq!(output.status.code(), Some(1), "{report}");
+    assert!(
+        report.contains("a signal came before") && !report.contains("both are notified"),
+        "{report}"
+    );
+    assert_eq!(stores.count(IN_TEST_LANES).await, 0, "{report}");
+}
+
 /// The value of a metric; 0 if it has not been counted yet.
 async fn metric(service: &Service, name: &str) -> f64 {
     let page = service.admin("/metrics").await.text().await.unwrap();
@@ -360,9 +445,12 @@ async fn what_happens_is_counted_and_belongs_to_its_trace() {
     assert!(metric(&stack.trade, "ledger_imbalance").await < 1.0);
     metric(&stack.trade, "db_pool_idle").await;
     let notification = &stack.notification;
+    // A moment after it has happened.
     for (name, least) in [("messages_published_total", 1.0), ("messages_handled_total", 2.0)] {
-        let value = metric(notification, name).await;
-        assert!(value >= least, "{name} is {value}");
+        eventually(&format!("{name} is {least}"), || async {
+            (metric(notification, name).await >= least).then_some(())
+        })
+        .await;
     }
 }
 
@@ -607,7 +695,7 @@ async fn a_load_test_waits_for_its_registrations() {
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     // As many have registered as may, almost fifteen minutes ago.
     let registered = sqlx::query(
-        "update rate_limits set attempts = 3, window_ends_at = now() + interval '10 seconds'
+        "update rate_limits set attempts = 3, window_ends_at = now() + interval '30 seconds'
          where key in (sha256('register:127.0.0.1'), sha256('counted register:127.0.0.1'))",
     )
     .execute(&stores.owner)

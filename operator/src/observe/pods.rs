@@ -543,7 +543,7 @@ pub(crate) fn short(text: &str) -> String {
 mod tests {
     use axum::{Router, routing::get};
     use serde_json::{Value, json};
-    use tokio::net::TcpListener;
+    use tokio::net::{TcpListener, TcpSocket};
 
     use super::*;
 
@@ -682,15 +682,17 @@ http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/logi
     async fn why_a_stack_does_not_answer_is_told() {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let pods = Pods::new().unwrap();
-        let listen = || TcpListener::bind("127.0.0.1:0");
-        let listener = listen().await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let at = listener.local_addr().unwrap().to_string();
         let route = get(|| async { [("x-exchange-stack", "blue-1")] });
         let router = Router::new().route("/version", route);
         tokio::spawn(async move { axum::serve(listener, router).await });
         assert_eq!(pods.row("blue-1", &at).await, Ok(()));
         assert_eq!(pods.row("green-2", &at).await, Err("blue-1 answers".to_owned()));
-        let nobody = listen().await.unwrap().local_addr().unwrap().to_string();
+        // Taken, so that nobody else is given it, and nobody listens.
+        let taken = TcpSocket::new_v4().unwrap();
+        taken.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let nobody = taken.local_addr().unwrap().to_string();
         let heard = pods.row("blue-1", &nobody).await.unwrap_err();
         assert!(heard.starts_with("Connection refused"), "{heard}");
     }
