@@ -356,9 +356,22 @@ fn a_second_up_changes_nothing() {
 #[ignore = "needs a cluster: make e2e"]
 fn metrics_and_a_default_storage_class_are_served() {
     let session = session();
-    let _case = Namespace::new(&session, "metrics").unwrap();
+    let case = Namespace::new(&session, "metrics").unwrap();
     let top = session.kubectl(&["top", "node", "--no-headers"]).unwrap();
     assert!(top.contains('%'), "{top}");
+    start_looker(&session, &case.name);
+    let top = || session.kubectl(&["top", "pod", "--no-headers", "--namespace", &case.name]);
+    // A pod is measured twice before it is told.
+    assert!(
+        wait_for(PATIENCE, || top().is_ok_and(|top| top.starts_with("looker "))),
+        "{:?}",
+        top()
+    );
+    if session.cluster.is_some() {
+        // The kubelet looks after the disk, and only then measures the node as often as metrics-server asks.
+        let disk = session.get("default", "node/node", "{.status.capacity.ephemeral-storage}");
+        assert_ne!(disk.unwrap(), "");
+    }
     let class = session.kubectl(&["get", "storageclass"]).unwrap();
     assert!(class.contains("(default)"), "{class}");
 }
