@@ -29,6 +29,8 @@ FIRST ?= 0
 SEED ?=
 # How the binaries of images are compiled: as the tests are, so that one build does for both, or as for production.
 PROFILE ?= dev
+# What the parts of `make e2e` are called, and the end of the cluster after it.
+PARTS ?= 1/3 2/3 3/3 end
 # KEEP=1 keeps the cluster of `make test`.
 KEEP ?=
 TAG ?= dev
@@ -65,6 +67,10 @@ find-tests = cargo test --workspace --locked $(1) --no-run; \
 # The same, and runs them; and the second half alone, for who had to start something in between.
 run-tests = $(find-tests); $(run-found)
 run-found = cargo test --workspace --locked $(1) -- $(2)
+# Another target, as a part of one.
+sub = $(MAKE) --no-print-directory
+# A part of what takes long: its number, its name, its command. Says what begins, and what it took.
+part = printf '\n\033[1m▶ [%s] %s\033[0m\n' $(1) "$(2)" >&2; SECONDS=0; $(3); echo "  ✓ [$(1)] took $$SECONDS s" >&2
 # Makes a target while no other run uses the cluster NAME. What is made by that in this way is a part of it.
 alone = $(TESTBED) --name $(NAME) alone -- $(MAKE) --no-print-directory NAME=$(NAME)
 
@@ -84,17 +90,22 @@ demo: deps $(TESTBED) ## Show a release under load, a failed one and a rollback,
 demo-alone:
 	@clean_up='demo --clean-up'; $(if $(filter existing,$(CLUSTER)),,$(TESTBED) status &>/dev/null || clean_up=down;) \
 	  trap "$(TESTBED) $$clean_up; exit 130" INT; \
-	  part() { printf '\n\033[1m▶ [%s/8] %s\033[0m\n' "$$1" "$$2" >&2; SECONDS=0; \
-	    $(MAKE) --no-print-directory $$3; echo "  ✓ [$$1/8] took $$SECONDS s" >&2; }; \
-	  part 1 "The cluster" cluster; part 2 "The images" images; $(TESTBED) demo
+	  $(call part,1/8,The cluster,$(sub) cluster); $(call part,2/8,The images,$(sub) images); $(TESTBED) demo
 
 .PHONY: test
 test: NAME := $(if $(filter dev,$(NAME)),test,$(NAME))
 test: all-tests ## Check, integration, a new cluster of its own with a newcomer's release and the proof, and its end
-	@$(if $(filter existing,$(CLUSTER)),,tests/deps.sh --cluster)
-	@$(MAKE) --no-print-directory $(if $(filter existing,$(CLUSTER)),,preflight) check $(if $(filter existing,$(CLUSTER)),,integration)
-	@$(MAKE) --no-print-directory $(TESTBED)
-	@$(alone) $(if $(filter existing,$(CLUSTER)),,down) e2e down-test
+ifeq ($(CLUSTER),existing)
+	@$(call part,1/4,Lints and unit tests,$(sub) check)
+	@$(sub) $(TESTBED)
+	@$(alone) e2e PARTS="2/4 3/4 4/4"
+else
+	@tests/deps.sh --cluster
+	@$(sub) preflight
+	@$(call part,1/6,Lints and unit tests,$(sub) check)
+	@$(call part,2/6,The exchange with real stores,$(sub) integration)
+	@$(alone) down e2e down-test PARTS="3/6 4/6 5/6 6/6"
+endif
 
 .PHONY: preflight
 preflight: $(TESTBED)
@@ -104,7 +115,7 @@ preflight: $(TESTBED)
 check: all-tests ## Format, lints, unit tests, generated files: minutes, no root, no cluster
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
-	@$(MAKE) --no-print-directory unit crds-check
+	@$(sub) unit crds-check
 
 .PHONY: unit
 unit: ## Unit tests
@@ -117,7 +128,7 @@ simulate: ## The operator in HISTORIES=200000 simulated histories from FIRST=0 o
 
 .PHONY: integration
 integration: not-existing deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine; the charts as helm renders them
-	@$(MAKE) --no-print-directory $(TESTBED)
+	@$(sub) $(TESTBED)
 	@tools=$$($(TESTBED) tools); export PATH="$$tools:$$PATH"; \
 	  $(call run-tests,--test it --test charts,$(TEST))
 
@@ -129,17 +140,17 @@ e2e: deps $(TESTBED) ## End-to-end tests on the cluster, which stays for the nex
 e2e-alone:
 	@$(call find-tests,$(E2E:%=--test %),--ignored $(TEST))
 	@origin=$$($(TESTBED) results --begin); export "$$origin"; \
-	  $(MAKE) --no-print-directory cluster images; \
+	  $(call part,$(word 1,$(PARTS)),The cluster,$(sub) cluster); $(call part,$(word 2,$(PARTS)),The images,$(sub) images); \
 	  trap '$(TESTBED) results --end $$?' EXIT; \
-	  $(call run-found,$(E2E:%=--test %) --no-fail-fast,--ignored --test-threads 3 $(TEST))
+	  $(call part,$(word 3,$(PARTS)),The tests on the cluster,$(call run-found,$(E2E:%=--test %) --no-fail-fast,--ignored --test-threads 3 $(TEST)))
 
 .PHONY: stories
 stories: ## Releases of every kind and end, and disturbed ones, on the cluster (about 25 minutes)
-	@$(MAKE) --no-print-directory e2e E2E="$(STORIES)"
+	@$(sub) e2e E2E="$(STORIES)"
 
 .PHONY: e2e-long
 e2e-long: ## Both with the full matrices: 20 releases in a row, every phase disturbed, the operator killed at every write (hours)
-	RELEASES=20 EVERY_PHASE=1 EVERY_WRITE=1 $(MAKE) --no-print-directory e2e E2E="$(E2E) $(STORIES)"
+	RELEASES=20 EVERY_PHASE=1 EVERY_WRITE=1 $(sub) e2e E2E="$(E2E) $(STORIES)"
 
 .PHONY: rbac
 rbac: $(TESTBED) ## Compare the operator's rights with what it did on the test cluster; after `make stories`
@@ -148,7 +159,7 @@ rbac: $(TESTBED) ## Compare the operator's rights with what it did on the test c
 .PHONY: cluster-test
 cluster-test: not-existing ## Test the test cluster itself: kills, several at once, leavings, wrong use (about 10 minutes)
 	@tests/deps.sh --cluster
-	@$(MAKE) --no-print-directory $(TESTBED)
+	@$(sub) $(TESTBED)
 	@$(alone) cluster-test-alone
 
 .PHONY: cluster-test-alone
@@ -170,11 +181,13 @@ ifeq ($(CLUSTER),existing)
 endif
 
 .PHONY: down-test
-down-test:
-ifneq ($(CLUSTER),existing)
+down-test: not-existing
+	@$(call part,$(word 4,$(PARTS)),The end of a cluster,$(sub) down-test-alone)
+
+.PHONY: down-test-alone
+down-test-alone:
 	@$(if $(KEEP),echo "KEEP=1: cluster $(NAME) goes on",$(TESTBED) down)
 	@$(call run-tests,--test cluster,--ignored --exact down_leaves_nothing)
-endif
 
 .PHONY: cluster
 cluster: deps $(TESTBED) ## Start the test cluster NAME, or find that it runs
@@ -225,7 +238,7 @@ bench: $(if $(filter existing,$(CLUSTER)),,bench-exchange) bench-operator ## Ben
 
 .PHONY: bench-exchange
 bench-exchange: not-existing deps ## Those of the exchange: trading beside pgbench on the same machine
-	@$(MAKE) --no-print-directory $(TESTBED)
+	@$(sub) $(TESTBED)
 	tools=$$($(TESTBED) tools) && PATH="$$tools:$$PATH" cargo test --workspace --release --locked --test it -- --ignored --nocapture bench::
 
 .PHONY: bench-operator
@@ -236,7 +249,7 @@ bench-operator: deps $(TESTBED) ## Those of the operator: releases on the cluste
 bench-operator-alone: PROFILE := release
 bench-operator-alone:
 	@$(call find-tests,--test bench,--ignored $(TEST))
-	@$(MAKE) --no-print-directory cluster images PROFILE=$(PROFILE)
+	@$(sub) cluster images PROFILE=$(PROFILE)
 	@$(call run-found,--test bench,--ignored --nocapture --test-threads 1 $(TEST))
 
 .PHONY: deny

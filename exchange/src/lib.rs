@@ -23,6 +23,7 @@ pub mod market;
 pub mod messages;
 pub mod metrics;
 pub mod migrate;
+#[deny(clippy::float_arithmetic)]
 pub mod money;
 pub mod notice;
 pub mod notification;
@@ -38,6 +39,7 @@ pub mod session;
 pub mod smoke;
 pub mod stream;
 pub mod telemetry;
+#[deny(clippy::float_arithmetic)]
 pub mod trade;
 pub mod trader;
 pub mod user;

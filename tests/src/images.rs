@@ -443,14 +443,31 @@ fn unpack(archive: &Archive) -> Result<bool> {
     stored(&archive.image)
 }
 
+/// What buildah remembers of layers, for the whole machine; no option of its own says where.
+const LAYERS: &str = "/var/lib/containers";
+
+/// buildah with a storage of ours, and places of ours for whatever else it writes down.
 fn buildah_command() -> Result<Command> {
-    let storage = cache_dir()?.join("buildah");
-    let mut command = sandbox::bound("buildah");
+    let own = cache_dir()?.join("buildah");
+    let (layers, networks) = (own.join("layers"), own.join("networks"));
+    // Only to be hidden by our own.
+    for directory in [&layers, Path::new(LAYERS)] {
+        fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
+    }
+    let configuration = own.join("containers.conf");
+    let text = format!("[network]\nnetwork_config_dir = \"{}\"\n", networks.display());
+    fs::write(&configuration, text).with_context(|| format!("cannot write {}", configuration.display()))?;
+    let mut command = sandbox::bound("unshare");
     command
+        .args(["--mount", "sh", "-c"])
+        .arg(format!(r#"mount --bind "$0" {LAYERS} && exec buildah "$@""#))
+        .arg(layers)
         .arg("--storage-driver=overlay")
         .arg("--root")
-        .arg(storage.join("root"));
-    command.arg("--runroot").arg(storage.join("run"));
+        .arg(own.join("root"))
+        .arg("--runroot")
+        .arg(own.join("run"))
+        .env("CONTAINERS_CONF", configuration);
     Ok(command)
 }
 
@@ -529,7 +546,7 @@ pub fn load(cluster: &Cluster, tools: &Tools, archive: &Archive) -> Result<()> {
     }
     let text = String::from_utf8_lossy(&import.stderr).trim().to_owned();
     let error = anyhow::anyhow!(
-        "cannot load {} into cluster {:?} (is it an OCI archive?): {text}",
+        "cannot load {} as an OCI archive into cluster {:?}: {text}",
         archive.path.display(),
         cluster.name()
     );

@@ -3,6 +3,7 @@
 use std::{
     env, fs,
     path::{Path, PathBuf},
+    process,
 };
 
 use anyhow::{Result, ensure};
@@ -11,6 +12,7 @@ use nix::{sys::statvfs::statvfs, unistd::geteuid};
 use crate::{
     cluster::{cache_dir, home},
     sandbox::{CONTROLLERS, hidden_by, run, search_path},
+    scratch::Scratch,
 };
 
 /// Programs that the launcher and the components call, with the Debian package that has each.
@@ -60,7 +62,7 @@ const KERNEL: [(Feature, &str); 9] = [
         "the kernel has no network bridges (CONFIG_BRIDGE); `modprobe bridge` does not help",
     ),
     (
-        Feature::Nftables,
+        Feature::Nftables(RULES),
         "the kernel has no nftables, or not all that kube-proxy writes with it (CONFIG_NF_TABLES, CONFIG_NFT_NAT, \
          CONFIG_NFT_MASQ, CONFIG_NFT_FIB_IPV4, CONFIG_NFT_NUMGEN, CONFIG_NFT_CT, CONFIG_NFT_REJECT)",
     ),
@@ -87,7 +89,8 @@ enum Feature {
     Overlay,
     BridgeFilter,
     Interface(&'static str),
-    Nftables,
+    /// That it takes these rules.
+    Nftables(&'static str),
 }
 
 /// Checks who asks: to everybody else a cluster that runs looks like one that does not.
@@ -108,18 +111,11 @@ pub fn root() -> Result<()> {
 /// Lists everything that is missing at once.
 pub fn check() -> Result<()> {
     root()?;
-    let (home, cache) = (home()?, cache_dir()?);
-    let free = |place: &Path| {
-        let there = place.ancestors().find(|path| path.exists()).unwrap_or(place);
-        statvfs(there).map_or(u64::MAX, |disk| disk.blocks_available() * disk.fragment_size())
-    };
     let lacks = lacks(&Machine {
         has: &is_there,
         has_program: &is_installed,
-        free: free(&home),
-        home,
-        free_for_cache: free(&cache),
-        cache,
+        home: Disk::of(home()?),
+        cache: Disk::of(cache_dir()?),
     });
     ensure!(
         lacks.is_empty(),
@@ -133,12 +129,31 @@ pub fn check() -> Result<()> {
 struct Machine<'a> {
     has: &'a dyn Fn(Feature) -> bool,
     has_program: &'a dyn Fn(&str) -> bool,
-    /// Bytes on the disk of the clusters' home.
+    /// That of the clusters.
+    home: Disk,
+    cache: Disk,
+}
+
+/// A directory, which need not be there yet, and what its disk is good for.
+struct Disk {
+    directory: PathBuf,
+    /// Bytes.
     free: u64,
-    home: PathBuf,
-    /// Bytes on the disk of the cache.
-    free_for_cache: u64,
-    cache: PathBuf,
+    /// Images can be put together there.
+    takes_overlays: bool,
+}
+
+impl Disk {
+    fn of(directory: PathBuf) -> Self {
+        let there = directory.ancestors().find(|path| path.exists());
+        let there = there.unwrap_or(&directory);
+        Self {
+            free: statvfs(there).map_or(u64::MAX, |disk| disk.blocks_available() * disk.fragment_size()),
+            // Without overlayfs, nothing is known of the disk.
+            takes_overlays: !is_there(Feature::Overlay) || takes_overlays(there),
+            directory,
+        }
+    }
 }
 
 fn lacks(machine: &Machine<'_>) -> Vec<String> {
@@ -152,7 +167,7 @@ fn lacks(machine: &Machine<'_>) -> Vec<String> {
     }
     for (feature, lack) in KERNEL {
         let program = match feature {
-            Feature::Nftables => "nft",
+            Feature::Nftables(_) => "nft",
             Feature::Interface(_) => "ip",
             _ => "",
         };
@@ -161,28 +176,34 @@ fn lacks(machine: &Machine<'_>) -> Vec<String> {
             lacks.push(lack.to_owned());
         }
     }
-    if machine.free < DISK_MIN {
-        lacks.push(format!(
-            "{} has {} MiB free, and images need {} MiB: make room, or set TESTBED_HOME to a directory on another disk",
-            machine.home.display(),
-            machine.free >> 20,
-            DISK_MIN >> 20
-        ));
+    for (disk, need, variable) in [
+        (&machine.home, "images need", "TESTBED_HOME"),
+        (
+            &machine.cache,
+            "built components and images need",
+            "TESTBED_CACHE",
+        ),
+    ] {
+        let directory = disk.directory.display();
+        if disk.free < DISK_MIN {
+            lacks.push(format!(
+                "{directory} has {} MiB free, and {need} {} MiB: make room, or set {variable} to a directory on another disk",
+                disk.free >> 20,
+                DISK_MIN >> 20
+            ));
+        }
+        if !disk.takes_overlays {
+            lacks.push(format!(
+                "overlayfs cannot write to the file system of {directory}, and images are put together with it: set {variable} \
+                 to a directory on another disk"
+            ));
+        }
     }
-    if machine.free_for_cache < DISK_MIN {
-        lacks.push(format!(
-            "{} has {} MiB free, and built components and images need {} MiB: make room, or set TESTBED_CACHE to a directory \
-             on another disk",
-            machine.cache.display(),
-            machine.free_for_cache >> 20,
-            DISK_MIN >> 20
-        ));
-    }
-    if let Some(directory) = hidden_by(&machine.cache) {
+    if let Some(directory) = hidden_by(&machine.cache.directory) {
         lacks.push(format!(
             "the cache of built components, {}, is below {directory}, and inside a cluster that is another directory: set \
              TESTBED_CACHE to one elsewhere, such as /var/cache/exchange-testbed",
-            machine.cache.display()
+            machine.cache.directory.display()
         ));
     }
     lacks
@@ -201,8 +222,19 @@ fn is_there(feature: Feature) -> bool {
         Feature::Interface(kind) => {
             succeeds("unshare", &["--net", "ip", "link", "add", "probe", "type", kind])
         }
-        Feature::Nftables => succeeds("unshare", &["--net", "nft", RULES]),
+        Feature::Nftables(rules) => succeeds("unshare", &["--net", "nft", rules]),
     }
+}
+
+/// Tries it, by a mount in a namespace of its own, which ends with it.
+fn takes_overlays(directory: &Path) -> bool {
+    const TRY: &str = "cd \"$0\" && mkdir lower upper work && \
+                       mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work probe lower";
+    let scratch = Scratch::new(directory.join(format!(".testbed-overlay-{}", process::id())));
+    scratch.is_ok_and(|scratch| {
+        let place = scratch.path().display().to_string();
+        succeeds("unshare", &["--mount", "sh", "-c", TRY, &place])
+    })
 }
 
 /// The module makes every network namespace filter what its bridges carry. The machine's own go on as before; a cluster's, made
@@ -238,14 +270,20 @@ fn succeeds(program: &str, args: &[&str]) -> bool {
 mod tests {
     use super::*;
 
+    fn disk(directory: &str) -> Disk {
+        Disk {
+            directory: directory.into(),
+            free: DISK_MIN,
+            takes_overlays: true,
+        }
+    }
+
     fn machine<'a>(has: &'a dyn Fn(Feature) -> bool, has_program: &'a dyn Fn(&str) -> bool) -> Machine<'a> {
         Machine {
             has,
             has_program,
-            free: DISK_MIN,
-            home: "/var/tmp/clusters".into(),
-            free_for_cache: DISK_MIN,
-            cache: "/var/cache/tools".into(),
+            home: disk("/var/tmp/clusters"),
+            cache: disk("/var/cache/tools"),
         }
     }
 
@@ -263,7 +301,7 @@ mod tests {
     #[test]
     fn a_missing_program_is_named_with_its_package_and_says_nothing_about_the_kernel() {
         let lacks = lacks(&machine(
-            &|feature| !matches!(feature, Feature::Interface(_) | Feature::Nftables),
+            &|feature| !matches!(feature, Feature::Interface(_) | Feature::Nftables(_)),
             &|program| program != "ip" && program != "nft",
         ));
         assert_eq!(lacks.len(), 2, "{lacks:?}");
@@ -296,22 +334,39 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_and_a_hidden_cache_are_named_with_the_way_out() {
+    fn what_no_kernel_has_is_not_there() {
+        for nowhere in [
+            Feature::Namespace("no-such-kind"),
+            Feature::Interface("no-such-kind"),
+            Feature::Nftables(
+                "add table ip probe; add chain ip probe out { type no-such-kind hook postrouting priority 0 ; }",
+            ),
+        ] {
+            assert!(!is_there(nowhere), "{nowhere:?}");
+        }
+        assert!(!takes_overlays(Path::new("/proc")));
+    }
+
+    #[test]
+    fn a_disk_that_will_not_do_and_a_hidden_cache_are_named_with_the_way_out() {
         let mut machine = machine(&|_| true, &|_| true);
-        machine.free = DISK_MIN - 1;
-        machine.free_for_cache = DISK_MIN - 1;
-        machine.cache = "/var/lib/jenkins/.cache".into();
+        let unfit = |directory: &str| Disk {
+            free: DISK_MIN - 1,
+            takes_overlays: false,
+            ..disk(directory)
+        };
+        machine.home = unfit("/mnt/clusters");
+        machine.cache = unfit("/var/lib/jenkins/.cache");
         let lacks = lacks(&machine);
-        assert_eq!(lacks.len(), 3, "{lacks:?}");
-        assert!(
-            lacks.iter().any(|lack| lack.contains("TESTBED_HOME")),
-            "{lacks:?}"
-        );
-        assert!(
-            lacks
-                .iter()
-                .any(|lack| lack.contains("TESTBED_CACHE") && lack.contains("below /var/lib,")),
-            "{lacks:?}"
-        );
+        let way_out = |parts: &[&str]| {
+            let said = |lack: &&String| parts.iter().all(|part| lack.contains(part));
+            assert_eq!(lacks.iter().filter(said).count(), 1, "{parts:?} in {lacks:?}");
+        };
+        assert_eq!(lacks.len(), 5, "{lacks:?}");
+        way_out(&["/mnt/clusters has", "MiB free", "TESTBED_HOME"]);
+        way_out(&["overlayfs", "/mnt/clusters", "TESTBED_HOME"]);
+        way_out(&["/var/lib/jenkins/.cache has", "MiB free", "TESTBED_CACHE"]);
+        way_out(&["overlayfs", "/var/lib/jenkins/.cache", "TESTBED_CACHE"]);
+        way_out(&["below /var/lib,", "TESTBED_CACHE"]);
     }
 }

@@ -27,7 +27,8 @@ use crate::{
     addons,
     cluster::{self, Cluster, NODE, Origin},
     components::{self, DNS_READY_PORT, PROXY_METRICS_PORT},
-    images, pki, preflight,
+    images::{self, Archive},
+    pki, preflight,
     progress::{Step, say},
     results::repository,
     sandbox, supervisor,
@@ -75,32 +76,48 @@ pub fn up(cluster: &Cluster) -> Result<Times> {
         ..Times::default()
     };
     if times.was_running {
-        let differences = cluster.differs_from(&origin(cluster, &tools)?);
-        for difference in &differences {
-            say(format!("Cluster {:?} runs, but {difference}.", cluster.name()));
-        }
-        if !differences.is_empty() {
-            say(format!(
-                "  `make down NAME={0}` ends it; another NAME than {0} makes one beside it.",
-                cluster.name()
-            ));
-        }
+        tell_differences(cluster, &tools)?;
     } else {
         prepare(cluster, &tools)?;
         start(cluster, &lock)?;
     }
     drop(lock);
-    let mut step = Step::start(format!("cluster {:?}: starting", cluster.name()));
-    let runtime_runs = wait(cluster, &mut step, "containerd's socket", || {
-        Ok(UnixStream::connect(cluster.containerd_socket()).is_ok())
-    });
-    if times.was_running && runtime_runs.is_err() && sandbox::supervisor(cluster).is_none() {
-        // It had just been killed when we found it, and was alive for the moment that its end takes.
-        drop(step);
-        return up(cluster);
+    match complete(cluster, &tools, &helper, started, &mut times) {
+        // It has been killed since we found it, perhaps just before, and was alive for the moment that its end takes.
+        Err(_) if times.was_running && sandbox::supervisor(cluster).is_none() => up(cluster),
+        Err(error) => bail!("{error:#}\n{}", last_words(cluster)),
+        Ok(()) => Ok(times),
     }
-    runtime_runs?;
-    images::load(cluster, &tools, &helper)?;
+}
+
+/// Says how a cluster that runs is not the one that this code would start.
+fn tell_differences(cluster: &Cluster, tools: &Tools) -> Result<()> {
+    let differences = cluster.differs_from(&origin(cluster, tools)?);
+    for difference in &differences {
+        say(format!("Cluster {:?} runs, but {difference}.", cluster.name()));
+    }
+    if !differences.is_empty() {
+        say(format!(
+            "  `make down NAME={0}` ends it; another NAME than {0} makes one beside it.",
+            cluster.name()
+        ));
+    }
+    Ok(())
+}
+
+/// Waits for what the supervisor starts, and adds what only a running cluster can be given.
+fn complete(
+    cluster: &Cluster,
+    tools: &Tools,
+    helper: &Archive,
+    started: Instant,
+    times: &mut Times,
+) -> Result<()> {
+    let mut step = Step::start(format!("cluster {:?}: starting", cluster.name()));
+    wait(cluster, &mut step, "containerd's socket", || {
+        Ok(UnixStream::connect(cluster.containerd_socket()).is_ok())
+    })?;
+    images::load(cluster, tools, helper)?;
     runtime()?.block_on(async {
         wait_async(cluster, &mut step, "the API server", async || {
             api_is_ready(cluster).await
@@ -133,7 +150,7 @@ pub fn up(cluster: &Cluster) -> Result<Times> {
     })?;
     times.all_ready = started.elapsed();
     step.done();
-    Ok(times)
+    Ok(())
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime> {
@@ -252,23 +269,14 @@ impl<'a> Waiting<'a> {
             self.dead_looks + 1
         };
         if self.dead_looks > 40 {
-            bail!(
-                "the supervisor has ended while we waited for {}:\n{}",
-                self.what,
-                last_lines(cluster, "supervisor")
-            );
+            bail!("the supervisor has ended while we waited for {}", self.what);
         }
         if Instant::now() > self.deadline {
             let why = seen
                 .err()
                 .map(|error| format!(" ({error:#})"))
                 .unwrap_or_default();
-            bail!(
-                "{} not ready after {} s{why}.\n{}",
-                self.what,
-                PATIENCE.as_secs(),
-                troubled(cluster)
-            );
+            bail!("{} not ready after {} s{why}", self.what, PATIENCE.as_secs());
         }
         Ok(false)
     }
@@ -305,15 +313,18 @@ fn last_lines(cluster: &Cluster, component: &str) -> String {
     )
 }
 
-/// The logs of the components that died, or of all that matter if none did.
-fn troubled(cluster: &Cluster) -> String {
+/// The last lines of who may be why a start has failed: the supervisor if it has ended, else the components that died, or those
+/// that matter most if none did.
+fn last_words(cluster: &Cluster) -> String {
     let status = supervisor::read_status(cluster);
     let mut names: Vec<&str> = status
         .iter()
         .filter(|(_, s)| s.restarts > 0 || s.pid.is_none())
         .map(|(n, _)| n.as_str())
         .collect();
-    if names.is_empty() {
+    if sandbox::supervisor(cluster).is_none() {
+        names = vec!["supervisor"];
+    } else if names.is_empty() {
         names = vec!["kube-apiserver", "kubelet", "containerd"];
     }
     names.sort_unstable();

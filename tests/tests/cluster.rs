@@ -14,6 +14,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -26,6 +27,7 @@ use testbed::{
     cluster::{Cluster, Link},
     images,
     kubectl::Session,
+    results,
     sandbox::{self, wait_until},
     supervisor,
     tools::Tools,
@@ -33,10 +35,42 @@ use testbed::{
 
 const PATIENCE: Duration = Duration::from_mins(2);
 
+/// The name of the run that we are part of, which is its cluster's.
+fn run() -> String {
+    env::var("TESTBED_NAME").unwrap_or_else(|_| "dev".into())
+}
+
+/// A test, whose end is noted in `target/results/cluster-test*.json`.
+struct Case {
+    name: &'static str,
+    begun: Instant,
+}
+
+impl Case {
+    fn begun(name: &'static str) -> Self {
+        results::Origin::of_run();
+        Self {
+            name,
+            begun: Instant::now(),
+        }
+    }
+}
+
+impl Drop for Case {
+    fn drop(&mut self) {
+        let verdict = if thread::panicking() { "failed" } else { "passed" };
+        let figures = json!({"verdict": verdict, "seconds": self.begun.elapsed().as_secs()});
+        let _ = results::add(
+            &results::of_cluster("cluster-test", &run()),
+            [(self.name.to_owned(), figures)],
+        );
+    }
+}
+
 /// A name of our own for what a test starts or makes: beside the cluster of its run, and what every other run has. The next run
 /// of the same name has the same, and so finds what one that was killed has left. Also for an interface: those may have 15 bytes.
 fn own(part: &str) -> String {
-    let run = env::var("TESTBED_NAME").unwrap_or_else(|_| "dev".into());
+    let run = run();
     let name = format!("{part}-{run}");
     if name.len() <= 15 {
         return name;
@@ -155,6 +189,8 @@ impl Drop for Changed {
 #[derive(Debug, PartialEq)]
 struct Traces {
     processes: BTreeMap<i32, String>,
+    /// Those of its processes that are not the machine's.
+    namespaces: BTreeSet<PathBuf>,
     mounts: BTreeSet<String>,
     interfaces: BTreeSet<PathBuf>,
     cgroups: BTreeSet<PathBuf>,
@@ -172,12 +208,11 @@ fn traces(of: &Cluster) -> Traces {
             .map(|entry| entry.path())
             .collect()
     };
-    // What is mounted inside and would get out is below its home, or is itself a part of its home; or it is a pod's.
+    // Whatever is mounted inside is below its home, or is itself a part of its home, or comes after what is: it would not get
+    // out alone.
     let home = format!("/{}/root/", of.name());
-    let of_pods = ["/kubelet/", "/containerd/", "/netns/"];
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let is_its_own = |mount: &&str| mount.contains(&home) || of_pods.iter().any(|part| mount.contains(part));
-    let mounts = mounts.lines().filter(is_its_own);
+    let mounts = mounts.lines().filter(|mount| mount.contains(&home));
     let is_its_own = |interface: &PathBuf| {
         fs::read_to_string(interface.join("address")).is_ok_and(|mark| mark.trim() == of.mark_of_link())
     };
@@ -202,6 +237,14 @@ fn traces(of: &Cluster) -> Traces {
                 .filter(|path| names_a_component(path)),
         );
     }
+    // Where buildah would note networks and layers.
+    for place in [
+        "/etc/cni/net.d",
+        "/var/lib/containers",
+        "/var/lib/containers/cache",
+    ] {
+        files.extend(entries(Path::new(place)));
+    }
     // What kubectl remembers of API servers, by their addresses.
     let home = env::var("HOME").unwrap();
     let remembered = entries(&Path::new(&home).join(".kube/cache/discovery"));
@@ -211,8 +254,10 @@ fn traces(of: &Cluster) -> Traces {
             .filter(|path| path.to_string_lossy().contains("/10.231.")),
     );
     let profiles = fs::read_to_string("/sys/kernel/security/apparmor/profiles").unwrap_or_default();
+    let processes = processes(of);
     Traces {
-        processes: processes(of),
+        namespaces: namespaces_of(processes.keys()),
+        processes,
         mounts: mounts.map(str::to_owned).collect(),
         interfaces,
         cgroups: cgroups.into_iter().filter(|cgroup| cgroup.exists()).collect(),
@@ -257,6 +302,7 @@ fn alone(name: &str, command: &[&str]) -> Command {
 #[test]
 #[ignore = "make cluster-test"]
 fn a_run_does_not_end_the_cluster_of_another_run() {
+    let _case = Case::begun("a_run_does_not_end_the_cluster_of_another_run");
     let name = own("alone");
     let mut first = alone(&name, &["sh", "-c", "echo begun; read -r _"])
         .stdin(Stdio::piped())
@@ -292,6 +338,7 @@ fn a_run_does_not_end_the_cluster_of_another_run() {
 #[test]
 #[ignore = "make cluster-test"]
 fn what_a_run_starts_is_a_part_of_it() {
+    let _case = Case::begun("what_a_run_starts_is_a_part_of_it");
     let (name, program) = (own("alone"), env!("CARGO_BIN_EXE_testbed"));
     let part = alone(&name, &[program, "--name", &name, "alone", "--", "true"])
         .output()
@@ -367,6 +414,7 @@ fn interrupt_when(command: &mut Command, sentence: &str) {
 #[test]
 #[ignore = "needs root, starts clusters: make cluster-test"]
 fn an_interrupted_demonstration_ends_the_cluster_that_it_has_started_and_no_other() {
+    let _case = Case::begun("an_interrupted_demonstration_ends_the_cluster_that_it_has_started_and_no_other");
     let cluster = own_cluster("demo");
     let before = traces(&cluster);
     interrupt_when(&mut make(cluster.name(), &["demo"]), ": starting");
@@ -382,6 +430,7 @@ fn an_interrupted_demonstration_ends_the_cluster_that_it_has_started_and_no_othe
 #[test]
 #[ignore = "compiles tests: make cluster-test"]
 fn a_misspelt_test_is_said_before_a_cluster_is_started() {
+    let _case = Case::begun("a_misspelt_test_is_said_before_a_cluster_is_started");
     let cluster = own_cluster("misspelt");
     for (args, sentence) in [
         (
@@ -467,12 +516,10 @@ struct Namespaces {
 
 impl Namespaces {
     fn of(cluster: &Cluster) -> Self {
-        let host = namespaces(std::process::id().cast_signed());
-        let all = processes(cluster).into_keys().flat_map(namespaces);
         let uptime = fs::read_to_string("/proc/uptime").unwrap();
         let (seconds, rest) = uptime.split_once('.').unwrap();
         Self {
-            theirs: all.filter(|namespace| !host.contains(namespace)).collect(),
+            theirs: namespaces_of(processes(cluster).keys()),
             seen: seconds.parse::<u64>().unwrap() * 100 + rest[..2].parse::<u64>().unwrap(),
         }
     }
@@ -500,6 +547,13 @@ impl Namespaces {
             .map(|pid| format!("{pid} {}", command_line(pid).join(" ")))
             .collect()
     }
+}
+
+/// The namespaces that some of these processes are in and this test is not.
+fn namespaces_of<'a>(processes: impl Iterator<Item = &'a i32>) -> BTreeSet<PathBuf> {
+    let host = namespaces(std::process::id().cast_signed());
+    let all = processes.flat_map(|pid| namespaces(*pid));
+    all.filter(|namespace| !host.contains(namespace)).collect()
 }
 
 fn namespaces(pid: i32) -> BTreeSet<PathBuf> {
@@ -565,12 +619,16 @@ spec:
 #[test]
 #[ignore = "needs root, starts a cluster: make test, make cluster-test"]
 fn down_leaves_nothing() {
+    let _case = Case::begun("down_leaves_nothing");
     let cluster = own_cluster("gone");
     // A kubelet would set it to another value for the whole machine.
     let _changed = Changed::to("1000001", "/proc/sys/kernel/keys/root_maxkeys");
     let settings = kernel_settings();
     let before = traces(&cluster);
-    assert_eq!(before.processes, BTreeMap::new());
+    assert_eq!(
+        (&before.processes, &before.namespaces),
+        (&BTreeMap::new(), &BTreeSet::new())
+    );
 
     let running = Running::up(cluster.clone());
     start_pod(&running.session(), "witness");
@@ -578,13 +636,14 @@ fn down_leaves_nothing() {
     let inside = processes(&cluster);
     let inhabited = Namespaces::of(&cluster);
     assert!(
-        inside.len() > 12 && inhabited.theirs.len() >= 6 && inhabited.survivors().len() > 12,
+        inside.len() > 12 && inhabited.survivors().len() > 12,
         "we do not see the cluster: {inside:?} {:?}",
         inhabited.theirs
     );
     let during = traces(&cluster);
     assert!(
-        during.interfaces.len() > before.interfaces.len()
+        during.namespaces.len() >= 6
+            && during.interfaces.len() > before.interfaces.len()
             && during.cgroups.len() > before.cgroups.len()
             && during.files.len() > before.files.len(),
         "we do not see what a cluster leaves while it runs: {during:?}"
@@ -597,41 +656,51 @@ fn down_leaves_nothing() {
     succeed(cluster.name(), &["down"]); // nothing to do is no error
 }
 
-/// `up` on a cluster a component of which stands still, until `up` says for what it waits.
-fn up_waits(running: &Running, component: &str, sentence: &str) {
+/// `up` on a cluster that lacks something. When it says what it waits for, something is done about that.
+fn up_waits(running: &Running, sentence: &str, then: impl FnOnce()) {
     let mut up = start_up(running.0.name());
     let mut said = BufReader::new(up.stderr.take().unwrap())
         .lines()
         .map_while(Result::ok);
     let waits = said.by_ref().any(|line| line.contains(sentence));
-    supervisor::signal(&running.0, component, Signal::SIGCONT).unwrap();
+    then();
     // It tells more, and would end if nobody listened.
     said.for_each(drop);
     assert!(up.wait().unwrap().success());
-    assert!(waits, "without {component}, up has ended");
+    assert!(waits, "up has ended, and never said {sentence:?}");
 }
 
 #[test]
 #[ignore = "needs root, starts a cluster: make cluster-test"]
 fn up_ends_when_pods_are_admitted_and_the_control_plane_is_healthy() {
+    let _case = Case::begun("up_ends_when_pods_are_admitted_and_the_control_plane_is_healthy");
     let running = Running::up(own_cluster("waits"));
     let session = running.session();
     let stop = |component| supervisor::signal(&running.0, component, Signal::SIGSTOP).unwrap();
+    let go_on = |component| supervisor::signal(&running.0, component, Signal::SIGCONT).unwrap();
     stop("kube-controller-manager");
     session.kubectl(&["delete", "serviceaccount", "default"]).unwrap();
-    up_waits(
-        &running,
-        "kube-controller-manager",
-        "waiting for the ServiceAccount of pods",
-    );
+    up_waits(&running, "waiting for the ServiceAccount of pods", || {
+        go_on("kube-controller-manager");
+    });
     start_pod(&session, "first");
     stop("kube-scheduler");
-    up_waits(&running, "kube-scheduler", "waiting for the control plane");
+    up_waits(&running, "waiting for the control plane", || {
+        go_on("kube-scheduler");
+    });
+
+    // One that is killed while it is looked at is started again.
+    stop("kube-scheduler");
+    up_waits(&running, "waiting for the control plane", || {
+        kill(sandbox::supervisor(&running.0).unwrap(), Signal::SIGKILL).unwrap();
+    });
+    start_pod(&running.session(), "second");
 }
 
 #[test]
 #[ignore = "needs root, starts a cluster: make cluster-test"]
 fn killed_components_come_back() {
+    let _case = Case::begun("killed_components_come_back");
     let running = Running::up(own_cluster("killed"));
     let session = running.session();
     for (round, component) in ["kube-proxy", "kubelet", "containerd"].into_iter().enumerate() {
@@ -685,6 +754,7 @@ fn killed_components_come_back() {
 #[test]
 #[ignore = "needs root, starts clusters: make cluster-test"]
 fn two_clusters_do_not_see_each_other() {
+    let _case = Case::begun("two_clusters_do_not_see_each_other");
     let [left, right] = ["left", "right"].map(|part| Running::up(own_cluster(part)));
     left.session()
         .kubectl(&["create", "namespace", "only-left"])
@@ -741,6 +811,7 @@ fn kill_now(child: &mut Child) {
 #[test]
 #[ignore = "needs root, starts a cluster: make cluster-test"]
 fn up_goes_on_over_the_leavings_of_a_killed_launcher() {
+    let _case = Case::begun("up_goes_on_over_the_leavings_of_a_killed_launcher");
     let cluster = own_cluster("launcher");
     let before = traces(&cluster);
 
@@ -811,6 +882,7 @@ fn words(words: &[&str]) -> Vec<String> {
 #[test]
 #[ignore = "needs root, starts a cluster: make cluster-test"]
 fn down_waits_for_a_launch_whose_up_was_killed() {
+    let _case = Case::begun("down_waits_for_a_launch_whose_up_was_killed");
     let cluster = own_cluster("orphan");
     let before = traces(&cluster);
     for with_link in [false, true] {
@@ -861,6 +933,7 @@ fn using_cache(cache: &Path) -> Vec<(i32, String)> {
 #[test]
 #[ignore = "needs root, fetches Debian packages, starts a cluster: make cluster-test"]
 fn a_killed_up_takes_its_image_build_with_it() {
+    let _case = Case::begun("a_killed_up_takes_its_image_build_with_it");
     let cache = &own_directory("images");
     let tools = Tools::ensure().unwrap();
     symlink(tools.dir(), cache.join(tools.dir().file_name().unwrap())).unwrap();
@@ -906,11 +979,13 @@ fn a_killed_up_takes_its_image_build_with_it() {
     sandbox::destroy(&cluster).unwrap();
     fs::remove_dir_all(cache).unwrap();
     assert!(again.status.success(), "{}", text(&again));
+    assert_eq!(traces(&cluster), before, "an image was built");
 }
 
 #[test]
 #[ignore = "needs root, starts a cluster: make cluster-test"]
 fn an_up_on_a_running_cluster_tells_what_is_different() {
+    let _case = Case::begun("an_up_on_a_running_cluster_tells_what_is_different");
     let running = Running::up(own_cluster("differs"));
     let said = succeed(running.0.name(), &["up"]);
     assert!(
@@ -932,6 +1007,7 @@ fn an_up_on_a_running_cluster_tells_what_is_different() {
 #[test]
 #[ignore = "needs root, starts a cluster: make cluster-test"]
 fn an_interface_of_somebody_else_is_left_alone() {
+    let _case = Case::begun("an_interface_of_somebody_else_is_left_alone");
     let cluster = own_cluster("stranger");
     let interfaces = Path::new("/sys/class/net");
     let is_free = |number: &u8| !interfaces.join(format!("testbed{number}")).exists();
@@ -956,6 +1032,7 @@ fn add_interface(name: &str, other_end: &str) {
 #[test]
 #[ignore = "needs root: make cluster-test"]
 fn what_belongs_to_a_cluster_of_another_home_is_left_alone() {
+    let _case = Case::begun("what_belongs_to_a_cluster_of_another_home_is_left_alone");
     let interfaces = Path::new("/sys/class/net");
     let is_free = |number: &u8| !interfaces.join(format!("testbed{number}")).exists();
     let number = (0..=u8::MAX).rev().find(is_free).unwrap();
@@ -988,6 +1065,7 @@ fn what_belongs_to_a_cluster_of_another_home_is_left_alone() {
 #[test]
 #[ignore = "needs root, starts a cluster: make cluster-test"]
 fn a_full_disk_gets_a_sentence() {
+    let _case = Case::begun("a_full_disk_gets_a_sentence");
     let name = own("disk");
     let home = &Path::new("/var/tmp").join(format!("testbed-{name}"));
     fs::create_dir_all(home).unwrap();
@@ -1056,7 +1134,36 @@ fn a_full_disk_gets_a_sentence() {
 
 #[test]
 #[ignore = "needs root: make cluster-test"]
+fn a_disk_that_cannot_hold_images_gets_a_sentence() {
+    let _case = Case::begun("a_disk_that_cannot_hold_images_gets_a_sentence");
+    let place = own_directory("overlay");
+    // overlayfs does not write to itself.
+    let script = r#"
+        cd "$0" && mkdir lower upper work merged
+        mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work overlay merged
+        TESTBED_HOME="$0/merged/clusters" exec "$1" preflight"#;
+    let preflight = Command::new("unshare")
+        .args(["--mount", "sh", "-ec", script])
+        .arg(&place)
+        .arg(env!("CARGO_BIN_EXE_testbed"))
+        .output()
+        .unwrap();
+    let left: Vec<_> = fs::read_dir(place.join("upper")).unwrap().flatten().collect();
+    fs::remove_dir_all(&place).unwrap();
+    assert!(
+        !preflight.status.success()
+            && text(&preflight).contains("overlayfs cannot write to the file system of")
+            && text(&preflight).contains("set TESTBED_HOME"),
+        "{}",
+        text(&preflight)
+    );
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+#[ignore = "needs root: make cluster-test"]
 fn an_interrupted_down_can_be_repeated() {
+    let _case = Case::begun("an_interrupted_down_can_be_repeated");
     let name = own("stuck");
     let home = &Path::new("/tmp").join(format!("testbed-{name}"));
     let cluster = home.join(&name);
@@ -1101,6 +1208,7 @@ fn an_interrupted_down_can_be_repeated() {
 #[test]
 #[ignore = "needs root: make cluster-test"]
 fn what_is_not_ours_is_left_alone() {
+    let _case = Case::begun("what_is_not_ours_is_left_alone");
     let home = &own_directory("precious");
     fs::create_dir(home.join("precious")).unwrap();
     fs::create_dir(home.join("precious/work")).unwrap();
@@ -1151,6 +1259,7 @@ fn what_is_not_ours_is_left_alone() {
 #[test]
 #[ignore = "needs root: make cluster-test"]
 fn without_root_nothing_is_said_about_clusters_but_that() {
+    let _case = Case::begun("without_root_nothing_is_said_about_clusters_but_that");
     let directory = tempfile::tempdir().unwrap();
     let program = directory.path().join("testbed");
     fs::copy(env!("CARGO_BIN_EXE_testbed"), &program).unwrap();
@@ -1206,6 +1315,7 @@ fn without_root_nothing_is_said_about_clusters_but_that() {
 #[test]
 #[ignore = "needs root: make cluster-test"]
 fn wrong_use_gets_a_sentence() {
+    let _case = Case::begun("wrong_use_gets_a_sentence");
     for (name, args, sentence) in [
         ("Upper", vec!["up"], "lower-case letters"),
         (
@@ -1245,6 +1355,7 @@ fn wrong_use_gets_a_sentence() {
 #[test]
 #[ignore = "needs root: make cluster-test"]
 fn a_path_without_an_administrators_programs_is_enough() {
+    let _case = Case::begun("a_path_without_an_administrators_programs_is_enough");
     let preflight = testbed("x", &["preflight"])
         .env("PATH", "/usr/bin:/bin")
         .output()
@@ -1255,6 +1366,7 @@ fn a_path_without_an_administrators_programs_is_enough() {
 #[test]
 #[ignore = "make cluster-test"]
 fn what_a_build_needs_is_said_before_it_begins() {
+    let _case = Case::begun("what_a_build_needs_is_said_before_it_begins");
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/deps.sh");
     let directory = tempfile::tempdir().unwrap();
     let home = directory.path().display().to_string();
@@ -1325,13 +1437,14 @@ fn packages_to_compile(cache: &Path) -> (usize, Child) {
         rest.split_once(" packages")?.0.parse().ok()
     });
     // It tells more, and would end if nobody listened.
-    std::thread::spawn(move || said.count());
+    thread::spawn(move || said.count());
     (packages.unwrap(), build)
 }
 
 #[test]
 #[ignore = "compiles some packages: make cluster-test"]
 fn an_interrupted_compilation_is_continued() {
+    let _case = Case::begun("an_interrupted_compilation_is_continued");
     let cache = &own_directory("compiled");
     let (all, mut build) = packages_to_compile(cache);
     // A file with the extension `-d` is something compiled.
@@ -1379,6 +1492,7 @@ fn an_interrupted_compilation_is_continued() {
 fn an_interrupted_build_is_continued() {
     // Go links as many at a time as it may use processors.
     const AT_A_TIME: usize = 2;
+    let _case = Case::begun("an_interrupted_build_is_continued");
     let cache = &own_directory("cache");
     let begun = Instant::now();
     let mut build = testbed("build", &["tools"])

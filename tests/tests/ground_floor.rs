@@ -356,11 +356,20 @@ fn a_second_up_changes_nothing() {
 #[ignore = "needs a cluster: make e2e"]
 fn metrics_and_a_default_storage_class_are_served() {
     let session = session();
-    let _case = Namespace::new(&session, "metrics").unwrap();
-    // The first figures are there when the node has been measured twice.
+    let case = Namespace::new(&session, "metrics").unwrap();
+    // What is measured is told when it has been measured twice.
     let top = || session.kubectl(&["top", "node", "--no-headers"]);
     let measured = wait_for(PATIENCE, || top().is_ok_and(|top| top.contains('%')));
     assert!(measured, "{:?}", top());
+    start_looker(&session, &case.name);
+    let top = || session.kubectl(&["top", "pod", "--no-headers", "--namespace", &case.name]);
+    let measured = wait_for(PATIENCE, || top().is_ok_and(|top| top.starts_with("looker ")));
+    assert!(measured, "{:?}", top());
+    if session.cluster.is_some() {
+        // The kubelet looks after the disk, and only then measures the node as often as metrics-server asks.
+        let disk = session.get("default", "node/node", "{.status.capacity.ephemeral-storage}");
+        assert_ne!(disk.unwrap(), "");
+    }
     let class = session.kubectl(&["get", "storageclass"]).unwrap();
     assert!(class.contains("(default)"), "{class}");
 }

@@ -8,6 +8,7 @@ use std::fs;
 use testbed::{
     exchange::PATIENCE,
     kubectl::{Namespace, plugin_directory},
+    progress::say,
     sandbox::wait_until,
     story::Ground,
 };
@@ -35,6 +36,10 @@ fn a_newcomer_releases_an_image_and_goes_back() {
     assert!(images.contains("docker build"), "{images}");
     // The images are there, the plugin is built, the namespace is the test's.
     let shell = |commands: &str| {
+        say(format!(
+            "newcomer: {}",
+            commands.lines().next().unwrap_or_default()
+        ));
         let commands = commands
             .replace("--namespace prod", &format!("--namespace {}", namespace.name))
             .replace("kubectl create namespace prod\n", "");
