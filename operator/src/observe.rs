@@ -263,8 +263,19 @@ pub struct JobSeen {
     pub fence: Fence,
     /// How it stands.
     pub state: JobState,
-    /// What keeps its pod from starting, in words.
+    /// What keeps its pod from starting, or how a try before has ended, in words.
     pub trouble: Option<String>,
+    /// How far a migration is that runs: what it has said last.
+    pub progress: Option<String>,
+}
+
+impl JobSeen {
+    /// What is known of it beside its state, in words.
+    pub fn told(&self) -> Option<String> {
+        let told = [&self.trouble, &self.progress].into_iter().flatten();
+        told.cloned()
+            .reduce(|trouble, progress| format!("{trouble}; {progress}"))
+    }
 }
 
 /// How a Job stands.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Promotion},
     decide::{QUIET, Turn, signed},
-    observe::{Declared, Job, JobKind, JobState, Observed, StackSeen, Target},
+    observe::{Declared, Job, JobKind, JobSeen, JobState, Observed, StackSeen, Target},
     resources::job_word,
     status::{
         Candidate, Colour, Contract, Live, Outcome, Phase, Previous, PreviousState, Reason, Stack, token,
@@ -344,8 +344,8 @@ impl Turn<'_> {
             stack: stack.clone(),
             attempt,
         };
-        let trouble = self.seen.jobs.get(&job).and_then(|job| job.trouble.as_deref());
-        trouble.map_or_else(|| what.to_owned(), |trouble| format!("{what}: {trouble}"))
+        let told = self.seen.jobs.get(&job).and_then(JobSeen::told);
+        told.map_or_else(|| what.to_owned(), |told| format!("{what}: {told}"))
     }
 
     pub(crate) fn in_time(&mut self, reason: Reason, message: &str) {

@@ -217,7 +217,10 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
                 let left = format!("{version} waits until {} has left its colour", previous.version);
                 format!("{left}{}", because(unheard))
             }
-            (None, Some(_)) => format!("{version} waits for the contract migration of {live}"),
+            (None, Some(_)) => format!(
+                "{version} waits for the contract migration of {live}{}",
+                kept(seen, of_live)
+            ),
             _ => format!("{version} waits until nothing is left of other versions"),
         },
         Phase::Migrating => format!(
@@ -330,13 +333,13 @@ pub(crate) fn missing(seen: &Observed, stack: &Stack) -> Vec<String> {
     missing
 }
 
-/// What keeps Jobs of an attempt from starting.
+/// What keeps Jobs of an attempt from coming to their end, and how far its migration is.
 fn kept(seen: &Observed, of: Option<(&Stack, u32)>) -> String {
-    let mut jobs = seen.jobs.iter().filter(|(job, seen)| {
+    let mut running = seen.jobs.iter().filter(|(job, seen)| {
         let own = of == Some((&job.stack, job.attempt));
-        own && seen.state == JobState::Running && seen.trouble.is_some()
+        own && seen.state == JobState::Running
     });
-    because(jobs.next().and_then(|(_, seen)| seen.trouble.as_deref()))
+    because(running.find_map(|(_, seen)| seen.told()).as_deref())
 }
 
 fn available(seen: &Observed, status: &Status) -> Verdict {
@@ -401,6 +404,10 @@ fn schema_ready(seen: &Observed, status: &Status) -> Verdict {
             "ContractFailed",
             format!("the contract migration of the live version failed: {why}"),
         );
+    }
+    if status.contract.is_some() && judged.is_none() {
+        let message = format!("the contract migration runs{}", kept(seen, live));
+        return verdict(true, "Contracting", message);
     }
     match (judged.or(live).and_then(|it| job(JobKind::Expand, it)), judged) {
         (Some(JobState::Passed), _) => verdict(true, "Expanded", "the schema is expanded"),

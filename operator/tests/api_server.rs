@@ -14,6 +14,7 @@ mod merge;
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use exchange_operator::{
@@ -1154,4 +1155,63 @@ async fn pods_that_a_quota_forbids_are_told() {
     world.pass().await.0.unwrap();
     let message = world.condition("Reconciling")["message"].clone();
     assert!(message.as_str().unwrap().contains(cause), "{message}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_migration_that_runs_says_how_far_it_is() {
+    let world = World::new();
+    world.settle().await;
+    let job = world.get(&world.names("jobs").remove(0));
+    let pod = json!({
+        "metadata": {
+            "name": "expand",
+            "labels": job["spec"]["template"]["metadata"]["labels"],
+            "ownerReferences": [{
+                "apiVersion": "batch/v1", "kind": "Job", "name": "expand", "uid": job["metadata"]["uid"],
+            }],
+        },
+        "status": {"containerStatuses": [{
+            "name": "job", "ready": true, "restartCount": 0, "image": "", "imageID": "", "state": {"running": {}},
+        }]},
+    });
+    world.server.lock().unwrap().put("pods/expand", pod);
+    let says = |line: &str| {
+        let line = json!({"message": line});
+        world.server.lock().unwrap().put("pods/expand/log", line);
+    };
+    let told = async || {
+        world.pass().await.0.unwrap();
+        let message = world.condition("Reconciling")["message"].clone();
+        message
+            .as_str()
+            .unwrap()
+            .split("; since")
+            .next()
+            .unwrap()
+            .to_owned()
+    };
+    let runs = "the expand migration of 1.0.0 runs";
+    says("batch 1 of 2 done");
+    assert_eq!(told().await, format!("{runs}: batch 1 of 2 done"));
+    // It is asked every five seconds at the most.
+    says("batch 2 of 2: 500 rows");
+    assert_eq!(told().await, format!("{runs}: batch 1 of 2 done"));
+    tokio::time::advance(Duration::from_secs(5)).await;
+    assert_eq!(told().await, format!("{runs}: batch 2 of 2: 500 rows"));
+    // A log that cannot be read, or does not come, changes nothing.
+    says("batch 2 of 2: 1000 rows");
+    let log = "GET pods/expand/log".to_owned();
+    world.server.lock().unwrap().broken = Some((log.clone(), StatusCode::FORBIDDEN));
+    tokio::time::advance(Duration::from_secs(5)).await;
+    assert_eq!(told().await, format!("{runs}: batch 2 of 2: 500 rows"));
+    world.server.lock().unwrap().broken = None;
+    world.server.lock().unwrap().silent = Some(log);
+    tokio::time::advance(Duration::from_secs(5)).await;
+    assert_eq!(told().await, format!("{runs}: batch 2 of 2: 500 rows"));
+    world.server.lock().unwrap().silent = None;
+    tokio::time::advance(Duration::from_secs(5)).await;
+    assert_eq!(told().await, format!("{runs}: batch 2 of 2: 1000 rows"));
+    // What has ended is not asked.
+    world.finish_jobs();
+    assert_eq!(told().await.matches("batch").count(), 0);
 }

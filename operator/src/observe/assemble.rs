@@ -492,6 +492,7 @@ fn see_jobs(children: &Children, uid: &str, seen: &mut Observed) {
             trouble: pods::of(object, &children.pods)
                 .find_map(pods::trouble)
                 .or_else(|| pods::tried(object, &children.pods)),
+            progress: None,
         };
         seen.jobs.insert(job, seen_job);
     }

@@ -10,6 +10,7 @@ use k8s_openapi::api::{
 };
 use kube::ResourceExt;
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::{Figures, JobState};
 use crate::{api::Service, status::Stack};
@@ -487,6 +488,19 @@ pub fn job_state(job: &BatchJob, pods: &[Pod]) -> JobState {
     JobState::Running
 }
 
+/// Whether a container of it runs.
+pub fn runs(pod: &Pod) -> bool {
+    let statuses = pod.status.iter();
+    let mut containers = statuses.flat_map(|status| status.container_statuses.iter().flatten());
+    containers.any(|it| it.state.as_ref().is_some_and(|state| state.running.is_some()))
+}
+
+/// What a line of the exchange's log says, which is JSON.
+pub fn message(line: &str) -> Option<String> {
+    let line: Value = serde_json::from_str(line).ok()?;
+    Some(short(line.get("message")?.as_str()?))
+}
+
 /// The pods of a Job.
 pub fn of<'a>(job: &BatchJob, pods: &'a [Pod]) -> impl DoubleEndedIterator<Item = &'a Pod> {
     let uid = job.uid().unwrap_or_default();
@@ -542,7 +556,7 @@ pub(crate) fn short(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use axum::{Router, routing::get};
-    use serde_json::{Value, json};
+    use serde_json::json;
     use tokio::net::{TcpListener, TcpSocket};
 
     use super::*;
@@ -766,6 +780,18 @@ http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/logi
         );
         assert_eq!(joined(seen(), None), seen());
         assert_eq!(joined(None, None), None);
+    }
+
+    #[test]
+    fn of_a_log_only_what_a_whole_line_says_is_told() {
+        let line = r#"{"@timestamp":"2026-01-01T00:00:00Z","log.level":"info","message":"batch 2 of 5:\n 500 rows"}"#;
+        assert_eq!(message(line).as_deref(), Some("batch 2 of 5: 500 rows"));
+        assert_eq!(message(&format!("{line}\n")), message(line));
+        // It was cut off, or the exchange has not written it.
+        let (cut, _) = line.split_at(60);
+        for other in [cut, "", "panicked", "5", r#"{"log.level":"info"}"#] {
+            assert_eq!(message(other), None, "{other}");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Everything is found by its labels, so that it does not matter who has created it, or when. The object itself is read
 //! last; if it turns out to be another than the one for which the rest was read, the rest is read again.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::future::try_join_all;
 use k8s_openapi::{
@@ -16,11 +16,15 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client, Resource, ResourceExt,
-    api::{ApiResource, DynamicObject, ListParams, ObjectMeta, PartialObjectMeta},
+    api::{ApiResource, DynamicObject, ListParams, LogParams, ObjectMeta, PartialObjectMeta},
 };
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
-use tokio::try_join;
+use tokio::{
+    time::{Instant, timeout},
+    try_join,
+};
+use tracing::debug;
 
 use super::{
     Declared, Job, JobKind, JobState, Observed, Part, Piece, Requests,
@@ -41,6 +45,12 @@ use crate::{
 
 /// Reads before a pass gives up because the object changes all the time.
 const TRIES: usize = 3;
+/// How often a migration is asked at the most how far it is: it does not say it more often, and each answer is recorded.
+const LISTEN_EVERY: Duration = Duration::from_secs(5);
+/// For that answer, which a kubelet has to give.
+const LISTEN_LIMIT: Duration = Duration::from_secs(2);
+/// The longest line that is read. What is longer is not told.
+const LINE: i64 = 4096;
 
 /// One look at an object: what is decided on, and what the writes are made from.
 #[derive(Clone, Debug)]
@@ -85,6 +95,19 @@ pub struct Memory {
     pub taken: Vec<(ApiResource, String)>,
     /// Where the counters of pods stood when a verification began.
     pub baselines: Baselines,
+    /// What a migration has said last.
+    pub heard: Option<Heard>,
+}
+
+/// What the pod of a migration has said.
+#[derive(Clone, Debug)]
+pub struct Heard {
+    /// Uid of the pod.
+    of: Arc<str>,
+    /// When it was asked last.
+    at: Instant,
+    /// Its last line that could be read.
+    said: Option<String>,
 }
 
 /// Reads from the API server and from the pods' admin ports.
@@ -123,6 +146,7 @@ impl Reader {
             self.find_taken(&mut look, memory).await?;
             self.find_lost(&mut look, &children.pods).await?;
             self.find_failed_creations(&mut look, &children).await?;
+            self.listen_to_migrations(&mut look, &children, memory).await;
             self.ask_pods(&mut look, &children, memory).await;
             let Some(object) = self.object(namespace, name).await? else {
                 return Ok(None);
@@ -450,6 +474,53 @@ impl Reader {
                 .or_else(|| seen.trouble.take());
         }
         Ok(())
+    }
+
+    /// How far a migration is: the last line of its log. A line that cannot be read holds nothing up, and the one before
+    /// stands.
+    async fn listen_to_migrations(&self, look: &mut Look, children: &Children, memory: &mut Memory) {
+        for (job, seen) in &mut look.seen.jobs {
+            let migrates = matches!(job.kind, JobKind::Expand | JobKind::Contract);
+            let name = builder(&look.object).job_name(job);
+            let there = children.jobs.iter().find(|it| it.name_any() == name);
+            let there = there.filter(|_| migrates && seen.state == JobState::Running);
+            let running = there.and_then(|it| pods::of(it, &children.pods).find(|pod| pods::runs(pod)));
+            let Some((pod, uid)) = running.and_then(|pod| Some((pod, pod.uid()?))) else {
+                continue;
+            };
+            let heard = memory.heard.take().filter(|heard| *heard.of == *uid);
+            let recent = |heard: &Heard| heard.at.elapsed() < LISTEN_EVERY;
+            let heard = match heard {
+                Some(heard) if recent(&heard) => heard,
+                before => Heard {
+                    of: Arc::from(uid),
+                    at: Instant::now(),
+                    said: self
+                        .last_line(builder(&look.object).namespace, &pod.name_any())
+                        .await
+                        .or(before.and_then(|it| it.said)),
+                },
+            };
+            seen.progress.clone_from(&heard.said);
+            memory.heard = Some(heard);
+        }
+    }
+
+    async fn last_line(&self, namespace: &str, pod: &str) -> Option<String> {
+        let api = Api::<Pod>::namespaced(self.client.clone(), namespace);
+        let last = LogParams {
+            tail_lines: Some(1),
+            limit_bytes: Some(LINE),
+            ..LogParams::default()
+        };
+        match timeout(LISTEN_LIMIT, api.logs(pod, &last)).await {
+            Ok(Ok(line)) => pods::message(&line),
+            Ok(Err(error)) => {
+                debug!(error.message = %error, "the log of {pod} cannot be read");
+                None
+            }
+            Err(_) => None,
+        }
     }
 
     /// What only the pods can say, as far as it is needed now.

@@ -1833,6 +1833,50 @@ fn what_is_awaited_is_told_with_what_keeps_it_and_until_when() {
 }
 
 #[test]
+fn of_a_migration_that_runs_is_told_how_far_it_is() {
+    let mut world = at(Migrating);
+    world.finish(0);
+    let recorded = records(&world, |_| {});
+    let message = told(&recorded, "Reconciling");
+    assert!(message.contains("runs: batch 1 of 2; since 2026-"), "{message}");
+    let given_up = records(&world, |seen| {
+        seen.status.phase_since = Some(world.now - seconds(600));
+    });
+    assert_eq!(
+        given_up.rejected.unwrap().message,
+        "the expand migration was not done in time: batch 1 of 2"
+    );
+    let told_of = records(&world, |seen| {
+        for seen in seen.jobs.values_mut() {
+            seen.trouble = Some("try 2 of 4".to_owned());
+        }
+    });
+    let message = told(&told_of, "Reconciling");
+    assert!(
+        message.contains("runs: try 2 of 4; batch 1 of 2; since"),
+        "{message}"
+    );
+
+    let mut world = after_a_release();
+    while world.status.contract.is_none() {
+        world.step(0, View::Fresh).unwrap();
+        world.kubelet();
+        world.slices();
+        world.wait(1);
+    }
+    world.finish(0);
+    world.release(2);
+    let recorded = records(&world, |_| {});
+    assert_eq!(recorded.phase, Pending);
+    let message = told(&recorded, "Reconciling");
+    let wanted = "r2 waits for the contract migration of r1: batch 1 of 2; since";
+    assert!(message.contains(wanted), "{message}");
+    world.release(1);
+    let message = told(&records(&world, |_| {}), "SchemaReady");
+    assert_eq!(message, "the contract migration runs: batch 1 of 2");
+}
+
+#[test]
 fn what_is_approved_and_lacks_pods_does_not_ask_for_an_approval() {
     let mut world = at(AwaitingPromotion);
     world.step(0, View::Fresh).unwrap();

@@ -7,7 +7,7 @@ use exchange_operator::{
     api::{ExchangeDeploymentSpec as Spec, Service},
     observe::{Job, JobKind, JobState, Observed, Part, StackSeen, Target},
     plan::{Action, Plan},
-    status::{ExchangeDeploymentStatus as Status, Live, Phase, PreviousState, Stack, token},
+    status::{ExchangeDeploymentStatus as Status, Live, Phase, PreviousState, Reason, Stack, token},
 };
 use jiff::{SignedDuration, Timestamp};
 
@@ -37,8 +37,10 @@ pub(super) fn judge(spec: &Spec, seen: &Observed, plan: &Plan, now: Timestamp) -
     case.begins()?;
     case.promotes()?;
     case.ends_a_move()?;
+    case.goes_back()?;
     case.verifies()?;
     case.gives_up()?;
+    case.waits()?;
     case.retires()?;
     case.takes_over()
 }
@@ -221,6 +223,20 @@ impl Case<'_> {
         })
     }
 
+    /// Somebody's request is about one stack and attempt, and no other is left for it.
+    fn goes_back(&self) -> Result<(), String> {
+        let (old, new) = (self.old, self.new);
+        let left = new.rejected.as_ref().filter(|it| {
+            let asked = it.reason == Reason::RolledBack;
+            asked && new.phase == Phase::RollingBack && old.phase != Phase::RollingBack
+        });
+        let asked = self.seen.requests.rollback.as_ref();
+        let meant = left.is_none_or(|left| asked == Some(&token(&left.stack, left.attempt)));
+        is(meant, || {
+            format!("P7: {asked:?} was asked for, and another stack is left")
+        })
+    }
+
     fn verifies(&self) -> Result<(), String> {
         let (old, new) = (self.old, self.new);
         let Some(live) = new.live.as_ref().filter(|live| {
@@ -268,6 +284,45 @@ impl Case<'_> {
         is(lasted && self.seen.seen_before, || {
             "P7: given up for a moment without endpoints".to_owned()
         })
+    }
+
+    /// What has no endpoints any more is not waited for until a deadline: clients have nowhere to go.
+    fn waits(&self) -> Result<(), String> {
+        let (old, new) = (self.old, self.new);
+        let stays = (old.phase, old.attempt, old.epoch) == (new.phase, new.attempt, new.epoch);
+        if !stays || self.seen.deleting {
+            return Ok(());
+        }
+        let empty = |stack: &Stack, service: Service| {
+            let seen = self.stack(stack);
+            seen.is_none_or(|seen| seen.ready(service) == 0)
+        };
+        match (old.phase, &old.candidate, &old.live) {
+            (Phase::Promoting, Some(candidate), _) => {
+                let stack = &candidate.stack;
+                let to_move = |service| {
+                    let live = self.seen.live.get(&service);
+                    live.is_none_or(|live| live.epoch != old.epoch || !live.target.is(Some(stack)))
+                };
+                let lost = Service::ALL
+                    .into_iter()
+                    .find(|service| to_move(*service) && empty(stack, *service));
+                lost.map_or(Ok(()), |service| {
+                    Err(format!(
+                        "P4: the swap waits for endpoints of {service} of {stack}"
+                    ))
+                })
+            }
+            (Phase::Verifying, _, Some(live)) if self.seen.seen_before => {
+                let since = live.unserved_since;
+                let long = since.is_some_and(|since| self.now.duration_since(since).as_secs() >= 10);
+                let unserved = Service::ALL.iter().any(|service| empty(&live.stack, *service));
+                is(!long || !unserved, || {
+                    format!("P1: {} is without endpoints and is waited for", live.stack)
+                })
+            }
+            _ => Ok(()),
+        }
     }
 
     fn retires(&self) -> Result<(), String> {
