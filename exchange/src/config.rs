@@ -110,6 +110,7 @@ impl DatabaseArgs {
 
 /// How to reach the market-data store.
 #[derive(Clone, Debug, clap::Args)]
+#[expect(clippy::struct_field_names, reason = "they are named as the flags are")]
 struct MarketDataArgs {
     /// A Redis-protocol store: `redis://` or `rediss://user:password@host:port`.
     #[arg(long, env = "EXCHANGE_MARKET_DATA_URL", hide_env_values = true)]

@@ -266,10 +266,10 @@ impl Run {
 
     fn acknowledge(&self, trader: usize, answer: &Value) {
         let fills = list(answer, "trades").iter();
-        let trades = fills.filter_map(|fill| field(fill, "trade_id").ok());
+        let ids = fills.filter_map(|fill| field(fill, "trade_id").ok());
         if let Some(acknowledged) = locked(&self.acknowledged).get_mut(trader) {
             acknowledged.orders.extend(field(answer, "order_id"));
-            acknowledged.trades.extend(trades);
+            acknowledged.trades.extend(ids);
         }
     }
 }

@@ -476,8 +476,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_lane_that_cannot_be_erased_right_now_is_erased_later() {
-        let no_answer = "";
-        erase_against(&[no_answer, "503 Service Unavailable\r\nretry-after: 2\r\n"])
+        const NO_ANSWER: &str = "";
+        erase_against(&[NO_ANSWER, "503 Service Unavailable\r\nretry-after: 2\r\n"])
             .await
             .unwrap();
         for for_good in [

@@ -363,7 +363,7 @@ impl Client {
 
     /// All trades of an account, as its owner's list shows them.
     pub async fn trades(&self, trader: &Trader, account: Uuid) -> Result<Vec<ListedTrade>, CallError> {
-        let mut trades = Vec::new();
+        let mut all = Vec::new();
         let mut cursor = String::new();
         loop {
             let base = &self.endpoints.trade_url;
@@ -373,11 +373,11 @@ impl Client {
                 .await?
                 .body;
             for trade in list(&page, "trades") {
-                trades.push(ListedTrade::deserialize(trade)?);
+                all.push(ListedTrade::deserialize(trade)?);
             }
             match page.get("next_cursor").and_then(Value::as_str) {
                 Some(next) => cursor = format!("&cursor={next}"),
-                None => return Ok(trades),
+                None => return Ok(all),
             }
         }
     }

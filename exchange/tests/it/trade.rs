@@ -216,6 +216,7 @@ async fn a_purchase_that_is_covered_exactly_trades_and_rests() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::too_many_lines, reason = "a table of what is wrong with orders")]
 async fn what_is_wrong_with_an_order_is_said_with_its_field() {
     let exchange = Exchange::start().await;
     let trader = exchange.issuer.trader(&exchange.service).await;

@@ -320,6 +320,7 @@ async fn metric(service: &Service, name: &str) -> f64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::too_many_lines, reason = "a story")]
 async fn what_happens_is_counted_and_belongs_to_its_trace() {
     let stores = Stores::start().await;
     let stack = Stack::start(&stores, &["--role", "live"]).await;

@@ -498,7 +498,7 @@ impl Reader {
                     said: self
                         .last_line(builder(&look.object).namespace, &pod.name_any())
                         .await
-                        .or(before.and_then(|it| it.said)),
+                        .or_else(|| before.and_then(|it| it.said)),
                 },
             };
             seen.progress.clone_from(&heard.said);
