@@ -619,7 +619,7 @@ async fn an_account_that_is_full_at_once_does_not_hold_up_its_book() {
                    order by place),
              array(select gen_random_uuid()::text from generate_series(1, 3)), array['sell', 'sell', 'buy'],
              array[100, 101, 110]::numeric[], array[1, 1, 2]::numeric[], array_fill('gtc'::text, array[3]), $1, $2,
-             array_fill(null::text, array[3]))",
+             array_fill('{}'::jsonb, array[3]))",
     )
     .bind(accounts(|wallet| &wallet.btc))
     .bind(accounts(|wallet| &wallet.usd))
@@ -1032,7 +1032,8 @@ async fn accounts_are_named_frozen_emptied_and_closed() {
     let sets_balance = trader
         .post("/account/update", &json!({"account_id": account, "balance": "5"}))
         .await;
-    assert_eq!(sets_balance.status(), StatusCode::BAD_REQUEST);
+    let refused = accept(sets_balance, StatusCode::UNPROCESSABLE_ENTITY).await;
+    assert_eq!(refused["field"], "balance");
     let renamed = json!({"account_id": account, "name": "savings"});
     let renamed = accept(trader.post("/account/update", &renamed).await, StatusCode::OK).await;
     assert_eq!(

@@ -779,7 +779,7 @@ async fn a_large_export_is_read_in_small_parts_and_never_looks_complete_when_it_
     let slow = export().await;
     assert_eq!(slow.status(), 200);
     let refused = export().await;
-    assert_eq!(refused.headers()["retry-after"], "15");
+    assert_eq!(refused.headers()["retry-after"], "5");
     problem(refused, 429, "too_many_requests").await;
     let of_bob = exchange.call(Method::GET, "/user/export", Some(&bob.access_token), None);
     assert_eq!(of_bob.await.bytes().await.unwrap()[0], b'{');
