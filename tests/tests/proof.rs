@@ -840,82 +840,69 @@ fn case_8_two_exchanges_are_released_at_once() {
         case(&ground, 8, "both"),
         Namespace::beside(&ground.session, "both-2").unwrap(),
     ];
-    // The same in both, down to the revisions: only the namespaces tell them apart.
-    let declare = |exchange: &Exchange<'_>, value: &str| with_setting(declaration(exchange, "1.0.0"), value);
+    // Each with settings of its own, so that their revisions tell whose they are.
+    let declare = |exchange: &Exchange<'_>, whose: usize, value: &str| {
+        with_setting(
+            exchange.declaration("1.0.0"),
+            &format!("{value} of exchange {whose}"),
+        )
+    };
     let mut both = thread::scope(|scope| {
         let deployments = [0, 1].map(|whose| {
             let (ground, namespace) = (&ground, &namespaces[whose]);
             scope.spawn(move || {
-                let mut trading = Trading::deploy(ground, namespace, |exchange| declare(exchange, "first"));
+                let mut trading =
+                    Trading::deploy(ground, namespace, |exchange| declare(exchange, whose, "first"));
                 trading.load = Some(trading.exchange.start_load(RATE / 2).unwrap());
                 trading
             })
         });
         deployments.map(|deployment| deployment.join().unwrap())
     });
-    let live_in_both = |both: &[Trading<'_>; 2]| {
-        let [one, other] = both.each_ref().map(|trading| trading.revision("live"));
-        assert_eq!(one, other, "the same was declared");
-        one
-    };
-    let first = live_in_both(&both);
+    let first = both.each_ref().map(|trading| trading.revision("live"));
     for trading in &both {
-        trading.trade(100);
+        trading.trade(200);
     }
-    for trading in &both {
-        let second = declare(&trading.exchange, "second");
-        trading.exchange.release(&second).unwrap();
+    for (whose, trading) in both.iter().enumerate() {
+        let declaration = declare(&trading.exchange, whose, "second");
+        trading.exchange.release(&declaration).unwrap();
     }
-    for trading in &mut both {
-        trading.until_live_after(&first);
+    for (trading, first) in both.iter_mut().zip(&first) {
+        trading.until_live_after(first);
+        trading.until_drained(first);
     }
-    let second = live_in_both(&both);
-    assert_released_at_once(&both, 2);
-
-    // One goes on, the other does not: its version fails its smoke test.
-    let [failing, going] = &mut both;
-    let bad = declaration(&failing.exchange, "2.0.1-fails-smoke");
-    failing.exchange.release(&bad).unwrap();
-    let third = declare(&going.exchange, "third");
-    going.exchange.release(&third).unwrap();
-    failing.until("the bad version to be given up", |object| {
-        is_current(object) && phase_of(object) == "Failed"
-    });
-    let status = &failing.last()["status"];
-    assert_eq!(status["rejected"]["reason"], "SmokeTestFailed", "{status:#}");
-    assert_eq!(failing.revision("live"), second, "{status:#}");
-    going.until_live_after(&second);
-    let third = going.revision("live");
-    assert_released_at_once(&both, 3);
-    for trading in &both {
-        trading.trade(100);
-    }
-    let answer = [vec![first.clone(), second.clone()], vec![first, second, third]];
-    let mut figures = Figures::default();
-    for (mut trading, own) in both.into_iter().zip(answer) {
-        let report = trading.end_load();
-        figures.add_watch(&trading.watch);
-        figures.add(trading.figures);
-        assert_eq!(revisions_that_answered(&report), sorted(own));
-    }
-    figures.note(&namespaces[0]);
-}
-
-/// The releases of this generation went on at the same time, each from the first that the operator did for it to its end.
-fn assert_released_at_once(both: &[Trading<'_>; 2], generation: u64) {
-    let spans = both.each_ref().map(|trading| {
-        let all = trading.watch.sightings().iter();
+    // From the first that the operator did for it to its being live.
+    let spans = [0, 1].map(|whose| {
+        let all = both[whose].watch.sightings().iter();
         let own: Vec<_> = all
-            .filter(|(_, object)| is_current(object) && object["metadata"]["generation"] == generation)
+            .filter(|(_, object)| is_current(object) && object["metadata"]["generation"] == 2)
             .collect();
-        let ends = |object: &Value| ["Live", "Failed"].contains(&phase_of(object));
-        let end = own.iter().find(|(_, object)| ends(object));
-        (own[0].0, end.unwrap().0)
+        let live = own.iter().find(|(_, object)| phase_of(object) == "Live");
+        (own[0].0, live.unwrap().0)
     });
     assert!(
         spans[0].0 < spans[1].1 && spans[1].0 < spans[0].1,
         "one was released after the other: {spans:?}"
     );
+    for trading in &both {
+        trading.trade(200);
+    }
+    let second = both.each_ref().map(|trading| trading.revision("live"));
+    let mut figures = Figures::default();
+    for (whose, mut trading) in both.into_iter().enumerate() {
+        let report = trading.end_load();
+        figures.add_watch(&trading.watch);
+        figures.add(trading.figures);
+        // Its own stacks, and nobody else's.
+        let own = sorted([first[whose].clone(), second[whose].clone()]);
+        assert_eq!(revisions_that_answered(&report), own);
+        let other = 1 - whose;
+        assert!(
+            !own.contains(&first[other]) && !own.contains(&second[other]),
+            "{own:?}"
+        );
+    }
+    figures.note(&namespaces[0]);
 }
 
 /// No promise of ours: what the same images lose without the operator, for comparison.
