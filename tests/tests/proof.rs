@@ -37,7 +37,7 @@ use testbed::{
 };
 
 /// Requests a second: two cores keep up with the cases that run side by side.
-const RATE: u32 = 60;
+const RATE: u32 = 40;
 /// As declared by the harness; afterwards nothing may be left on the old stack.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// From the drain of a pod to the end of its event streams.
