@@ -608,29 +608,36 @@ async fn an_account_that_is_full_at_once_does_not_hold_up_its_book() {
     let full = exchange.wallet("2", "1").await;
     enrich(&owner, &full.usd, "999999999999999850").await;
     let buying = exchange.wallet("0", "1000").await;
-    let accounts = |account: fn(&Wallet) -> &str| {
-        [&full, &full, &buying].map(|wallet| account(wallet).parse::<Uuid>().unwrap())
-    };
-    let placed: Vec<(String, String, Option<String>)> = sqlx::query_as(
-        "select outcome, status, (select trim_scale(sum(size))::text from unnest(trade_sizes) as size)
-         from submit_orders_v1('live', 'BTC-USD',
-             array(select gen_random_uuid() from generate_series(1, 3)),
-             array(select user_id from unnest($1) with ordinality as given (id, place) join accounts using (id)
-                   order by place),
-             array(select gen_random_uuid()::text from generate_series(1, 3)), array['sell', 'sell', 'buy'],
-             array[100, 101, 110]::numeric[], array[1, 1, 2]::numeric[], array_fill('gtc'::text, array[3]), $1, $2,
-             array_fill('{}'::jsonb, array[3]))",
-    )
-    .bind(accounts(|wallet| &wallet.btc))
-    .bind(accounts(|wallet| &wallet.usd))
-    .fetch_all(&owner)
-    .await
-    .unwrap();
-    let open = |filled: Option<&str>| {
-        let [outcome, status] = ["accepted", "open"].map(str::to_owned);
-        (outcome, status, filled.map(str::to_owned))
-    };
-    assert_eq!(placed, [open(None), open(None), open(Some("1"))]);
+    let mut book = owner.begin().await.unwrap();
+    sqlx::query("select lock_book_v1('live', 'BTC-USD')")
+        .execute(&mut *book)
+        .await
+        .unwrap();
+    // The first waits alone, and the others behind it.
+    let orders = [
+        buying.order("buy", "1", "1"),
+        full.order("sell", "1", "100"),
+        full.order("sell", "1", "101"),
+        buying.order("buy", "2", "110"),
+    ];
+    let mut placing = Vec::new();
+    for (order, wallet) in orders.into_iter().zip([&buying, &full, &full, &buying]) {
+        let trader = wallet.trader.clone();
+        placing.push(tokio::spawn(
+            async move { trader.post("/trade/add", &order).await },
+        ));
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    book.rollback().await.unwrap();
+    let mut placed = Vec::new();
+    for answer in placing {
+        placed.push(accept(answer.await.unwrap(), StatusCode::CREATED).await);
+    }
+    assert_eq!(
+        (&placed[3]["status"], &placed[3]["filled"]),
+        (&json!("open"), &json!("1")),
+        "{placed:?}"
+    );
     assert_clean(&owner, "live").await;
 }
 
