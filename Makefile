@@ -72,7 +72,7 @@ sub = $(MAKE) --no-print-directory
 # A part of what takes long: its number, its name, its command. Says what begins, and what it took.
 part = printf '\n\033[1m▶ [%s] %s\033[0m\n' $(1) "$(2)" >&2; SECONDS=0; $(3); echo "  ✓ [$(1)] took $$SECONDS s" >&2
 # Makes a target while no other run uses the cluster NAME. What is made by that in this way is a part of it.
-alone = $(TESTBED) --name $(NAME) alone -- $(MAKE) --no-print-directory NAME=$(NAME)
+alone = $(TESTBED) --name $(NAME) alone -- $(sub) NAME=$(NAME)
 
 .PHONY: help
 help: ## List the targets

@@ -256,6 +256,13 @@ pub enum JobKind {
     Contract,
 }
 
+impl JobKind {
+    /// Whether it changes the schema.
+    pub const fn migrates(&self) -> bool {
+        matches!(self, Self::Expand | Self::Contract)
+    }
+}
+
 /// A Job that exists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobSeen {

@@ -602,7 +602,7 @@ impl Builder<'_> {
                 (test.image.clone().unwrap_or(own), command, seconds(test.timeout))
             }
         };
-        let migration = matches!(job.kind, JobKind::Expand | JobKind::Contract);
+        let migration = job.kind.migrates();
         let (volume, mount) = if migration {
             let database = &spec.database;
             let owner = database.migration_secret_ref.as_ref();

@@ -15,7 +15,7 @@ use crate::{
         text, token,
     },
     kubectl::{Session, plugin_directory},
-    operator::{Found, INSTALLED_BY, Operator},
+    operator::{Found, INSTALLED_BY, Operator, signature},
     progress::{Step, say},
     results,
     tools::Tools,
@@ -264,8 +264,7 @@ fn remove(session: &Session) -> Result<()> {
 
 /// Whether the demonstration has made a namespace.
 fn is_signed(namespace: &Value) -> bool {
-    let annotation = INSTALLED_BY.replace('/', "~1");
-    text(namespace, &format!("/metadata/annotations/{annotation}")) == INSTALLER
+    signature(namespace, "/metadata") == INSTALLER
 }
 
 /// Removes everything that a demonstration has brought to a cluster that goes on.

@@ -30,6 +30,12 @@ const PROCESS: &str = "exchange-oper";
 /// How long another replica may take to lead: many times a lease.
 const PATIENCE: Duration = Duration::from_mins(1);
 
+/// Who has installed an object, as it says at this pointer to metadata. Empty if it does not say.
+pub(crate) fn signature<'a>(object: &'a Value, metadata: &str) -> &'a str {
+    let annotation = INSTALLED_BY.replace('/', "~1");
+    text(object, &format!("{metadata}/annotations/{annotation}"))
+}
+
 /// An operator as it is found on a cluster, whatever its release is called.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
@@ -66,13 +72,11 @@ impl Found {
         let environment = deployment.pointer("/spec/template/spec/containers/0/env");
         let mut environment = environment.and_then(Value::as_array).into_iter().flatten();
         let only = environment.find(|it| text(it, "/name") == "EXCHANGE_OPERATOR_NAMESPACE");
-        let annotation = INSTALLED_BY.replace('/', "~1");
-        let installed_by = format!("/spec/template/metadata/annotations/{annotation}");
         Self {
             namespace: text(deployment, "/metadata/namespace").to_owned(),
             name: text(deployment, "/metadata/name").to_owned(),
             only: only.map(|it| text(it, "/value").to_owned()),
-            installed_by: text(deployment, &installed_by).to_owned(),
+            installed_by: signature(deployment, "/spec/template/metadata").to_owned(),
         }
     }
 

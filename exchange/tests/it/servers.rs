@@ -645,17 +645,11 @@ fn assert_well_named(log: &str) {
 }
 
 /// Waits until `probe` yields something.
-pub(crate) async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, probe: impl FnMut() -> F) -> T {
-    within(START, what, probe).await
-}
-
-/// The same for what has its own time.
-pub(crate) async fn within<T, F: Future<Output = Option<T>>>(
-    patience: Duration,
+pub(crate) async fn eventually<T, F: Future<Output = Option<T>>>(
     what: &str,
     mut probe: impl FnMut() -> F,
 ) -> T {
-    let deadline = Instant::now() + patience;
+    let deadline = Instant::now() + START;
     loop {
         if let Some(value) = probe().await {
             return value;

@@ -1,7 +1,5 @@
 //! Access tokens that must not work, and keys that change.
 
-use std::time::Duration;
-
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use ed25519_dalek::{Signer, SigningKey};
 use hmac::{Hmac, KeyInit, Mac};
@@ -9,7 +7,7 @@ use serde_json::{Value, json};
 use sha2::Sha256;
 
 use crate::{
-    servers::{Database, Postgres, Service, eventually, within},
+    servers::{Database, Postgres, Service, eventually},
     user::Exchange,
 };
 
@@ -201,7 +199,7 @@ async fn the_next_key_is_published_in_time_though_nobody_asks_for_one() {
         .await
         .unwrap();
     // Housekeeping comes once a minute.
-    within(Duration::from_mins(2), "the next key is there", || async {
+    eventually("the next key is there", || async {
         let next: bool = sqlx::query_scalar(
             "select exists (select from signing_keys where signs_from > now() + interval '1 hour')",
         )

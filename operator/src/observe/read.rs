@@ -3,7 +3,7 @@
 //! Everything is found by its labels, so that it does not matter who has created it, or when. The object itself is read
 //! last; if it turns out to be another than the one for which the rest was read, the rest is read again.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use futures::future::try_join_all;
 use k8s_openapi::{
@@ -103,7 +103,7 @@ pub struct Memory {
 #[derive(Clone, Debug)]
 pub struct Heard {
     /// Uid of the pod.
-    of: Arc<str>,
+    of: String,
     /// When it was asked last.
     at: Instant,
     /// Its last line that could be read.
@@ -480,20 +480,21 @@ impl Reader {
     /// stands.
     async fn listen_to_migrations(&self, look: &mut Look, children: &Children, memory: &mut Memory) {
         for (job, seen) in &mut look.seen.jobs {
-            let migrates = matches!(job.kind, JobKind::Expand | JobKind::Contract);
+            if !job.kind.migrates() || seen.state != JobState::Running {
+                continue;
+            }
             let name = builder(&look.object).job_name(job);
             let there = children.jobs.iter().find(|it| it.name_any() == name);
-            let there = there.filter(|_| migrates && seen.state == JobState::Running);
             let running = there.and_then(|it| pods::of(it, &children.pods).find(|pod| pods::runs(pod)));
             let Some((pod, uid)) = running.and_then(|pod| Some((pod, pod.uid()?))) else {
                 continue;
             };
-            let heard = memory.heard.take().filter(|heard| *heard.of == *uid);
+            let heard = memory.heard.take().filter(|heard| heard.of == uid);
             let recent = |heard: &Heard| heard.at.elapsed() < LISTEN_EVERY;
             let heard = match heard {
                 Some(heard) if recent(&heard) => heard,
                 before => Heard {
-                    of: Arc::from(uid),
+                    of: uid,
                     at: Instant::now(),
                     said: self
                         .last_line(builder(&look.object).namespace, &pod.name_any())

@@ -1032,8 +1032,7 @@ impl World {
                     fence: self.fence(),
                     state: JobState::Running,
                     trouble: None,
-                    progress: matches!(job.kind, JobKind::Expand | JobKind::Contract)
-                        .then(|| "batch 1 of 2".to_owned()),
+                    progress: job.kind.migrates().then(|| "batch 1 of 2".to_owned()),
                 };
                 let of = self.stacks.get(&job.stack).and_then(|it| it.origin.clone());
                 self.jobs.insert(job.clone(), JobThere { seen, of });
