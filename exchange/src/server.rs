@@ -30,7 +30,7 @@ use http_body_util::BodyExt;
 use hyper::{
     body::{Body as _, Frame, Incoming, SizeHint},
     server::conn::{http1, http2},
-    service::service_fn,
+    service::{Service, service_fn},
 };
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
@@ -244,7 +244,7 @@ async fn changed<T>(watched: &mut watch::Receiver<T>) {
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 async fn converse(
-    stream: TcpStream,
+    mut stream: TcpStream,
     peer: SocketAddr,
     shared: &Arc<Shared>,
     closing: &mut watch::Receiver<Closing>,
@@ -257,7 +257,7 @@ async fn converse(
         closing: closing.clone(),
         old,
     });
-    let mut io = Io::new(stream, Arc::clone(&state), shared.stack.clone());
+    let mut io = Io::new(&mut stream, Arc::clone(&state), shared.stack.clone());
     // An idle connection may wait as long as it likes, a header that has begun may not.
     let stalled = passed(&mut waiting, |head| match head {
         Head::Idle | Head::Answering => None,
@@ -273,44 +273,55 @@ async fn converse(
     if is_http2 {
         // From here on hyper's pings find a silent peer, and its streams are limited in number.
         state.head.send_replace(Head::Idle);
-        let connection = http2::Builder::new(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .keep_alive_interval(Duration::from_secs(20))
-            .keep_alive_timeout(Duration::from_secs(20))
-            .max_concurrent_streams(256)
+        converse_http2(io, service, &state).await?;
+    } else {
+        let mut connection = http1::Builder::new()
+            // Hyper's own limit for the header also runs while a connection is idle.
+            .header_read_timeout(None)
             .serve_connection(TokioIo::new(io), service);
-        tokio::pin!(connection);
-        let told = async {
-            state.asked_to_close().await;
-            let mut head = state.head.subscribe();
-            // A connection that nobody uses may go as well.
-            let _ = timeout(FIRST_REQUEST, head.wait_for(|head| *head == Head::Answering)).await;
-        };
-        tokio::pin!(told);
-        let mut asked = false;
-        loop {
-            tokio::select! {
-                result = connection.as_mut() => return Ok(result?),
-                () = &mut told, if !asked => {
-                    asked = true;
-                    connection.as_mut().graceful_shutdown();
-                }
-            }
+        tokio::select! {
+            biased;
+            result = std::future::poll_fn(|context| connection.poll_without_shutdown(context)) => result?,
+            () = &mut stalled => return Err("the header stalled".into()),
         }
     }
-    let mut connection = http1::Builder::new()
-        // Hyper's own limit for the header also runs while a connection is idle.
-        .header_read_timeout(None)
-        .serve_connection(TokioIo::new(io), service);
-    tokio::select! {
-        biased;
-        result = std::future::poll_fn(|context| connection.poll_without_shutdown(context)) => result?,
-        () = &mut stalled => return Err("the header stalled".into()),
-    }
-    linger(connection.into_parts().io.into_inner().into_stream()).await;
+    linger(stream).await;
     Ok(())
 }
 
+async fn converse_http2<S>(io: Io<'_>, service: S, state: &ConnectionState) -> Result<(), BoxError>
+where
+    S: Service<Request<Incoming>, Response = Response<Answered>, Error = Infallible>,
+    S::Future: Send + 'static,
+{
+    let connection = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .keep_alive_interval(Duration::from_secs(20))
+        .keep_alive_timeout(Duration::from_secs(20))
+        .max_concurrent_streams(256)
+        .serve_connection(TokioIo::new(io), service);
+    tokio::pin!(connection);
+    let told = async {
+        state.asked_to_close().await;
+        let mut head = state.head.subscribe();
+        // A connection that nobody uses may go as well.
+        let _ = timeout(FIRST_REQUEST, head.wait_for(|head| *head == Head::Answering)).await;
+    };
+    tokio::pin!(told);
+    let mut asked = false;
+    loop {
+        tokio::select! {
+            result = connection.as_mut() => return Ok(result?),
+            () = &mut told, if !asked => {
+                asked = true;
+                connection.as_mut().graceful_shutdown();
+            }
+        }
+    }
+}
+
+/// Lets the client have all that has been written: a socket that is closed while the client still sends is reset, and what
+/// the client has not read by then may be lost to it. With HTTP/2 that can be the answers of all its streams.
 async fn linger(mut stream: TcpStream) {
     let rest = async {
         stream.shutdown().await?;

@@ -23,8 +23,10 @@ use super::{ConnectionState, Head};
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// A socket that tells when a request's header begins, and that can be looked into before HTTP starts.
-pub(super) struct Io {
-    stream: TcpStream,
+///
+/// It only borrows the socket: what is left to do with it when HTTP is over is not HTTP's.
+pub(super) struct Io<'a> {
+    stream: &'a mut TcpStream,
     replay: Bytes,
     state: Arc<ConnectionState>,
     stack: HeaderValue,
@@ -32,8 +34,8 @@ pub(super) struct Io {
     unsent: Bytes,
 }
 
-impl Io {
-    pub(super) fn new(stream: TcpStream, state: Arc<ConnectionState>, stack: HeaderValue) -> Self {
+impl<'a> Io<'a> {
+    pub(super) fn new(stream: &'a mut TcpStream, state: Arc<ConnectionState>, stack: HeaderValue) -> Self {
         Self {
             stream,
             replay: Bytes::new(),
@@ -41,10 +43,6 @@ impl Io {
             stack,
             unsent: Bytes::new(),
         }
-    }
-
-    pub(super) fn into_stream(self) -> TcpStream {
-        self.stream
     }
 
     /// What hyper answers by itself, to a header that it cannot read, with the name of the stack. None for what has
@@ -72,7 +70,7 @@ impl Io {
 
     fn poll_write_unsent(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.unsent.is_empty() {
-            let written = ready!(Pin::new(&mut self.stream).poll_write(context, &self.unsent))?;
+            let written = ready!(Pin::new(&mut *self.stream).poll_write(context, &self.unsent))?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
@@ -85,7 +83,7 @@ impl Io {
     pub(super) async fn sniff(&mut self) -> io::Result<bool> {
         let mut seen = Vec::with_capacity(PREFACE.len());
         while seen.len() < PREFACE.len() && PREFACE.starts_with(&seen) {
-            if (&mut self.stream)
+            if (&mut *self.stream)
                 .take((PREFACE.len() - seen.len()) as u64)
                 .read_buf(&mut seen)
                 .await?
@@ -111,7 +109,7 @@ impl Io {
     }
 }
 
-impl AsyncRead for Io {
+impl AsyncRead for Io<'_> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -119,7 +117,7 @@ impl AsyncRead for Io {
     ) -> Poll<io::Result<()>> {
         if self.replay.is_empty() {
             let before = buffer.filled().len();
-            ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
+            ready!(Pin::new(&mut *self.stream).poll_read(context, buffer))?;
             if buffer.filled().len() > before {
                 self.began();
             }
@@ -131,7 +129,7 @@ impl AsyncRead for Io {
     }
 }
 
-impl AsyncWrite for Io {
+impl AsyncWrite for Io<'_> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -139,7 +137,7 @@ impl AsyncWrite for Io {
     ) -> Poll<io::Result<usize>> {
         ready!(self.poll_write_unsent(context))?;
         let Some(completed) = self.completed(bytes) else {
-            return Pin::new(&mut self.stream).poll_write(context, bytes);
+            return Pin::new(&mut *self.stream).poll_write(context, bytes);
         };
         self.unsent = completed;
         Poll::Ready(Ok(bytes.len()))
@@ -147,12 +145,12 @@ impl AsyncWrite for Io {
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_write_unsent(context))?;
-        Pin::new(&mut self.stream).poll_flush(context)
+        Pin::new(&mut *self.stream).poll_flush(context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_write_unsent(context))?;
-        Pin::new(&mut self.stream).poll_shutdown(context)
+        Pin::new(&mut *self.stream).poll_shutdown(context)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -167,7 +165,7 @@ impl AsyncWrite for Io {
         ready!(self.poll_write_unsent(context))?;
         match slices.first() {
             Some(first) if self.completed(first).is_some() => self.poll_write(context, first),
-            _ => Pin::new(&mut self.stream).poll_write_vectored(context, slices),
+            _ => Pin::new(&mut *self.stream).poll_write_vectored(context, slices),
         }
     }
 }

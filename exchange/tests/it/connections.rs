@@ -20,7 +20,7 @@ use http::{HeaderValue, Request, StatusCode};
 use http_body_util::{BodyExt, Empty};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest},
     net::{TcpListener, TcpStream},
     sync::{Notify, watch},
     task::JoinHandle,
@@ -483,6 +483,53 @@ async fn http2_is_told_to_go_away_when_it_is_old() {
     })
     .await;
     ended.await.unwrap().expect("the connection ends in order");
+}
+
+/// A frame of HTTP/2 (RFC 9113, 4.1).
+fn frame(kind: u8, flags: u8, stream: u8, content: &[u8]) -> Vec<u8> {
+    let length = u8::try_from(content.len()).unwrap();
+    [&[0, 0, length, kind, flags, 0, 0, 0, stream], content].concat()
+}
+
+#[tokio::test]
+async fn http2_that_has_ended_is_not_reset_by_what_the_client_still_sends() {
+    const HEADERS: u8 = 1;
+    const SETTINGS: u8 = 4;
+    const PING: u8 = 6;
+    const WINDOW_UPDATE: u8 = 8;
+    let server = Running::start(OPTIONS).await;
+    server.drain();
+    let mut client = TcpStream::connect(server.address).await.unwrap();
+    // GET http://test/ in indexes of HPACK's static table.
+    let get = frame(HEADERS, 5, 1, b"\x82\x86\x84\x41\x04test");
+    let hello = [
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(),
+        frame(SETTINGS, 0, 0, &[]),
+        get,
+    ];
+    client.write_all(&hello.concat()).await.unwrap();
+    let mut answered = false;
+    let mut header = [0; 9];
+    while client.read_exact(&mut header).await.is_ok() {
+        let mut content = vec![0; usize::from(header[1]) << 8 | usize::from(header[2])];
+        client.read_exact(&mut content).await.unwrap();
+        answered |= header[3] == HEADERS;
+        if header[3] == PING {
+            client.write_all(&frame(PING, 1, 0, &content)).await.unwrap();
+        }
+    }
+    assert!(answered);
+    client
+        .write_all(&frame(WINDOW_UPDATE, 0, 0, &[0, 0, 0, 1]))
+        .await
+        .unwrap();
+    let reset = timeout(A_WHILE, client.ready(Interest::ERROR)).await;
+    assert!(reset.is_err(), "the connection was reset: {reset:?}");
+    drop(client);
+    eventually("the connection is over", || async {
+        (server.counts.connections() == 0).then_some(())
+    })
+    .await;
 }
 
 type Sender = hyper::client::conn::http2::SendRequest<Empty<Bytes>>;
