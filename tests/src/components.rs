@@ -390,7 +390,7 @@ disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.
         "tlsCertFile": pki.join("kubelet-serving.crt"), "tlsPrivateKeyFile": pki.join("kubelet-serving.key"),
         "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
         "cgroupDriver": "cgroupfs", "cgroupRoot": cluster.cgroup(), "failCgroupV1": false,
-        "enforceNodeAllocatable": [], "localStorageCapacityIsolation": false,
+        "enforceNodeAllocatable": [],
         "clusterDNS": [address], "clusterDomain": DOMAIN,
         // The host's resolver cannot be reached from here, and nothing outside may be.
         "resolvConf": "",
