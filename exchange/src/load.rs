@@ -42,6 +42,8 @@ use crate::{
 
 /// Requests that share one HTTP/2 connection.
 const STREAMS: usize = 4;
+/// Failed requests that the table shows one by one.
+const FAILED_SHOWN: usize = 10;
 /// How long a request takes that is sent slowly.
 const SLOW: Duration = Duration::from_secs(2);
 /// How often traders log in again: well within the life of a token.
@@ -731,6 +733,13 @@ fn table(outcome: &Outcome) -> String {
     );
     for (failure, count) in &summary.failures {
         let _ = writeln!(text, "  {count:>8}  {failure}");
+    }
+    for failed in summary.failed_requests.iter().take(FAILED_SHOWN) {
+        let _ = writeln!(
+            text,
+            "            {} over {}, meant for {} ms, over at {} ms: {}",
+            failed.operation, failed.protocol, failed.intended_ms, failed.ended_ms, failed.failure,
+        );
     }
     let _ = writeln!(
         text,

@@ -20,7 +20,7 @@ use http::{Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::{
     body::{Frame, Incoming},
-    client::conn::{http1, http2},
+    client::conn::{TrySendError, http1, http2},
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{
@@ -28,6 +28,7 @@ use tokio::{
     net::{TcpStream, tcp::OwnedReadHalf},
     sync::Mutex,
 };
+use tokio_util::sync::CancellationToken;
 
 use super::record::Record;
 use crate::trader::CallError;
@@ -35,6 +36,8 @@ use crate::trader::CallError;
 /// A request's body.
 pub(crate) type Body = UnsyncBoxBody<Bytes, Infallible>;
 
+/// Connections that a request is offered to, each of which may be ending just then. More than that do not end by chance.
+const CONNECTIONS: usize = 5;
 /// Longer than this is a failure.
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// Length of the header of an HTTP/2 frame, and the type of the one that announces a connection's end (RFC 9113, 4.1, 6.8).
@@ -78,7 +81,7 @@ impl Protocol {
 }
 
 enum Sender {
-    Http1(http1::SendRequest<Body>),
+    Http1(http1::SendRequest<Body>, CancellationToken),
     Http2(Shared),
 }
 
@@ -86,6 +89,8 @@ enum Sender {
 #[derive(Clone)]
 struct Shared {
     sender: http2::SendRequest<Body>,
+    /// Cancelled when it takes no more requests.
+    ended: CancellationToken,
     fate: Arc<Fate>,
 }
 
@@ -231,8 +236,7 @@ impl Link {
                 let (sender, connection) = http1::handshake(TokioIo::new(stream))
                     .await
                     .map_err(|error| words(&error))?;
-                tokio::spawn(connection);
-                Sender::Http1(sender)
+                Sender::Http1(sender, drive(connection))
             }
             Protocol::Http2 => {
                 let fate = Arc::new(Fate::default());
@@ -246,14 +250,14 @@ impl Link {
                 let (sender, connection) = http2::handshake(TokioExecutor::new(), io)
                     .await
                     .map_err(|error| words(&error))?;
-                tokio::spawn(connection);
-                Sender::Http2(Shared { sender, fate })
+                let ended = drive(connection);
+                Sender::Http2(Shared { sender, ended, fate })
             }
         })
     }
 
     /// Sends a request and reads the whole answer. The error says in few words what broke. The request is made once more
-    /// only if the first one is known not to have been taken.
+    /// only if the one before is known not to have been taken.
     pub(crate) async fn send(&self, request: MakeRequest<'_>) -> Result<Answered, String> {
         if let Ok(result) = tokio::time::timeout(TIMEOUT, self.exchange(request)).await {
             return result;
@@ -270,45 +274,46 @@ impl Link {
 
     async fn exchange_http1(&self, request: MakeRequest<'_>) -> Result<Answered, String> {
         let mut slot = self.sender.lock().await;
-        for first in [true, false] {
+        for _ in 0..CONNECTIONS {
             let kept = match slot.take() {
-                Some(Sender::Http1(mut sender)) => {
+                Some(Sender::Http1(mut sender, ended)) => {
                     let open = sender.ready().await.is_ok();
                     if !open {
                         self.closed_without_notice();
                     }
-                    open.then_some(sender)
+                    open.then_some((sender, ended))
                 }
                 _ => None,
             };
-            let mut sender = match kept {
-                Some(sender) => sender,
+            let (mut sender, ended) = match kept {
+                Some(kept) => kept,
                 None => match self.connect().await? {
-                    Sender::Http1(sender) => sender,
+                    Sender::Http1(sender, ended) => (sender, ended),
                     Sender::Http2(_) => return Err("wrong protocol".to_owned()),
                 },
             };
-            let response = match sender.try_send_request(request()?).await {
-                Ok(response) => response,
-                Err(error) if first && error.message().is_some() => {
+            let (request, mark) = marked(request()?);
+            match outcome(sender.try_send_request(request), &mark, &ended).await {
+                Ok(response) => {
+                    let closing = says_close(&response);
+                    let answered = read(response).await?;
+                    if !closing {
+                        *slot = Some(Sender::Http1(sender, ended));
+                    }
+                    return Ok(answered);
+                }
+                Err(Unanswered::NeverSent) => {
                     self.closed_without_notice();
                     self.events.never_sent.fetch_add(1, Ordering::Relaxed);
-                    continue;
                 }
-                Err(error) => return Err(words(error.error())),
-            };
-            let closing = says_close(&response);
-            let answered = read(response).await?;
-            if !closing {
-                *slot = Some(Sender::Http1(sender));
+                Err(Unanswered::Broken(error)) => return Err(words(&error)),
             }
-            return Ok(answered);
         }
         Err("never sent".to_owned())
     }
 
     async fn exchange_http2(&self, request: MakeRequest<'_>) -> Result<Answered, String> {
-        for first in [true, false] {
+        for _ in 0..CONNECTIONS {
             let (mut shared, _carried) = {
                 let mut slot = self.sender.lock().await;
                 let kept = match &*slot {
@@ -323,13 +328,15 @@ impl Link {
                             let carried = Carried::on(&made.fate);
                             (made, carried)
                         }
-                        Sender::Http1(_) => return Err("wrong protocol".to_owned()),
+                        Sender::Http1(..) => return Err("wrong protocol".to_owned()),
                     },
                 }
             };
-            match shared.sender.try_send_request(request()?).await {
+            let (request, mark) = marked(request()?);
+            let sent = shared.sender.try_send_request(request);
+            match outcome(sent, &mark, &shared.ended).await {
                 Ok(response) => return read(response).await,
-                Err(error) if first && (error.message().is_some() || said_goodbye(error.error())) => {
+                Err(Unanswered::NeverSent) => {
                     self.events.never_sent.fetch_add(1, Ordering::Relaxed);
                     let announced = shared.fate.announced.load(Ordering::SeqCst);
                     if !announced && !shared.fate.counted.swap(true, Ordering::SeqCst) {
@@ -337,7 +344,7 @@ impl Link {
                     }
                     self.sender.lock().await.take();
                 }
-                Err(error) => return Err(words(error.error())),
+                Err(Unanswered::Broken(error)) => return Err(words(&error)),
             }
         }
         Err("never sent".to_owned())
@@ -361,6 +368,63 @@ impl Link {
     fn closed_without_notice(&self) {
         self.events.closed_without_notice.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+/// Works for a connection. What it returns is cancelled when the connection takes no more requests.
+fn drive(connection: impl Future + Send + 'static) -> CancellationToken {
+    let ended = CancellationToken::new();
+    let guard = ended.clone().drop_guard();
+    tokio::spawn(async move {
+        connection.await;
+        drop(guard);
+    });
+    ended
+}
+
+/// A request with a mark that it loses when a connection takes it out of its queue.
+fn marked(mut request: Request<Body>) -> (Request<Body>, Arc<()>) {
+    let mark = Arc::new(());
+    request.extensions_mut().insert(Arc::clone(&mark));
+    (request, mark)
+}
+
+/// Why a request has no answer.
+enum Unanswered {
+    /// The server is known not to have taken it.
+    NeverSent,
+    Broken(hyper::Error),
+}
+
+/// What has come of a request.
+async fn outcome(
+    sent: impl Future<Output = Result<Response<Incoming>, TrySendError<Request<Body>>>>,
+    mark: &Arc<()>,
+    ended: &CancellationToken,
+) -> Result<Response<Incoming>, Unanswered> {
+    let result = unless_left(sent, mark, ended).await;
+    result.ok_or(Unanswered::NeverSent)?.map_err(|error| {
+        if error.message().is_some() || said_goodbye(error.error()) {
+            return Unanswered::NeverSent;
+        }
+        Unanswered::Broken(error.into_error())
+    })
+}
+
+/// The client library may leave a request in its queue for ever that is put there in the moment in which the connection ends:
+/// of that one there is nothing.
+async fn unless_left<T>(
+    sent: impl Future<Output = T>,
+    mark: &Arc<()>,
+    ended: &CancellationToken,
+) -> Option<T> {
+    tokio::pin!(sent);
+    tokio::select! {
+        biased;
+        result = sent.as_mut() => return Some(result),
+        () = ended.cancelled() => {}
+    }
+    let is_left = Arc::strong_count(mark) > 1;
+    if is_left { None } else { Some(sent.await) }
 }
 
 /// Whether the server has announced the end of the connection before it took this request (RFC 9113, section 6.8: the
@@ -525,7 +589,7 @@ mod tests {
 
     async fn has_ended(link: &Link) -> bool {
         match &*link.sender.lock().await {
-            Some(Sender::Http1(sender)) => sender.is_closed(),
+            Some(Sender::Http1(sender, _)) => sender.is_closed(),
             Some(Sender::Http2(shared)) => shared.sender.is_closed(),
             None => true,
         }
@@ -562,6 +626,27 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[tokio::test]
+    async fn a_request_that_is_left_in_the_queue_of_a_connection_that_has_ended_was_never_sent() {
+        let request = || marked(Request::get("/").body(body(Bytes::new(), None)).unwrap());
+        let ended = CancellationToken::new();
+        ended.cancel();
+        let (left, mark) = request();
+        assert_eq!(
+            unless_left(std::future::pending::<()>(), &mark, &ended).await,
+            None
+        );
+        drop(left);
+        // One that was taken is answered, if later than the connection has ended.
+        let (taken, mark) = request();
+        let answered = async {
+            drop(taken);
+            tokio::task::yield_now().await;
+            "answered"
+        };
+        assert_eq!(unless_left(answered, &mark, &ended).await, Some("answered"));
     }
 
     #[tokio::test]

@@ -119,6 +119,7 @@ const FAILED_TOLD: usize = 10_000;
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Failed {
     pub(crate) operation: &'static str,
+    pub(crate) protocol: &'static str,
     pub(crate) failure: String,
     /// When it was meant to be sent, in milliseconds since the start.
     pub(crate) intended_ms: u128,
@@ -161,6 +162,7 @@ pub(crate) fn summarize(records: &[Record]) -> Summary {
             if summary.failed <= FAILED_TOLD {
                 summary.failed_requests.push(Failed {
                     operation: record.operation,
+                    protocol: record.protocol,
                     failure: failure.clone(),
                     intended_ms: record.intended.as_millis(),
                     ended_ms,
@@ -259,6 +261,7 @@ mod tests {
             summary.failed_requests[1],
             Failed {
                 operation: "order",
+                protocol: "http/2",
                 failure: "connection closed".to_owned(),
                 intended_ms: 1_000,
                 ended_ms: 1_007,
