@@ -5,7 +5,7 @@ use std::{io::Write, process::ExitCode, sync::Arc};
 use anyhow::Context;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use futures::FutureExt;
-use tracing::info;
+use tracing::{dispatcher::has_been_set, error, info};
 use utoipa_axum::router::OpenApiRouter;
 
 use crate::{
@@ -89,7 +89,11 @@ pub async fn start(release: Release, around: Around) -> ExitCode {
         // It has said what was wrong.
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("{error:#}");
+            if has_been_set() {
+                error!("{error:#}");
+            } else {
+                eprintln!("{error:#}");
+            }
             ExitCode::FAILURE
         }
     }

@@ -16,8 +16,8 @@ use crate::config::StoreUrl;
 /// trip per request.
 const TRUSTED_IDLE: Duration = Duration::from_secs(5);
 
-/// How often the file with the URL is looked at.
-const CREDENTIALS_POLL: Duration = Duration::from_secs(5);
+/// How often the file with the URL is looked at: less than a request waits for a connection.
+const CREDENTIALS_POLL: Duration = Duration::from_secs(1);
 
 /// A pool that connects when it is used: a service starts, and says that it is not ready, without its database.
 pub fn pool(database: &StoreUrl, connections: u32, application_name: &str) -> anyhow::Result<PgPool> {

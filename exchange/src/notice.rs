@@ -16,25 +16,25 @@ use crate::{app::StackId, notification::CHANNEL, outbox::rest};
 
 /// Users told in one transaction.
 const PORTION: i64 = 500;
-/// How often announcements that somebody else has begun are looked for.
+/// How often it is looked for what another pod of the stack has begun and left.
 const IDLE: Duration = Duration::from_secs(5);
 
-/// Announces this stack once `delay` has passed, and finishes announcements that others have left, until told to
-/// stop. To be run only while the stack is live.
+/// Announces this stack once `delay` has passed, and finishes what other pods of it have left, until told to stop. To be run
+/// only while the stack is live. The announcement of another stack is not finished: that one is live no longer.
 pub async fn run(db: &PgPool, stack: &StackId, delay: Duration, stop: &CancellationToken) {
-    let live_since = tokio::time::Instant::now();
+    rest(stop, delay).await;
     let mut recorded = false;
     while !stop.is_cancelled() {
         let pass = async {
-            if !recorded && live_since.elapsed() >= delay {
+            if !recorded {
                 record(db, stack).await?;
                 recorded = true;
             }
-            announce_portion(db).await
+            announce_portion(db, &stack.revision).await
         };
         match pass.await {
             Ok(true) => {}
-            Ok(false) => rest(stop, if recorded { IDLE } else { delay.min(IDLE) }).await,
+            Ok(false) => rest(stop, IDLE).await,
             Err(error) => {
                 warn!(error.message = %error, "failed to announce a release");
                 rest(stop, IDLE).await;
@@ -55,16 +55,17 @@ async fn record(db: &PgPool, stack: &StackId) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
-/// Tells the next users of an announcement that is under way. False: nothing is left to do for this process.
-async fn announce_portion(db: &PgPool) -> Result<bool, sqlx::Error> {
+/// Tells the next users of the announcement of a revision. False: nothing is left to do for this process.
+async fn announce_portion(db: &PgPool, revision: &str) -> Result<bool, sqlx::Error> {
     let mut transaction = db.begin().await?;
-    let release: Option<(String, String, Uuid)> = sqlx::query_as(
-        "select revision, version, coalesce(announced_to, '00000000-0000-0000-0000-000000000000')
-         from releases where announced_at is null order by live_at limit 1 for update skip locked",
+    let release: Option<(String, Uuid)> = sqlx::query_as(
+        "select version, coalesce(announced_to, '00000000-0000-0000-0000-000000000000')
+         from releases where revision = $1 and announced_at is null for update skip locked",
     )
+    .bind(revision)
     .fetch_optional(&mut *transaction)
     .await?;
-    let Some((revision, version, announced_to)) = release else {
+    let Some((version, announced_to)) = release else {
         return Ok(false);
     };
     // Locked against a deletion, which then waits for what is written here and erases it.
@@ -75,14 +76,14 @@ async fn announce_portion(db: &PgPool) -> Result<bool, sqlx::Error> {
          order by id limit $3 for key share",
     )
     .bind(announced_to)
-    .bind(&revision)
+    .bind(revision)
     .bind(PORTION)
     .fetch_all(&mut *transaction)
     .await?;
     let users: Vec<Uuid> = users.into_iter().map(|(id,)| id).collect();
     let Some(last) = users.last() else {
         sqlx::query("update releases set announced_at = now() where revision = $1")
-            .bind(&revision)
+            .bind(revision)
             .execute(&mut *transaction)
             .await?;
         transaction.commit().await?;
@@ -108,7 +109,7 @@ async fn announce_portion(db: &PgPool) -> Result<bool, sqlx::Error> {
     .execute(&mut *transaction)
     .await?;
     sqlx::query("update releases set announced_to = $2 where revision = $1")
-        .bind(&revision)
+        .bind(revision)
         .bind(last)
         .execute(&mut *transaction)
         .await?;

@@ -8,7 +8,7 @@ use http::{HeaderMap, HeaderValue};
 use serde_json::{Map, Value};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tracing::{
-    Event, Subscriber,
+    Event, Subscriber, error,
     field::{Field, Visit},
     span::{Attributes, Id, Record},
 };
@@ -152,7 +152,7 @@ fn new_span_id() -> u64 {
 
 /// Sends this process's logs to standard output; `RUST_LOG` filters them, `info` by default.
 ///
-/// `service` and `stack` stand in each line.
+/// `service` and `stack` stand in each line. A panic is a line, too.
 pub fn init(service: &'static str, version: &'static str, stack: String) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,sqlx=warn"));
     let ecs = Ecs {
@@ -163,6 +163,15 @@ pub fn init(service: &'static str, version: &'static str, stack: String) {
     tracing_subscriber::registry()
         .with(ecs.with_filter(filter))
         .init();
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string).unwrap_or_default();
+        let reason = panic.payload_as_str().unwrap_or("unknown");
+        error!(
+            error.message = reason,
+            labels.place = place,
+            "a task has panicked"
+        );
+    }));
 }
 
 struct Ecs {
