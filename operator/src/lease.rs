@@ -184,21 +184,25 @@ impl Contender {
     ) {
         let origin = Instant::now();
         let mut known = Knowledge::nothing(Duration::ZERO);
+        let mut wait = Duration::ZERO;
         while !stop.is_cancelled() {
+            // A round that has renewed has moved it.
             let deadline = known.leads_until().map(|until| origin + until);
             let round = async {
+                sleep(wait).await;
                 let wait = self.round(origin, &mut known, &reached).await;
                 tell(&leads, known.leads(origin.elapsed()));
-                sleep(wait).await;
+                wait
             };
             tokio::select! {
-                () = round => {}
+                next = round => wait = next,
                 () = stop.cancelled() => break,
                 // Whatever is under way: who cannot renew must stop now.
                 () = until(deadline) => {
                     warn!("the lease could not be renewed in time");
                     known.give_up();
                     tell(&leads, false);
+                    wait = Duration::ZERO;
                 }
             }
         }
@@ -427,6 +431,47 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_renewal_that_arrived_without_an_answer_is_no_loss() {
         assert_eq!(after_a_conflict("me").await, [false, false, true, true, true]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whose_second_try_has_renewed_leads_on() {
+        let (service, mut requests) = mock::pair::<Request<Body>, Response<Body>>();
+        let contender = super::Contender {
+            leases: Api::namespaced(Client::new(service, "ns"), "ns"),
+            name: "one".to_owned(),
+            identity: "me".to_owned(),
+        };
+        let (leads, mut leading) = watch::channel(false);
+        let (reached, _reached) = watch::channel(false);
+        let stop = CancellationToken::new();
+        let until = stop.clone();
+        let running = tokio::spawn(async move { contender.run(leads, reached, until).await });
+        let answer = |version: &str| {
+            let lease = json!({"metadata": {"name": "one", "resourceVersion": version}, "spec": {"holderIdentity": "me"}});
+            Response::new(Body::from(lease.to_string().into_bytes()))
+        };
+        let mut renewals = Vec::new();
+        let mut unanswered = None;
+        while renewals.len() < 4 {
+            let (request, send) = requests.next_request().await.unwrap();
+            if request.method() == "PUT" {
+                renewals.push(Instant::now());
+            }
+            if renewals.len() == 2 && unanswered.is_none() {
+                // The connection is dead.
+                unanswered = Some(send);
+            } else {
+                send.send_response(answer(&renewals.len().to_string()));
+            }
+            if renewals.len() == 1 {
+                leading.wait_for(|leads| *leads).await.unwrap();
+            }
+        }
+        assert!(!leading.has_changed().unwrap(), "it has given up in between");
+        assert!(renewals[3] - renewals[0] > RENEW_DEADLINE, "{renewals:?}");
+        stop.cancel();
+        drop(requests);
+        running.await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]
