@@ -364,6 +364,12 @@ impl Writer {
             spec.type_ = built.type_;
             spec.selector = built.selector;
             spec.ports = built.ports;
+            // Whoever has added these chooses who gets the traffic.
+            spec.internal_traffic_policy = None;
+            spec.session_affinity = None;
+            spec.session_affinity_config = None;
+            spec.publish_not_ready_addresses = None;
+            spec.external_ips = None;
         }
         let api = Api::<CoreService>::namespaced(self.client.clone(), builder(&look.object).namespace);
         let params = post();

@@ -489,8 +489,8 @@ fn see_jobs(children: &Children, uid: &str, seen: &mut Observed) {
         let seen_job = JobSeen {
             fence: fence(meta),
             state: pods::job_state(object, &children.pods),
-            trouble: pods::of(object, &children.pods)
-                .find_map(pods::trouble)
+            trouble: pods::suspended(object)
+                .or_else(|| pods::of(object, &children.pods).find_map(pods::trouble))
                 .or_else(|| pods::tried(object, &children.pods)),
             progress: None,
         };

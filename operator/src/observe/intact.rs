@@ -2,7 +2,7 @@
 //!
 //! The API server adds defaults, others may add labels, annotations and containers: what was rendered only has to be *in* the
 //! object. Some things are compared as a whole, because an addition changes what they mean: selectors, the ports of Services,
-//! and what our own container is told and may do. Who adds to these adds to pods, by a webhook: no Deployment is different then.
+//! what chooses beside these who gets a Service's traffic, and what our own container is told and may do. Who adds to these adds to pods, by a webhook: no Deployment is different then.
 
 use serde_json::{Map, Value};
 
@@ -10,6 +10,14 @@ use serde_json::{Map, Value};
 const EXACT: [&str; 5] = ["selector", "matchLabels", "ports", "env", "envFrom"];
 /// What a pod can have of its node.
 pub const OF_NODE: [&str; 5] = ["hostNetwork", "hostPID", "hostIPC", "hostUsers", "hostAliases"];
+/// What decides who reaches a Service and which pods it has, beside its selector, with what the API server says if nobody does; empty
+/// if nothing.
+const OF_SERVICE: [(&str, &str); 4] = [
+    ("internalTrafficPolicy", "Cluster"),
+    ("sessionAffinity", "None"),
+    ("publishNotReadyAddresses", ""),
+    ("externalIPs", ""),
+];
 /// What a container is told, also if nothing was rendered.
 const TOLD: [&str; 4] = ["command", "args", "env", "envFrom"];
 /// Below these are quantities, which the API server writes in its own way.
@@ -63,15 +71,20 @@ fn has_more(wanted: &Value, there: &Value) -> bool {
     there.as_object().is_some_and(|there| there.iter().any(other))
 }
 
-/// Whether a container has been told something although nothing was rendered, or a pod been given what is the node's.
+/// Whether a container has been told something although nothing was rendered, a pod been given what is the node's, or a
+/// Service been made to choose.
 fn is_told_more(wanted: &Map<String, Value>, there: &Map<String, Value>) -> bool {
     let (container, pod) = (wanted.contains_key("image"), wanted.contains_key("containers"));
+    let service = wanted.contains_key("selector") && wanted.contains_key("ports");
     let mut others = there
         .iter()
         .filter(|(key, value)| !wanted.contains_key(*key) && !is_empty(value));
-    others.any(|(key, _)| {
+    others.any(|(key, value)| {
         let key = key.as_str();
-        container && TOLD.contains(&key) || pod && OF_NODE.contains(&key)
+        let chooses = |(name, default): &(&str, &str)| *name == key && value.as_str() != Some(*default);
+        container && TOLD.contains(&key)
+            || pod && OF_NODE.contains(&key)
+            || service && OF_SERVICE.iter().any(chooses)
     })
 }
 
@@ -169,6 +182,24 @@ mod tests {
                 "text that looks like a quantity",
                 json!({"value": "0.5"}),
                 json!({"value": "500m"}),
+                false,
+            ),
+            (
+                "a Service as the API server completes it",
+                json!({"selector": {"a": "b"}, "ports": []}),
+                json!({"selector": {"a": "b"}, "clusterIP": "10.0.0.1", "internalTrafficPolicy": "Cluster", "sessionAffinity": "None"}),
+                true,
+            ),
+            (
+                "a Service that only clients of the same node reach",
+                json!({"selector": {"a": "b"}, "ports": []}),
+                json!({"selector": {"a": "b"}, "internalTrafficPolicy": "Local"}),
+                false,
+            ),
+            (
+                "a Service with pods that are not ready",
+                json!({"selector": {"a": "b"}, "ports": []}),
+                json!({"selector": {"a": "b"}, "publishNotReadyAddresses": true}),
                 false,
             ),
             (

@@ -460,6 +460,12 @@ pub fn not_created(message: &str) -> String {
     short(&format!("no pod can be created: {why}"))
 }
 
+/// That somebody else has suspended a Job, if that is so: no deadline of its own runs then.
+pub fn suspended(job: &BatchJob) -> Option<String> {
+    let suspended = job.spec.as_ref().and_then(|spec| spec.suspend) == Some(true);
+    suspended.then(|| "somebody has suspended it (spec.suspend)".to_owned())
+}
+
 /// Which try of a Job this is, and how the one before ended.
 pub fn tried(job: &BatchJob, pods: &[Pod]) -> Option<String> {
     let failed = job.status.as_ref()?.failed.filter(|failed| *failed > 0)?;
@@ -523,11 +529,15 @@ fn last_words(job: &BatchJob, pods: &[Pod]) -> Option<String> {
     Some(the_point(said))
 }
 
-/// What went wrong, on one line: the step that failed, in a report of steps; else what was said last.
+/// What went wrong, on one line: the step that failed, in a report of steps; else what was said last, of the exchange's own
+/// log its last message.
 fn the_point(said: &str) -> String {
     let lines: Vec<&str> = said.lines().map(str::trim).collect();
     let failed = lines.iter().position(|line| line.starts_with("FAIL"));
     let Some(from) = failed else {
+        if let Some(message) = lines.last().and_then(|line| message(line)) {
+            return message;
+        }
         let line = lines.join(" ");
         let cut = line.chars().count().saturating_sub(TOLD);
         return line.chars().skip(cut).collect();
@@ -801,5 +811,7 @@ http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/logi
         assert_eq!(the_point(&long).chars().count(), TOLD);
         let report = "ok      3 ms  register\nFAIL    9 ms  place an order\n     got 500\nok      2 ms  erase the lane";
         assert_eq!(the_point(report), "FAIL 9 ms place an order got 500");
+        let written = "{\"message\": \"batch 3 of 9\"}\n{\"log.level\": \"error\", \"message\": \"the schema is locked\"}";
+        assert_eq!(the_point(written), "the schema is locked");
     }
 }
