@@ -198,8 +198,9 @@ impl Services {
     }
 }
 
-/// How one service runs. Replicas and autoscaling apply to the live stack at once; every other field is
-/// part of the revision, so that a change of it is a release.
+/// How one service runs. Replicas and autoscaling apply to the live stack at once, unless they are changed together with
+/// something else: every other field is part of the revision, so that a change of it is a release, and what comes with it
+/// waits for its promotion.
 #[derive(Clone, Debug, PartialEq, KubeSchema, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(

@@ -342,6 +342,7 @@ impl Turn<'_> {
             stack,
             version,
             attempt,
+            scale,
             ..
         } = candidate;
         self.next.rejected = Some(Rejected {
@@ -351,7 +352,7 @@ impl Turn<'_> {
             gates: self.next.gates.clone(),
             reason,
             message,
-            scale: Some(Scale::declared(self.spec)),
+            scale: scale.or_else(|| Some(Scale::declared(self.spec))),
             until: later(self.now, KEPT_FOR_LOGS),
         });
     }
@@ -404,20 +405,26 @@ impl Turn<'_> {
             version: live.version,
             attempt: live.attempt,
             gates: self.next.gates.clone(),
+            scale: None,
             approved_by: None,
         }
     }
 
     /// How many pods the live stack has is as declared for it. What came with another revision waits for that one to be
-    /// promoted; what has been changed since a release was given up was meant for what is live.
+    /// promoted; what is changed while that is under way, or after it was given up, is meant for what is live.
     pub(crate) fn scale(&mut self) {
         let now = Scale::declared(self.spec);
         let declared = self.declared();
         let reached = declared.is_some_and(|it| self.reached(it)) && self.next.rejected.is_none();
-        let given_up = declared
-            .filter(|it| self.rejects(it))
-            .and(self.next.rejected.as_ref());
-        let before = given_up.and_then(|it| it.scale.clone());
+        let given_up = declared.is_some_and(|it| self.rejects(it));
+        let revision = declared.map(|it| it.revision.clone());
+        let under_way = self.next.candidate.as_mut();
+        let under_way = under_way.filter(|it| revision.as_ref() == Some(&it.stack.revision));
+        let before = match &mut self.next.rejected {
+            Some(rejected) if given_up => Some(&mut rejected.scale),
+            _ => under_way.map(|it| &mut it.scale),
+        };
+        let before = before.and_then(|it| it.replace(now.clone()));
         let Some(live) = &mut self.next.live else {
             return;
         };

@@ -8,7 +8,8 @@ use crate::{
     observe::{Declared, Job, JobKind, JobSeen, JobState, Observed, StackSeen, Target},
     resources::job_word,
     status::{
-        Candidate, Colour, Contract, Live, Outcome, Phase, Previous, PreviousState, Reason, Stack, token,
+        Candidate, Colour, Contract, Live, Outcome, Phase, Previous, PreviousState, Reason, Scale, Stack,
+        token,
     },
 };
 
@@ -239,6 +240,7 @@ impl Turn<'_> {
             version,
             attempt,
             gates,
+            scale: Some(Scale::declared(self.spec)),
             approved_by: None,
         });
         self.next.phase = Phase::Pending;

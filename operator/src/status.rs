@@ -235,6 +235,10 @@ pub struct Candidate {
     pub attempt: u32,
     /// Hash of the declared gates: another declaration of them is another attempt.
     pub gates: String,
+    /// Replicas and autoscaling that were last declared with it. What came with it waits for its promotion; what is changed
+    /// then applies to the stack that is live, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<Scale>,
     /// Who approved it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approved_by: Option<String>,
@@ -309,8 +313,8 @@ pub struct Rejected {
     pub reason: Reason,
     /// Why, as a sentence.
     pub message: String,
-    /// Replicas and autoscaling that were declared with it. They wait for its promotion; only what has been changed since
-    /// then applies to the stack that is live.
+    /// Replicas and autoscaling that were last declared with it. What came with it waits for its promotion; only what is
+    /// changed then applies to the stack that is live.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scale: Option<Scale>,
     /// Until when what is left of it is kept for its logs.

@@ -1353,13 +1353,39 @@ fn autoscaling_that_came_with_a_release_waits_for_its_promotion() {
     world.settle().unwrap();
     world.autoscale(false);
     world.settle().unwrap();
-    assert!(
-        autoscaler(&world),
-        "the same as was declared with what was given up"
-    );
-    world.release(2);
+    assert!(!autoscaler(&world), "taken back: {:#?}", world.trace);
+}
+
+#[test]
+fn replicas_that_are_changed_beside_a_release_apply_to_what_is_live_and_can_be_taken_back() {
+    let replicas = |world: &World| {
+        let live = world.status.live.clone().unwrap().stack;
+        let seen = world.observe();
+        seen.stacks[&live].service(Service::Trade).unwrap().replicas
+    };
+    let declare = |world: &mut World, count| {
+        world.declare(|spec| spec.services.trade.replicas = count);
+        world.settle().unwrap();
+    };
+    for (index, phase) in [(1, AwaitingPromotion), (5, Failed), (6, Held)] {
+        let mut world = releasing(index, phase);
+        for count in [5, 2, 4] {
+            declare(&mut world, count);
+            assert_eq!(world.status.phase, phase);
+            assert_eq!(
+                replicas(&world),
+                u32::try_from(count).unwrap(),
+                "{phase}: {:#?}",
+                world.trace
+            );
+        }
+    }
+    // One that is given up afterwards takes nothing back.
+    let mut world = at(AwaitingPromotion);
+    declare(&mut world, 5);
+    abort(&mut world);
     world.settle().unwrap();
-    assert!(!autoscaler(&world), "{:#?}", world.trace);
+    assert_eq!((world.status.phase, replicas(&world)), (Failed, 5));
 }
 
 #[test]
