@@ -166,7 +166,9 @@ cluster-test: not-existing ## Test the test cluster itself: kills, several at on
 cluster-test-alone:
 	@$(call find-tests,--test cluster,--ignored $(TEST))
 	$(TESTBED) tools
-	@$(call run-found,--test cluster,--ignored --test-threads 1 $(TEST))
+	@origin=$$($(TESTBED) results --of cluster-test --begin); export "$$origin"; \
+	  trap '$(TESTBED) results --of cluster-test --end $$?' EXIT; \
+	  $(call run-found,--test cluster,--ignored --test-threads 1 $(TEST))
 
 .PHONY: all-tests
 all-tests:

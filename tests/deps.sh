@@ -20,6 +20,7 @@ mount            /bin/mount|/usr/bin/mount             the test cluster: volumes
 util-linux       /usr/bin/unshare                      the test cluster: processes that end together
 iproute2         /sbin/ip|/bin/ip|/usr/bin/ip          the test cluster: its own network
 nftables         /usr/sbin/nft                         the test cluster: Services, by kube-proxy
+curl             /usr/bin/curl                         trying the API by hand, as the demonstration says at its end
 git              /usr/bin/git                          results: which commit they are of
 buildah          /usr/bin/buildah                      images without a container engine
 mmdebstrap       /usr/bin/mmdebstrap                   images: root file systems from Debian packages

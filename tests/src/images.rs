@@ -258,11 +258,15 @@ pub fn remove_leavings() -> Result<()> {
         removed.with_context(|| format!("cannot remove {}", path.display()))?;
     }
     // The container of the build, too.
-    if left.is_empty() {
-        Ok(())
-    } else {
-        buildah(&["rm", "--all"])
+    if !left.is_empty() {
+        buildah(&["rm", "--all"])?;
     }
+    let ours = cache_dir()?.join("buildah").join(LAYERS_ARE_OURS);
+    // One in which somebody has put something resists.
+    if ours.exists() && fs::remove_dir(LAYERS).is_ok() {
+        fs::remove_file(ours)?;
+    }
+    Ok(())
 }
 
 /// Where a clone has the images of its own programs.
@@ -445,14 +449,18 @@ fn unpack(archive: &Archive) -> Result<bool> {
 
 /// What buildah remembers of layers, for the whole machine; no option of its own says where.
 const LAYERS: &str = "/var/lib/containers";
+/// Says, beside our storage, that nobody had that directory before us.
+const LAYERS_ARE_OURS: &str = "layers-are-ours";
 
 /// buildah with a storage of ours, and places of ours for whatever else it writes down.
 fn buildah_command() -> Result<Command> {
     let own = cache_dir()?.join("buildah");
     let (layers, networks) = (own.join("layers"), own.join("networks"));
+    fs::create_dir_all(&layers).with_context(|| format!("cannot create {}", layers.display()))?;
     // Only to be hidden by our own.
-    for directory in [&layers, Path::new(LAYERS)] {
-        fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
+    if !Path::new(LAYERS).exists() {
+        fs::write(own.join(LAYERS_ARE_OURS), "")?;
+        fs::create_dir_all(LAYERS).with_context(|| format!("cannot create {LAYERS}"))?;
     }
     let configuration = own.join("containers.conf");
     let text = format!("[network]\nnetwork_config_dir = \"{}\"\n", networks.display());

@@ -92,8 +92,11 @@ enum Action {
         #[arg(long)]
         clean_up: bool,
     },
-    /// Show what the last end-to-end run has measured.
+    /// Show what the last run has measured.
     Results {
+        /// Which run: of the end-to-end tests, or of the tests of the cluster itself.
+        #[arg(long, default_value = "e2e", value_parser = ["e2e", "cluster-test"])]
+        of: String,
         /// Forget it instead: a run begins. Prints what its processes should find in their environment, so that all figures
         /// are told to be of the code that it began with.
         #[arg(long)]
@@ -155,6 +158,7 @@ fn act(cluster: Cluster, action: &Action) -> Result<()> {
             // `make clean` is for everybody who has started none.
             if !clusters.is_empty() {
                 preflight::root()?;
+                preflight::remove_leavings()?;
             }
             for cluster in clusters {
                 let from = cluster.origin().map(|origin| origin.clone);
@@ -212,10 +216,14 @@ fn act(cluster: Cluster, action: &Action) -> Result<()> {
             Origin::of_run();
             demo::run(&Session::from_environment()?)
         }
-        Action::Results { begin: true, .. } => print(&results::begin()?),
-        Action::Results { begin: false, end } => {
-            end.map_or(Ok(()), |exit_code| results::end(exit_code == 0))?;
-            print(&results::table()?)
+        Action::Results { of, begin: true, .. } => print(&results::begin(of)?),
+        Action::Results {
+            of,
+            begin: false,
+            end,
+        } => {
+            end.map_or(Ok(()), |exit_code| results::end(of, exit_code == 0))?;
+            print(&results::table(of)?)
         }
         Action::Alone { .. } | Action::Launch | Action::Supervise => Ok(()),
     }

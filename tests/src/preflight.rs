@@ -6,7 +6,7 @@ use std::{
     process,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::{sys::statvfs::statvfs, unistd::geteuid};
 
 use crate::{
@@ -26,7 +26,7 @@ const PROGRAMS: [(&str, &str); 6] = [
 ];
 
 /// What only the kernel can give: what is tried, and what to say if that fails.
-const KERNEL: [(Feature, &str); 9] = [
+const KERNEL: [(Feature, &str); 10] = [
     (
         Feature::Namespace("net"),
         "the kernel has no network namespaces (CONFIG_NET_NS)",
@@ -66,6 +66,10 @@ const KERNEL: [(Feature, &str); 9] = [
         "the kernel has no nftables, or not all that kube-proxy writes with it (CONFIG_NF_TABLES, CONFIG_NFT_NAT, \
          CONFIG_NFT_MASQ, CONFIG_NFT_FIB_IPV4, CONFIG_NFT_NUMGEN, CONFIG_NFT_CT, CONFIG_NFT_REJECT)",
     ),
+    (
+        Feature::Filters("errno"),
+        "the kernel has no filters of system calls (CONFIG_SECCOMP_FILTER), with which a cluster is kept from waiting for the disk",
+    ),
 ];
 
 /// Of the kinds that kube-proxy writes.
@@ -79,6 +83,9 @@ const RULES: &str = "add table ip probe; add chain ip probe out { type nat hook 
 /// Where a network namespace says what of its bridges it filters.
 const BRIDGES: &str = "/proc/sys/net/bridge";
 
+/// How the directory is named in which an overlay is tried, with the process that does.
+const OVERLAY_TRY: &str = ".testbed-overlay-";
+
 /// Free space below which images may not fit, in bytes.
 const DISK_MIN: u64 = 4 << 30;
 
@@ -91,6 +98,8 @@ enum Feature {
     Interface(&'static str),
     /// That it takes these rules.
     Nftables(&'static str),
+    /// Filters of system calls that can answer so.
+    Filters(&'static str),
 }
 
 /// Checks who asks: to everybody else a cluster that runs looks like one that does not.
@@ -223,6 +232,10 @@ fn is_there(feature: Feature) -> bool {
             succeeds("unshare", &["--net", "ip", "link", "add", "probe", "type", kind])
         }
         Feature::Nftables(rules) => succeeds("unshare", &["--net", "nft", rules]),
+        Feature::Filters(action) => {
+            let actions = fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail").unwrap_or_default();
+            actions.split_whitespace().any(|available| available == action)
+        }
     }
 }
 
@@ -230,11 +243,34 @@ fn is_there(feature: Feature) -> bool {
 fn takes_overlays(directory: &Path) -> bool {
     const TRY: &str = "cd \"$0\" && mkdir lower upper work && \
                        mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work probe lower";
-    let scratch = Scratch::new(directory.join(format!(".testbed-overlay-{}", process::id())));
+    let scratch = Scratch::new(directory.join(format!("{OVERLAY_TRY}{}", process::id())));
     scratch.is_ok_and(|scratch| {
         let place = scratch.path().display().to_string();
         succeeds("unshare", &["--mount", "sh", "-c", TRY, &place])
     })
+}
+
+/// Removes what tries have left that were killed: before there is a cluster, there is no home to leave it in.
+///
+/// # Errors
+/// If there is no home, or something cannot be removed.
+pub fn remove_leavings() -> Result<()> {
+    for place in [home()?, cache_dir()?] {
+        place.ancestors().try_for_each(remove_dead_tries)?;
+    }
+    Ok(())
+}
+
+fn remove_dead_tries(directory: &Path) -> Result<()> {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix(OVERLAY_TRY));
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            let path = entry.path();
+            fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// The module makes every network namespace filter what its bridges carry. The machine's own go on as before; a cluster's, made
@@ -338,6 +374,7 @@ mod tests {
         for nowhere in [
             Feature::Namespace("no-such-kind"),
             Feature::Interface("no-such-kind"),
+            Feature::Filters("no-such-action"),
             Feature::Nftables(
                 "add table ip probe; add chain ip probe out { type no-such-kind hook postrouting priority 0 ; }",
             ),
@@ -345,6 +382,18 @@ mod tests {
             assert!(!is_there(nowhere), "{nowhere:?}");
         }
         assert!(!takes_overlays(Path::new("/proc")));
+    }
+
+    #[test]
+    fn only_the_tries_of_the_dead_are_removed() {
+        let place = tempfile::tempdir().expect("a directory");
+        let of = |pid: u32| place.path().join(format!("{OVERLAY_TRY}{pid}"));
+        let (own, dead) = (of(process::id()), of(u32::MAX));
+        for directory in [&own, &dead] {
+            fs::create_dir_all(directory.join("lower")).expect("a directory");
+        }
+        remove_dead_tries(place.path()).expect("they can be removed");
+        assert!(own.exists() && !dead.exists());
     }
 
     #[test]

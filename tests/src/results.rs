@@ -87,13 +87,13 @@ fn place(name: &str) -> Result<PathBuf> {
     Ok(directory.join(format!("{name}.json")))
 }
 
-/// Begins an end-to-end run: forgets the cases of the one before, and says what all of its processes should find in their
+/// Begins a run, `e2e` or another of its kind: forgets the cases of the one before, and says what all of its processes should find in their
 /// environment, `variable=value`.
 ///
 /// # Errors
 /// If the old figures cannot be removed.
-pub fn begin() -> Result<String> {
-    let path = place(&end_to_end())?;
+pub fn begin(run: &str) -> Result<String> {
+    let path = place(&of_run(run))?;
     if path.exists() {
         fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
     }
@@ -101,21 +101,19 @@ pub fn begin() -> Result<String> {
     Ok(format!("{ORIGIN}={commit}"))
 }
 
-/// Ends an end-to-end run, with a line for all of it: a test may fail before it is a case.
+/// Ends a run, with a line for all of it: a test may fail before it is a case.
 ///
 /// # Errors
 /// As [`add_case`].
-pub fn end(passed: bool) -> Result<()> {
+pub fn end(run: &str, passed: bool) -> Result<()> {
     let verdict = if passed { "passed" } else { "failed" };
-    add_case(
-        "all-tests",
-        Map::from_iter([("verdict".to_owned(), verdict.into())]),
-    )
+    let all = ("all-tests".to_owned(), json!({"verdict": verdict}));
+    add(&of_run(run), [all]).map(drop)
 }
 
-/// Name of the figures of an end-to-end run.
-fn end_to_end() -> String {
-    of_cluster("e2e", &env::var("TESTBED_NAME").unwrap_or_else(|_| "dev".into()))
+/// Name of the figures of a run on the cluster that this process is about.
+fn of_run(run: &str) -> String {
+    of_cluster(run, &env::var("TESTBED_NAME").unwrap_or_else(|_| "dev".into()))
 }
 
 /// Name of figures that each cluster has: of the one that is used when none is named, or of the named one. Two runs may go on
@@ -133,7 +131,7 @@ pub fn of_cluster(name: &str, cluster: &str) -> String {
 /// # Errors
 /// If the figures cannot be read or written.
 pub fn add_case(case: &str, figures: Map<String, Value>) -> Result<()> {
-    add(&end_to_end(), [(case.to_owned(), figures.into())]).map(drop)
+    add(&of_run("e2e"), [(case.to_owned(), figures.into())]).map(drop)
 }
 
 /// Adds to what is written already under a name, or replaces it. Figures of other code are forgotten.
@@ -148,14 +146,14 @@ pub fn add(name: &str, more: impl IntoIterator<Item = (String, Value)>) -> Resul
     write(name, &figures.into())
 }
 
-/// The end-to-end run as a table: a line per case, with its number in the proof, its verdict, and what it measured.
+/// A run as a table: a line per case, with its number in the proof, its verdict, and what it measured.
 ///
 /// # Errors
 /// If the figures cannot be read.
-pub fn table() -> Result<String> {
+pub fn table(run: &str) -> Result<String> {
     let mut lines = vec![row("CASE", "VERDICT", COLUMNS.map(|(_, title)| title.to_owned()))];
     let number = |figures: &Value| figures.get("case").and_then(Value::as_u64);
-    let mut cases: Vec<_> = read(&end_to_end())?.into_iter().collect();
+    let mut cases: Vec<_> = read(&of_run(run))?.into_iter().collect();
     cases.sort_by_key(|(name, figures)| (number(figures), name.clone()));
     for (name, figures) in cases {
         let shown = |key: &str| match figures.get(key) {
@@ -166,7 +164,7 @@ pub fn table() -> Result<String> {
         let case = number(&figures).map_or_else(|| name.clone(), |number| format!("{number:>2} {name}"));
         lines.push(row(&case, verdict, COLUMNS.map(|(key, _)| shown(key))));
     }
-    lines.push(format!("  {}", place(&end_to_end())?.display()));
+    lines.push(format!("  {}", place(&of_run(run))?.display()));
     Ok(lines.join("\n"))
 }
 

@@ -938,11 +938,19 @@ fn a_killed_up_takes_its_image_build_with_it() {
     let tools = Tools::ensure().unwrap();
     symlink(tools.dir(), cache.join(tools.dir().file_name().unwrap())).unwrap();
     let cluster = own_cluster("image");
+    // Also of what another cache's builds have left.
+    succeed(cluster.name(), &["down"]);
+    let layers = Path::new("/var/lib/containers");
+    let had_layers = layers.exists();
     let before = traces(&cluster);
     let up = || {
         let mut command = testbed(cluster.name(), &["up"]);
         command.env("TESTBED_CACHE", cache);
         command
+    };
+    let down = || {
+        let mut command = testbed(cluster.name(), &["down"]);
+        command.env("TESTBED_CACHE", cache).output().unwrap()
     };
     for program in ["apt-get", "buildah"] {
         let mut killed = up().spawn().unwrap();
@@ -968,18 +976,17 @@ fn a_killed_up_takes_its_image_build_with_it() {
             others.map(|entry| entry.path()).collect()
         };
         assert!(!images().is_empty(), "{program} has left nothing");
-        let down = testbed(cluster.name(), &["down"])
-            .env("TESTBED_CACHE", cache)
-            .output()
-            .unwrap();
+        let down = down();
         assert!(down.status.success(), "{}", text(&down));
         assert_eq!(images(), Vec::<PathBuf>::new(), "killed when {program} ran");
     }
     let again = up().output().unwrap();
-    sandbox::destroy(&cluster).unwrap();
+    let down = down();
     fs::remove_dir_all(cache).unwrap();
     assert!(again.status.success(), "{}", text(&again));
+    assert!(down.status.success(), "{}", text(&down));
     assert_eq!(traces(&cluster), before, "an image was built");
+    assert_eq!(layers.exists(), had_layers, "an image was built");
 }
 
 #[test]
