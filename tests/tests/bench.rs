@@ -512,8 +512,9 @@ impl Drop for FakeNode<'_> {
 #[ignore = "a benchmark: make bench-operator"]
 #[expect(clippy::too_many_lines, reason = "what is measured together")]
 fn idle() {
-    /// Over which requests are counted.
-    const WINDOW: Duration = Duration::from_mins(1);
+    /// Over which requests are counted each time, and how many of these a minute has.
+    const WINDOW: Duration = Duration::from_secs(30);
+    const PER_MINUTE: usize = 2;
     const OBJECTS: usize = 200;
     let session = Session::from_environment().unwrap();
     let images = Images::from_environment().unwrap();
@@ -578,6 +579,7 @@ fn idle() {
         phase_of(object) == "Live" && is("Ready") && is("Available")
     };
     let mut figures = BTreeMap::new();
+    let mut measured: BTreeMap<String, Vec<u64>> = BTreeMap::new();
     let fake = FakeNode::start(&session);
     for (count, name) in [(1, "1_object"), (OBJECTS, "200_objects")] {
         let objects: Vec<Value> = (0..count).map(object).collect();
@@ -594,33 +596,34 @@ fn idle() {
             .for_each(go_live);
         all_are(count, "all objects to be live", &is_live);
         let (_, peak) = Leader::find(&session).unwrap().memory().unwrap();
+        figures.insert(format!("memory_at_most_kib_{name}"), json!(peak));
         // What is written last of a release has been; then nothing happens, and that is what is measured.
-        let from = Timestamp::now() + Duration::from_secs(15);
-        sleep(Duration::from_secs(15) + WINDOW);
-        let (memory, _) = Leader::find(&session).unwrap().memory().unwrap();
-        let log = audit_log(cluster).unwrap();
-        let all = requests(log.lines(), &operator::account(), from, from + WINDOW);
-        let writes = all
-            .iter()
-            .filter(|(verb, kind)| !["get", "list", "watch"].contains(&verb.as_str()) && kind != "leases");
-        let leases = all.iter().filter(|(_, kind)| kind == "leases").count();
-        for (key, value) in [
-            ("memory_kib", memory),
-            ("memory_at_most_kib", peak),
-            ("requests_per_minute_when_idle", u64::try_from(all.len()).unwrap()),
-            (
-                "requests_for_the_lease_per_minute",
-                u64::try_from(leases).unwrap(),
-            ),
-            (
-                "writes_per_minute_when_idle",
-                u64::try_from(writes.count()).unwrap(),
-            ),
-        ] {
-            say(format!("  {:<60} {value:>8}", format!("{key}, {name}")));
-            figures.insert(format!("{key}_{name}"), json!(value));
+        sleep(Duration::from_secs(15));
+        for _ in 0..rounds() {
+            let from = Timestamp::now();
+            sleep(WINDOW);
+            let (memory, _) = Leader::find(&session).unwrap().memory().unwrap();
+            let log = audit_log(cluster).unwrap();
+            let all = requests(log.lines(), &operator::account(), from, from + WINDOW);
+            let is_write = |(verb, kind): &&(String, String)| {
+                !["get", "list", "watch"].contains(&verb.as_str()) && kind != "leases"
+            };
+            let leases = all.iter().filter(|(_, kind)| kind == "leases").count();
+            let writes = all.iter().filter(is_write).count();
+            let per_minute = |count: usize| u64::try_from(count * PER_MINUTE).unwrap();
+            for (key, value) in [
+                ("memory_kib", memory),
+                ("requests_per_minute_when_idle", per_minute(all.len())),
+                ("requests_for_the_lease_per_minute", per_minute(leases)),
+                ("writes_per_minute_when_idle", per_minute(writes)),
+            ] {
+                measured.entry(format!("{key}_{name}")).or_default().push(value);
+            }
         }
     }
     drop(fake);
-    publish(figures, BTreeMap::new());
+    let measured = measured
+        .iter()
+        .map(|(what, values)| (what.as_str(), values.clone()));
+    publish(figures, measured.collect());
 }

@@ -425,6 +425,26 @@ fn an_interrupted_demonstration_ends_the_cluster_that_it_has_started_and_no_othe
     interrupt_when(&mut make(running.0.name(), &["demo"]), "runs already");
     assert_eq!(sandbox::supervisor(&running.0), supervisor);
     start_pod(&running.session(), "goes-on");
+
+    // In the middle of a release, with clients.
+    interrupt_when(
+        &mut make(running.0.name(), &["demo"]),
+        "kubectl apply: version 2.0.0, with",
+    );
+    let everything = [
+        "get",
+        "namespaces,deployments,pods",
+        "--all-namespaces",
+        "--output=name",
+    ];
+    let left = running.session().kubectl(&everything).unwrap();
+    let is_left = |name: &str| left.lines().any(|line| line == name);
+    assert!(
+        is_left("pod/goes-on")
+            && !is_left("namespace/exchange-demo")
+            && !is_left("deployment.apps/exchange-operator"),
+        "{left}"
+    );
 }
 
 #[test]
