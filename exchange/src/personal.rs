@@ -33,13 +33,11 @@ use uuid::Uuid;
 
 use crate::{
     app::App,
-    auth::Caller,
     config::Config,
     error::{self, ApiError, Problem},
     extract::Body,
     limit::{self, Limit},
     session::{self, Session},
-    telemetry::TraceContext,
     user,
 };
 
@@ -339,16 +337,9 @@ pub(crate) async fn delete_user(
     State(app): State<App>,
     Session(caller): Session,
 ) -> Result<StatusCode, ApiError> {
-    let trace = TraceContext::current().unwrap_or_else(TraceContext::root);
-    // To its end, also if the client does not wait for that: whoever has traded much would never get there.
-    let erased = tokio::spawn(trace.scope(erase(app, caller))).await;
-    erased.unwrap_or_else(|error| Err(ApiError::internal(error)))
-}
-
-async fn erase(app: App, caller: Caller) -> Result<StatusCode, ApiError> {
     let mut transaction = app.db.begin().await?;
     // Whoever has traded much has left many rows to go through. Nobody else waits for them.
-    sqlx::query("set local statement_timeout = '30min'")
+    sqlx::query("set local statement_timeout = '2min'")
         .execute(&mut *transaction)
         .await?;
     let email: Option<String> = sqlx::query_scalar("select email from users where id = $1 for update")

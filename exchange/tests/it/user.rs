@@ -959,31 +959,6 @@ fn text_of(value: &Value) -> String {
     value.as_str().unwrap().to_owned()
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_deletion_goes_to_its_end_without_its_client() {
-    let farewell = Farewell::prepare().await;
-    let owner = &farewell.stores.owner;
-    let (id, in_the_way) = farewell.begin_to_delete().await;
-    let waits = eventually("the deletion waits", || async {
-        let waits = waits_for_lock(owner, "select email from users%").await.unwrap();
-        waits.then_some(())
-    });
-    tokio::select! {
-        answer = farewell.delete() => panic!("answered with {}", answer.status()),
-        () = waits => {}
-    }
-    in_the_way.rollback().await.unwrap();
-    eventually("the user is gone", || async {
-        let gone: bool = sqlx::query_scalar("select deleted_at is not null from users where id = $1")
-            .bind(id)
-            .fetch_one(owner)
-            .await
-            .unwrap();
-        gone.then_some(())
-    })
-    .await;
-}
-
 /// A notification that is being written when its user is deleted.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_told_to_a_user_who_is_being_deleted() {
