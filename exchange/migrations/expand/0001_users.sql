@@ -16,6 +16,9 @@ create table user_data (
     export text not null,
     -- A statement that removes what identifies the user; null if nothing of it does.
     erase text,
+    -- A statement that does a portion of that, and changes nothing when nothing is left. It is run again and again before, each
+    -- time by itself. Null if there is never so much that one transaction would take long.
+    portion text,
     -- A query of one boolean: whether the user cannot be deleted yet.
     obstacle text
 );

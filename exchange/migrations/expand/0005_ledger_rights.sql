@@ -98,3 +98,10 @@ insert into user_data (topic, position, export, erase, obstacle) values
          where k.user_id = $1 order by k.created_at',
         'delete from idempotency_keys where user_id = $1', null
     );
+
+-- An open order is an obstacle: it holds something.
+update user_data set portion =
+    'update orders set client_order_id = ''erased '' || id where id in (
+         select id from orders
+         where user_id = $1 and status <> ''open'' and client_order_id not like ''erased %'' limit 5000)'
+where topic = 'orders';

@@ -123,3 +123,8 @@ insert into user_data (topic, position, export, erase) values
              (payload ->> ''user_id'', payload #>> ''{buyer,user_id}'', payload #>> ''{seller,user_id}'') order by created_at',
         'delete from dead_letters where payload ->> ''user_id'' = $1::text'
     );
+
+update user_data set portion =
+    'delete from notifications where user_id = $1 and seq in (
+         select seq from notifications where user_id = $1 order by seq limit 5000)'
+where topic = 'notifications';

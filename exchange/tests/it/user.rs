@@ -959,6 +959,47 @@ fn text_of(value: &Value) -> String {
     value.as_str().unwrap().to_owned()
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_there_is_much_of_is_erased_in_portions_before_the_user_is() {
+    let farewell = Farewell::prepare().await;
+    let owner = &farewell.stores.owner;
+    let (id, in_the_way) = farewell.begin_to_delete().await;
+    sqlx::query(
+        "insert into orders (id, lane, user_id, client_order_id, product, side, price, size, time_in_force,
+             base_account_id, quote_account_id, maker_fee_rate, taken, taken_trades, remaining, status, rank, created_at,
+             closed_at)
+         select gen_random_uuid(), 'live', $1, 'zebra ' || n, 'BTC-USD', 'buy', 1, 1, 'gtc', $2::uuid, $3::uuid, 0, 0, '{}',
+             1, 'cancelled', -1, now(), now()
+         from generate_series(1, 12000) n",
+    )
+    .bind(id)
+    .bind(&farewell.wallet.btc)
+    .bind(&farewell.wallet.usd)
+    .execute(owner)
+    .await
+    .unwrap();
+    // The deletion itself cannot be done yet, and its client does not wait.
+    let erased = eventually("the orders' names are gone", || async {
+        let named: i64 = sqlx::query_scalar(
+            "select count(*) from orders where user_id = $1 and client_order_id like 'zebra%'",
+        )
+        .bind(id)
+        .fetch_one(owner)
+        .await
+        .unwrap();
+        (named == 0).then_some(())
+    });
+    tokio::select! {
+        answer = farewell.delete() => panic!("answered with {}", answer.status()),
+        () = erased => {}
+    }
+    in_the_way.rollback().await.unwrap();
+    let gone = "select deleted_at is not null from users where id = $1";
+    let gone: bool = sqlx::query_scalar(gone).bind(id).fetch_one(owner).await.unwrap();
+    assert!(!gone);
+    assert_eq!(farewell.delete().await.status(), 204);
+}
+
 /// A notification that is being written when its user is deleted.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_told_to_a_user_who_is_being_deleted() {
