@@ -3,24 +3,30 @@
 use std::{
     env, fs,
     io::Write,
-    os::unix::process::ExitStatusExt,
-    path::Path,
+    os::unix::{
+        fs::{MetadataExt, OpenOptionsExt},
+        process::ExitStatusExt,
+    },
+    path::{Path, PathBuf},
     process::{self, ExitCode},
 };
 
 use anyhow::{Context, Result, bail};
 use jiff::Timestamp;
 use nix::{
+    libc::O_NOFOLLOW,
     sys::signal::{Signal, kill},
-    unistd::Pid,
+    unistd::{Pid, geteuid},
 };
 use tokio::{
     process::{Child, Command},
     signal::unix::{SignalKind, signal},
 };
 
-use crate::cluster::{Cluster, NAME_MAX, cache_dir};
+use crate::cluster::{Cluster, NAME_MAX};
 
+/// Where runs say which cluster they have: in the same place whatever cache they use.
+const RUNS: &str = "/var/tmp";
 /// Tells whatever a run starts which cluster it has.
 const ALONE: &str = "TESTBED_ALONE";
 
@@ -39,20 +45,40 @@ pub fn run(cluster: &Cluster, command: &[String]) -> Result<ExitCode> {
     end_of(cluster, command)
 }
 
-/// Takes the name of a cluster, until the file is closed. The file stays, as one of the cache, with who had it last.
-fn reserve(cluster: &Cluster, command: &str) -> Result<fs::File> {
-    let directory = cache_dir()?.join("runs");
-    fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
-    let path = directory.join(cluster.name());
-    let opened = fs::OpenOptions::new()
-        .create(true)
-        .write(true)
-        .truncate(false)
-        .open(&path);
-    let mut lock = opened.with_context(|| format!("cannot open {}", path.display()))?;
-    if lock.try_lock().is_err() {
-        bail!(refusal(cluster, &path));
+/// A cluster that is a run's alone, until this is dropped.
+struct Reserved {
+    _lock: fs::File,
+    path: PathBuf,
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        // Still locked: nobody else has this file.
+        let _ = fs::remove_file(&self.path);
     }
+}
+
+fn reserve(cluster: &Cluster, command: &str) -> Result<Reserved> {
+    let name = format!(".exchange-testbed-run-{}-{}", geteuid(), cluster.hash());
+    let path = Path::new(RUNS).join(name);
+    let mut lock = loop {
+        let opened = fs::OpenOptions::new()
+            .create(true)
+            .write(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(O_NOFOLLOW)
+            .open(&path);
+        let lock = opened.with_context(|| format!("cannot open {}", path.display()))?;
+        if lock.try_lock().is_err() {
+            bail!(refusal(cluster, &path));
+        }
+        // The run before may have removed it in between.
+        let number = lock.metadata()?.ino();
+        if fs::symlink_metadata(&path).is_ok_and(|there| there.ino() == number) {
+            break lock;
+        }
+    };
     lock.set_len(0)?;
     write!(
         lock,
@@ -62,7 +88,7 @@ fn reserve(cluster: &Cluster, command: &str) -> Result<fs::File> {
         env::current_dir()?.display()
     )
     .with_context(|| format!("cannot write to {}", path.display()))?;
-    Ok(lock)
+    Ok(Reserved { _lock: lock, path })
 }
 
 fn refusal(cluster: &Cluster, lock: &Path) -> String {

@@ -191,7 +191,7 @@ impl Cluster {
     }
 
     /// Another one for each home of each cluster.
-    fn hash(&self) -> String {
+    pub(crate) fn hash(&self) -> String {
         hex(&Sha256::digest(self.home.as_os_str().as_encoded_bytes()))
     }
 

@@ -158,8 +158,8 @@ fn act(cluster: Cluster, action: &Action) -> Result<()> {
             // `make clean` is for everybody who has started none.
             if !clusters.is_empty() {
                 preflight::root()?;
-                preflight::remove_leavings()?;
             }
+            preflight::remove_leavings()?;
             for cluster in clusters {
                 let from = cluster.origin().map(|origin| origin.clone);
                 let from = from.filter(|clone| results::repository().is_ok_and(|own| own != clone));

@@ -2,15 +2,18 @@
 
 use std::{
     env, fs,
+    io::ErrorKind,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use nix::{sys::statvfs::statvfs, unistd::geteuid};
 
 use crate::{
     cluster::{cache_dir, home},
+    progress::say,
     sandbox::{CONTROLLERS, hidden_by, run, search_path},
     scratch::Scratch,
 };
@@ -26,7 +29,7 @@ const PROGRAMS: [(&str, &str); 6] = [
 ];
 
 /// What only the kernel can give: what is tried, and what to say if that fails.
-const KERNEL: [(Feature, &str); 10] = [
+const KERNEL: [(Feature, &str); 11] = [
     (
         Feature::Namespace("net"),
         "the kernel has no network namespaces (CONFIG_NET_NS)",
@@ -38,6 +41,10 @@ const KERNEL: [(Feature, &str); 10] = [
     (
         Feature::Namespace("pid"),
         "the kernel has no process namespaces (CONFIG_PID_NS)",
+    ),
+    (
+        Feature::Making,
+        "root may not make namespaces here; in a container, that takes --privileged",
     ),
     (
         Feature::Cgroups,
@@ -92,6 +99,8 @@ const DISK_MIN: u64 = 4 << 30;
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Feature {
     Namespace(&'static str),
+    /// That namespaces can be made.
+    Making,
     Cgroups,
     Overlay,
     BridgeFilter,
@@ -174,14 +183,17 @@ fn lacks(machine: &Machine<'_>) -> Vec<String> {
             ));
         }
     }
+    let makes = (machine.has)(Feature::Making);
     for (feature, lack) in KERNEL {
-        let program = match feature {
-            Feature::Nftables(_) => "nft",
-            Feature::Interface(_) => "ip",
-            _ => "",
+        let (program, inside) = match feature {
+            Feature::Nftables(_) => ("nft", true),
+            Feature::Interface(_) => ("ip", true),
+            Feature::Making => ("unshare", false),
+            _ => ("", false),
         };
-        // Without the program that tries it, nothing is known of the kernel.
-        if (program.is_empty() || (machine.has_program)(program)) && !(machine.has)(feature) {
+        // Without the program that tries it, and a namespace to try it in, nothing is known of the kernel.
+        let is_tried = (program.is_empty() || (machine.has_program)(program)) && (makes || !inside);
+        if is_tried && !(machine.has)(feature) {
             lacks.push(lack.to_owned());
         }
     }
@@ -201,7 +213,7 @@ fn lacks(machine: &Machine<'_>) -> Vec<String> {
                 DISK_MIN >> 20
             ));
         }
-        if !disk.takes_overlays {
+        if makes && !disk.takes_overlays {
             lacks.push(format!(
                 "overlayfs cannot write to the file system of {directory}, and images are put together with it: set {variable} \
                  to a directory on another disk"
@@ -221,6 +233,7 @@ fn lacks(machine: &Machine<'_>) -> Vec<String> {
 fn is_there(feature: Feature) -> bool {
     match feature {
         Feature::Namespace(kind) => Path::new("/proc/self/ns").join(kind).exists(),
+        Feature::Making => succeeds("unshare", &["--net", "--mount", "--pid", "--fork", "true"]),
         Feature::Cgroups => has_controllers(Path::new("/sys/fs/cgroup")),
         Feature::Overlay => {
             let filesystems = fs::read_to_string("/proc/filesystems").unwrap_or_default();
@@ -253,24 +266,29 @@ fn takes_overlays(directory: &Path) -> bool {
 /// Removes what tries have left that were killed: before there is a cluster, there is no home to leave it in.
 ///
 /// # Errors
-/// If there is no home, or something cannot be removed.
+/// If no home or cache is known.
 pub fn remove_leavings() -> Result<()> {
     for place in [home()?, cache_dir()?] {
-        place.ancestors().try_for_each(remove_dead_tries)?;
+        place.ancestors().for_each(remove_dead_tries);
     }
     Ok(())
 }
 
-fn remove_dead_tries(directory: &Path) -> Result<()> {
+/// Some of these directories are everybody's, so only what can be one of our own is touched.
+fn remove_dead_tries(directory: &Path) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let pid = name.to_str().and_then(|name| name.strip_prefix(OVERLAY_TRY));
-        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
-            let path = entry.path();
-            fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        let is_dead = |pid: u32| !Path::new("/proc").join(pid.to_string()).exists();
+        let is_ours = |it: fs::Metadata| it.is_dir() && it.uid() == geteuid().as_raw();
+        if pid.and_then(|pid| pid.parse().ok()).is_some_and(is_dead)
+            && fs::symlink_metadata(entry.path()).is_ok_and(is_ours)
+            && let Err(error) = fs::remove_dir_all(entry.path())
+            && error.kind() != ErrorKind::NotFound
+        {
+            say(format!("{} cannot be removed: {error}", entry.path().display()));
         }
     }
-    Ok(())
 }
 
 /// The module makes every network namespace filter what its bridges carry. The machine's own go on as before; a cluster's, made
@@ -335,6 +353,21 @@ mod tests {
     }
 
     #[test]
+    fn where_no_namespaces_can_be_made_nothing_else_is_known() {
+        let untried = |feature| {
+            matches!(
+                feature,
+                Feature::Making | Feature::Interface(_) | Feature::Nftables(_)
+            )
+        };
+        let has = |feature| !untried(feature);
+        let mut machine = machine(&has, &|_| true);
+        machine.home.takes_overlays = false;
+        let lacks = lacks(&machine);
+        assert!(lacks.len() == 1 && lacks[0].contains("--privileged"), "{lacks:?}");
+    }
+
+    #[test]
     fn a_missing_program_is_named_with_its_package_and_says_nothing_about_the_kernel() {
         let lacks = lacks(&machine(
             &|feature| !matches!(feature, Feature::Interface(_) | Feature::Nftables(_)),
@@ -392,8 +425,10 @@ mod tests {
         for directory in [&own, &dead] {
             fs::create_dir_all(directory.join("lower")).expect("a directory");
         }
-        remove_dead_tries(place.path()).expect("they can be removed");
-        assert!(own.exists() && !dead.exists());
+        let no_try = place.path().join(format!("{OVERLAY_TRY}x"));
+        fs::write(&no_try, "").expect("a file");
+        remove_dead_tries(place.path());
+        assert!(own.exists() && !dead.exists() && no_try.exists());
     }
 
     #[test]

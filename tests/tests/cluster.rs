@@ -312,7 +312,11 @@ fn a_run_does_not_end_the_cluster_of_another_run() {
     BufReader::new(first.stdout.as_mut().unwrap())
         .read_line(&mut said)
         .unwrap();
-    let refused = alone(&name, &["true"]).output().unwrap();
+    // Also whoever has another cache: the cluster is the same.
+    let refused = alone(&name, &["true"])
+        .env("TESTBED_CACHE", "/nowhere")
+        .output()
+        .unwrap();
     // What Ctrl-C ends is the command. The name is taken until that has ended.
     kill(Pid::from_raw(first.id().cast_signed()), Signal::SIGINT).unwrap();
     let still = alone(&name, &["true"]).output().unwrap();
