@@ -510,6 +510,9 @@ fn case_2_a_migration_and_the_way_back() {
     });
     assert!(waited.is_ok(), "{refused:?}");
     trading.trade(300);
+    trading.until("what was asked for", |object| {
+        text(object, "/metadata/annotations/exchange.dev~1rollback") == leave
+    });
     let since = &trading.watch.sightings()[asked..];
     let (_, last) = since.last().unwrap();
     assert_eq!(text(last, "/metadata/annotations/exchange.dev~1rollback"), leave);
