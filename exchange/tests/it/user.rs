@@ -620,21 +620,27 @@ impl Farewell {
         self.users.call(Method::DELETE, "/user", token, None).await
     }
 
-    /// Erases the user, who has taken everything out, in a transaction that is still open.
-    async fn begin_to_delete(&self) -> (Uuid, Transaction<'static, sqlx::Postgres>) {
-        let owner = &self.stores.owner;
+    /// The user, who has taken everything out, in a transaction that has locked it.
+    async fn lock(&self) -> (Uuid, Transaction<'static, sqlx::Postgres>) {
         let all = json!({"account_id": self.wallet.usd, "amount": "1000"});
         let withdrawn = self.wallet.trader.post_with_key("/account/withdraw", "all", &all);
         accept(withdrawn.await, StatusCode::CREATED).await;
         self.stores.settled("live").await;
         let id: Uuid = self.ada.user_id.parse().unwrap();
-        // As the deletion does it.
-        let mut deleting = owner.begin().await.unwrap();
+        let mut locking = self.stores.owner.begin().await.unwrap();
         sqlx::query("select from users where id = $1 for update")
             .bind(id)
-            .execute(&mut *deleting)
+            .execute(&mut *locking)
             .await
             .unwrap();
+        (id, locking)
+    }
+
+    /// Erases the user in a transaction that is still open.
+    async fn begin_to_delete(&self) -> (Uuid, Transaction<'static, sqlx::Postgres>) {
+        let owner = &self.stores.owner;
+        // As the deletion does it.
+        let (id, mut deleting) = self.lock().await;
         let erase: Vec<String> = sqlx::query_scalar(
             "select erase from user_data where erase is not null order by position, topic",
         )
@@ -963,7 +969,7 @@ fn text_of(value: &Value) -> String {
 async fn what_there_is_much_of_is_erased_in_portions_before_the_user_is() {
     let farewell = Farewell::prepare().await;
     let owner = &farewell.stores.owner;
-    let (id, in_the_way) = farewell.begin_to_delete().await;
+    let (id, in_the_way) = farewell.lock().await;
     sqlx::query(
         "insert into orders (id, lane, user_id, client_order_id, product, side, price, size, time_in_force,
              base_account_id, quote_account_id, maker_fee_rate, taken, taken_trades, remaining, status, rank, created_at,
