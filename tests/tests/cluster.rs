@@ -360,7 +360,8 @@ fn what_a_run_starts_is_a_part_of_it() {
     let refused = alone(&name, &[program, "--name", &other, "alone", "--", "true"])
         .output()
         .unwrap();
-    // Whoever ends a run ends what it has started.
+    // Whoever ends a run ends what it has started. Waiting would close its input, and so end it in another way.
+    let _input = holder.stdin.take();
     kill(Pid::from_raw(holder.id().cast_signed()), Signal::SIGTERM).unwrap();
     let ended = holder.wait().unwrap();
     assert!(!refused.status.success(), "{}", text(&refused));
