@@ -320,6 +320,7 @@ mod tests {
     use kube::{Client, client::Body};
     use proptest::prelude::*;
     use serde_json::json;
+    use tokio::task::JoinHandle;
     use tower_test::mock;
 
     use super::*;
@@ -380,20 +381,46 @@ mod tests {
         assert_eq!(renewed.since, Duration::from_secs(3));
     }
 
+    /// A contender by the name of `me`, whose API server is the test.
+    struct Running {
+        requests: mock::Handle<Request<Body>, Response<Body>>,
+        /// Whether it says that it leads.
+        leading: watch::Receiver<bool>,
+        stop: CancellationToken,
+        task: JoinHandle<()>,
+    }
+
+    impl Running {
+        fn start() -> Self {
+            let (service, requests) = mock::pair();
+            let contender = super::Contender {
+                leases: Api::namespaced(Client::new(service, "ns"), "ns"),
+                name: "one".to_owned(),
+                identity: "me".to_owned(),
+            };
+            let (leads, leading) = watch::channel(false);
+            let (reached, _) = watch::channel(false);
+            let stop = CancellationToken::new();
+            let until = stop.clone();
+            let task = tokio::spawn(async move { contender.run(leads, reached, until).await });
+            Self {
+                requests,
+                leading,
+                stop,
+                task,
+            }
+        }
+    }
+
     /// A leader's first renewal meets a conflict, after which the record has this holder. Whether it says that it leads, at
     /// each of its requests and at the end.
     async fn after_a_conflict(holder: &str) -> Vec<bool> {
-        let (service, mut requests) = mock::pair::<Request<Body>, Response<Body>>();
-        let contender = super::Contender {
-            leases: Api::namespaced(Client::new(service, "ns"), "ns"),
-            name: "one".to_owned(),
-            identity: "me".to_owned(),
-        };
-        let (leads, mut leading) = watch::channel(false);
-        let (reached, _reached) = watch::channel(false);
-        let stop = CancellationToken::new();
-        let until = stop.clone();
-        let running = tokio::spawn(async move { contender.run(leads, reached, until).await });
+        let Running {
+            mut requests,
+            mut leading,
+            stop,
+            task,
+        } = Running::start();
         let lease = |version: &str, holder: &str| {
             let lease = json!({"metadata": {"name": "one", "resourceVersion": version}, "spec": {"holderIdentity": holder}});
             (200, lease)
@@ -424,7 +451,7 @@ mod tests {
         said.push(*leading.borrow());
         stop.cancel();
         drop(requests);
-        running.await.unwrap();
+        task.await.unwrap();
         said
     }
 
@@ -435,17 +462,12 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn whose_second_try_has_renewed_leads_on() {
-        let (service, mut requests) = mock::pair::<Request<Body>, Response<Body>>();
-        let contender = super::Contender {
-            leases: Api::namespaced(Client::new(service, "ns"), "ns"),
-            name: "one".to_owned(),
-            identity: "me".to_owned(),
-        };
-        let (leads, mut leading) = watch::channel(false);
-        let (reached, _reached) = watch::channel(false);
-        let stop = CancellationToken::new();
-        let until = stop.clone();
-        let running = tokio::spawn(async move { contender.run(leads, reached, until).await });
+        let Running {
+            mut requests,
+            mut leading,
+            stop,
+            task,
+        } = Running::start();
         let answer = |version: &str| {
             let lease = json!({"metadata": {"name": "one", "resourceVersion": version}, "spec": {"holderIdentity": "me"}});
             Response::new(Body::from(lease.to_string().into_bytes()))
@@ -471,7 +493,7 @@ mod tests {
         assert!(renewals[3] - renewals[0] > RENEW_DEADLINE, "{renewals:?}");
         stop.cancel();
         drop(requests);
-        running.await.unwrap();
+        task.await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]

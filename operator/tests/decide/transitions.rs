@@ -1354,6 +1354,9 @@ fn autoscaling_that_came_with_a_release_waits_for_its_promotion() {
     world.autoscale(false);
     world.settle().unwrap();
     assert!(!autoscaler(&world), "taken back: {:#?}", world.trace);
+    world.release(2);
+    world.settle().unwrap();
+    assert!(!autoscaler(&world), "{:#?}", world.trace);
 }
 
 #[test]
