@@ -17,8 +17,11 @@ use argon2::{
     Argon2,
     password_hash::{PasswordHasher, PasswordVerifier, phc::PasswordHash},
 };
-use rustix::process::setpriority_process;
 use secrecy::{ExposeSecret, SecretString};
+use thread_priority::{
+    NormalThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy, set_thread_priority_and_policy,
+    thread_native_id,
+};
 use tokio::sync::oneshot;
 use tracing::warn;
 
@@ -30,8 +33,9 @@ const LINE: usize = 64;
 const LINE_OF_ADDRESS: usize = 16;
 /// When to come again for whoever has as many in the line.
 const SOON: Duration = Duration::from_secs(1);
-/// The priority of a hasher, lowest of all: trading on the same machine, and this service's other requests, come first.
-const NICENESS: i32 = 19;
+/// How hashers are scheduled, after all else: trading on the same machine, and this service's other requests, come first. The
+/// lowest niceness would let whoever wakes up wait for the end of a hasher's time slice.
+const LAST: ThreadSchedulePolicy = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -161,8 +165,7 @@ impl Drop for Place {
 }
 
 fn work_off(jobs: &Mutex<Receiver<Job>>) {
-    // Of this thread only, on Linux.
-    if let Err(error) = setpriority_process(None, NICENESS) {
+    if let Err(error) = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, LAST) {
         warn!(error.message = %error, "passwords are hashed at the priority of everything else");
     }
     loop {
@@ -184,7 +187,7 @@ fn hash(password: &str) -> Result<String, ApiError> {
 mod tests {
     use std::net::Ipv4Addr;
 
-    use rustix::process::getpriority_process;
+    use thread_priority::thread_schedule_policy;
 
     use super::*;
 
@@ -193,13 +196,10 @@ mod tests {
     #[tokio::test]
     async fn hashers_come_last_and_nobody_else_does() {
         let passwords = Passwords::new(2).unwrap();
-        let before = getpriority_process(None).unwrap();
-        let theirs = passwords
-            .in_line(SOMEBODY, || getpriority_process(None))
-            .await
-            .unwrap();
-        assert_eq!(theirs.unwrap(), NICENESS);
-        assert_eq!(getpriority_process(None).unwrap(), before);
+        let before = thread_schedule_policy().unwrap();
+        let theirs = passwords.in_line(SOMEBODY, thread_schedule_policy).await.unwrap();
+        assert_eq!(theirs.unwrap(), LAST);
+        assert_eq!(thread_schedule_policy().unwrap(), before);
     }
 
     #[tokio::test]
