@@ -1,8 +1,14 @@
 //! API objects that make a bare API server a usable cluster: volumes, `kubectl top`, and DNS's Service.
 
+use std::collections::BTreeMap;
+
+use k8s_openapi::{
+    api::core::v1::{PersistentVolumeClaim, PersistentVolumeClaimSpec, VolumeResourceRequirements},
+    apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta},
+};
 use serde_json::{Value, json};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, NODE};
 
 /// Where the add-ons' objects are.
 pub const NAMESPACE: &str = "kube-system";
@@ -56,4 +62,29 @@ pub fn objects(cluster: &Cluster) -> anyhow::Result<Vec<Value>> {
                      "service": {"name": "metrics-server", "namespace": NAMESPACE}},
         }),
     ])
+}
+
+/// A claim that shows whether volumes are made. No pod wants it, so it says itself what the scheduler would say for one: the
+/// node.
+#[must_use]
+pub fn trial_claim() -> PersistentVolumeClaim {
+    let node = ("volume.kubernetes.io/selected-node".to_owned(), NODE.to_owned());
+    PersistentVolumeClaim {
+        metadata: ObjectMeta {
+            name: Some("trial-of-volumes".into()),
+            namespace: Some(NAMESPACE.into()),
+            annotations: Some(BTreeMap::from([node])),
+            ..ObjectMeta::default()
+        },
+        spec: Some(PersistentVolumeClaimSpec {
+            storage_class_name: Some(STORAGE_CLASS.into()),
+            access_modes: Some(vec!["ReadWriteOnce".into()]),
+            resources: Some(VolumeResourceRequirements {
+                requests: Some(BTreeMap::from([("storage".into(), Quantity("1Mi".into()))])),
+                ..VolumeResourceRequirements::default()
+            }),
+            ..PersistentVolumeClaimSpec::default()
+        }),
+        ..PersistentVolumeClaim::default()
+    }
 }

@@ -12,12 +12,12 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use k8s_openapi::{
-    api::core::v1::{ComponentStatus, Node, ServiceAccount},
+    api::core::v1::{ComponentStatus, Node, PersistentVolumeClaim, ServiceAccount},
     kube_aggregator::pkg::apis::apiregistration::v1::APIService,
 };
 use kube::{
     Api, Client, Config, ResourceExt,
-    api::{DynamicObject, ListParams, Patch, PatchParams},
+    api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams},
     config::{KubeConfigOptions, Kubeconfig},
     core::{GroupVersionKind, TypeMeta},
     discovery::pinned_kind,
@@ -141,6 +141,10 @@ fn complete(
         wait_async(cluster, &mut step, "DNS", async || dns_is_ready(cluster)).await?;
         wait_async(cluster, &mut step, "Services", async || {
             services_are_there(cluster)
+        })
+        .await?;
+        wait_async(cluster, &mut step, "a volume", async || {
+            volumes_are_made(&client).await
         })
         .await?;
         wait_async(cluster, &mut step, "metrics", async || {
@@ -406,6 +410,27 @@ fn ask(cluster: &Cluster, port: u16, path: &str) -> Result<String> {
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer)
+}
+
+/// Whether volumes can be had, by having one: the provisioner has no health to ask for.
+async fn volumes_are_made(client: &Client) -> Result<bool> {
+    let claims = Api::<PersistentVolumeClaim>::namespaced(client.clone(), addons::NAMESPACE);
+    let claim = addons::trial_claim();
+    let name = claim.name_any();
+    let applied = claims
+        .patch(
+            &name,
+            &PatchParams::apply("testbed").force(),
+            &Patch::Apply(&claim),
+        )
+        .await?;
+    let is_bound = applied.status.and_then(|status| status.phase).as_deref() == Some("Bound");
+    // That of an earlier start may still be on its way out.
+    if !is_bound || applied.metadata.deletion_timestamp.is_some() {
+        return Ok(false);
+    }
+    claims.delete(&name, &DeleteParams::default()).await?;
+    Ok(true)
 }
 
 async fn metrics_are_served(client: &Client) -> Result<bool> {
