@@ -64,16 +64,13 @@ pub fn objects(cluster: &Cluster) -> anyhow::Result<Vec<Value>> {
     ])
 }
 
-/// A claim that shows whether volumes are made. No pod wants it, so it says itself what the scheduler would say for one: the
-/// node.
+/// A claim that shows whether volumes are made.
 #[must_use]
 pub fn trial_claim() -> PersistentVolumeClaim {
-    let node = ("volume.kubernetes.io/selected-node".to_owned(), NODE.to_owned());
     PersistentVolumeClaim {
         metadata: ObjectMeta {
             name: Some("trial-of-volumes".into()),
             namespace: Some(NAMESPACE.into()),
-            annotations: Some(BTreeMap::from([node])),
             ..ObjectMeta::default()
         },
         spec: Some(PersistentVolumeClaimSpec {
@@ -87,4 +84,11 @@ pub fn trial_claim() -> PersistentVolumeClaim {
         }),
         ..PersistentVolumeClaim::default()
     }
+}
+
+/// Says of it what the scheduler says for the first pod that wants one: the node. Said from the beginning it meets the volume
+/// controller's own first write, which tries again only after 15 s.
+#[must_use]
+pub fn trial_node() -> Value {
+    json!({"metadata": {"annotations": {"volume.kubernetes.io/selected-node": NODE}}})
 }

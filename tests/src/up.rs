@@ -17,7 +17,7 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client, Config, ResourceExt,
-    api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams},
+    api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
     core::{GroupVersionKind, TypeMeta},
     discovery::pinned_kind,
@@ -415,22 +415,24 @@ fn ask(cluster: &Cluster, port: u16, path: &str) -> Result<String> {
 /// Whether volumes can be had, by having one: the provisioner has no health to ask for.
 async fn volumes_are_made(client: &Client) -> Result<bool> {
     let claims = Api::<PersistentVolumeClaim>::namespaced(client.clone(), addons::NAMESPACE);
-    let claim = addons::trial_claim();
-    let name = claim.name_any();
-    let applied = claims
-        .patch(
-            &name,
-            &PatchParams::apply("testbed").force(),
-            &Patch::Apply(&claim),
-        )
-        .await?;
-    let is_bound = applied.status.and_then(|status| status.phase).as_deref() == Some("Bound");
+    let wanted = addons::trial_claim();
+    let name = wanted.name_any();
+    let Some(claim) = claims.get_opt(&name).await? else {
+        claims.create(&PostParams::default(), &wanted).await?;
+        return Ok(false);
+    };
     // That of an earlier start may still be on its way out.
-    if !is_bound || applied.metadata.deletion_timestamp.is_some() {
+    if claim.metadata.deletion_timestamp.is_some() {
         return Ok(false);
     }
-    claims.delete(&name, &DeleteParams::default()).await?;
-    Ok(true)
+    let is_bound = claim.status.and_then(|status| status.phase).as_deref() == Some("Bound");
+    if is_bound {
+        claims.delete(&name, &DeleteParams::default()).await?;
+    } else {
+        let chosen = Patch::Merge(addons::trial_node());
+        claims.patch(&name, &PatchParams::default(), &chosen).await?;
+    }
+    Ok(is_bound)
 }
 
 async fn metrics_are_served(client: &Client) -> Result<bool> {
