@@ -112,6 +112,11 @@ impl SchemaState {
                 self.expanded
             ));
         }
+        self.bears(level)
+    }
+
+    /// Whether what a build of this level reads has not been taken away, or a sentence that says so.
+    fn bears(&self, level: i64) -> Result<(), String> {
         if self.oldest_reader > level {
             return Err(format!(
                 "the schema is contracted for {} and later, this build is {level}",
@@ -187,6 +192,10 @@ pub async fn run(args: MigrateArgs, release: Release) -> anyhow::Result<()> {
             "this is database {}, not {expected}",
             state.identity
         );
+    }
+    if args.phase == Phase::Expand {
+        // Its services would say the same, but only after all of them have been started in vain.
+        state.bears(release.level).map_err(anyhow::Error::msg)?;
     }
     if let Some(connections) = args.connections_per_stack {
         check_connection_budget(&mut connection, connections).await?;

@@ -349,6 +349,31 @@ fn read(pages: mpsc::Receiver<Page>) -> impl Stream<Item = Result<String, Broken
 #[error("the export was broken off")]
 struct BrokenOff;
 
+/// A user whom nothing of value keeps, locked together with its accounts.
+struct Unobstructed {
+    email: Option<String>,
+    topics: Vec<Topic>,
+}
+
+/// Locks a user, and its accounts in the order in which orders and deposits lock them: what comes first is an obstacle, what
+/// comes later finds them gone.
+async fn unobstructed(connection: &mut PgConnection, user_id: Uuid) -> Result<Unobstructed, ApiError> {
+    let email: Option<String> = sqlx::query_scalar("select email from users where id = $1 for update")
+        .bind(user_id)
+        .fetch_optional(&mut *connection)
+        .await?
+        .flatten();
+    sqlx::query(
+        "select from accounts where user_id = $1 and deleted_at is null order by id for no key update",
+    )
+    .bind(user_id)
+    .execute(&mut *connection)
+    .await?;
+    let topics = topics(connection).await?;
+    refuse_obstacles(connection, &topics, user_id).await?;
+    Ok(Unobstructed { email, topics })
+}
+
 /// Deletes the caller: personal data goes, the ledger's sums stay. Refused while anything of value is left.
 #[utoipa::path(
     delete, path = "/user", tag = "user", security(("access_token" = [])),
@@ -358,37 +383,32 @@ pub(crate) async fn delete_user(
     State(app): State<App>,
     Session(caller): Session,
 ) -> Result<StatusCode, ApiError> {
-    // Whoever has traded much has left many rows. They go first, in portions, while nobody waits for anything that is locked;
-    // if that is broken off, the next attempt goes on from there.
-    let mut connection = app.db.acquire().await?;
-    let registered = topics(&mut connection).await?;
-    refuse_obstacles(&mut connection, &registered, caller.user_id).await?;
+    // First what could still get something of value: a deletion that is refused must not have done anything.
+    let mut closing = app.db.begin().await?;
+    let registered = unobstructed(&mut closing, caller.user_id).await?.topics;
+    for topic in registered.iter().filter(|topic| topic.obstacle.is_some()) {
+        if let Some(erase) = &topic.erase {
+            sqlx::query(AssertSqlSafe(erase.clone()))
+                .bind(caller.user_id)
+                .execute(&mut *closing)
+                .await?;
+        }
+    }
+    closing.commit().await?;
+    // Whoever has traded much has left many rows. They go in portions, while nobody waits for anything that is locked; if that
+    // is broken off, the next attempt goes on from there.
     for portion in registered.into_iter().filter_map(|topic| topic.portion) {
         let mut erased = 1;
         while erased > 0 {
             let portion = sqlx::query(AssertSqlSafe(portion.clone())).bind(caller.user_id);
-            erased = portion.execute(&mut *connection).await?.rows_affected();
+            erased = portion.execute(&app.db).await?.rows_affected();
         }
     }
-    drop(connection);
     let mut transaction = app.db.begin().await?;
     sqlx::query("set local statement_timeout = '2min'")
         .execute(&mut *transaction)
         .await?;
-    let email: Option<String> = sqlx::query_scalar("select email from users where id = $1 for update")
-        .bind(caller.user_id)
-        .fetch_optional(&mut *transaction)
-        .await?
-        .flatten();
-    // In the order in which orders and deposits lock them: what comes first is an obstacle, what comes later finds them gone.
-    sqlx::query(
-        "select from accounts where user_id = $1 and deleted_at is null order by id for no key update",
-    )
-    .bind(caller.user_id)
-    .execute(&mut *transaction)
-    .await?;
-    let topics = topics(&mut transaction).await?;
-    refuse_obstacles(&mut transaction, &topics, caller.user_id).await?;
+    let Unobstructed { email, topics } = unobstructed(&mut transaction, caller.user_id).await?;
     for erase in topics.into_iter().filter_map(|topic| topic.erase) {
         sqlx::query(AssertSqlSafe(erase))
             .bind(caller.user_id)

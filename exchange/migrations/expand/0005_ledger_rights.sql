@@ -42,7 +42,8 @@ insert into user_data (topic, position, export, erase, obstacle) values
              ''created_at'', created_at, ''closed_at'', closed_at)
          from orders where user_id = $1 order by arrival',
         -- With a space, which no client order id has: none of the user's own can be in the way.
-        'update orders set client_order_id = ''erased '' || id where user_id = $1', null
+        'update orders set client_order_id = ''erased '' || id
+         where user_id = $1 and client_order_id not like ''erased %''', null
     ),
     (
         'trades', 100,

@@ -147,6 +147,9 @@ async fn each_version_migrates_to_its_own_level() {
     assert_eq!(level().await, release::V2.level);
 }
 
+/// What version 1 says when version 2 has contracted the schema.
+const TOO_OLD: &str = "the schema is contracted for 20 and later, this build is 10";
+
 /// The whole life of a release: expand under load, both at work, back to the old, forward again, contract.
 #[tokio::test(flavor = "multi_thread")]
 async fn version_2_comes_under_load_beside_version_1_and_replaces_it() {
@@ -230,10 +233,13 @@ async fn version_2_comes_under_load_beside_version_1_and_replaces_it() {
             let answer = left_behind.admin("/readyz").await;
             let refused = answer.status() == 503;
             let said = answer.text().await.unwrap();
-            (refused && said == "the schema is contracted for 20 and later, this build is 10").then_some(())
+            (refused && said == TOO_OLD).then_some(())
         })
         .await;
     }
+    // Its expand says so before any of its pods is started.
+    let (expanded, said) = stores.database.migrate("expand", &[]);
+    assert!(!expanded && said.contains(TOO_OLD), "{said}");
     // It had better be: what it would write is refused.
     let change = json!({"account_id": account, "state": "active"});
     let refused = Trader::new(&leftover, token.clone())

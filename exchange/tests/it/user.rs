@@ -636,6 +636,15 @@ impl Farewell {
         (id, locking)
     }
 
+    /// A transaction that has locked all rows of a user in a table.
+    async fn lock_rows(&self, table: &str, user: Uuid) -> Transaction<'static, sqlx::Postgres> {
+        let mut locking = self.stores.owner.begin().await.unwrap();
+        let rows = format!("select from {table} where user_id = $1 for update");
+        let locked = sqlx::query(sqlx::AssertSqlSafe(rows)).bind(user);
+        assert!(locked.execute(&mut *locking).await.unwrap().rows_affected() > 0);
+        locking
+    }
+
     /// Erases the user in a transaction that is still open.
     async fn begin_to_delete(&self) -> (Uuid, Transaction<'static, sqlx::Postgres>) {
         let owner = &self.stores.owner;
@@ -969,7 +978,9 @@ fn text_of(value: &Value) -> String {
 async fn what_there_is_much_of_is_erased_in_portions_before_the_user_is() {
     let farewell = Farewell::prepare().await;
     let owner = &farewell.stores.owner;
-    let (id, in_the_way) = farewell.lock().await;
+    let (id, locking) = farewell.lock().await;
+    locking.rollback().await.unwrap();
+    let in_the_way = farewell.lock_rows("sessions", id).await;
     sqlx::query(
         "insert into orders (id, lane, user_id, client_order_id, product, side, price, size, time_in_force,
              base_account_id, quote_account_id, maker_fee_rate, taken, taken_trades, remaining, status, rank, created_at,
@@ -1003,7 +1014,39 @@ async fn what_there_is_much_of_is_erased_in_portions_before_the_user_is() {
     let gone = "select deleted_at is not null from users where id = $1";
     let gone: bool = sqlx::query_scalar(gone).bind(id).fetch_one(owner).await.unwrap();
     assert!(!gone);
+    // What has been written in portions is not written again while everything is locked.
+    let written = async || -> String {
+        let rows = "select md5(string_agg(id::text || xmin, ',' order by id)) from orders where user_id = $1";
+        sqlx::query_scalar(rows).bind(id).fetch_one(owner).await.unwrap()
+    };
+    let before = written().await;
     assert_eq!(farewell.delete().await.status(), 204);
+    assert_eq!(written().await, before);
+}
+
+/// Money that comes when much is gone already would have to keep the user, without what is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_comes_to_a_user_whose_deletion_has_begun() {
+    let farewell = Farewell::prepare().await;
+    let owner = &farewell.stores.owner;
+    let (id, locking) = farewell.lock().await;
+    locking.rollback().await.unwrap();
+    let in_the_way = farewell.lock_rows("notifications", id).await;
+    let late = async {
+        eventually("a portion waits", || async {
+            let waits = waits_for_lock(owner, "%notifications%").await.unwrap();
+            waits.then_some(())
+        })
+        .await;
+        let deposit = json!({"account_id": farewell.wallet.usd, "amount": "1"});
+        let deposited = farewell
+            .treasury
+            .post_with_key("/account/deposit", "late", &deposit);
+        accept(deposited.await, StatusCode::NOT_FOUND).await;
+        in_the_way.rollback().await.unwrap();
+    };
+    let (gone, ()) = tokio::join!(farewell.delete(), late);
+    assert_eq!(gone.status(), 204);
 }
 
 /// A notification that is being written when its user is deleted.
