@@ -374,6 +374,17 @@ async fn unobstructed(connection: &mut PgConnection, user_id: Uuid) -> Result<Un
     Ok(Unobstructed { email, topics })
 }
 
+/// Removes what identifies a user from a topic, if anything does.
+async fn erase(connection: &mut PgConnection, topic: &Topic, user_id: Uuid) -> Result<(), sqlx::Error> {
+    if let Some(erase) = &topic.erase {
+        sqlx::query(AssertSqlSafe(erase.clone()))
+            .bind(user_id)
+            .execute(connection)
+            .await?;
+    }
+    Ok(())
+}
+
 /// Deletes the caller: personal data goes, the ledger's sums stay. Refused while anything of value is left.
 #[utoipa::path(
     delete, path = "/user", tag = "user", security(("access_token" = [])),
@@ -386,12 +397,9 @@ pub(crate) async fn delete_user(
     // First what could still get something of value: a deletion that is refused must not have done anything.
     let mut closing = app.db.begin().await?;
     let registered = unobstructed(&mut closing, caller.user_id).await?.topics;
-    for topic in registered.iter().filter(|topic| topic.obstacle.is_some()) {
-        if let Some(erase) = &topic.erase {
-            sqlx::query(AssertSqlSafe(erase.clone()))
-                .bind(caller.user_id)
-                .execute(&mut *closing)
-                .await?;
+    for topic in &registered {
+        if topic.obstacle.is_some() {
+            erase(&mut closing, topic, caller.user_id).await?;
         }
     }
     closing.commit().await?;
@@ -409,11 +417,8 @@ pub(crate) async fn delete_user(
         .execute(&mut *transaction)
         .await?;
     let Unobstructed { email, topics } = unobstructed(&mut transaction, caller.user_id).await?;
-    for erase in topics.into_iter().filter_map(|topic| topic.erase) {
-        sqlx::query(AssertSqlSafe(erase))
-            .bind(caller.user_id)
-            .execute(&mut *transaction)
-            .await?;
+    for topic in &topics {
+        erase(&mut transaction, topic, caller.user_id).await?;
     }
     // Last, because log-ins wait for it. Those of addresses stay: who came from there is not in them.
     let mut limits = vec![

@@ -620,26 +620,19 @@ impl Farewell {
         self.users.call(Method::DELETE, "/user", token, None).await
     }
 
-    /// The user, who has taken everything out, in a transaction that has locked it.
-    async fn lock(&self) -> (Uuid, Transaction<'static, sqlx::Postgres>) {
+    /// The user, who has taken everything out.
+    async fn empty(&self) -> Uuid {
         let all = json!({"account_id": self.wallet.usd, "amount": "1000"});
         let withdrawn = self.wallet.trader.post_with_key("/account/withdraw", "all", &all);
         accept(withdrawn.await, StatusCode::CREATED).await;
         self.stores.settled("live").await;
-        let id: Uuid = self.ada.user_id.parse().unwrap();
-        let mut locking = self.stores.owner.begin().await.unwrap();
-        sqlx::query("select from users where id = $1 for update")
-            .bind(id)
-            .execute(&mut *locking)
-            .await
-            .unwrap();
-        (id, locking)
+        self.ada.user_id.parse().unwrap()
     }
 
-    /// A transaction that has locked all rows of a user in a table.
-    async fn lock_rows(&self, table: &str, user: Uuid) -> Transaction<'static, sqlx::Postgres> {
+    /// A transaction that has locked all rows of a user in a table, where it is this column.
+    async fn lock(&self, table: &str, column: &str, user: Uuid) -> Transaction<'static, sqlx::Postgres> {
         let mut locking = self.stores.owner.begin().await.unwrap();
-        let rows = format!("select from {table} where user_id = $1 for update");
+        let rows = format!("select from {table} where {column} = $1 for update");
         let locked = sqlx::query(sqlx::AssertSqlSafe(rows)).bind(user);
         assert!(locked.execute(&mut *locking).await.unwrap().rows_affected() > 0);
         locking
@@ -649,7 +642,8 @@ impl Farewell {
     async fn begin_to_delete(&self) -> (Uuid, Transaction<'static, sqlx::Postgres>) {
         let owner = &self.stores.owner;
         // As the deletion does it.
-        let (id, mut deleting) = self.lock().await;
+        let id = self.empty().await;
+        let mut deleting = self.lock("users", "id", id).await;
         let erase: Vec<String> = sqlx::query_scalar(
             "select erase from user_data where erase is not null order by position, topic",
         )
@@ -978,9 +972,8 @@ fn text_of(value: &Value) -> String {
 async fn what_there_is_much_of_is_erased_in_portions_before_the_user_is() {
     let farewell = Farewell::prepare().await;
     let owner = &farewell.stores.owner;
-    let (id, locking) = farewell.lock().await;
-    locking.rollback().await.unwrap();
-    let in_the_way = farewell.lock_rows("sessions", id).await;
+    let id = farewell.empty().await;
+    let in_the_way = farewell.lock("sessions", "user_id", id).await;
     sqlx::query(
         "insert into orders (id, lane, user_id, client_order_id, product, side, price, size, time_in_force,
              base_account_id, quote_account_id, maker_fee_rate, taken, taken_trades, remaining, status, rank, created_at,
@@ -1029,9 +1022,8 @@ async fn what_there_is_much_of_is_erased_in_portions_before_the_user_is() {
 async fn nothing_comes_to_a_user_whose_deletion_has_begun() {
     let farewell = Farewell::prepare().await;
     let owner = &farewell.stores.owner;
-    let (id, locking) = farewell.lock().await;
-    locking.rollback().await.unwrap();
-    let in_the_way = farewell.lock_rows("notifications", id).await;
+    let id = farewell.empty().await;
+    let in_the_way = farewell.lock("notifications", "user_id", id).await;
     let late = async {
         eventually("a portion waits", || async {
             let waits = waits_for_lock(owner, "%notifications%").await.unwrap();
