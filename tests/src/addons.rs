@@ -1,11 +1,5 @@
 //! API objects that make a bare API server a usable cluster: volumes, `kubectl top`, and DNS's Service.
 
-use std::collections::BTreeMap;
-
-use k8s_openapi::{
-    api::core::v1::{PersistentVolumeClaim, PersistentVolumeClaimSpec, VolumeResourceRequirements},
-    apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta},
-};
 use serde_json::{Value, json};
 
 use crate::cluster::{Cluster, NODE};
@@ -16,6 +10,9 @@ pub const NAMESPACE: &str = "kube-system";
 pub const HELPER_IMAGE: &str = "exchange.local/busybox:1";
 /// The default StorageClass.
 pub const STORAGE_CLASS: &str = "local-path";
+
+/// A claim that shows that volumes are made. It stays, so that a cluster that runs is asked without making another.
+pub const TRIAL_CLAIM: &str = "trial-of-volumes";
 
 /// All objects, to be applied in this order.
 ///
@@ -41,6 +38,12 @@ pub fn objects(cluster: &Cluster) -> anyhow::Result<Vec<Value>> {
                      "teardown": "#!/bin/sh\nset -eu\nrm -rf \"$VOL_DIR\"\n"},
         }),
         json!({
+            "apiVersion": "v1", "kind": "PersistentVolumeClaim",
+            "metadata": {"name": TRIAL_CLAIM, "namespace": NAMESPACE},
+            "spec": {"storageClassName": STORAGE_CLASS, "accessModes": ["ReadWriteOnce"],
+                     "resources": {"requests": {"storage": "1Mi"}}},
+        }),
+        json!({
             "apiVersion": "v1", "kind": "Service",
             "metadata": {"name": "metrics-server", "namespace": NAMESPACE},
             "spec": {"ports": [{"name": "https", "port": 443, "targetPort": 4443}]},
@@ -64,30 +67,8 @@ pub fn objects(cluster: &Cluster) -> anyhow::Result<Vec<Value>> {
     ])
 }
 
-/// A claim that shows whether volumes are made.
-#[must_use]
-pub fn trial_claim() -> PersistentVolumeClaim {
-    PersistentVolumeClaim {
-        metadata: ObjectMeta {
-            name: Some("trial-of-volumes".into()),
-            namespace: Some(NAMESPACE.into()),
-            ..ObjectMeta::default()
-        },
-        spec: Some(PersistentVolumeClaimSpec {
-            storage_class_name: Some(STORAGE_CLASS.into()),
-            access_modes: Some(vec!["ReadWriteOnce".into()]),
-            resources: Some(VolumeResourceRequirements {
-                requests: Some(BTreeMap::from([("storage".into(), Quantity("1Mi".into()))])),
-                ..VolumeResourceRequirements::default()
-            }),
-            ..PersistentVolumeClaimSpec::default()
-        }),
-        ..PersistentVolumeClaim::default()
-    }
-}
-
-/// Says of it what the scheduler says for the first pod that wants one: the node. Said from the beginning it meets the volume
-/// controller's own first write, which tries again only after 15 s.
+/// Says of the trial claim what the scheduler says of a claim that a pod wants: the node. Said from the beginning it would meet
+/// the volume controller's own first write, which is tried again only after 15 s.
 #[must_use]
 pub fn trial_node() -> Value {
     json!({"metadata": {"annotations": {"volume.kubernetes.io/selected-node": NODE}}})

@@ -17,7 +17,7 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client, Config, ResourceExt,
-    api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams},
+    api::{DynamicObject, ListParams, Patch, PatchParams},
     config::{KubeConfigOptions, Kubeconfig},
     core::{GroupVersionKind, TypeMeta},
     discovery::pinned_kind,
@@ -412,25 +412,16 @@ fn ask(cluster: &Cluster, port: u16, path: &str) -> Result<String> {
     Ok(answer)
 }
 
-/// Whether volumes can be had, by having one: the provisioner has no health to ask for.
+/// Whether a volume has been made: the provisioner has no health to ask for.
 async fn volumes_are_made(client: &Client) -> Result<bool> {
     let claims = Api::<PersistentVolumeClaim>::namespaced(client.clone(), addons::NAMESPACE);
-    let wanted = addons::trial_claim();
-    let name = wanted.name_any();
-    let Some(claim) = claims.get_opt(&name).await? else {
-        claims.create(&PostParams::default(), &wanted).await?;
-        return Ok(false);
-    };
-    // That of an earlier start may still be on its way out.
-    if claim.metadata.deletion_timestamp.is_some() {
-        return Ok(false);
-    }
+    let claim = claims.get(addons::TRIAL_CLAIM).await?;
     let is_bound = claim.status.and_then(|status| status.phase).as_deref() == Some("Bound");
-    if is_bound {
-        claims.delete(&name, &DeleteParams::default()).await?;
-    } else {
+    if !is_bound {
         let chosen = Patch::Merge(addons::trial_node());
-        claims.patch(&name, &PatchParams::default(), &chosen).await?;
+        claims
+            .patch(addons::TRIAL_CLAIM, &PatchParams::default(), &chosen)
+            .await?;
     }
     Ok(is_bound)
 }
