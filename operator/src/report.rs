@@ -254,8 +254,8 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
                 kept(seen, of_live)
             )
         }
-        Phase::Live => format!("{live} is live and verified"),
-        Phase::Failed | Phase::Held => format!("{live} is live"),
+        Phase::Live => format!("{live} is live and verified{}", lacks(seen, status)),
+        Phase::Failed | Phase::Held => format!("{live} is live{}", lacks(seen, status)),
     }
 }
 
@@ -326,6 +326,14 @@ fn because(why: Option<&str>) -> String {
     why.map_or_else(String::new, |why| format!(": {why}"))
 }
 
+/// What is live and lacks pods, as the end of a sentence: which, what keeps them, and the way back.
+fn lacks(seen: &Observed, status: &Status) -> String {
+    let live = status.live.as_ref();
+    let short = live.map_or_else(String::new, |live| short(seen, &live.stack));
+    let way_back = rollback(seen, status).filter(|_| !short.is_empty());
+    way_back.map_or_else(|| short.clone(), |it| format!("{short}; {it}"))
+}
+
 /// The pods that a stack lacks, and what keeps them, per service.
 pub(crate) fn missing(seen: &Observed, stack: &Stack) -> Vec<String> {
     let stack = seen.stacks.get(stack);
@@ -362,8 +370,9 @@ fn available(seen: &Observed, status: &Status) -> Verdict {
             .is_none_or(|live| live.endpoints.is_empty())
     });
     if let Some(service) = without {
-        let also = elsewhere(seen, status, service).map_or_else(String::new, |it| format!("; {it}"));
-        let message = format!("the {service} service has no ready endpoints{also}");
+        let elsewhere = elsewhere(seen, status, service).map(|it| format!("; {it}"));
+        let why = elsewhere.unwrap_or_else(|| lacks(seen, status));
+        let message = format!("the {service} service has no ready endpoints{why}");
         return verdict(false, "NoEndpoints", message);
     }
     let told = Service::ALL

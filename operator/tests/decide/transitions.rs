@@ -1918,6 +1918,24 @@ fn what_is_awaited_is_told_with_what_keeps_it_and_until_when() {
     let why = given_up.rejected.unwrap().message;
     assert_eq!(why, format!("the swap was not finished in time: {silent}"));
 
+    let lacking = "is live and verified: waiting for 1 of 2 trade pods: no node for it; to have r0 again, go back with \
+                   exchange.dev/rollback=r1.";
+    let told_of = message(&after_a_release(), &lacks_pods);
+    assert!(told_of.contains(lacking), "{told_of}");
+    // What was left is no way back.
+    let told_of = message(&releasing(6, Held), &lacks_pods);
+    assert_eq!(
+        told_of,
+        "r0 is live: waiting for 1 of 2 trade pods: no node for it"
+    );
+    let unserved = records(&after_a_release(), |seen| {
+        lacks_pods(seen);
+        seen.live.values_mut().for_each(|live| live.endpoints.clear());
+    });
+    let told_of = told(&unserved, "Available");
+    let wanted = "the user service has no ready endpoints: waiting for 1 of 2 trade pods: no node for it; to have r0 again, ";
+    assert!(told_of.starts_with(wanted), "{told_of}");
+
     let told_of = message(&releasing(6, RollingBack), &lacks_pods);
     assert!(
         told_of.contains(pods) && told_of.contains(", until 2026-"),
