@@ -34,9 +34,10 @@ fn verdict(is: bool, reason: impl fmt::Display, message: impl Into<String>) -> V
 /// `undecided` says why nothing could be taken over of what has the traffic.
 pub fn report(spec: &Spec, seen: &Observed, undecided: Option<&str>, status: &mut Status, now: Timestamp) {
     let story = format!(
-        "{}{}{}",
+        "{}{}{}{}",
         story(spec, seen, status),
         times(spec, seen, status),
+        broken(seen, status),
         refused(seen, status)
     );
     let way_back = status.previous.as_ref().filter(|it| it.leads_back());
@@ -334,6 +335,30 @@ fn lacks(seen: &Observed, status: &Status) -> String {
     way_back.map_or_else(|| short.clone(), |it| format!("{short}; {it}"))
 }
 
+/// Whether everything of a stack is there that its pods and their repair need.
+fn is_whole(seen: &Observed, stack: &Stack) -> bool {
+    let seen = seen.stacks.get(stack);
+    seen.is_some_and(|seen| seen.rendered.is_some() && seen.whole)
+}
+
+/// What is live, is not whole and is not declared any more, as the end of a sentence: only what is declared is made again.
+fn broken(seen: &Observed, status: &Status) -> String {
+    let declared = |stack: &Stack| {
+        let declared = seen.declared.as_ref();
+        declared.is_ok_and(|declared| declared.revision == stack.revision)
+    };
+    let live = status.live.as_ref().map(|live| &live.stack);
+    let broken = live.filter(|stack| !declared(stack) && !is_whole(seen, stack));
+    broken.map_or_else(String::new, |stack| format!("; {}", not_whole(stack)))
+}
+
+fn not_whole(stack: &Stack) -> String {
+    format!(
+        "a ConfigMap, a Secret, a ServiceAccount or the ControllerRevision of {stack} is gone: its pods run on, a new one may \
+         not start, and what is gone is made again only when the same is declared again"
+    )
+}
+
 /// The pods that a stack lacks, and what keeps them, per service.
 pub(crate) fn missing(seen: &Observed, stack: &Stack) -> Vec<String> {
     let stack = seen.stacks.get(stack);
@@ -533,7 +558,11 @@ fn rollback_available(seen: &Observed, status: &Status) -> Verdict {
             format!("{version} is what was rolled back from"),
         );
     }
-    if !seen.stacks.get(&previous.stack).is_some_and(StackSeen::serves) {
+    let there = seen.stacks.get(&previous.stack);
+    if there.is_some() && !is_whole(seen, &previous.stack) {
+        return verdict(false, "PreviousNotWhole", not_whole(&previous.stack));
+    }
+    if !there.is_some_and(StackSeen::serves) {
         return verdict(
             false,
             "PreviousNotReady",

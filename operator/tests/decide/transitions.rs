@@ -1785,6 +1785,41 @@ fn a_live_service_that_points_elsewhere_and_is_not_put_right_is_told() {
 }
 
 #[test]
+fn a_kept_stack_that_is_not_whole_and_cannot_be_made_so_is_told() {
+    let gone = |stack: &Stack| {
+        format!("a ConfigMap, a Secret, a ServiceAccount or the ControllerRevision of {stack} is gone: ")
+    };
+    let lost: [fn(&mut StackSeen); 2] = [|stack| stack.whole = false, |stack| stack.rendered = None];
+    for lose in lost {
+        let world = after_a_release();
+        let before = world.status.previous.clone().unwrap().stack;
+        let recorded = records(&world, |seen| lose(seen.stacks.get_mut(&before).unwrap()));
+        let way_back = condition(&recorded, "RollbackAvailable");
+        assert_eq!(
+            (way_back.status.as_str(), way_back.reason.as_str()),
+            ("False", "PreviousNotWhole")
+        );
+        assert!(
+            way_back.message.starts_with(&gone(&before)),
+            "{}",
+            way_back.message
+        );
+
+        // What is declared is made again.
+        let live = world.status.live.clone().unwrap().stack;
+        let recorded = records(&world, |seen| lose(seen.stacks.get_mut(&live).unwrap()));
+        assert_eq!(told(&recorded, "Reconciling"), "r1 is live and verified");
+
+        let world = releasing(5, Failed);
+        let live = world.status.live.clone().unwrap().stack;
+        let recorded = records(&world, |seen| lose(seen.stacks.get_mut(&live).unwrap()));
+        let message = told(&recorded, "Reconciling");
+        let wanted = format!("r0 is live; {}", gone(&live));
+        assert!(message.starts_with(&wanted), "{message}");
+    }
+}
+
+#[test]
 fn what_cannot_be_read_is_not_verified() {
     for readable_again in [true, false] {
         let mut world = at(Verifying);
