@@ -1,10 +1,10 @@
 //! The only writer: carries out what was planned, one write at a time.
 //!
 //! Each kind of write has its own protection. What is new is *created*: if the name is taken, nothing happens. What
-//! exists is written by server-side apply with the uid and `resourceVersion` that were observed; Services by a
-//! replacement and workloads by a merge patch with the same, because server-side apply would leave others' keys in a
-//! selector, and others' variables in a container. Deletions have them as
-//! preconditions. If any is refused, the pass ends, and the next one looks again.
+//! exists is written by a patch with the uid and `resourceVersion` that were observed, and Services by a replacement with
+//! the same: server-side apply would leave others' keys in a selector, others' variables in a container, and others'
+//! fields that exclude ours. Deletions have them as preconditions. If any is refused, the pass ends, and the next one
+//! looks again.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -297,6 +297,7 @@ impl Writer {
         self.merge(kind, look, &name, &patch).await
     }
 
+    /// Writes a budget or an autoscaler as it was built. Strategic, because that replaces selectors and metrics as a whole.
     async fn patch(
         &self,
         kind: &ApiResource,
@@ -306,11 +307,15 @@ impl Writer {
     ) -> Result<(), Error> {
         carry(&mut object, fence);
         let name = dynamic(object.clone())?.name_any();
-        let params = PatchParams::apply(MANAGER).force();
-        let api = self.objects(kind, look);
-        let patch = Patch::Apply(&object);
+        if let Some(Value::Object(spec)) = object.get_mut("spec")
+            && spec.contains_key("maxUnavailable")
+        {
+            // With both the API server refuses it.
+            spec.insert("minAvailable".to_owned(), Value::Null);
+        }
+        let (api, params, patch) = (self.objects(kind, look), merging(), Patch::Strategic(&object));
         let patched = api.patch(&name, &params, &patch);
-        self.limited("apply", &kind.kind, &name, patched).await.map(drop)
+        self.limited("patch", &kind.kind, &name, patched).await.map(drop)
     }
 
     /// Writes a workload as it was rendered. Lists are replaced, and the node's own is taken back: server-side apply would

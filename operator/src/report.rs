@@ -11,7 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
     decide::{later, signed, time_for},
-    observe::{Job, JobKind, JobState, Observed, StackSeen},
+    observe::{Job, JobKind, JobState, Observed, StackSeen, Target},
     status::{ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack, token},
 };
 
@@ -34,9 +34,10 @@ fn verdict(is: bool, reason: impl fmt::Display, message: impl Into<String>) -> V
 /// `undecided` says why nothing could be taken over of what has the traffic.
 pub fn report(spec: &Spec, seen: &Observed, undecided: Option<&str>, status: &mut Status, now: Timestamp) {
     let story = format!(
-        "{}{}{}",
+        "{}{}{}{}",
         story(spec, seen, status),
         times(spec, seen, status),
+        broken(seen, status),
         refused(seen, status)
     );
     let way_back = status.previous.as_ref().filter(|it| it.leads_back());
@@ -254,8 +255,8 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
                 kept(seen, of_live)
             )
         }
-        Phase::Live => format!("{live} is live and verified"),
-        Phase::Failed | Phase::Held => format!("{live} is live"),
+        Phase::Live => format!("{live} is live and verified{}", lacks(seen, status)),
+        Phase::Failed | Phase::Held => format!("{live} is live{}", lacks(seen, status)),
     }
 }
 
@@ -304,9 +305,19 @@ fn pods(seen: &Observed, stack: &Stack, what: &str) -> String {
 
 /// What a stack lacks that the traffic goes to, or what is heard instead of it, as the end of a sentence.
 pub(crate) fn awaited(seen: &Observed, stack: Option<&Stack>) -> String {
-    let missing = stack.map(|stack| missing(seen, stack)).unwrap_or_default();
-    if missing.is_empty() {
+    let short = stack.map_or_else(String::new, |stack| short(seen, stack));
+    if short.is_empty() {
         because(seen.unheard.as_deref())
+    } else {
+        short
+    }
+}
+
+/// What a stack lacks, as the end of a sentence.
+fn short(seen: &Observed, stack: &Stack) -> String {
+    let missing = missing(seen, stack);
+    if missing.is_empty() {
+        String::new()
     } else {
         format!(": waiting for {}", missing.join(", "))
     }
@@ -314,6 +325,38 @@ pub(crate) fn awaited(seen: &Observed, stack: Option<&Stack>) -> String {
 
 fn because(why: Option<&str>) -> String {
     why.map_or_else(String::new, |why| format!(": {why}"))
+}
+
+/// What is live and lacks pods, as the end of a sentence: which, what keeps them, and the way back.
+fn lacks(seen: &Observed, status: &Status) -> String {
+    let live = status.live.as_ref();
+    let short = live.map_or_else(String::new, |live| short(seen, &live.stack));
+    let way_back = rollback(seen, status).filter(|_| !short.is_empty());
+    way_back.map_or_else(|| short.clone(), |it| format!("{short}; {it}"))
+}
+
+/// Whether everything of a stack is there that its pods and their repair need.
+fn is_whole(seen: &Observed, stack: &Stack) -> bool {
+    let seen = seen.stacks.get(stack);
+    seen.is_some_and(|seen| seen.rendered.is_some() && seen.whole)
+}
+
+/// What is live, is not whole and is not declared any more, as the end of a sentence: only what is declared is made again.
+fn broken(seen: &Observed, status: &Status) -> String {
+    let declared = |stack: &Stack| {
+        let declared = seen.declared.as_ref();
+        declared.is_ok_and(|declared| declared.revision == stack.revision)
+    };
+    let live = status.live.as_ref().map(|live| &live.stack);
+    let broken = live.filter(|stack| !declared(stack) && !is_whole(seen, stack));
+    broken.map_or_else(String::new, |stack| format!("; {}", not_whole(stack)))
+}
+
+fn not_whole(stack: &Stack) -> String {
+    format!(
+        "a ConfigMap, a Secret, a ServiceAccount or the ControllerRevision of {stack} is gone: its pods run on, a new one may \
+         not start, and what is gone is made again only when the same is declared again"
+    )
 }
 
 /// The pods that a stack lacks, and what keeps them, per service.
@@ -351,18 +394,46 @@ fn available(seen: &Observed, status: &Status) -> Verdict {
             .get(service)
             .is_none_or(|live| live.endpoints.is_empty())
     });
-    match without {
-        None => verdict(
-            true,
-            "EndpointsReady",
-            format!("every service of {} has ready endpoints", live.version),
-        ),
-        Some(service) => verdict(
-            false,
-            "NoEndpoints",
-            format!("the {service} service has no ready endpoints"),
-        ),
+    if let Some(service) = without {
+        let elsewhere = elsewhere(seen, status, service).map(|it| format!("; {it}"));
+        let why = elsewhere.unwrap_or_else(|| lacks(seen, status));
+        let message = format!("the {service} service has no ready endpoints{why}");
+        return verdict(false, "NoEndpoints", message);
     }
+    let told = Service::ALL
+        .into_iter()
+        .find_map(|service| elsewhere(seen, status, service));
+    if let Some(message) = told {
+        return verdict(false, "PointsElsewhere", message);
+    }
+    let message = format!("every service of {} has ready endpoints", live.version);
+    verdict(true, "EndpointsReady", message)
+}
+
+/// Where a live Service points, if it is not at what is live and nothing moves, and what keeps it from being put right.
+/// What is about to be put right is not told.
+fn elsewhere(seen: &Observed, status: &Status, service: Service) -> Option<String> {
+    let live = &status.live.as_ref()?.stack;
+    let target = &seen.live.get(&service)?.target;
+    if status.phase.moves() || target.is(Some(live)) {
+        return None;
+    }
+    let at = match target {
+        Target::Nothing => "at nothing".to_owned(),
+        Target::Stack(other) => format!("at {other}"),
+        Target::Foreign => "at no stack".to_owned(),
+    };
+    let told = format!("the {service} service points {at} and not at {live}, which is live");
+    let ready = seen.stacks.get(live).map_or(0, |seen| seen.ready(service));
+    if ready > 0 {
+        let refused = refused(seen, status);
+        return (!refused.is_empty()).then(|| format!("{told}{refused}"));
+    }
+    let way_back = rollback(seen, status).map_or_else(String::new, |it| format!(", or {it}"));
+    Some(format!(
+        "{told}: it is put right as soon as a {service} pod of that is ready{}; mend these{way_back}",
+        short(seen, live)
+    ))
 }
 
 fn candidate_ready(seen: &Observed, status: &Status) -> Verdict {
@@ -487,18 +558,33 @@ fn rollback_available(seen: &Observed, status: &Status) -> Verdict {
             format!("{version} is what was rolled back from"),
         );
     }
-    if !seen.stacks.get(&previous.stack).is_some_and(StackSeen::serves) {
+    let there = seen.stacks.get(&previous.stack);
+    if there.is_some() && !is_whole(seen, &previous.stack) {
+        return verdict(false, "PreviousNotWhole", not_whole(&previous.stack));
+    }
+    if !there.is_some_and(StackSeen::serves) {
         return verdict(
             false,
             "PreviousNotReady",
             pods(seen, &previous.stack, "is not seen"),
         );
     }
+    let until = second(previous.until);
+    let message = format!("{version} until {until}; {}", go_back(status));
+    verdict(true, "PreviousRetained", message)
+}
+
+/// What a person can do to have the stack before again, if it can serve.
+fn rollback(seen: &Observed, status: &Status) -> Option<String> {
+    let version = &status.previous.as_ref()?.version;
+    let available = rollback_available(seen, status).is;
+    available.then(|| format!("to have {version} again, {}", go_back(status)))
+}
+
+fn go_back(status: &Status) -> String {
     let leave = status
         .live
         .as_ref()
         .map_or_else(String::new, |it| token(&it.stack, it.attempt));
-    let until = second(previous.until);
-    let message = format!("{version} until {until}; go back with exchange.dev/rollback={leave}");
-    verdict(true, "PreviousRetained", message)
+    format!("go back with exchange.dev/rollback={leave}")
 }

@@ -76,14 +76,7 @@ impl Server {
         object
     }
 
-    fn answer(
-        &mut self,
-        method: &Method,
-        path: &str,
-        query: &str,
-        merges: bool,
-        body: Value,
-    ) -> (StatusCode, Value) {
+    fn answer(&mut self, method: &Method, path: &str, query: &str, body: Value) -> (StatusCode, Value) {
         let called = format!("{method} {path}");
         if self.superseded_at.take_if(|request| *request == called).is_some() {
             let mut object = self.objects[OBJECT].clone();
@@ -141,7 +134,7 @@ impl Server {
                 let mut next = there;
                 if status {
                     next["status"] = body["status"].clone();
-                } else if merges {
+                } else if *method == Method::PATCH {
                     merge(&mut next, &body);
                     if let Some((changed, change)) = &self.changes
                         && path.starts_with(changed)
@@ -150,6 +143,10 @@ impl Server {
                     }
                 } else {
                     next = body.clone();
+                }
+                let limits = ["minAvailable", "maxUnavailable"];
+                if limits.iter().all(|limit| !next["spec"][*limit].is_null()) {
+                    return refusal(StatusCode::UNPROCESSABLE_ENTITY);
                 }
                 (StatusCode::OK, self.put(path, next))
             }
@@ -257,13 +254,10 @@ impl World {
                     continue;
                 }
                 let query = parts.uri.query().unwrap_or_default();
-                let kind = parts.headers.get("content-type");
-                let merges = kind.is_some_and(|kind| kind == "application/merge-patch+json");
-                let (status, body) =
-                    answering
-                        .lock()
-                        .unwrap()
-                        .answer(&parts.method, &path, query, merges, body);
+                let (status, body) = answering
+                    .lock()
+                    .unwrap()
+                    .answer(&parts.method, &path, query, body);
                 let body = Body::from(serde_json::to_vec(&body).unwrap());
                 send.send_response(Response::builder().status(status).body(body).unwrap());
             }
@@ -703,6 +697,27 @@ async fn a_foreign_edit_is_put_right_with_what_was_observed() {
         assert!(pod.as_object().unwrap().contains_key("hostNetwork") && pod["hostNetwork"].is_null());
         world.settle().await;
     }
+}
+
+#[tokio::test]
+async fn a_budget_with_the_other_limit_is_put_right() {
+    let world = World::converged().await;
+    let budget = world.names("poddisruptionbudgets").remove(0);
+    let built = world.get(&budget)["spec"].clone();
+    world.change(&budget, |budget| {
+        let spec = budget["spec"].as_object_mut().unwrap();
+        spec.remove("maxUnavailable");
+        spec.insert("minAvailable".to_owned(), json!("100%"));
+    });
+    let version = world.get(&budget)["metadata"]["resourceVersion"].clone();
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(paths(&writes), [format!("PATCH {budget}")]);
+    assert_eq!(writes[0].body["metadata"]["resourceVersion"], version);
+    assert_eq!(world.get(&budget)["spec"], built);
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(paths(&writes), Vec::<String>::new());
 }
 
 #[tokio::test]

@@ -7,7 +7,7 @@ use exchange_operator::{
     api::{ColourChoice, Promotion, Service},
     decide::decide,
     guard::{self, Refusal},
-    observe::{Figures, JobKind, Observed, Part, StackSeen},
+    observe::{Figures, JobKind, Observed, Part, StackSeen, Target},
     plan::{Action, Intent},
     status::{
         Colour, Contract, ExchangeDeploymentStatus as Status, Outcome,
@@ -19,6 +19,7 @@ use exchange_operator::{
     },
 };
 use jiff::SignedDuration;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
 /// r0 is live and verified; r1 is declared and has come as far as this phase.
 pub(crate) fn at(phase: Phase) -> World {
@@ -1676,10 +1677,146 @@ fn a_way_back_that_there_is_not_is_refused_and_told_once() {
     }
 }
 
+/// A condition.
+fn condition(status: &Status, kind: &str) -> Condition {
+    let found = status.conditions.iter().find(|it| it.type_ == kind);
+    found.unwrap().clone()
+}
+
 /// The message of a condition.
 fn told(status: &Status, kind: &str) -> String {
-    let condition = status.conditions.iter().find(|it| it.type_ == kind).unwrap();
-    condition.message.clone()
+    condition(status, kind).message
+}
+
+#[test]
+fn a_live_service_that_points_elsewhere_and_is_not_put_right_is_told() {
+    let world = after_a_release();
+    let live = world.status.live.clone().unwrap();
+    let before = world.status.previous.clone().unwrap().stack;
+    let elsewhere = |seen: &mut Observed, target: Target, endpoints: &[&Stack]| {
+        let trade = seen.live.get_mut(&Service::Trade).unwrap();
+        trade.target = target;
+        trade.endpoints = endpoints.iter().copied().cloned().collect();
+    };
+    let dead = |seen: &mut Observed| {
+        let stack = seen.stacks.get_mut(&live.stack).unwrap();
+        let trade = stack.services.get_mut(&Service::Trade).unwrap();
+        trade.ready = 0;
+        trade.trouble = Some("no node for it".to_owned());
+    };
+    let refused = |seen: &mut Observed| seen.refused = Some("update Service exchange-trade".to_owned());
+    let not_here = format!("and not at {}, which is live", live.stack);
+    let put_right = ": it is put right as soon as a trade pod of that is ready: waiting for 2 of 2 trade pods: no node for \
+                     it; mend these";
+    let way_back = format!(
+        ", or to have r0 again, go back with exchange.dev/rollback={}",
+        token(&live.stack, live.attempt)
+    );
+    let to_before = format!("the trade service points at {before} {not_here}");
+    let rows: Vec<(&str, Change<'_>, &str, String)> = vec![
+        (
+            "what it points at serves",
+            Box::new(|seen| {
+                elsewhere(seen, Target::Stack(before.clone()), &[&before]);
+                dead(seen);
+            }),
+            "PointsElsewhere",
+            format!("{to_before}{put_right}{way_back}"),
+        ),
+        (
+            "at no stack of ours, and the one before is gone",
+            Box::new(|seen| {
+                elsewhere(seen, Target::Foreign, &[&before]);
+                dead(seen);
+                seen.status.previous = None;
+            }),
+            "PointsElsewhere",
+            format!("the trade service points at no stack {not_here}{put_right}"),
+        ),
+        (
+            "at nothing that serves",
+            Box::new(|seen| {
+                elsewhere(seen, Target::Nothing, &[]);
+                dead(seen);
+            }),
+            "NoEndpoints",
+            format!(
+                "the trade service has no ready endpoints; the trade service points at nothing {not_here}{put_right}{way_back}"
+            ),
+        ),
+        (
+            "the API server does not let it be put right",
+            Box::new(|seen| {
+                elsewhere(seen, Target::Stack(before.clone()), &[&before]);
+                refused(seen);
+            }),
+            "PointsElsewhere",
+            format!("{to_before}; the API server refuses to update Service exchange-trade"),
+        ),
+        (
+            "it is put right at once",
+            Box::new(|seen| elsewhere(seen, Target::Stack(before.clone()), &[&before])),
+            "EndpointsReady",
+            "every service of r1 has ready endpoints".to_owned(),
+        ),
+    ];
+    for (name, change, reason, message) in rows {
+        let available = condition(&records(&world, change), "Available");
+        assert_eq!(available.reason, reason, "{name}");
+        assert_eq!(available.message, message, "{name}");
+        let status = if reason == "EndpointsReady" {
+            "True"
+        } else {
+            "False"
+        };
+        assert_eq!(available.status, status, "{name}");
+    }
+    // While the traffic moves the Services differ on purpose.
+    let mut world = at(Promoting);
+    world.finish(0);
+    let moving = records(&world, |seen| {
+        seen.answers = None;
+        let stack = seen.status.live.clone().unwrap().stack;
+        let before = seen.stacks.get_mut(&stack).unwrap();
+        before.services.get_mut(&Service::Trade).unwrap().ready = 0;
+    });
+    assert_eq!(moving.phase, Promoting);
+    assert_eq!(condition(&moving, "Available").reason, "EndpointsReady");
+}
+
+#[test]
+fn a_kept_stack_that_is_not_whole_and_cannot_be_made_so_is_told() {
+    let gone = |stack: &Stack| {
+        format!("a ConfigMap, a Secret, a ServiceAccount or the ControllerRevision of {stack} is gone: ")
+    };
+    let lost: [fn(&mut StackSeen); 2] = [|stack| stack.whole = false, |stack| stack.rendered = None];
+    for lose in lost {
+        let world = after_a_release();
+        let before = world.status.previous.clone().unwrap().stack;
+        let recorded = records(&world, |seen| lose(seen.stacks.get_mut(&before).unwrap()));
+        let way_back = condition(&recorded, "RollbackAvailable");
+        assert_eq!(
+            (way_back.status.as_str(), way_back.reason.as_str()),
+            ("False", "PreviousNotWhole")
+        );
+        assert!(
+            way_back.message.starts_with(&gone(&before)),
+            "{}",
+            way_back.message
+        );
+
+        // What is declared is made again.
+        let live = world.status.live.clone().unwrap().stack;
+        let recorded = records(&world, |seen| lose(seen.stacks.get_mut(&live).unwrap()));
+        assert_eq!(told(&recorded, "Reconciling"), "r1 is live and verified");
+
+        let world = releasing(5, Failed);
+        let live = world.status.live.clone().unwrap().stack;
+        let recorded = records(&world, |seen| lose(seen.stacks.get_mut(&live).unwrap()));
+        let message = told(&recorded, "Reconciling");
+        let wanted = format!("r0 is live; {}", gone(&live));
+        assert!(message.starts_with(&wanted), "{message}");
+    }
 }
 
 #[test]
@@ -1815,6 +1952,24 @@ fn what_is_awaited_is_told_with_what_keeps_it_and_until_when() {
     });
     let why = given_up.rejected.unwrap().message;
     assert_eq!(why, format!("the swap was not finished in time: {silent}"));
+
+    let lacking = "is live and verified: waiting for 1 of 2 trade pods: no node for it; to have r0 again, go back with \
+                   exchange.dev/rollback=r1.";
+    let told_of = message(&after_a_release(), &lacks_pods);
+    assert!(told_of.contains(lacking), "{told_of}");
+    // What was left is no way back.
+    let told_of = message(&releasing(6, Held), &lacks_pods);
+    assert_eq!(
+        told_of,
+        "r0 is live: waiting for 1 of 2 trade pods: no node for it"
+    );
+    let unserved = records(&after_a_release(), |seen| {
+        lacks_pods(seen);
+        seen.live.values_mut().for_each(|live| live.endpoints.clear());
+    });
+    let told_of = told(&unserved, "Available");
+    let wanted = "the user service has no ready endpoints: waiting for 1 of 2 trade pods: no node for it; to have r0 again, ";
+    assert!(told_of.starts_with(wanted), "{told_of}");
 
     let told_of = message(&releasing(6, RollingBack), &lacks_pods);
     assert!(
