@@ -40,7 +40,7 @@ pub fn run(session: &Session) -> Result<()> {
     let images = Images::from_environment()?;
     let exchange = part(3, "The operator and the stores, with Helm", || {
         if session.cluster.is_none() {
-            say(needed(&images));
+            say(needed(session, &images));
         }
         // What an earlier demonstration has left is at version 2, and version 1 does not work on its contracted schema.
         step("an earlier demonstration is removed", || remove(session))?;
@@ -230,7 +230,7 @@ fn operator_for_all(found: &[Found]) -> Result<Option<&Found>> {
 }
 
 /// What a cluster that is not ours has to be able to pull.
-fn needed(images: &Images) -> String {
+fn needed(session: &Session, images: &Images) -> String {
     let Images { prefix, tag } = images;
     format!(
         "It pulls {prefix}/exchange:1.0.0, {prefix}/exchange:2.0.0, {prefix}/exchange:2.0.1-fails-smoke, \
@@ -238,7 +238,7 @@ fn needed(images: &Images) -> String {
          another prefix and tag are taken from it), {} (BUSYBOX_IMAGE=… changes that) and what the stores' chart names \
          (STORES_VALUES=… changes that). Where that needs a password, PULL_SECRET=… names a Secret of the kubeconfig's \
          namespace.",
-        busybox_image()
+        busybox_image(session)
     )
 }
 

@@ -38,7 +38,9 @@ const TREASURY: &str = "treasury@exchange.example";
 /// The pods' port for operators.
 const ADMIN_PORT: u16 = 9090;
 /// The header in which a stack names itself.
-const STACK_HEADER: &str = "x-exchange-stack";
+pub const STACK_HEADER: &str = "x-exchange-stack";
+/// What any cluster can pull.
+const PUBLIC_BUSYBOX: &str = "docker.io/library/busybox:1.36";
 /// For a request of a test.
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 
@@ -208,7 +210,7 @@ impl<'a> Exchange<'a> {
             &body,
             &url,
         ];
-        let mut pod = restricted_pod("treasury", &busybox_image());
+        let mut pod = restricted_pod("treasury", &busybox_image(self.session));
         set(&mut pod, "/spec/containers/0/command", json!(post));
         self.session.apply(self.namespace, &pod)?;
         let done = "jsonpath={.status.phase}=Succeeded";
@@ -547,8 +549,14 @@ impl Api {
     }
 }
 
-pub(crate) fn busybox_image() -> String {
-    std::env::var("BUSYBOX_IMAGE").unwrap_or_else(|_| HELPER_IMAGE.into())
+/// The image of pods that need no more than a shell: `BUSYBOX_IMAGE`, or on the test cluster its own, which no other one has.
+pub fn busybox_image(session: &Session) -> String {
+    let default = if session.cluster.is_some() {
+        HELPER_IMAGE
+    } else {
+        PUBLIC_BUSYBOX
+    };
+    std::env::var("BUSYBOX_IMAGE").unwrap_or_else(|_| default.into())
 }
 
 /// A pod that the Pod Security level "restricted" admits.

@@ -400,7 +400,7 @@ impl<'a> Prober<'a> {
              then echo $service given; else echo $service missed; fi; done; sleep 0.1; done",
             SERVICES.join(" ")
         );
-        let mut pod = restricted_pod(Self::POD, &busybox_image());
+        let mut pod = restricted_pod(Self::POD, &busybox_image(story.session));
         set(&mut pod, "/spec/containers/0/command", json!(["sh", "-c", ask]));
         set(&mut pod, "/spec/terminationGracePeriodSeconds", json!(0));
         let (session, namespace) = (story.session, story.namespace);

@@ -10,27 +10,52 @@
 use std::{
     collections::BTreeMap,
     process::{Child, Command, Stdio},
-    sync::{Arc, Mutex, PoisonError},
-    thread::sleep,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread::{self, JoinHandle, sleep},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use anyhow::{Context as _, Result, ensure};
+use http_body_util::{BodyExt as _, Empty};
+use hyper::{
+    Request, Response,
+    body::{Bytes, Incoming},
+    client::conn::http1::{SendRequest, handshake},
+    header,
+};
+use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 use testbed::{
-    exchange::{self, Exchange, Images, PATIENCE, Watch, is_current, phase_of, text},
+    exchange::{self, Exchange, Images, PATIENCE, STACK_HEADER, Watch, is_current, phase_of, text},
     gate::{Gate, Hold},
     kubectl::{Namespace, Session, Watching},
     operator::{self, Leader, OPERATOR, OPERATOR_NAMESPACE},
     progress::say,
     results,
     rights::{audit_log, requests},
-    sandbox::wait_until,
+    sandbox::{self, wait_until},
     tools::Tools,
 };
+use tokio::{
+    net::TcpStream,
+    runtime,
+    sync::oneshot,
+    time::{MissedTickBehavior, interval, timeout},
+};
 
-/// Requests a second: enough that each connection carries one every half second.
+/// Whose live Services a swap moves.
+const SERVICES: [&str; 3] = ["user", "trade", "notification"];
+/// Requests a second of the clients that trade meanwhile.
 const RATE: u32 = 100;
+/// How often a new connection to each service is opened.
+const NEW_EVERY: Duration = Duration::from_millis(20);
+/// Connections to each service that stay open.
+const KEPT: usize = 4;
+/// How often each of them carries a request.
+const KEPT_EVERY: Duration = Duration::from_millis(250);
+/// A probe that takes longer has failed.
+const PROBE_LIMIT: Duration = Duration::from_secs(5);
 
 fn merge_into(object: &mut Value, more: Value) {
     if let (Some(object), Value::Object(more)) = (object.as_object_mut(), more) {
@@ -41,6 +66,10 @@ fn merge_into(object: &mut Value, more: Value) {
 fn now_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     u64::try_from(now.as_millis()).unwrap()
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// All changes of the objects of a kind, with when they were seen.
@@ -54,8 +83,7 @@ impl Changes {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let writer = Arc::clone(&seen);
         let watching = session.watch(&[kind, "--namespace", namespace], move |object| {
-            let mut seen = writer.lock().unwrap_or_else(PoisonError::into_inner);
-            seen.push((now_ms(), object));
+            locked(&writer).push((now_ms(), object));
         });
         Self {
             _watching: watching.unwrap(),
@@ -65,27 +93,24 @@ impl Changes {
 
     /// When the first change after `since` was seen that is like this.
     fn first(&self, since: u64, holds: impl Fn(&Value) -> bool) -> Option<u64> {
-        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.iter()
+        locked(&self.seen)
+            .iter()
             .find(|(at, object)| *at >= since && holds(object))
             .map(|(at, _)| *at)
     }
 }
 
-/// When all three live Services were seen to point at the revision.
-fn all_moved(services: &Changes, since: u64, revision: &str) -> u64 {
+/// When each live Service was seen to point at the revision, in the order of [`SERVICES`].
+fn moved(services: &Changes, since: u64, revision: &str) -> [u64; 3] {
     let moved = |service: &str| {
         let name = format!("{}-{service}", exchange::NAME);
-        services.first(since, |object| {
+        let moved = services.first(since, |object| {
             text(object, "/metadata/name") == name
                 && object["spec"]["selector"]["exchange.dev/revision"] == revision
-        })
+        });
+        moved.unwrap()
     };
-    ["user", "trade", "notification"]
-        .into_iter()
-        .map(|service| moved(service).unwrap())
-        .max()
-        .unwrap()
+    SERVICES.map(moved)
 }
 
 /// Writes of all replicas of the operator since they started: those of events, and all others. The lease is not counted.
@@ -122,7 +147,7 @@ fn writes(session: &Session) -> (u64, u64) {
 }
 
 /// What figures should be at most.
-const AIMS: [(&str, u64); 12] = [
+const AIMS: [(&str, u64); 13] = [
     ("tests_passed_to_selectors_moved_milliseconds", 100),
     ("selectors_moved_to_last_answer_of_the_old_milliseconds", 3000),
     ("reverted_spec_to_selectors_moved_milliseconds", 300),
@@ -145,6 +170,7 @@ const AIMS: [(&str, u64); 12] = [
     ),
     ("requests_failed", 0),
     ("connections_cut_off", 0),
+    ("longest_pause_on_an_open_connection_milliseconds", 500),
     ("memory_kib_200_objects", 40 * 1024),
     ("writes_per_minute_when_idle_200_objects", 0),
 ];
@@ -222,22 +248,238 @@ fn declaration(exchange: &Exchange<'_>, number: usize) -> Value {
     declaration
 }
 
-/// The spells of a stack in a load's report, in milliseconds since 1970.
-fn spells(report: &Value, revision: &str) -> Vec<(u64, u64)> {
-    let started = report["started_unix_ms"].as_u64().unwrap();
-    let all = report["summary"]["stacks"].as_object().unwrap();
-    let (_, stack) = all.iter().find(|(name, _)| name.ends_with(revision)).unwrap();
-    let spells = stack["spells_ms"].as_array().unwrap().iter();
-    let at = |spell: &Value, end: usize| started + spell[end].as_u64().unwrap();
-    spells.map(|spell| (at(spell, 0), at(spell, 1))).collect()
-}
-
-/// When all live Services were seen to point at a revision after this time.
+/// A swap, with its times in milliseconds since 1970.
 struct Move {
     declared: u64,
-    done: u64,
+    /// When each live Service was seen to point at the other revision, in the order of [`SERVICES`].
+    moved: [u64; 3],
     from: String,
     to: String,
+}
+
+impl Move {
+    /// When all of them did.
+    fn done(&self) -> u64 {
+        self.moved.into_iter().max().unwrap()
+    }
+}
+
+/// An answer to a probe.
+struct Answer {
+    /// In milliseconds since 1970.
+    at: u64,
+    service: &'static str,
+    /// Whether it came on a connection that stays open.
+    kept: bool,
+    stack: String,
+}
+
+/// What has become of the probes.
+#[derive(Default)]
+struct Probed {
+    answers: Vec<Answer>,
+    /// Those without a good answer.
+    failures: Vec<String>,
+    /// Connections that ended though no answer had announced it.
+    cut_off: u64,
+    /// Between two requests on one connection, in milliseconds.
+    longest_pause: u64,
+}
+
+impl Probed {
+    fn note(&mut self, service: &'static str, kept: bool, answered: Result<String>) {
+        match answered {
+            Ok(stack) => self.answers.push(Answer {
+                at: now_ms(),
+                service,
+                kept,
+                stack,
+            }),
+            Err(error) => self.failures.push(format!("{service}: {error:#}")),
+        }
+    }
+
+    /// How long after these times, in the order of [`SERVICES`], the stack that a swap leads to has given its first answer on a
+    /// new connection, and how long the one before has given answers on connections that stay open, in milliseconds: of the
+    /// service that took longest. What came after `until` belongs to the next swap.
+    fn first_and_last(&self, swap: &Move, since: [u64; 3], until: u64) -> (u64, u64) {
+        let (mut first, mut last) = (0, 0);
+        for (service, since) in SERVICES.into_iter().zip(since) {
+            let answers = |kept: bool, revision: &str| -> Vec<u64> {
+                let all = self.answers.iter();
+                let own = all.filter(|it| {
+                    it.service == service && it.kept == kept && it.at < until && it.stack.ends_with(revision)
+                });
+                own.map(|it| it.at).collect()
+            };
+            let new = answers(false, &swap.to);
+            // Whom a way back leads to has answered in its time, too.
+            let new = new.into_iter().filter(|at| *at >= swap.declared).min();
+            let old = answers(true, &swap.from).into_iter().max();
+            first = first.max(new.unwrap().saturating_sub(since));
+            last = last.max(old.unwrap().saturating_sub(since));
+        }
+        (first, last)
+    }
+}
+
+/// Clients within the test cluster's network that ask the live Services who they are: on new connections, and on some that
+/// stay open for as long as they are let.
+struct Probes {
+    seen: Arc<Mutex<Probed>>,
+    /// Dropped, it ends them.
+    stop: oneshot::Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+impl Probes {
+    /// Begins to ask. All services have to be live. On another cluster there is no way into the network, and no probe.
+    fn start(session: &Session, namespace: &str) -> Option<Self> {
+        let Some(cluster) = session.cluster.clone() else {
+            say(
+                "left out: the first and last answers, which only clients within the test cluster's network see",
+            );
+            return None;
+        };
+        let addresses = SERVICES.map(|service| {
+            let name = format!("service/{}-{service}", exchange::NAME);
+            let address = session.get(namespace, &name, "{.spec.clusterIP}").unwrap();
+            format!("{address}:80")
+        });
+        let seen = Arc::new(Mutex::new(Probed::default()));
+        let (stop, stopped) = oneshot::channel();
+        let writer = Arc::clone(&seen);
+        let thread = thread::spawn(move || {
+            sandbox::join_network(&cluster).unwrap();
+            // Its connections are made by this thread, which alone is in that network.
+            let runtime = runtime::Builder::new_current_thread().enable_all().build();
+            runtime.unwrap().block_on(probe(addresses, writer, stopped));
+        });
+        let probes = Self { seen, stop, thread };
+        wait_until("the first answers to probes", PATIENCE, || {
+            let seen = locked(&probes.seen);
+            let has = |service: &str, kept: bool| {
+                let mut answers = seen.answers.iter();
+                answers.any(|it| it.service == service && it.kept == kept)
+            };
+            SERVICES
+                .into_iter()
+                .all(|service| has(service, false) && has(service, true))
+        })
+        .unwrap();
+        Some(probes)
+    }
+
+    fn end(self) -> Probed {
+        drop(self.stop);
+        self.thread.join().unwrap();
+        std::mem::take(&mut *locked(&self.seen))
+    }
+}
+
+async fn probe(addresses: [String; 3], seen: Arc<Mutex<Probed>>, mut stopped: oneshot::Receiver<()>) {
+    for (service, address) in SERVICES.into_iter().zip(&addresses) {
+        for _ in 0..KEPT {
+            tokio::spawn(probe_kept(service, address.clone(), Arc::clone(&seen)));
+        }
+    }
+    let mut clock = interval(NEW_EVERY);
+    clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = &mut stopped => return,
+            _ = clock.tick() => {}
+        }
+        // None waits for the one before: that may be on its way to somebody who is gone.
+        for (service, address) in SERVICES.into_iter().zip(&addresses) {
+            tokio::spawn(probe_new(service, address.clone(), Arc::clone(&seen)));
+        }
+    }
+}
+
+async fn probe_new(service: &'static str, address: String, seen: Arc<Mutex<Probed>>) {
+    let asked = in_time(async {
+        let (stack, _) = ask(&mut connect(&address).await?, &address).await?;
+        anyhow::Ok(stack)
+    });
+    let answered = asked.await;
+    locked(&seen).note(service, false, answered);
+}
+
+/// Asks on one connection, until an answer says that it is the last one there, or the connection is cut off: then on another.
+async fn probe_kept(service: &'static str, address: String, seen: Arc<Mutex<Probed>>) {
+    let mut clock = interval(KEPT_EVERY);
+    clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut kept: Option<SendRequest<Empty<Bytes>>> = None;
+    let mut last = Instant::now();
+    loop {
+        clock.tick().await;
+        let was_cut_off = kept.as_ref().is_some_and(SendRequest::is_closed);
+        if was_cut_off {
+            kept = None;
+        }
+        let was_open = kept.is_some();
+        let pause = last.elapsed();
+        last = Instant::now();
+        let asked = in_time(async {
+            let mut open = match kept.take() {
+                Some(open) => open,
+                None => connect(&address).await?,
+            };
+            let (stack, stays) = ask(&mut open, &address).await?;
+            anyhow::Ok((stack, stays.then_some(open)))
+        });
+        let answered = asked.await;
+        let answered = answered.map(|(stack, open)| {
+            kept = open;
+            stack
+        });
+        let mut so_far = locked(&seen);
+        if was_open {
+            so_far.longest_pause = so_far
+                .longest_pause
+                .max(u64::try_from(pause.as_millis()).unwrap());
+        }
+        so_far.cut_off += u64::from(was_cut_off || (was_open && answered.is_err()));
+        so_far.note(service, true, answered);
+    }
+}
+
+async fn in_time<T>(asked: impl Future<Output = Result<T>>) -> Result<T> {
+    timeout(PROBE_LIMIT, asked).await.context("no answer in time")?
+}
+
+async fn connect(address: &str) -> Result<SendRequest<Empty<Bytes>>> {
+    let stream = TcpStream::connect(address).await.context("cannot connect")?;
+    stream.set_nodelay(true)?;
+    let (sender, connection) = handshake(TokioIo::new(stream)).await?;
+    tokio::spawn(connection);
+    Ok(sender)
+}
+
+/// Which stack has answered, and whether the connection may be used again.
+async fn ask(connection: &mut SendRequest<Empty<Bytes>>, host: &str) -> Result<(String, bool)> {
+    connection.ready().await?;
+    let request = Request::get("/version")
+        .header(header::HOST, host)
+        .body(Empty::new())?;
+    let answer = connection.send_request(request).await?;
+    let (status, stack) = (answer.status(), value(&answer, STACK_HEADER));
+    let stays = !value(&answer, "connection").eq_ignore_ascii_case("close");
+    let body = answer.into_body().collect().await?.to_bytes();
+    ensure!(
+        status.is_success() && !stack.is_empty(),
+        "status {status}: {}",
+        String::from_utf8_lossy(&body)
+    );
+    Ok((stack, stays))
+}
+
+/// A header, or nothing.
+fn value(answer: &Response<Incoming>, name: &str) -> String {
+    let value = answer.headers().get(name);
+    let value = value.and_then(|value| value.to_str().ok());
+    value.unwrap_or_default().to_owned()
 }
 
 /// Releases, and after each the way back: the spec before is declared again.
@@ -256,6 +498,7 @@ fn releases() {
     exchange.make_treasury().unwrap();
     let jobs = Changes::of(&session, &namespace.name, "jobs");
     let services = Changes::of(&session, &namespace.name, "services");
+    let probes = Probes::start(&session, &namespace.name);
     let load = exchange.start_load(RATE).unwrap();
     let live = |watch: &Watch| text(&watch.sightings().last().unwrap().1, "/status/live/revision").to_owned();
     let base = live(&watch);
@@ -274,14 +517,14 @@ fn releases() {
         let to = live(&watch);
         Move {
             declared,
-            done: all_moved(&services, declared, &to),
+            moved: moved(&services, declared, &to),
             from,
             to,
         }
     };
     let mut measured: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
     let mut measure = |what, milliseconds| measured.entry(what).or_default().push(milliseconds);
-    let (mut forth, mut back) = (Vec::new(), Vec::new());
+    let mut swaps = Vec::new();
     for number in 0..rounds() {
         let before = writes(&session);
         let there = release(&declaration(&exchange, number));
@@ -297,59 +540,64 @@ fn releases() {
         });
         measure(
             "tests_passed_to_selectors_moved_milliseconds",
-            there.done.saturating_sub(tested.unwrap()),
+            there.done().saturating_sub(tested.unwrap()),
         );
-        forth.push(there);
+        swaps.push(there);
         let again = release(&exchange.declaration("1.0.0"));
         assert_eq!(again.to, base, "it was built anew");
         measure(
             "reverted_spec_to_selectors_moved_milliseconds",
-            again.done - again.declared,
+            again.done() - again.declared,
         );
-        back.push(again);
+        swaps.push(again);
         say(format!("release {} of {}, and back", number + 1, rounds()));
     }
+    let seen = probes.map(Probes::end);
     let (table, report) = load.end().unwrap();
-    for (moves, since, first, last) in [
-        (
-            &forth,
-            "selectors_moved",
-            "selectors_moved_to_first_answer_of_the_new_milliseconds",
-            "selectors_moved_to_last_answer_of_the_old_milliseconds",
-        ),
-        (
-            &back,
-            "declared",
-            "reverted_spec_to_first_answer_of_the_old_milliseconds",
-            "reverted_spec_to_last_answer_of_the_new_milliseconds",
-        ),
-    ] {
-        for it in moves {
-            let since = if since == "declared" { it.declared } else { it.done };
-            let to = spells(&report, &it.to)
-                .into_iter()
-                .find(|(_, end)| *end > it.done)
-                .unwrap();
-            let from = spells(&report, &it.from)
-                .into_iter()
-                .rfind(|(begin, _)| *begin < it.declared)
-                .unwrap();
-            measure(first, to.0.saturating_sub(since));
-            measure(last, from.1.saturating_sub(since));
-        }
+    for (number, swap) in swaps.iter().enumerate() {
+        let Some(seen) = &seen else { break };
+        let until = swaps.get(number + 1).map_or(u64::MAX, |next| next.declared);
+        let (since, first, last) = if swap.to == base {
+            (
+                [swap.declared; 3],
+                "reverted_spec_to_first_answer_of_the_old_milliseconds",
+                "reverted_spec_to_last_answer_of_the_new_milliseconds",
+            )
+        } else {
+            (
+                swap.moved,
+                "selectors_moved_to_first_answer_of_the_new_milliseconds",
+                "selectors_moved_to_last_answer_of_the_old_milliseconds",
+            )
+        };
+        let answers = seen.first_and_last(swap, since, until);
+        measure(first, answers.0);
+        measure(last, answers.1);
     }
     say(&table);
-    let summary = &report["summary"];
+    let seen = seen.unwrap_or_default();
+    let failures = seen.failures.len();
+    let asked = seen.answers.len() + failures;
+    let count = |figure: &Value| figure.as_u64().unwrap();
+    let of_load = |key: &str| count(&report["summary"][key]);
+    let cut_off = count(&report["closed_without_notice"]) + count(&report["streams_cut_off"]);
     let figures = BTreeMap::from([
-        ("requests".to_owned(), summary["requests"].clone()),
-        ("requests_failed".to_owned(), summary["failed"].clone()),
+        ("requests".to_owned(), json!(of_load("requests"))),
+        ("probes".to_owned(), json!(asked)),
         (
-            "connections_cut_off".to_owned(),
-            report["closed_without_notice"].clone(),
+            "requests_failed".to_owned(),
+            json!(of_load("failed") + u64::try_from(failures).unwrap()),
+        ),
+        ("connections_cut_off".to_owned(), json!(cut_off + seen.cut_off)),
+        (
+            "longest_pause_on_an_open_connection_milliseconds".to_owned(),
+            json!(seen.longest_pause),
         ),
     ]);
     publish(figures, measured);
     assert_eq!(report["ok"], true, "{table}");
+    assert!(seen.failures.is_empty(), "{:?}", seen.failures);
+    assert_eq!(seen.cut_off, 0);
 }
 
 /// How the operator ends.
@@ -440,7 +688,7 @@ fn takeovers() {
                         && text(object, "/status/live/revision") != before
                 })
                 .unwrap();
-            let moved = all_moved(&services, killed, &live(&watch));
+            let moved = moved(&services, killed, &live(&watch)).into_iter().max().unwrap();
             measured.entry(what).or_default().push(moved - killed);
             say(format!("killed before {write}: {} ms", moved - killed));
         }

@@ -12,7 +12,7 @@ use std::{collections::BTreeMap, fs, process::Command, time::Duration};
 
 use serde_json::{Value, json};
 use testbed::{
-    addons::HELPER_IMAGE,
+    exchange::busybox_image,
     kubectl::{Namespace, Session},
     results, sandbox, supervisor,
 };
@@ -22,11 +22,6 @@ const PATIENCE: Duration = Duration::from_mins(2);
 
 fn session() -> Session {
     Session::from_environment().expect("a cluster")
-}
-
-/// The image of pods to look around from: any busybox.
-fn busybox_image() -> String {
-    std::env::var("BUSYBOX_IMAGE").unwrap_or_else(|_| HELPER_IMAGE.into())
 }
 
 /// The image of `testbed-agent`.
@@ -67,7 +62,7 @@ fn start_looker(session: &Session, namespace: &str) {
         session,
         namespace,
         "looker",
-        &busybox_image(),
+        &busybox_image(session),
         &["/bin/sleep", "infinity"],
     );
 }
@@ -117,7 +112,7 @@ fn a_pod_starts_and_can_be_looked_into() {
         &session,
         &namespace.name,
         "hello",
-        &busybox_image(),
+        &busybox_image(&session),
         &["/bin/sh", "-c", "echo it runs; sleep infinity"],
     );
     // It is ready as soon as its shell runs.
