@@ -31,7 +31,7 @@ use uuid::Uuid;
 use self::{
     audit::{Acknowledged, Audit, Evidence, TraderEvidence, judge},
     link::{Answered, Body, Events, Link, Protocol, body},
-    record::{Record, Summary, summarize},
+    record::{LOG_IN, Record, Summary, summarize},
     streams::{End, Opening, Received, Streams},
 };
 use crate::{
@@ -595,7 +595,7 @@ async fn log_in_all(client: &Client, traders: &mut [Trader], run: &Run) {
         locked(&run.records).push(Record {
             intended,
             latency: run.start.elapsed().saturating_sub(intended),
-            operation: "login",
+            operation: LOG_IN,
             protocol: "http/1.1",
             slow: false,
             status,

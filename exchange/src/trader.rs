@@ -16,9 +16,6 @@ use crate::{
 
 /// Longer than any healthy answer takes.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a connection is kept without use. One that idles for long keeps a stack from being drained: the server may not
-/// close it, and this client would not notice that it should.
-const IDLE: Duration = Duration::from_secs(2);
 
 /// Where the services are.
 #[derive(Clone, Debug, clap::Args)]
@@ -217,12 +214,14 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client that has no connections yet.
+    /// A client that makes a connection for each request.
     pub fn new(endpoints: Endpoints, lane: Option<LaneKey>, stack: Option<String>) -> anyhow::Result<Self> {
         let http = reqwest::Client::builder()
             .no_proxy()
             .timeout(TIMEOUT)
-            .pool_idle_timeout(IDLE)
+            // What is sent on a connection that was kept is silently sent again when that turns out to be closed. And one that
+            // idles for long keeps a stack from being drained.
+            .pool_max_idle_per_host(0)
             .build()?;
         Ok(Self {
             http,
@@ -512,4 +511,43 @@ pub fn list<'a>(body: &'a Value, name: &str) -> &'a [Value] {
 pub fn field(body: &Value, name: &str) -> Result<String, CallError> {
     let text = body.get(name).and_then(Value::as_str).map(ToOwned::to_owned);
     text.ok_or_else(|| CallError::Wrong(format!("the answer has no {name}: {body}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::BTreeSet,
+        net::SocketAddr,
+        sync::{Arc, Mutex},
+    };
+
+    use axum::{extract::ConnectInfo, routing};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn no_request_is_sent_on_a_connection_that_was_used_before() {
+        let peers = Arc::new(Mutex::new(BTreeSet::new()));
+        let seen = Arc::clone(&peers);
+        let answer = async move |ConnectInfo(peer): ConnectInfo<SocketAddr>| {
+            seen.lock().unwrap().insert(peer);
+        };
+        let router = axum::Router::new().route("/", routing::get(answer));
+        let service = router.into_make_service_with_connect_info::<SocketAddr>();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async { axum::serve(listener, service).await });
+        let endpoints = Endpoints {
+            user_url: url.clone(),
+            trade_url: url.clone(),
+            notification_url: url.clone(),
+        };
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let client = Client::new(endpoints, None, None).unwrap();
+        for _ in 0..3 {
+            let call = Call::get(format!("{url}/"));
+            client.call(call, StatusCode::OK).await.unwrap();
+        }
+        assert_eq!(peers.lock().unwrap().len(), 3);
+    }
 }

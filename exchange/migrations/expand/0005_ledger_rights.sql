@@ -66,15 +66,20 @@ insert into user_data (topic, position, export, erase, obstacle) values
     ),
     (
         'events', 150,
-        'select jsonb_build_object(''topic'', topic, ''payload'', payload, ''created_at'', created_at)
+        -- Headers are those of the request that caused it: a deposit is a request of somebody else.
+        'select jsonb_build_object(''topic'', topic, ''payload'', payload,
+                    ''headers'', case when payload ->> ''kind'' is distinct from ''deposit'' then headers end,
+                    ''created_at'', created_at)
          from outbox where key = $1::text and topic <> ''trade.executed'' order by id',
         'delete from outbox where key = $1::text and topic <> ''trade.executed''', null
     ),
     (
         'trade events', 151,
-        -- Without the other side.
+        -- Without the other side. The request was the taker's.
         'select jsonb_build_object(''topic'', topic, ''payload'',
                     payload - case when payload #>> ''{buyer,user_id}'' = $1::text then ''seller'' else ''buyer'' end,
+                    ''headers'', case when (payload ->> ''taker_side'' = ''buy'')
+                                         = (payload #>> ''{buyer,user_id}'' = $1::text) then headers end,
                     ''created_at'', created_at)
          from outbox where topic = ''trade.executed''
              and $1::text in (payload #>> ''{buyer,user_id}'', payload #>> ''{seller,user_id}'') order by id',

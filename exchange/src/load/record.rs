@@ -4,8 +4,13 @@ use std::{collections::BTreeMap, time::Duration};
 
 use serde::Serialize;
 
+/// The operation of log-ins. They are sent one after the other, each when the one before is answered, not at a rate: one that
+/// had to wait for another would not show it, so how long they take is not summed up.
+pub(crate) const LOG_IN: &str = "login";
+
 /// What became of one request. Times are from the moment at which it was meant to be sent, whatever the client was
-/// busy with: a server that makes clients wait cannot hide it (no coordinated omission).
+/// busy with: a server that makes clients wait cannot hide it (no coordinated omission). Those of log-ins are from the moment at
+/// which it was sent.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Record {
     /// When it was meant to be sent, since the start of the run.
@@ -138,7 +143,7 @@ pub(crate) struct Summary {
     pub(crate) failed_requests: Vec<Failed>,
     pub(crate) statuses: BTreeMap<u16, usize>,
     pub(crate) stacks: BTreeMap<String, Presence>,
-    /// Of answered requests that were not slow on purpose, by operation, by protocol, and `all` of them.
+    /// Of answered requests that were sent at the rate and not slow on purpose, by operation, by protocol, and `all` of them.
     pub(crate) latency: BTreeMap<String, Latency>,
 }
 
@@ -172,7 +177,7 @@ pub(crate) fn summarize(records: &[Record]) -> Summary {
         }
         if let Some(status) = record.status {
             *summary.statuses.entry(status).or_default() += 1;
-            if !record.slow {
+            if !record.slow && record.operation != LOG_IN {
                 for group in ["all", record.operation, record.protocol] {
                     latencies.entry(group).or_default().push(record.latency);
                 }
@@ -237,6 +242,26 @@ mod tests {
             }
         );
         assert_eq!(Latency::of(Vec::new()), Latency::default());
+    }
+
+    #[test]
+    fn log_ins_count_but_their_time_does_not() {
+        let log_in = |latency, status, error| Record {
+            operation: LOG_IN,
+            protocol: "http/1.1",
+            ..record(latency, status, error)
+        };
+        let summary = summarize(&[
+            record(5, Some(201), None),
+            log_in(700, Some(200), None),
+            log_in(800, None, Some("timeout")),
+        ]);
+        assert_eq!((summary.requests, summary.failed), (3, 1));
+        assert_eq!(summary.failed_requests[0].operation, LOG_IN);
+        assert_eq!(summary.stacks["blue-1"].answers, 2);
+        let groups: Vec<_> = summary.latency.keys().map(String::as_str).collect();
+        assert_eq!(groups, ["all", "http/2", "order"]);
+        assert_eq!(summary.latency["all"].count, 1);
     }
 
     #[test]

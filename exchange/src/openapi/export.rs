@@ -134,13 +134,24 @@ const TOPICS: &[Topic] = &[
     ),
     (
         "events",
-        "What was told to other services about the caller in the last hour or so.",
-        &[("topic", Text), ("payload", Object), ("created_at", Time)],
+        "What was told to other services about the caller in the last hour or so. `headers` are those of the caller's own \
+         request, for tracing.",
+        &[
+            ("topic", Text),
+            ("payload", Object),
+            ("headers?", Object),
+            ("created_at", Time),
+        ],
     ),
     (
         "trade events",
         "The same of trades, without the other side.",
-        &[("topic", Text), ("payload", Object), ("created_at", Time)],
+        &[
+            ("topic", Text),
+            ("payload", Object),
+            ("headers?", Object),
+            ("created_at", Time),
+        ],
     ),
     (
         "dead letters",

@@ -360,7 +360,7 @@ const NOT_EXPORTED: &[(&[&str], &[&str], &str)] = &[
     ),
     (
         &["outbox"],
-        &["headers", "published_at", "done_at"],
+        &["published_at", "done_at"],
         "how far a message has come",
     ),
     (

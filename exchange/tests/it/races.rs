@@ -347,6 +347,34 @@ async fn a_user_who_is_deleted_leaves_no_money_behind() {
         let user = users.user(&format!("user{round}@example.org")).await;
         let trader = Trader::new(&arena.services[round % 2], user.access_token.clone());
         let wallet = trader.wallet(&arena.treasury, "0", "0").await;
+        let id: Uuid = user.user_id.parse().unwrap();
+        // What goes in portions, before the user does.
+        sqlx::query(
+            "with told as (
+                 insert into notifications (user_id, seq, lane, kind, title, data) values ($1, 1000, 'live', 'x', 'x', '{}')
+             )
+             insert into orders (id, lane, user_id, client_order_id, product, side, price, size, time_in_force,
+                 base_account_id, quote_account_id, maker_fee_rate, taken, taken_trades, remaining, status, rank,
+                 created_at, closed_at)
+             values (gen_random_uuid(), 'live', $1, 'named', 'BTC-USD', 'buy', 1, 1, 'gtc', $2::uuid, $3::uuid, 0, 0, '{}',
+                 1, 'cancelled', -1, now(), now())",
+        )
+        .bind(id)
+        .bind(&wallet.btc)
+        .bind(&wallet.usd)
+        .execute(&owner)
+        .await
+        .unwrap();
+        let kept = async || -> (i64, i64) {
+            sqlx::query_as(
+                "select (select count(*) from notifications where user_id = $1 and seq = 1000),
+                        (select count(*) from orders where user_id = $1 and client_order_id = 'named')",
+            )
+            .bind(id)
+            .fetch_one(&owner)
+            .await
+            .unwrap()
+        };
         let deposit = json!({"account_id": wallet.usd, "amount": "1"});
         let key = Uuid::now_v7().to_string();
         let (deposited, gone) = tokio::join!(
@@ -354,9 +382,14 @@ async fn a_user_who_is_deleted_leaves_no_money_behind() {
             users.call(Method::DELETE, "/user", Some(&user.access_token), None)
         );
         match (deposited.status().as_u16(), gone.status().as_u16()) {
-            (404, 204) => left += 1,
+            (404, 204) => {
+                left += 1;
+                assert_eq!(kept().await, (0, 0));
+            }
             (201, 409) => {
                 stayed += 1;
+                // A deletion that is refused has done nothing.
+                assert_eq!(kept().await, (1, 1));
                 assert_eq!(
                     accept(gone, StatusCode::CONFLICT).await["code"],
                     "accounts_not_empty"
@@ -374,6 +407,8 @@ async fn a_user_who_is_deleted_leaves_no_money_behind() {
                     [[201, 409, 204], [201, 404, 204], [201, 409, 409], [409, 201, 409]].contains(&statuses),
                     "{statuses:?}"
                 );
+                let expected = if statuses[2] == 204 { (0, 0) } else { (1, 1) };
+                assert_eq!(kept().await, expected);
             }
             both => panic!("{both:?}"),
         }

@@ -764,6 +764,67 @@ async fn a_user_can_take_the_data_along() {
     }
 }
 
+/// What somebody has sent for tracing may say anything. Both sides of a trade, and whoever deposits and whose account it is, have
+/// an event in common, and one request.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_sent_for_tracing_is_exported_to_whoever_has_sent_it() {
+    let farewell = Farewell::prepare().await;
+    let bob = farewell.users.user("bob@example.org").await;
+    let theirs = Trader::new(&farewell.trade, bob.access_token.clone());
+    let theirs = theirs.wallet(&farewell.treasury, "2", "1000").await;
+    let ours = &farewell.wallet;
+    let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let send = async |trader: &Trader, state: &str, path: &str, body: Value| {
+        let key = body["client_order_id"].as_str();
+        let key = key.map_or_else(|| Uuid::now_v7().to_string(), str::to_owned);
+        let request = farewell.trade.client.post(farewell.trade.url(path));
+        let request = request
+            .bearer_auth(trader.token())
+            .header("idempotency-key", key)
+            .header("traceparent", parent)
+            .header("tracestate", state);
+        let answer = request.json(&body).send().await.unwrap();
+        accept(answer, StatusCode::CREATED).await
+    };
+    let take = async |wallet: &Wallet, state: &str, side: &str, size: &str, price: &str| {
+        let order = wallet.order(side, size, price);
+        let taken = send(&wallet.trader, state, "/trade/add", order).await;
+        assert_eq!(taken["status"], "filled", "{taken}");
+    };
+    theirs.place("sell", "1", "100").await;
+    take(ours, "ada=buys", "buy", "1", "100").await;
+    ours.place("sell", "0.5", "100").await;
+    take(&theirs, "bob=buys", "buy", "0.5", "100").await;
+    theirs.place("buy", "0.5", "90").await;
+    take(ours, "ada=sells", "sell", "0.5", "90").await;
+    ours.place("buy", "0.5", "90").await;
+    take(&theirs, "bob=sells", "sell", "0.5", "90").await;
+    let account = json!({"currency": "USD", "name": "second"});
+    send(&ours.trader, "ada=adds", "/account/add", account).await;
+    let dollar = json!({"account_id": ours.usd, "amount": "1"});
+    send(&ours.trader, "ada=withdraws", "/account/withdraw", dollar.clone()).await;
+    send(&farewell.treasury, "bank=deposits", "/account/deposit", dollar).await;
+
+    for (token, expected) in [
+        (
+            &farewell.ada.access_token,
+            &["ada=adds", "ada=buys", "ada=sells", "ada=withdraws"][..],
+        ),
+        (&bob.access_token, &["bob=buys", "bob=sells"][..]),
+    ] {
+        let (export, text) = farewell.export(token).await;
+        let events = ["events", "trade events"]
+            .into_iter()
+            .flat_map(|topic| export[topic].as_array().unwrap());
+        let mut states: Vec<&str> = events
+            .filter_map(|event| event["headers"]["tracestate"].as_str())
+            .collect();
+        states.sort_unstable();
+        assert_eq!(states, expected);
+        assert_eq!(text.matches("tracestate").count(), expected.len(), "{text}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_export_is_read_in_small_parts_and_never_looks_complete_when_it_is_not() {
     const MANY: usize = 150_000;
