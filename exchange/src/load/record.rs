@@ -82,9 +82,6 @@ impl Latency {
     }
 }
 
-/// Whoever has not answered for so long has not had the traffic in between.
-const SILENCE_MS: u128 = 2_000;
-
 /// When a stack answered.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Presence {
@@ -93,26 +90,15 @@ pub(crate) struct Presence {
     pub(crate) first_ms: u128,
     /// The last one.
     pub(crate) last_ms: u128,
-    /// The first and the last answer of each time that it had the traffic: several, if there was a way back.
-    pub(crate) spells_ms: Vec<(u128, u128)>,
 }
 
 impl Presence {
     /// Of a stack that answered at these times.
-    fn of(mut at: Vec<u128>) -> Self {
-        at.sort_unstable();
-        let mut spells_ms: Vec<(u128, u128)> = Vec::new();
-        for at in &at {
-            match spells_ms.last_mut() {
-                Some((_, last)) if *at - *last <= SILENCE_MS => *last = *at,
-                _ => spells_ms.push((*at, *at)),
-            }
-        }
+    fn of(at: &[u128]) -> Self {
         Self {
             answers: at.len(),
-            first_ms: at.first().copied().unwrap_or_default(),
-            last_ms: at.last().copied().unwrap_or_default(),
-            spells_ms,
+            first_ms: at.iter().min().copied().unwrap_or_default(),
+            last_ms: at.iter().max().copied().unwrap_or_default(),
         }
     }
 }
@@ -189,7 +175,7 @@ pub(crate) fn summarize(records: &[Record]) -> Summary {
     }
     summary.stacks = answers
         .into_iter()
-        .map(|(stack, at)| (stack, Presence::of(at)))
+        .map(|(stack, at)| (stack, Presence::of(&at)))
         .collect();
     summary.latency = latencies
         .into_iter()
@@ -265,13 +251,6 @@ mod tests {
     }
 
     #[test]
-    fn a_stack_that_comes_back_has_two_spells() {
-        let presence = Presence::of(vec![9_000, 10, 1_500, 2_500, 9_100]);
-        assert_eq!(presence.spells_ms, [(10, 2_500), (9_000, 9_100)]);
-        assert_eq!((presence.first_ms, presence.last_ms), (10, 9_100));
-    }
-
-    #[test]
     fn what_was_not_answered_with_success_has_failed() {
         let summary = summarize(&[
             record(5, Some(201), None),
@@ -298,7 +277,6 @@ mod tests {
                 answers: 3,
                 first_ms: 1_005,
                 last_ms: 1_008,
-                spells_ms: vec![(1_005, 1_008)],
             }
         );
         assert_eq!(summary.latency["all"].count, 3);
