@@ -134,7 +134,7 @@ impl Writer {
     async fn render(&self, look: &mut Look, stack: &Stack, attempt: u32) -> Result<(), Error> {
         if !look.material.rendered.contains_key(stack) {
             let builder = builder(&look.object);
-            let rendered = builder.render(&look.object.spec, stack);
+            let rendered = builder.render(&look.object.spec, stack, look.material.content.keys());
             let revision = builder.controller_revision(stack, attempt, &rendered);
             self.create::<ControllerRevision>(look, revision).await?;
             look.material.rendered.insert(stack.clone(), rendered);

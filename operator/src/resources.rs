@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, SecretKey, Service, ServiceSpec},
     observe::{Job, JobKind, Part},
-    revision::{Source, hex, sources},
+    revision::{Source, hex},
     status::{Live, Stack},
 };
 
@@ -210,8 +210,14 @@ impl Builder<'_> {
 
     // ---- a stack ----------------------------------------------------------------------------------------------
 
-    /// The objects of a stack that are kept as they were rendered, by service.
-    pub fn render(&self, spec: &Spec, stack: &Stack) -> Rendered {
+    /// The objects of a stack that are kept as they were rendered, by service, and the copies of what they refer to: of those
+    /// ConfigMaps and Secrets that exist.
+    pub fn render<'s>(
+        &self,
+        spec: &Spec,
+        stack: &Stack,
+        sources: impl IntoIterator<Item = &'s Source>,
+    ) -> Rendered {
         let mut objects = BTreeMap::new();
         for service in Service::ALL {
             let parts = [
@@ -221,7 +227,7 @@ impl Builder<'_> {
             ];
             objects.extend(parts.map(|(part, object)| ((service, part), object)));
         }
-        let copies = copies(spec).map(|source| self.copy_path(stack, &source));
+        let copies = sources.into_iter().map(|source| self.copy_path(stack, source));
         Rendered {
             version: spec.version.clone(),
             objects,
@@ -706,11 +712,6 @@ pub fn other_store(spec: &Spec, rendered: &Rendered) -> Option<String> {
             )
         })
     })
-}
-
-/// Copies that a stack needs: of every source that is declared.
-pub fn copies(spec: &Spec) -> impl Iterator<Item = Source> {
-    sources(spec).into_keys()
 }
 
 /// Arguments of `exchange migrate`.

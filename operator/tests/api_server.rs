@@ -789,6 +789,17 @@ async fn a_stack_is_repaired_although_what_need_not_exist_has_come_to_be() {
         "{:?}",
         paths(&writes)
     );
+    // What was not there lacks nobody, whether it has come to be or is referred to no more.
+    let lacks_nothing = async || {
+        world.settle().await;
+        let status = world.get(OBJECT)["status"].to_string();
+        assert!(!status.contains("is gone"), "{status}");
+    };
+    lacks_nothing().await;
+    world.change(OBJECT, |object| {
+        object["spec"]["services"]["user"]["envFrom"] = json!([]);
+    });
+    lacks_nothing().await;
 }
 
 #[tokio::test]

@@ -14,8 +14,8 @@ use std::{
 use exchange_operator::{
     api::{ExchangeDeployment, ExchangeDeploymentSpec as Spec, Service},
     observe::{Job, JobKind, Part},
-    resources::{Builder, copies, job_word},
-    revision::Source,
+    resources::{Builder, job_word},
+    revision::{Source, sources},
     status::{Colour, Live, Scale, Stack},
 };
 use jiff::Timestamp;
@@ -70,7 +70,7 @@ fn jobs() -> Vec<Job> {
 /// Everything that is created for an example, under a name.
 fn everything(spec: &Spec) -> BTreeMap<String, Value> {
     let mut all = BTreeMap::new();
-    let rendered = BUILDER.render(spec, &stack());
+    let rendered = BUILDER.render(spec, &stack(), sources(spec).keys());
     let of = rendered.clone();
     all.insert(
         "controllerrevision".to_owned(),
@@ -111,7 +111,7 @@ fn everything(spec: &Spec) -> BTreeMap<String, Value> {
         "lane".to_owned(),
         BUILDER.lane_secret(&stack(), "drawn at random"),
     );
-    for source in copies(spec) {
+    for source in sources(spec).into_keys() {
         let content = json!({"data": {"key": "dmFsdWU="}});
         let copy = BUILDER.copy(&stack(), &source, content.as_object().unwrap());
         let (Source::ConfigMap(name) | Source::Secret(name)) = &source;
@@ -331,7 +331,7 @@ fn only_migrations_get_the_owner_of_the_database() {
 /// Variables set here count for more than those of `envFrom`, which may have any.
 #[test]
 fn pods_follow_their_live_service_whatever_their_sources_say() {
-    let rendered = BUILDER.render(&example("full"), &stack());
+    let rendered = BUILDER.render(&example("full"), &stack(), []);
     for service in Service::ALL {
         let workload = rendered.objects.get(&(service, Part::Workload)).unwrap();
         let env = &workload["spec"]["template"]["spec"]["containers"][0]["env"];
@@ -348,7 +348,7 @@ fn pods_follow_their_live_service_whatever_their_sources_say() {
 
 #[test]
 fn pods_use_the_copies_of_what_they_refer_to() {
-    let rendered = BUILDER.render(&example("full"), &stack());
+    let rendered = BUILDER.render(&example("full"), &stack(), []);
     let trade = rendered
         .objects
         .get(&(Service::Trade, Part::Workload))
@@ -360,7 +360,7 @@ fn pods_use_the_copies_of_what_they_refer_to() {
 
 #[test]
 fn the_contract_runs_the_live_image_when_another_version_is_declared() {
-    let rendered = BUILDER.render(&example("minimal"), &stack());
+    let rendered = BUILDER.render(&example("minimal"), &stack(), []);
     let mut newer = example("minimal");
     newer.version = "1.5.0".to_owned();
     let contract = Job {

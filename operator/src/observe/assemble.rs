@@ -30,8 +30,8 @@ use super::{
     read::{Look, Material, builder},
 };
 use crate::{
-    api::{ExchangeDeployment, ExchangeDeploymentSpec as Spec, Service},
-    resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, copies, job_word, other_store},
+    api::{ExchangeDeployment, Service},
+    resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, job_word, other_store},
     revision::Source,
     status::{Colour, Live, Stack},
 };
@@ -186,8 +186,7 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
         if let Some(rendered) = rendered {
             there.version.clone_from(&rendered.version);
             there.other_store = other_store(&object.spec, &rendered);
-            let absent = absent(&builder, &stack, &object.spec, &material.content);
-            there.whole = is_whole(&builder, &stack, &rendered.copies - &absent, &children.pieces);
+            there.whole = is_whole(&builder, &stack, rendered.copies.clone(), &children.pieces);
             material.rendered.insert(stack, rendered);
         }
     }
@@ -255,18 +254,7 @@ where
     !another
 }
 
-/// Copies of what need not exist, and does not.
-fn absent(
-    builder: &Builder<'_>,
-    stack: &Stack,
-    spec: &Spec,
-    content: &BTreeMap<Source, Map<String, Value>>,
-) -> BTreeSet<String> {
-    let absent = copies(spec).filter(|source| !content.contains_key(source));
-    absent.map(|source| builder.copy_path(stack, &source)).collect()
-}
-
-/// Whether all that can be made of what a stack's pods need is there.
+/// Whether all that a stack's pods need is there.
 fn is_whole(builder: &Builder<'_>, stack: &Stack, mut needed: BTreeSet<String>, pieces: &[Piece]) -> bool {
     let accounts = Service::ALL.map(|service| builder.workload_name(stack, service));
     needed.extend(accounts.map(|name| format!("ServiceAccount/{name}")));
