@@ -70,13 +70,16 @@ impl Turn<'_> {
         let Some(to) = to else { return true };
         let Some(seen) = self.stack(to) else { return false };
         match intent {
-            Intent::Promote => Service::ALL
-                .iter()
-                .filter(|service| !self.is_moved(**service, Some(to)))
-                .all(|service| {
-                    let replicas = seen.service(*service).map_or(1, |seen| seen.replicas.max(1));
-                    seen.ready(*service) >= replicas
-                }),
+            Intent::Promote => {
+                let mut to_move = Service::ALL
+                    .iter()
+                    .filter(|service| !self.is_moved(**service, Some(to)));
+                self.all_there()
+                    && to_move.all(|service| {
+                        let replicas = seen.service(*service).map_or(1, |seen| seen.replicas.max(1));
+                        seen.ready(*service) >= replicas
+                    })
+            }
             Intent::RollBack => seen.complete() || (seen.serves() && self.elapsed() >= SHORT_OF_ENDPOINTS),
             Intent::Repair => seen.ready(service) > 0,
         }

@@ -23,6 +23,9 @@ pub enum Refusal {
         /// The service.
         service: Service,
     },
+    /// A live Service that is still to be moved does not exist: the others would leave it behind.
+    #[error("there is no live Service of the {0} service")]
+    NotThere(Service),
     /// The stack has traffic, or is recorded to.
     #[error("{0} is live")]
     Live(Stack),
@@ -105,8 +108,8 @@ pub fn check(spec: &Spec, record: &Status, action: &Action, seen: &Observed) -> 
     }
 }
 
-/// Every service that is still to be moved needs somewhere to go, not only the one that is written now: none moves
-/// before all can.
+/// Every service that is still to be moved needs somewhere to go, not only the one that is written now, and forward a live
+/// Service: none moves before all can.
 fn endpoints(
     to: &Stack,
     service: Service,
@@ -129,16 +132,19 @@ fn endpoints(
             .is_some_and(|live| live.epoch == epoch && live.target.is(Some(to)));
         other == service || (intent != Intent::Repair && !moved)
     };
-    match Service::ALL
-        .into_iter()
-        .find(|other| to_move(*other) && short(*other))
-    {
-        Some(service) => Err(Refusal::NoEndpoints {
-            stack: to.clone(),
-            service,
-        }),
-        None => Ok(()),
+    let gone = |service: Service| intent == Intent::Promote && !seen.live.contains_key(&service);
+    for service in Service::ALL.into_iter().filter(|other| to_move(*other)) {
+        if gone(service) {
+            return Err(Refusal::NotThere(service));
+        }
+        if short(service) {
+            return Err(Refusal::NoEndpoints {
+                stack: to.clone(),
+                service,
+            });
+        }
     }
+    Ok(())
 }
 
 fn has_no_traffic(stack: &Stack, seen: &Observed) -> Result<(), Refusal> {

@@ -309,6 +309,11 @@ impl Turn<'_> {
         if manual && !approved {
             return self.enter(Phase::AwaitingPromotion);
         }
+        if !self.all_there() {
+            self.enter(Phase::Testing);
+            let message = "a live Service was not there in time";
+            return self.in_time(Reason::ProgressDeadlineExceeded, message);
+        }
         if !self.ready(stack) {
             if self.next.phase == Phase::AwaitingPromotion {
                 return;

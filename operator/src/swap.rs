@@ -42,6 +42,14 @@ impl Turn<'_> {
         rejected.is_some_and(|rejected| rejected.stack == *stack)
     }
 
+    /// Whether there is a live Service of each service. One that the API server does not let be made again would be left behind
+    /// by a swap.
+    pub(crate) fn all_there(&self) -> bool {
+        Service::ALL
+            .iter()
+            .all(|service| self.seen.live.contains_key(service))
+    }
+
     /// Whether all live Services have been written by the present move.
     pub(crate) fn moved(&self, to: Option<&Stack>) -> bool {
         Service::ALL.iter().all(|service| self.is_moved(*service, to))
@@ -64,19 +72,23 @@ impl Turn<'_> {
                 .all(|live| live.endpoints.as_slice() == std::slice::from_ref(stack))
     }
 
-    /// A service that is still to be moved and has nowhere to go.
+    /// A service that is still to be moved and has nowhere to go, or has been and whose clients find nobody. With no way back
+    /// they would not find anybody there either.
     pub(crate) fn lost(&self, stack: &Stack) -> Option<Service> {
         let seen = self.stack(stack);
-        let short = |service: &Service| {
+        let lost = |service: &Service| {
+            let moved = self.is_moved(*service, Some(stack));
             let ready = seen.map_or(0, |seen| seen.ready(*service));
             let replicas = seen
                 .and_then(|seen| seen.service(*service))
                 .map_or(1, |seen| seen.replicas);
-            ready == 0 || (ready < replicas && self.elapsed() >= SHORT_OF_ENDPOINTS)
+            if moved {
+                ready == 0 && !self.is_forced(stack)
+            } else {
+                ready == 0 || (ready < replicas && self.elapsed() >= SHORT_OF_ENDPOINTS)
+            }
         };
-        Service::ALL
-            .into_iter()
-            .find(|service| !self.is_moved(*service, Some(stack)) && short(service))
+        Service::ALL.into_iter().find(lost)
     }
 
     pub(crate) fn swapped(&mut self, candidate: Candidate) {

@@ -300,13 +300,15 @@ impl Case<'_> {
         match (old.phase, &old.candidate, &old.live) {
             (Phase::Promoting, Some(candidate), _) => {
                 let stack = &candidate.stack;
+                // If there is no way back, what has been moved has to do with what there is.
+                let forced = old.rejected.as_ref().is_some_and(|it| it.stack == *stack);
                 let to_move = |service| {
                     let live = self.seen.live.get(&service);
                     live.is_none_or(|live| live.epoch != old.epoch || !live.target.is(Some(stack)))
                 };
                 let lost = Service::ALL
                     .into_iter()
-                    .find(|service| to_move(*service) && empty(stack, *service));
+                    .find(|service| (!forced || to_move(*service)) && empty(stack, *service));
                 lost.map_or(Ok(()), |service| {
                     Err(format!(
                         "P4: the swap waits for endpoints of {service} of {stack}"
