@@ -229,7 +229,14 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
             kept(seen, of_candidate)
         ),
         Phase::Provisioning => candidate.map_or_else(String::new, |it| pods(seen, &it.stack, "starts")),
-        Phase::Testing => format!("the tests of {version} run{}", kept(seen, of_candidate)),
+        Phase::Testing => {
+            let lacking = of_candidate.map_or_else(String::new, |it| short(seen, it.0));
+            if tests_passed(spec, seen, status).is {
+                format!("{version} has passed its tests{lacking}")
+            } else {
+                format!("the tests of {version} run{}{lacking}", kept(seen, of_candidate))
+            }
+        }
         Phase::AwaitingPromotion => match candidate.map(|it| (it, &it.approved_by)) {
             Some((candidate, Some(by))) => {
                 let awaited = awaited(seen, Some(&candidate.stack));
@@ -559,19 +566,22 @@ fn rollback_available(seen: &Observed, status: &Status) -> Verdict {
         );
     }
     let there = seen.stacks.get(&previous.stack);
-    if there.is_some() && !is_whole(seen, &previous.stack) {
+    let broken = there.is_some() && !is_whole(seen, &previous.stack);
+    if there.is_some_and(StackSeen::serves) {
+        let until = second(previous.until);
+        let broken = if broken {
+            format!("; {}", not_whole(&previous.stack))
+        } else {
+            String::new()
+        };
+        let message = format!("{version} until {until}; {}{broken}", go_back(status));
+        return verdict(true, "PreviousRetained", message);
+    }
+    if broken {
         return verdict(false, "PreviousNotWhole", not_whole(&previous.stack));
     }
-    if !there.is_some_and(StackSeen::serves) {
-        return verdict(
-            false,
-            "PreviousNotReady",
-            pods(seen, &previous.stack, "is not seen"),
-        );
-    }
-    let until = second(previous.until);
-    let message = format!("{version} until {until}; {}", go_back(status));
-    verdict(true, "PreviousRetained", message)
+    let awaited = pods(seen, &previous.stack, "is not seen");
+    verdict(false, "PreviousNotReady", awaited)
 }
 
 /// What a person can do to have the stack before again, if it can serve.

@@ -395,6 +395,21 @@ fn every_phase_is_left_as_the_design_says() {
             Reason::PromotionFailed,
         ),
         given_up(
+            "a service dies during a swap after it has been moved",
+            at(Promoting),
+            |world| {
+                while world.targets()[0].as_ref().unwrap().revision == "r0" {
+                    world.step(0, View::Fresh).unwrap();
+                }
+                world.lose("r1", Service::User);
+                for _ in 0..10 {
+                    world.step(0, View::Fresh).unwrap();
+                }
+            },
+            &[Promoting, RollingBack, Held],
+            Reason::PromotionFailed,
+        ),
+        given_up(
             "verification fails",
             releasing(6, Verifying),
             nothing,
@@ -834,6 +849,11 @@ fn a_swap_has_ended_when_the_traffic_has_followed_the_selectors() {
         let endpoints = &mut seen.live.get_mut(&Service::Trade).unwrap().endpoints;
         *endpoints = stacks.iter().copied().cloned().collect();
     };
+    let dies = |seen: &mut Observed| {
+        trade(seen, &[]);
+        let stack = seen.stacks.get_mut(&new).unwrap();
+        stack.services.get_mut(&Service::Trade).unwrap().ready = 0;
+    };
     let rows: Vec<(&str, Change<'_>, Phase)> = vec![
         ("it has", Box::new(|_| {}), Verifying),
         (
@@ -856,6 +876,7 @@ fn a_swap_has_ended_when_the_traffic_has_followed_the_selectors() {
             Box::new(|seen| trade(seen, &[])),
             Promoting,
         ),
+        ("its pods are gone", Box::new(dies), RollingBack),
     ];
     for (name, change, phase) in rows {
         assert_eq!(records(&world, change).phase, phase, "{name}");
@@ -868,6 +889,12 @@ fn a_swap_has_ended_when_the_traffic_has_followed_the_selectors() {
     });
     assert_eq!(forced.phase, Held);
     assert!(!forced.previous.unwrap().way_back);
+    let forced = records(&world, |seen| {
+        dies(seen);
+        seen.status.rejected.clone_from(&rejected);
+        seen.status.rejected.as_mut().unwrap().stack = new.clone();
+    });
+    assert_eq!(forced.phase, Promoting);
 }
 
 #[test]
@@ -1072,6 +1099,13 @@ fn the_guards_refuse_what_a_plan_must_not_do() {
         check(&point(Intent::RollBack), &notification(0)),
         short(Service::Notification)
     );
+    let mut without = seen.clone();
+    without.live.remove(&Service::Notification);
+    assert_eq!(
+        check(&point(Intent::Promote), &without),
+        Err(Refusal::NotThere(Service::Notification))
+    );
+    assert_eq!(check(&point(Intent::RollBack), &without), Ok(()));
     // What has traffic, and what is recorded to, are two.
     let mut other = record.clone();
     other.live.as_mut().unwrap().stack = previous.clone();
@@ -1135,6 +1169,32 @@ fn no_selector_is_planned_to_move_before_all_can() {
     let stack = seen.stacks.get_mut(&candidate).unwrap();
     stack.services.get_mut(&Service::Notification).unwrap().ready = 1;
     assert_eq!(points(&seen), 0);
+    let mut seen = world.observe();
+    seen.live.remove(&Service::Notification);
+    assert_eq!(points(&seen), 0);
+}
+
+#[test]
+fn no_selector_is_moved_while_a_live_service_may_not_be_made_again() {
+    let mut world = at(Testing);
+    let targets = |world: &World| {
+        let seen = world.observe();
+        [Service::User, Service::Notification].map(|service| seen.live[&service].target.clone())
+    };
+    let before = targets(&world);
+    world.delete_live(Service::Trade);
+    world.ban = Some(Ban::Live);
+    world.settle().unwrap();
+    assert_eq!(world.status.phase, Failed, "{:#?}", world.trace);
+    let rejected = world.status.rejected.clone().unwrap();
+    assert_eq!(rejected.reason, Reason::ProgressDeadlineExceeded);
+    let why = "a live Service was not there in time; the API server refuses to touch";
+    assert!(rejected.message.starts_with(why), "{}", rejected.message);
+    assert_eq!(targets(&world), before);
+    world.ban = None;
+    world.ask(|requests, names| requests.retry = names.rejected);
+    world.settle().unwrap();
+    assert_eq!(world.status.phase, Live, "{:#?}", world.trace);
 }
 
 /// While traffic moves, counts stand still.
@@ -1793,7 +1853,22 @@ fn a_kept_stack_that_is_not_whole_and_cannot_be_made_so_is_told() {
     for lose in lost {
         let world = after_a_release();
         let before = world.status.previous.clone().unwrap().stack;
-        let recorded = records(&world, |seen| lose(seen.stacks.get_mut(&before).unwrap()));
+        let mut recorded = records(&world, |seen| lose(seen.stacks.get_mut(&before).unwrap()));
+        let way_back = condition(&recorded, "RollbackAvailable");
+        assert_eq!(
+            (way_back.status.as_str(), way_back.reason.as_str()),
+            ("True", "PreviousRetained")
+        );
+        assert!(
+            way_back.message.contains(&format!("; {}", gone(&before))),
+            "{}",
+            way_back.message
+        );
+        recorded = records(&world, |seen| {
+            let stack = seen.stacks.get_mut(&before).unwrap();
+            lose(stack);
+            stack.services.get_mut(&Service::Trade).unwrap().ready = 0;
+        });
         let way_back = condition(&recorded, "RollbackAvailable");
         assert_eq!(
             (way_back.status.as_str(), way_back.reason.as_str()),
@@ -2081,6 +2156,33 @@ fn what_is_approved_and_lacks_pods_does_not_ask_for_an_approval() {
     let wanted = "is approved by alice: waiting for 1 of 2 trade pods: no node for it; since ";
     assert!(message.contains(wanted), "{message}");
     assert!(!message.contains("exchange.dev/promote"), "{message}");
+}
+
+#[test]
+fn a_candidate_that_loses_pods_while_it_is_tested_says_so() {
+    let mut world = at(Testing);
+    let lacks = |seen: &mut Observed| {
+        let candidate = seen.status.candidate.clone().unwrap().stack;
+        let stack = seen.stacks.get_mut(&candidate).unwrap();
+        let trade = stack.services.get_mut(&Service::Trade).unwrap();
+        trade.ready = 1;
+        trade.trouble = Some("no node for it".to_owned());
+    };
+    let lacking = ": waiting for 1 of 2 trade pods: no node for it; since ";
+    let message = told(&records(&world, lacks), "Reconciling");
+    assert!(
+        message.starts_with(&format!("the tests of r1 run{lacking}")),
+        "{message}"
+    );
+    world.finish(0);
+    world.round();
+    let tested = records(&world, lacks);
+    assert_eq!(tested.phase, Testing);
+    let message = told(&tested, "Reconciling");
+    assert!(
+        message.starts_with(&format!("r1 has passed its tests{lacking}")),
+        "{message}"
+    );
 }
 
 #[test]
