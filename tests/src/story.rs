@@ -490,6 +490,17 @@ impl Stacks {
     }
 }
 
+/// Waits until no request fails any more.
+pub fn serves_again(load: &Load<'_>) {
+    let served = || {
+        let before = load.progress();
+        let on = || load.progress().requests >= before.requests + 200;
+        wait_until("200 requests", PATIENCE, on).unwrap();
+        load.progress().failed == before.failed
+    };
+    wait_until("clients to be served", PATIENCE, served).unwrap();
+}
+
 /// Ends the load: nothing may have failed. Returns the stacks that have answered.
 pub fn end_well(load: Load<'_>) -> Vec<String> {
     let (table, report) = load.end().unwrap();

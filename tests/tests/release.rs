@@ -18,7 +18,7 @@ use testbed::{
     kubectl::{Namespace, Session},
     operator::{self, OPERATOR, OPERATOR_NAMESPACE},
     sandbox::wait_until,
-    story::{Ground, Prober, RELEASED, SERVICES, Stacks, Story, Told, end_well, note},
+    story::{Ground, Prober, RELEASED, SERVICES, Stacks, Story, Told, end_well, note, serves_again},
 };
 
 fn nothing(_: &mut Value) {}
@@ -544,13 +544,7 @@ fn the_way_back_needs_no_pod_of_the_new_stack() {
     story.told.course(&["RollingBack", "RolledBack"]);
 
     // What the dead had in flight is lost, and nobody answered for a while. Then everybody is served again.
-    let served = || {
-        let before = load.progress();
-        let on = || load.progress().requests >= before.requests + 200;
-        wait_until("200 requests", PATIENCE, on).unwrap();
-        load.progress().failed == before.failed
-    };
-    wait_until("clients to be served", PATIENCE, served).unwrap();
+    serves_again(&load);
     let (table, report) = load.end().unwrap();
     namespace.note("requests_failed", report["summary"]["failed"].clone());
     assert_eq!(report["audit"]["findings"], json!([]), "{table}");
@@ -721,7 +715,11 @@ fn what_others_break_is_put_right() {
         let place = ["--namespace", &namespace.name];
         ground.session.kubectl(&[&args[..], &place].concat()).unwrap()
     };
-    patch(&budget, r#"{"spec": {"maxUnavailable": 0}}"#);
+    // The other limit, beside which the API server takes no `maxUnavailable`.
+    patch(
+        &budget,
+        r#"{"spec": {"maxUnavailable": null, "minAvailable": 1}}"#,
+    );
     patch(&scaler, r#"{"spec": {"maxReplicas": 5}}"#);
     story.kubectl(&["set", "image", &workload, "notification=exchange.local/foreign:1"]);
     repaired("the image", &mut || {
@@ -729,7 +727,7 @@ fn what_others_break_is_put_right() {
         get(&workload, image).unwrap().ends_with("/exchange:1.0.0")
     });
     repaired("the budget", &mut || {
-        get(&budget, "{.spec.maxUnavailable}").unwrap() == "1"
+        get(&budget, "{.spec.maxUnavailable}{.spec.minAvailable}").unwrap() == "1"
     });
     repaired("the autoscaler", &mut || {
         get(&scaler, "{.spec.maxReplicas}").unwrap() == "1"
