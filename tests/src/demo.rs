@@ -344,7 +344,10 @@ fn next_steps(session: &Session) -> Result<()> {
         let tools = Tools::ensure()?;
         say(cluster.exports(format!("{}:{plugin}", tools.dir().display())));
     } else {
-        say(format!("  export PATH=\"{plugin}:$PATH\""));
+        let kubeconfig = env::var("KUBECONFIG").unwrap_or_default();
+        say(format!(
+            "  export CLUSTER=existing KUBECONFIG={kubeconfig}\n  export PATH=\"{plugin}:$PATH\""
+        ));
     }
     say(format!(
         "  kubectl get exchangedeployments --namespace {NAMESPACE}"
