@@ -477,17 +477,30 @@ pub(crate) fn fault(status: StatusCode, says_when: bool) -> Option<&'static str>
 pub(crate) fn failure(error: &CallError) -> String {
     match error {
         CallError::Transport { source, .. } if source.is_timeout() => LATE.to_owned(),
-        CallError::Transport { source, .. } if source.is_connect() => format!("{CONNECT}: {error}"),
+        CallError::Transport { source, .. } if source.is_connect() => {
+            let cause = causes(source).last();
+            format!(
+                "{CONNECT}: {}",
+                cause.map(ToString::to_string).unwrap_or_default()
+            )
+        }
         CallError::Transport { source, .. } => words(source),
         _ => error.to_string(),
     }
 }
 
+/// An error, what caused it, what caused that, and so on.
+fn causes<'e>(error: &'e (dyn Error + 'static)) -> impl Iterator<Item = &'e (dyn Error + 'static)> {
+    std::iter::successors(Some(error), |&error| error.source())
+}
+
 /// A failure in words of which there are few, so that they can be counted.
 fn words(error: &(dyn Error + 'static)) -> String {
-    let causes = || std::iter::successors(Some(error), |&error| error.source());
-    let text = causes().map(ToString::to_string).collect::<Vec<_>>().join(": ");
-    if causes().any(is_loss) {
+    let text = causes(error)
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ");
+    if causes(error).any(is_loss) {
         format!("{LOST}: {text}")
     } else {
         text
@@ -703,9 +716,16 @@ mod tests {
         let taken = TcpSocket::new_v4().unwrap();
         taken.bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let nobody = taken.local_addr().unwrap().to_string();
-        let link = Link::new(nobody, Protocol::Http2, Arc::new(Events::default()));
+        let link = Link::new(nobody.clone(), Protocol::Http2, Arc::new(Events::default()));
         let request = || Ok(Request::new(body(Bytes::new(), None)));
         let told = link.send(&request).await.err().unwrap();
         assert!(told.starts_with(CONNECT) && !lost(&told), "{told}");
+        // A log-in, which is no link's, is told in the same words.
+        _ = rustls::crypto::ring::default_provider().install_default();
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let url = format!("http://{nobody}/login");
+        let source = client.post(&url).send().await.unwrap_err();
+        let method = reqwest::Method::POST;
+        assert_eq!(failure(&CallError::Transport { method, url, source }), told);
     }
 }
