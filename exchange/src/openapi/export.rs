@@ -135,7 +135,7 @@ const TOPICS: &[Topic] = &[
     (
         "events",
         "What was told to other services about the caller in the last hour or so. `headers` are those of the caller's own \
-         request, for tracing.",
+         request, for tracing; a deposit is none.",
         &[
             ("topic", Text),
             ("payload", Object),
