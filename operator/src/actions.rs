@@ -17,7 +17,7 @@ const CONTRACTS_KEPT: u32 = 10;
 impl Turn<'_> {
     pub(crate) fn actions(&self) -> Vec<Action> {
         let mut actions = Vec::new();
-        let free = self.seen.taken.is_empty();
+        let free = self.seen.is_free();
         self.move_traffic(&mut actions);
         // Under a name that belongs to somebody else nothing is begun; what has, or has had, the traffic is kept.
         let candidate = self.next.candidate.as_ref().filter(|_| !free).map(|it| &it.stack);
@@ -42,7 +42,7 @@ impl Turn<'_> {
         };
         for service in Service::ALL {
             let Some(seen) = self.seen.live.get(&service) else {
-                if self.seen.taken.is_empty() || to.is_some() {
+                if self.seen.is_free() || to.is_some() {
                     actions.push(Action::CreateLive { service });
                 }
                 continue;
@@ -74,7 +74,7 @@ impl Turn<'_> {
                 let mut to_move = Service::ALL
                     .iter()
                     .filter(|service| !self.is_moved(**service, Some(to)));
-                self.all_there()
+                self.seen.missing_live().is_none()
                     && to_move.all(|service| {
                         let replicas = seen.service(*service).map_or(1, |seen| seen.replicas.max(1));
                         seen.ready(*service) >= replicas

@@ -15,12 +15,12 @@ use kube::core::Duration;
 
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
-    observe::{Declared, Job, JobKind, JobState, Observed, Part, StackSeen},
+    observe::{Declared, Job, JobKind, JobState, Observed, Part, Requests, StackSeen},
     plan::{Event, Plan},
     release::Found,
     status::{
         Candidate, ExchangeDeploymentStatus as Status, HistoryEntry, Live, Outcome, Phase, PreviousState,
-        Reason, Rejected, Scale, Stack, token,
+        Reason, Rejected, Request, Scale, Stack, token,
     },
 };
 
@@ -55,6 +55,7 @@ pub fn decide(spec: &Spec, seen: &Observed, now: Timestamp) -> Plan {
     if let Ok(declared) = &seen.declared {
         turn.next.gates.clone_from(&declared.gates);
     }
+    turn.hear();
     turn.stop_or_resume();
     let undecided = turn.adopt(Found::by(spec, seen));
     if undecided.is_none() {
@@ -307,18 +308,30 @@ impl Turn<'_> {
         self.next.history.truncate(HISTORY);
     }
 
-    pub(crate) fn asker(&self) -> String {
-        self.seen
-            .requests
-            .by
-            .clone()
-            .unwrap_or_else(|| "unverified".to_owned())
-    }
-
-    /// What somebody did, for people: the history has the name that stands for nobody.
-    pub(crate) fn somebody(&self, did: &str) -> String {
-        let by = self.seen.requests.by.as_deref().unwrap_or("somebody");
-        format!("{by} {did}")
+    /// Writes down who asks for what, as soon as it is asked: whoever signs something else later has not asked for this.
+    fn hear(&mut self) {
+        let Requests {
+            promote,
+            abort,
+            rollback,
+            retry,
+            by,
+            ..
+        } = &self.seen.requests;
+        let asked = &mut self.next.asked;
+        for (heard, asked) in [
+            (promote, &mut asked.promote),
+            (abort, &mut asked.abort),
+            (rollback, &mut asked.rollback),
+            (retry, &mut asked.retry),
+        ] {
+            if heard.as_ref() != asked.as_ref().map(|it| &it.value) {
+                *asked = heard.clone().map(|value| Request {
+                    value,
+                    by: by.clone(),
+                });
+            }
+        }
     }
 
     /// Gives the candidate up before its swap. What is live is not touched.
@@ -473,7 +486,7 @@ impl Turn<'_> {
             return time::Duration::ZERO;
         }
         // What is missing, or belongs to somebody else, is not watched.
-        let waits = self.seen.declared.is_err() || !self.seen.taken.is_empty();
+        let waits = self.seen.declared.is_err() || !self.seen.is_free();
         let seconds = match self.next.phase {
             _ if undecided => Some(10),
             Phase::Promoting | Phase::RollingBack => Some(1),
@@ -503,6 +516,18 @@ impl Turn<'_> {
         wait.unwrap_or(time::Duration::MAX)
             .clamp(time::Duration::from_secs(1), time::Duration::from_mins(1))
     }
+}
+
+/// Who has asked, as the history has it.
+pub(crate) fn asker(asked: Option<&Request>) -> String {
+    let by = asked.and_then(|it| it.by.clone());
+    by.unwrap_or_else(|| "unverified".to_owned())
+}
+
+/// What somebody did, for people: the history has a name that stands for nobody.
+pub(crate) fn somebody(asked: Option<&Request>, did: &str) -> String {
+    let by = asked.and_then(|it| it.by.as_deref()).unwrap_or("somebody");
+    format!("{by} {did}")
 }
 
 pub(crate) fn named(candidate: &Candidate) -> (Stack, String, u32) {

@@ -54,6 +54,8 @@ pub struct Observed {
     pub jobs: BTreeMap<Job, JobSeen>,
     /// Names that are needed and belong to somebody else.
     pub taken: Vec<String>,
+    /// Names that are needed and belong to an object of the same name that was deleted: what is left of it goes.
+    pub remains: Vec<String>,
     /// What the API server did not accept when this operator last did what was to be done, and what it said.
     pub refused: Option<String>,
     /// The stack that answered a row of new connections to every live Service, if all answers were the same.
@@ -65,6 +67,25 @@ pub struct Observed {
     /// Whether this operator has already seen the whole of this phase of this attempt once before. What happened while
     /// no operator looked is judged only after the operator has had the chance to act on it.
     pub seen_before: bool,
+}
+
+impl Observed {
+    /// Names that are needed and are not ours.
+    pub fn others(&self) -> impl Iterator<Item = &String> {
+        self.taken.iter().chain(&self.remains)
+    }
+
+    /// A service that has no live Service.
+    pub fn missing_live(&self) -> Option<Service> {
+        Service::ALL
+            .into_iter()
+            .find(|service| !self.live.contains_key(service))
+    }
+
+    /// Whether no name that is needed is somebody else's.
+    pub fn is_free(&self) -> bool {
+        self.others().next().is_none()
+    }
 }
 
 /// What people ask for: `<revision>.<attempt>` of the stack that is meant.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Promotion},
-    decide::{QUIET, Turn, signed},
+    decide::{QUIET, Turn, asker, signed, somebody},
     observe::{Declared, Job, JobKind, JobSeen, JobState, Observed, StackSeen, Target},
     resources::job_word,
     status::{
@@ -149,15 +149,19 @@ impl Turn<'_> {
             && self.seen.requests.abort != self.next.handled.abort
         {
             self.next.handled.abort.clone_from(&self.seen.requests.abort);
-            let by = self.asker();
-            self.fail(Reason::Aborted, self.somebody("aborted it"), &by);
+            let asked = self.next.asked.abort.clone();
+            self.fail(
+                Reason::Aborted,
+                somebody(asked.as_ref(), "aborted it"),
+                &asker(asked.as_ref()),
+            );
             return;
         }
         let Some(declared) = self.declared().cloned() else {
             return;
         };
         // A name that belongs to somebody else: what is recorded goes on, nothing else is begun.
-        if self.stopped() || !self.seen.taken.is_empty() {
+        if self.stopped() || !self.seen.is_free() {
             return;
         }
         self.reconsider(&declared);
@@ -197,7 +201,7 @@ impl Turn<'_> {
             asked == Some(token(&rejected.stack, rejected.attempt)) && asked != self.next.handled.retry;
         if again {
             let what = (rejected.stack.clone(), rejected.version.clone(), rejected.attempt);
-            let by = self.asker();
+            let by = asker(self.next.asked.retry.as_ref());
             self.remember(what, Outcome::Retried, None, &by);
             self.next.handled.retry = asked;
         }
@@ -292,10 +296,9 @@ impl Turn<'_> {
         let approved =
             self.seen.requests.promote.is_some() && self.seen.requests.promote == Some(token(stack, attempt));
         let manual = self.spec.rollout.promotion == Promotion::Manual;
-        // Who signs something else later has not approved this.
-        let by = candidate.approved_by.clone().or_else(|| Some(self.asker()));
+        let by = asker(self.next.asked.promote.as_ref());
         if let Some(candidate) = &mut self.next.candidate {
-            candidate.approved_by = by.filter(|_| manual && approved);
+            candidate.approved_by = Some(by).filter(|_| manual && approved);
         }
         if !self.tested(stack, attempt) {
             self.enter(Phase::Testing);
@@ -309,14 +312,16 @@ impl Turn<'_> {
         if manual && !approved {
             return self.enter(Phase::AwaitingPromotion);
         }
-        if !self.all_there() {
+        // One that the API server does not let be made again would be left behind by the swap.
+        if let Some(service) = self.seen.missing_live() {
             self.enter(Phase::Testing);
-            let message = "a live Service was not there in time";
-            return self.in_time(Reason::ProgressDeadlineExceeded, message);
+            let message = format!("the live Service of {service} was not there in time");
+            return self.in_time(Reason::ProgressDeadlineExceeded, &message);
         }
         if !self.ready(stack) {
-            if self.next.phase == Phase::AwaitingPromotion {
-                return;
+            // Who was asked for an approval is not told that it was too late for the pods.
+            if manual {
+                return self.enter(Phase::AwaitingPromotion);
             }
             self.enter(Phase::Testing);
             let message = self.missing(stack);

@@ -199,13 +199,25 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
         ),
         _ => (live, version),
     };
-    if stands_still(status) && status.phase == Phase::Live && !arrived(spec, seen, status) {
-        return format!("{version} waits, paused or suspended; {live} is live");
+    if let Some(since) = status.stopped_since.filter(|_| stands_still(status)) {
+        let how = if spec.suspend { "suspended" } else { "paused" };
+        let on = if spec.suspend {
+            "set spec.suspend to false"
+        } else {
+            "remove the annotation exchange.dev/pause"
+        };
+        let end = format!("{how} since {}: to go on, {on}; {live} is live", second(since));
+        if status.phase != Phase::Live {
+            return format!("{version} is {} and {end}", status.phase);
+        }
+        if !arrived(spec, seen, status) {
+            return format!("{version} waits, {end}");
+        }
     }
-    if stands_still(status) && status.phase != Phase::Live {
+    if !seen.remains.is_empty() {
+        let names = seen.remains.join(", ");
         return format!(
-            "{version} is {} and paused or suspended; {live} is live",
-            status.phase
+            "{version} waits until nothing is left of the object of this name that was deleted: {names}"
         );
     }
     match status.phase {
@@ -232,7 +244,10 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
         Phase::Testing => {
             let lacking = of_candidate.map_or_else(String::new, |it| short(seen, it.0));
             if tests_passed(spec, seen, status).is {
-                format!("{version} has passed its tests{lacking}")
+                let missing = seen.missing_live().map_or_else(String::new, |service| {
+                    format!(": waiting for the live Service of {service}")
+                });
+                format!("{version} has passed its tests{missing}{lacking}")
             } else {
                 format!("the tests of {version} run{}{lacking}", kept(seen, of_candidate))
             }
@@ -361,7 +376,7 @@ fn broken(seen: &Observed, status: &Status) -> String {
 
 fn not_whole(stack: &Stack) -> String {
     format!(
-        "a ConfigMap, a Secret, a ServiceAccount or the ControllerRevision of {stack} is gone: its pods run on, a new one may \
+        "a ConfigMap, a Secret, a ServiceAccount or the ControllerRevision of {stack} is gone: what runs goes on, a new pod may \
          not start, and what is gone is made again only when the same is declared again"
     )
 }
@@ -413,7 +428,17 @@ fn available(seen: &Observed, status: &Status) -> Verdict {
     if let Some(message) = told {
         return verdict(false, "PointsElsewhere", message);
     }
-    let message = format!("every service of {} has ready endpoints", live.version);
+    let astray = |service: &Service| {
+        let target = seen.live.get(service).map(|it| &it.target);
+        !status.phase.moves() && target.is_some_and(|it| !it.is(Some(&live.stack)))
+    };
+    let message = match Service::ALL.into_iter().find(astray) {
+        None => format!("every service of {} has ready endpoints", live.version),
+        Some(service) => format!(
+            "every service has ready endpoints, but {service} is to point at {} again",
+            live.stack
+        ),
+    };
     verdict(true, "EndpointsReady", message)
 }
 
@@ -433,7 +458,11 @@ fn elsewhere(seen: &Observed, status: &Status, service: Service) -> Option<Strin
     let told = format!("the {service} service points {at} and not at {live}, which is live");
     let ready = seen.stacks.get(live).map_or(0, |seen| seen.ready(service));
     if ready > 0 {
-        let refused = refused(seen, status);
+        let what = seen
+            .refused
+            .as_ref()
+            .filter(|it| it.starts_with("update Service "));
+        let refused = what.map_or_else(String::new, |_| refused(seen, status));
         return (!refused.is_empty()).then(|| format!("{told}{refused}"));
     }
     let way_back = rollback(seen, status).map_or_else(String::new, |it| format!(", or {it}"));
@@ -577,10 +606,11 @@ fn rollback_available(seen: &Observed, status: &Status) -> Verdict {
         let message = format!("{version} until {until}; {}{broken}", go_back(status));
         return verdict(true, "PreviousRetained", message);
     }
-    if broken {
-        return verdict(false, "PreviousNotWhole", not_whole(&previous.stack));
-    }
     let awaited = pods(seen, &previous.stack, "is not seen");
+    if broken {
+        let message = format!("{awaited}; {}", not_whole(&previous.stack));
+        return verdict(false, "PreviousNotWhole", message);
+    }
     verdict(false, "PreviousNotReady", awaited)
 }
 

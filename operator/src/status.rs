@@ -1,6 +1,6 @@
 //! `status` of an `ExchangeDeployment`: what the operator has recorded, and what it tells people.
 //!
-//! `phase`, `live`, `candidate`, `previous`, `rejected`, `contract`, `attempt`, `epoch` and `handled` are the
+//! `phase`, `live`, `candidate`, `previous`, `rejected`, `contract`, `attempt`, `epoch`, `asked` and `handled` are the
 //! operator's memory: each change of them is one update that carries the object's `resourceVersion`, and nothing
 //! is done before the record that allows it. Conditions, `message` and `history` are for the readers.
 
@@ -144,6 +144,9 @@ pub struct ExchangeDeploymentStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<Time>")]
     pub stopped_since: Option<Timestamp>,
+    /// Annotations that ask for something, and who has asked for it.
+    #[serde(default, skip_serializing_if = "Asked::is_empty")]
+    pub asked: Asked,
     /// Annotations that have been acted upon.
     #[serde(default, skip_serializing_if = "Handled::is_empty")]
     pub handled: Handled,
@@ -421,6 +424,41 @@ pub struct Contract {
     pub stack: Stack,
     /// The attempt in which that stack passed its gates; part of the Job's name.
     pub attempt: u32,
+}
+
+/// What each annotation asks for, as it was first seen, and who had signed it then.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Asked {
+    /// `exchange.dev/promote`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub promote: Option<Request>,
+    /// `exchange.dev/abort`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub abort: Option<Request>,
+    /// `exchange.dev/rollback`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<Request>,
+    /// `exchange.dev/retry`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry: Option<Request>,
+}
+
+impl Asked {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Something that somebody asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Request {
+    /// The annotation's value: `<revision>.<attempt>` of the stack that is meant.
+    pub value: String,
+    /// `exchange.dev/by`, as it was then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<String>,
 }
 
 /// The last value of each annotation that was acted upon; the same value never acts twice.

@@ -7,7 +7,7 @@ use std::time;
 
 use crate::{
     api::Service,
-    decide::{KEPT_FOR_LOGS, SHORT_OF_ENDPOINTS, Turn, later, named, signed},
+    decide::{KEPT_FOR_LOGS, SHORT_OF_ENDPOINTS, Turn, asker, later, named, signed, somebody},
     observe::{JobKind, JobState, StackSeen},
     report::awaited,
     status::{Candidate, Live, Outcome, Phase, Previous, PreviousState, Reason, Scale, Stack},
@@ -19,9 +19,7 @@ impl Turn<'_> {
             return;
         };
         if self.asked_to_leave(&candidate.stack, candidate.attempt) {
-            let by = self.asker();
-            let why = self.somebody("asked for the way back");
-            self.roll_back(Some((Reason::RolledBack, why)), &by);
+            self.roll_back_as_asked();
         } else if self.moved(Some(&candidate.stack)) && self.arrived(&candidate.stack) {
             self.swapped(candidate);
         } else if let Some(service) = self.lost(&candidate.stack) {
@@ -40,14 +38,6 @@ impl Turn<'_> {
     fn is_forced(&self, stack: &Stack) -> bool {
         let rejected = self.next.rejected.as_ref();
         rejected.is_some_and(|rejected| rejected.stack == *stack)
-    }
-
-    /// Whether there is a live Service of each service. One that the API server does not let be made again would be left behind
-    /// by a swap.
-    pub(crate) fn all_there(&self) -> bool {
-        Service::ALL
-            .iter()
-            .all(|service| self.seen.live.contains_key(service))
     }
 
     /// Whether all live Services have been written by the present move.
@@ -239,22 +229,26 @@ impl Turn<'_> {
         }
     }
 
+    fn roll_back_as_asked(&mut self) {
+        let asked = self.next.asked.rollback.clone();
+        let why = somebody(asked.as_ref(), "asked for the way back");
+        self.roll_back(Some((Reason::RolledBack, why)), &asker(asked.as_ref()));
+    }
+
     /// Leaves the live stack for the one before it, if somebody asks for it or the spec names that one again.
     pub(crate) fn leave(&mut self, live: &Live) -> bool {
         let asked = self.asked_to_leave(&live.stack, live.attempt);
         let previous = self.next.previous.clone().filter(Previous::leads_back);
         let Some(previous) = previous else {
             if asked {
-                let asked = self.somebody("asked for the way back");
+                let asked = somebody(self.next.asked.rollback.as_ref(), "asked for the way back");
                 let why = crate::report::no_way_back(self.seen, &self.next);
                 self.tell(true, "RollbackRefused", format!("{asked}, but {why}"));
             }
             return false;
         };
         if asked {
-            let by = self.asker();
-            let why = self.somebody("asked for the way back");
-            self.roll_back(Some((Reason::RolledBack, why)), &by);
+            self.roll_back_as_asked();
             return true;
         }
         let fixed = self.spec.rollout.colour.fixed();

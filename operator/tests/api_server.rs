@@ -999,6 +999,44 @@ async fn a_name_that_belongs_to_somebody_else_is_told_and_left_alone() {
     assert!(stalled["message"].as_str().unwrap().contains("exchange-trade"));
 }
 
+/// The object was deleted, and created again before the garbage collector has removed what belonged to it.
+#[tokio::test]
+async fn what_is_left_of_a_predecessor_is_waited_for() {
+    let world = World::new();
+    let owner = |kind: &str| json!([{"apiVersion": "exchange.dev/v1alpha1", "kind": kind, "name": "exchange", "uid": "before", "controller": true}]);
+    let put = |kind: &str| {
+        let metadata = json!({"name": "exchange-trade", "ownerReferences": owner(kind)});
+        let service = json!({"metadata": metadata, "spec": {"selector": {"app": "other"}}});
+        world
+            .server
+            .lock()
+            .unwrap()
+            .put("services/exchange-trade", service);
+    };
+    put("ExchangeDeployment");
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(paths(&writes), ["PUT exchangedeployments/exchange/status"]);
+    assert_eq!(world.condition("Stalled")["status"], "False");
+    let message = world.condition("Reconciling")["message"].clone();
+    let wanted = "1.0.0 waits until nothing is left of the object of this name that was deleted: Service/exchange-trade";
+    assert!(message.as_str().unwrap().starts_with(wanted), "{message}");
+    // Of that name, and something else.
+    put("Other");
+    let (result, _) = world.pass().await;
+    result.unwrap();
+    assert_eq!(world.condition("Stalled")["reason"], "NameTaken");
+    world
+        .server
+        .lock()
+        .unwrap()
+        .objects
+        .remove("services/exchange-trade");
+    world.settle().await;
+    assert_eq!(world.condition("Stalled")["reason"], "Progressing");
+    assert_eq!(world.names("jobs").len(), 1);
+}
+
 #[tokio::test]
 async fn a_missing_reference_is_told_in_words() {
     let world = World::new();

@@ -211,6 +211,23 @@ fn says(log: &[Value], message: &str) -> bool {
     log.iter().any(|line| line["message"] == message)
 }
 
+/// Scripts read 2 as a release that was given up.
+#[test]
+fn a_wrong_command_line_of_the_plugin_is_an_error_like_any_other() {
+    for (args, code) in [
+        (&["status", "--timeout", "15m"][..], 1),
+        (&["status", "--wait", "--timeout", "15 apples"], 1),
+        (&["nonsense"], 1),
+        (&["--help"], 0),
+    ] {
+        let plugin = Command::new(env!("CARGO_BIN_EXE_kubectl-exchange"))
+            .args(args)
+            .output()
+            .unwrap();
+        assert_eq!(plugin.status.code(), Some(code), "{args:?}: {plugin:?}");
+    }
+}
+
 #[tokio::test]
 async fn told_to_end_a_leader_gives_up_its_lease() {
     let _ = rustls::crypto::ring::default_provider().install_default();

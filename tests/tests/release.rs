@@ -810,6 +810,17 @@ fn what_others_break_is_put_right() {
     story.told.course(&[]);
     drop(prober);
 
+    // With its children, and created again before they are gone: they are waited for, and nothing is in the way.
+    story.kubectl(&["delete", "exd", NAME, "--wait"]);
+    story.declare(nothing);
+    story.watch = story.exchange.watch().unwrap();
+    story.reaches("Live");
+    for (_, object) in story.watch.sightings() {
+        let mut conditions = object["status"]["conditions"].as_array().into_iter().flatten();
+        let stalled = conditions.find(|it| it["type"] == "Stalled" && it["status"] == "True");
+        assert_eq!(stalled, None);
+    }
+
     story.kubectl(&["delete", "exd", NAME, "--wait"]);
     let kinds = "services,deployments,jobs,controllerrevisions,poddisruptionbudgets,horizontalpodautoscalers,\
                  serviceaccounts,secrets,configmaps,pods";

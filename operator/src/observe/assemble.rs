@@ -15,6 +15,7 @@ use k8s_openapi::{
         discovery::v1::EndpointSlice,
         policy::v1::PodDisruptionBudget,
     },
+    apimachinery::pkg::apis::meta::v1::OwnerReference,
 };
 use kube::{
     Resource, ResourceExt,
@@ -87,14 +88,23 @@ pub(super) struct References {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Owner {
     Us,
+    /// An object of our name that has been deleted: it goes as well.
+    Predecessor,
     Nobody,
     Another,
 }
 
-fn owner(meta: &ObjectMeta, uid: &str) -> Owner {
-    let owners = meta.owner_references.iter().flatten();
-    match owners.into_iter().find(|owner| owner.controller == Some(true)) {
-        Some(owner) if owner.uid == uid => Owner::Us,
+fn controller(meta: &ObjectMeta) -> Option<&OwnerReference> {
+    let mut owners = meta.owner_references.iter().flatten();
+    owners.find(|owner| owner.controller == Some(true))
+}
+
+fn owner(meta: &ObjectMeta, builder: &Builder<'_>) -> Owner {
+    match controller(meta) {
+        Some(owner) if owner.uid == builder.uid => Owner::Us,
+        Some(owner) if owner.kind == ExchangeDeployment::kind(&()) && owner.name == builder.name => {
+            Owner::Predecessor
+        }
         Some(_) => Owner::Another,
         None => Owner::Nobody,
     }
@@ -102,12 +112,22 @@ fn owner(meta: &ObjectMeta, uid: &str) -> Owner {
 
 /// Whether the object owns it already.
 pub(crate) fn is_ours(meta: &ObjectMeta, uid: &str) -> bool {
-    owner(meta, uid) == Owner::Us
+    controller(meta).is_some_and(|owner| owner.uid == uid)
 }
 
 /// Whether nobody owns it.
 pub(crate) fn is_nobodys(meta: &ObjectMeta) -> bool {
-    owner(meta, "") == Owner::Nobody
+    controller(meta).is_none()
+}
+
+/// Notes that a name that is needed is not ours.
+pub(super) fn note_taken(meta: &ObjectMeta, kind: &str, builder: &Builder<'_>, seen: &mut Observed) {
+    let names = if owner(meta, builder) == Owner::Predecessor {
+        &mut seen.remains
+    } else {
+        &mut seen.taken
+    };
+    names.push(format!("{kind}/{}", meta.name.as_deref().unwrap_or_default()));
 }
 
 fn fence(meta: &ObjectMeta) -> Fence {
@@ -143,7 +163,6 @@ fn service_of(meta: &ObjectMeta) -> Option<Service> {
 /// Puts together what was read.
 pub(super) fn assemble(object: ExchangeDeployment, children: &Children, references: References) -> Look {
     let builder = builder(&object);
-    let uid = builder.uid;
     let mut seen = Observed {
         generation: object.metadata.generation.unwrap_or(0),
         deleting: false,
@@ -154,6 +173,7 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
         stacks: BTreeMap::new(),
         jobs: BTreeMap::new(),
         taken: Vec::new(),
+        remains: Vec::new(),
         refused: None,
         answers: None,
         figures: BTreeMap::new(),
@@ -171,15 +191,14 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
         }
     }
     for revision in &children.revisions {
-        let Some(stack) = stack_of(&revision.metadata).filter(|_| mine(revision, uid, &mut seen.taken))
-        else {
+        let Some(stack) = stack_of(&revision.metadata).filter(|_| mine(revision, &builder, &mut seen)) else {
             continue;
         };
         let data = revision.data.as_ref().map(|data| &data.0);
         let rendered = data.and_then(|data| builder.read(data));
         let there = seen.stacks.entry(stack.clone()).or_default();
         there.rendered = Some(fence(&revision.metadata));
-        there.owned = owner(&revision.metadata, uid) == Owner::Us;
+        there.owned = is_ours(&revision.metadata, builder.uid);
         there.attempt = label(&revision.metadata, ATTEMPT)
             .and_then(|it| it.parse().ok())
             .unwrap_or(0);
@@ -191,7 +210,7 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
         }
     }
     let services = children.services.iter();
-    let services = services.filter(|it| mine(*it, uid, &mut seen.taken));
+    let services = services.filter(|it| mine(*it, &builder, &mut seen));
     material.services = services.map(|it| (it.name_any(), it.clone())).collect();
     let mut parts = Parts {
         builder,
@@ -234,7 +253,7 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
     see_pods(&children.pods, &mut seen);
     see_live(&builder, material.services.values(), &mut seen);
     see_slices(&builder, &children.slices, &material.pods, &mut seen);
-    see_jobs(children, uid, &mut seen);
+    see_jobs(children, &builder, &mut seen);
     Look {
         object,
         seen,
@@ -243,15 +262,15 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
 }
 
 /// Whether an object is ours, or can become so. What belongs to another is reported.
-fn mine<K>(object: &K, uid: &str, taken: &mut Vec<String>) -> bool
+fn mine<K>(object: &K, builder: &Builder<'_>, seen: &mut Observed) -> bool
 where
     K: Resource<DynamicType = ()>,
 {
-    let another = owner(object.meta(), uid) == Owner::Another;
-    if another {
-        taken.push(format!("{}/{}", K::kind(&()), object.name_any()));
+    let mine = matches!(owner(object.meta(), builder), Owner::Us | Owner::Nobody);
+    if !mine {
+        note_taken(object.meta(), &K::kind(&()), builder, seen);
     }
-    !another
+    mine
 }
 
 /// Whether all that a stack's pods need is there.
@@ -280,7 +299,7 @@ impl Parts<'_> {
         K: Resource<DynamicType = ()> + Serialize,
     {
         let (stack, service) = (stack_of(object.meta())?, service_of(object.meta())?);
-        if !mine(object, self.builder.uid, &mut self.seen.taken) {
+        if !mine(object, &self.builder, self.seen) {
             return None;
         }
         let rendered = match part {
@@ -449,7 +468,7 @@ pub(super) fn see_pods(pods: &[Pod], seen: &mut Observed) {
     }
 }
 
-fn see_jobs(children: &Children, uid: &str, seen: &mut Observed) {
+fn see_jobs(children: &Children, builder: &Builder<'_>, seen: &mut Observed) {
     for object in &children.jobs {
         let meta = object.metadata();
         let (Some(stack), Some(word), Some(attempt)) = (
@@ -459,7 +478,7 @@ fn see_jobs(children: &Children, uid: &str, seen: &mut Observed) {
         ) else {
             continue;
         };
-        if !mine(object, uid, &mut seen.taken) {
+        if !mine(object, builder, seen) {
             continue;
         }
         let own = [

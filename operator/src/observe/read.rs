@@ -29,8 +29,8 @@ use tracing::debug;
 use super::{
     Declared, Job, JobKind, JobState, Observed, Part, Piece, Requests,
     assemble::{
-        Children, References, addresses, all_moved, assemble, is_ours, retake, see_live, see_lost, see_pods,
-        see_slices, selected, without_workload,
+        Children, References, addresses, all_moved, assemble, is_ours, note_taken, retake, see_live,
+        see_lost, see_pods, see_slices, selected, without_workload,
     },
     pods::{self, Baselines, Pods},
 };
@@ -402,7 +402,7 @@ impl Reader {
             .into_iter()
             .chain(colour)
             .filter(|(name, _)| !look.material.services.contains_key(name))
-            .filter(|(name, _)| !look.seen.taken.contains(&format!("Service/{name}")))
+            .filter(|(name, _)| !look.seen.others().any(|it| *it == format!("Service/{name}")))
             .collect();
         let there = missing
             .iter()
@@ -411,7 +411,7 @@ impl Reader {
         for ((name, part), there) in missing.into_iter().zip(there) {
             let Some(there) = there else { continue };
             if !is_ours(&there.metadata, builder.uid) {
-                look.seen.taken.push(format!("Service/{name}"));
+                note_taken(&there.metadata, "Service", &builder, &mut look.seen);
                 continue;
             }
             if let Some((recorded, service)) = part {
@@ -424,8 +424,8 @@ impl Reader {
         }
         for (kind, name) in std::mem::take(&mut memory.taken) {
             let there = self.named(&kind, &namespace, &name).await?;
-            if there.is_some_and(|it| !is_ours(&it.metadata, builder.uid)) {
-                look.seen.taken.push(format!("{}/{name}", kind.kind));
+            if let Some(there) = there.filter(|it| !is_ours(&it.metadata, builder.uid)) {
+                note_taken(&there.metadata, &kind.kind, &builder, &mut look.seen);
                 memory.taken.push((kind, name));
             }
         }

@@ -1188,7 +1188,7 @@ fn no_selector_is_moved_while_a_live_service_may_not_be_made_again() {
     assert_eq!(world.status.phase, Failed, "{:#?}", world.trace);
     let rejected = world.status.rejected.clone().unwrap();
     assert_eq!(rejected.reason, Reason::ProgressDeadlineExceeded);
-    let why = "a live Service was not there in time; the API server refuses to touch";
+    let why = "the live Service of trade was not there in time; the API server refuses to touch";
     assert!(rejected.message.starts_with(why), "{}", rejected.message);
     assert_eq!(targets(&world), before);
     world.ban = None;
@@ -1749,6 +1749,7 @@ fn told(status: &Status, kind: &str) -> String {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table")]
 fn a_live_service_that_points_elsewhere_and_is_not_put_right_is_told() {
     let world = after_a_release();
     let live = world.status.live.clone().unwrap();
@@ -1773,6 +1774,10 @@ fn a_live_service_that_points_elsewhere_and_is_not_put_right_is_told() {
         token(&live.stack, live.attempt)
     );
     let to_before = format!("the trade service points at {before} {not_here}");
+    let again = format!(
+        "every service has ready endpoints, but trade is to point at {} again",
+        live.stack
+    );
     let rows: Vec<(&str, Change<'_>, &str, String)> = vec![
         (
             "what it points at serves",
@@ -1817,6 +1822,21 @@ fn a_live_service_that_points_elsewhere_and_is_not_put_right_is_told() {
             "it is put right at once",
             Box::new(|seen| elsewhere(seen, Target::Stack(before.clone()), &[&before])),
             "EndpointsReady",
+            again.clone(),
+        ),
+        (
+            "what is refused is something else",
+            Box::new(|seen| {
+                elsewhere(seen, Target::Stack(before.clone()), &[&before]);
+                seen.refused = Some("patch HorizontalPodAutoscaler exchange-trade".to_owned());
+            }),
+            "EndpointsReady",
+            again.clone(),
+        ),
+        (
+            "it points where it should",
+            Box::new(|_| {}),
+            "EndpointsReady",
             "every service of r1 has ready endpoints".to_owned(),
         ),
     ];
@@ -1847,7 +1867,9 @@ fn a_live_service_that_points_elsewhere_and_is_not_put_right_is_told() {
 #[test]
 fn a_kept_stack_that_is_not_whole_and_cannot_be_made_so_is_told() {
     let gone = |stack: &Stack| {
-        format!("a ConfigMap, a Secret, a ServiceAccount or the ControllerRevision of {stack} is gone: ")
+        format!(
+            "a ConfigMap, a Secret, a ServiceAccount or the ControllerRevision of {stack} is gone: what runs goes on"
+        )
     };
     let lost: [fn(&mut StackSeen); 2] = [|stack| stack.whole = false, |stack| stack.rendered = None];
     for lose in lost {
@@ -1874,11 +1896,8 @@ fn a_kept_stack_that_is_not_whole_and_cannot_be_made_so_is_told() {
             (way_back.status.as_str(), way_back.reason.as_str()),
             ("False", "PreviousNotWhole")
         );
-        assert!(
-            way_back.message.starts_with(&gone(&before)),
-            "{}",
-            way_back.message
-        );
+        let wanted = format!("waiting for 2 of 2 trade pods; {}", gone(&before));
+        assert!(way_back.message.starts_with(&wanted), "{}", way_back.message);
 
         // What is declared is made again.
         let live = world.status.live.clone().unwrap().stack;
@@ -2237,6 +2256,20 @@ fn history_names_who_approved_and_who_tried_again() {
     };
     assert_eq!(by(&world, Outcome::Promoted), "alice", "{:#?}", world.trace);
     assert_eq!(by(&world, Outcome::Verified), "operator");
+
+    // Somebody asks for something that is not due yet, and nobody has signed it; somebody else signs another request.
+    let mut world = at(AwaitingPromotion);
+    world.ask(|requests, names| requests.rollback = names.candidate);
+    world.settle().unwrap();
+    world.ask(|requests, names| {
+        requests.by = Some("alice".to_owned());
+        requests.promote = names.candidate;
+    });
+    world.settle().unwrap();
+    assert_eq!(world.status.phase, Held, "{:#?}", world.trace);
+    assert_eq!(by(&world, Outcome::Failed), "unverified");
+    let why = world.status.rejected.clone().unwrap().message;
+    assert_eq!(why, "somebody asked for the way back");
 
     let mut world = releasing(5, Failed);
     assert_eq!(by(&world, Outcome::Promoted), "operator");

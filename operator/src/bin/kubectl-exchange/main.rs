@@ -131,7 +131,20 @@ enum Output {
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
-    match run(Cli::parse()).await {
+    // What clap would exit with for a wrong command line is what scripts take for a release that was given up.
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let is_help = !error.use_stderr();
+            let told = error.print().is_ok();
+            return if is_help && told {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            };
+        }
+    };
+    match run(cli).await {
         Ok(code) => code,
         Err(error) => {
             complain(&format!("{error:#}"));

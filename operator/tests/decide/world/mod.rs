@@ -440,6 +440,7 @@ impl World {
                 .then(|| "Deployment/other".to_owned())
                 .into_iter()
                 .collect(),
+            remains: Vec::new(),
             refused: None,
             answers,
             figures: figures.into_iter().collect(),
