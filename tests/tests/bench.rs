@@ -747,6 +747,7 @@ impl Drop for FakeNode<'_> {
             "--field-selector=spec.nodeName=fake",
             "--force",
             "--grace-period=0",
+            "--wait=false",
         ]);
         let _ = self.session.kubectl(&["delete", "node", "fake"]);
         let _ = self.kwok.kill();

@@ -2163,18 +2163,45 @@ fn what_is_approved_and_lacks_pods_does_not_ask_for_an_approval() {
         requests.promote = names.candidate;
         requests.by = Some("alice".to_owned());
     });
-    let recorded = records(&world, |seen| {
+    let lacks = |seen: &mut Observed| {
         let candidate = seen.status.candidate.clone().unwrap().stack;
         let stack = seen.stacks.get_mut(&candidate).unwrap();
         let trade = stack.services.get_mut(&Service::Trade).unwrap();
         trade.ready = 1;
         trade.trouble = Some("no node for it".to_owned());
-    });
+    };
+    let recorded = records(&world, lacks);
     assert_eq!(recorded.phase, AwaitingPromotion);
     let message = told(&recorded, "Reconciling");
     let wanted = "is approved by alice: waiting for 1 of 2 trade pods: no node for it; since ";
     assert!(message.contains(wanted), "{message}");
     assert!(!message.contains("exchange.dev/promote"), "{message}");
+
+    // A live Service that is away is waited for, and only for so long; then again for the pods, without a deadline.
+    let away = |seen: &mut Observed| {
+        lacks(seen);
+        seen.live.remove(&Service::Trade);
+    };
+    let message = told(&records(&world, away), "Reconciling");
+    let wanted =
+        "r1 has passed its tests: waiting for the live Service of trade: waiting for 1 of 2 trade pods";
+    assert!(message.starts_with(wanted), "{message}");
+    let late = |seen: &mut Observed| {
+        seen.status.phase = Testing;
+        seen.status.phase_since = Some(world.now - seconds(600));
+    };
+    let back = records(&world, |seen| {
+        lacks(seen);
+        late(seen);
+    });
+    assert_eq!(back.phase, AwaitingPromotion);
+    let given_up = records(&world, |seen| {
+        away(seen);
+        late(seen);
+    });
+    assert_eq!(given_up.phase, Failed);
+    let why = given_up.rejected.unwrap().message;
+    assert_eq!(why, "the live Service of trade was not there in time");
 }
 
 #[test]
