@@ -200,11 +200,10 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
         _ => (live, version),
     };
     if let Some(since) = status.stopped_since.filter(|_| stands_still(status)) {
-        let how = if spec.suspend { "suspended" } else { "paused" };
-        let on = if spec.suspend {
-            "set spec.suspend to false"
+        let (how, on) = if spec.suspend {
+            ("suspended", "set spec.suspend to false")
         } else {
-            "remove the annotation exchange.dev/pause"
+            ("paused", "remove the annotation exchange.dev/pause")
         };
         let end = format!("{how} since {}: to go on, {on}; {live} is live", second(since));
         if status.phase != Phase::Live {
@@ -428,10 +427,7 @@ fn available(seen: &Observed, status: &Status) -> Verdict {
     if let Some(message) = told {
         return verdict(false, "PointsElsewhere", message);
     }
-    let astray = |service: &Service| {
-        let target = seen.live.get(service).map(|it| &it.target);
-        !status.phase.moves() && target.is_some_and(|it| !it.is(Some(&live.stack)))
-    };
+    let astray = |service: &Service| astray(seen, status, *service).is_some();
     let message = match Service::ALL.into_iter().find(astray) {
         None => format!("every service of {} has ready endpoints", live.version),
         Some(service) => format!(
@@ -442,15 +438,18 @@ fn available(seen: &Observed, status: &Status) -> Verdict {
     verdict(true, "EndpointsReady", message)
 }
 
-/// Where a live Service points, if it is not at what is live and nothing moves, and what keeps it from being put right.
+/// Where a live Service points, if it is not at what is live and nothing moves.
+fn astray<'s>(seen: &'s Observed, status: &Status, service: Service) -> Option<&'s Target> {
+    let live = &status.live.as_ref()?.stack;
+    let target = &seen.live.get(&service)?.target;
+    (!status.phase.moves() && !target.is(Some(live))).then_some(target)
+}
+
+/// Where a live Service points that is astray, and what keeps it from being put right.
 /// What is about to be put right is not told.
 fn elsewhere(seen: &Observed, status: &Status, service: Service) -> Option<String> {
     let live = &status.live.as_ref()?.stack;
-    let target = &seen.live.get(&service)?.target;
-    if status.phase.moves() || target.is(Some(live)) {
-        return None;
-    }
-    let at = match target {
+    let at = match astray(seen, status, service)? {
         Target::Nothing => "at nothing".to_owned(),
         Target::Stack(other) => format!("at {other}"),
         Target::Foreign => "at no stack".to_owned(),
@@ -458,12 +457,9 @@ fn elsewhere(seen: &Observed, status: &Status, service: Service) -> Option<Strin
     let told = format!("the {service} service points {at} and not at {live}, which is live");
     let ready = seen.stacks.get(live).map_or(0, |seen| seen.ready(service));
     if ready > 0 {
-        let what = seen
-            .refused
-            .as_ref()
-            .filter(|it| it.starts_with("update Service "));
-        let refused = what.map_or_else(String::new, |_| refused(seen, status));
-        return (!refused.is_empty()).then(|| format!("{told}{refused}"));
+        let about_services = seen.refused.as_ref()?.starts_with("update Service ");
+        let refused = refused(seen, status);
+        return (about_services && !refused.is_empty()).then(|| format!("{told}{refused}"));
     }
     let way_back = rollback(seen, status).map_or_else(String::new, |it| format!(", or {it}"));
     Some(format!(
@@ -596,22 +592,18 @@ fn rollback_available(seen: &Observed, status: &Status) -> Verdict {
     }
     let there = seen.stacks.get(&previous.stack);
     let broken = there.is_some() && !is_whole(seen, &previous.stack);
+    let broken = broken.then(|| not_whole(&previous.stack));
     if there.is_some_and(StackSeen::serves) {
         let until = second(previous.until);
-        let broken = if broken {
-            format!("; {}", not_whole(&previous.stack))
-        } else {
-            String::new()
-        };
+        let broken = broken.map_or_else(String::new, |it| format!("; {it}"));
         let message = format!("{version} until {until}; {}{broken}", go_back(status));
         return verdict(true, "PreviousRetained", message);
     }
     let awaited = pods(seen, &previous.stack, "is not seen");
-    if broken {
-        let message = format!("{awaited}; {}", not_whole(&previous.stack));
-        return verdict(false, "PreviousNotWhole", message);
+    match broken {
+        Some(broken) => verdict(false, "PreviousNotWhole", format!("{awaited}; {broken}")),
+        None => verdict(false, "PreviousNotReady", awaited),
     }
-    verdict(false, "PreviousNotReady", awaited)
 }
 
 /// What a person can do to have the stack before again, if it can serve.

@@ -73,6 +73,22 @@ fn records(world: &World, change: impl FnOnce(&mut Observed)) -> Status {
     plan.status.unwrap_or(seen.status)
 }
 
+/// Of two trade pods of each stack one is ready, and something keeps the other.
+fn lacks_pods(seen: &mut Observed) {
+    for stack in seen.stacks.values_mut() {
+        let trade = stack.services.get_mut(&Service::Trade).unwrap();
+        trade.ready = 1;
+        trade.trouble = Some("no node for it".to_owned());
+    }
+}
+
+/// The first of three Services points at the new stack.
+fn until_one_is_moved(world: &mut World) {
+    while world.targets()[0].as_ref().unwrap().revision == "r0" {
+        world.step(0, View::Fresh).unwrap();
+    }
+}
+
 type Change<'a> = Box<dyn Fn(&mut Observed) + 'a>;
 
 fn seconds(seconds: i64) -> SignedDuration {
@@ -398,9 +414,7 @@ fn every_phase_is_left_as_the_design_says() {
             "a service dies during a swap after it has been moved",
             at(Promoting),
             |world| {
-                while world.targets()[0].as_ref().unwrap().revision == "r0" {
-                    world.step(0, View::Fresh).unwrap();
-                }
+                until_one_is_moved(world);
                 world.lose("r1", Service::User);
                 for _ in 0..10 {
                     world.step(0, View::Fresh).unwrap();
@@ -498,9 +512,7 @@ fn every_phase_is_left_as_the_design_says() {
             "a half-done swap, suspended, whose stack loses a pod for good",
             at(Promoting),
             |world| {
-                while world.targets()[0].as_ref().unwrap().revision == "r0" {
-                    world.step(0, View::Fresh).unwrap();
-                }
+                until_one_is_moved(world);
                 world.declare(|spec| spec.suspend = true);
                 world.crowd("r1", Service::Trade);
             },
@@ -1875,7 +1887,7 @@ fn a_kept_stack_that_is_not_whole_and_cannot_be_made_so_is_told() {
     for lose in lost {
         let world = after_a_release();
         let before = world.status.previous.clone().unwrap().stack;
-        let mut recorded = records(&world, |seen| lose(seen.stacks.get_mut(&before).unwrap()));
+        let recorded = records(&world, |seen| lose(seen.stacks.get_mut(&before).unwrap()));
         let way_back = condition(&recorded, "RollbackAvailable");
         assert_eq!(
             (way_back.status.as_str(), way_back.reason.as_str()),
@@ -1886,7 +1898,7 @@ fn a_kept_stack_that_is_not_whole_and_cannot_be_made_so_is_told() {
             "{}",
             way_back.message
         );
-        recorded = records(&world, |seen| {
+        let recorded = records(&world, |seen| {
             let stack = seen.stacks.get_mut(&before).unwrap();
             lose(stack);
             stack.services.get_mut(&Service::Trade).unwrap().ready = 0;
@@ -2018,13 +2030,6 @@ fn what_is_awaited_is_told_with_what_keeps_it_and_until_when() {
     let unheard = |seen: &mut Observed| {
         seen.answers = None;
         seen.unheard = Some(silent.to_owned());
-    };
-    let lacks_pods = |seen: &mut Observed| {
-        for stack in seen.stacks.values_mut() {
-            let trade = stack.services.get_mut(&Service::Trade).unwrap();
-            trade.ready = 1;
-            trade.trouble = Some("no node for it".to_owned());
-        }
     };
     let pods = ": waiting for 1 of 2 trade pods: no node for it; since 2026-";
     let late = |world: &World, seen: &mut Observed| seen.status.phase_since = Some(world.now - seconds(600));
@@ -2163,14 +2168,7 @@ fn what_is_approved_and_lacks_pods_does_not_ask_for_an_approval() {
         requests.promote = names.candidate;
         requests.by = Some("alice".to_owned());
     });
-    let lacks = |seen: &mut Observed| {
-        let candidate = seen.status.candidate.clone().unwrap().stack;
-        let stack = seen.stacks.get_mut(&candidate).unwrap();
-        let trade = stack.services.get_mut(&Service::Trade).unwrap();
-        trade.ready = 1;
-        trade.trouble = Some("no node for it".to_owned());
-    };
-    let recorded = records(&world, lacks);
+    let recorded = records(&world, lacks_pods);
     assert_eq!(recorded.phase, AwaitingPromotion);
     let message = told(&recorded, "Reconciling");
     let wanted = "is approved by alice: waiting for 1 of 2 trade pods: no node for it; since ";
@@ -2179,7 +2177,7 @@ fn what_is_approved_and_lacks_pods_does_not_ask_for_an_approval() {
 
     // A live Service that is away is waited for, and only for so long; then again for the pods, without a deadline.
     let away = |seen: &mut Observed| {
-        lacks(seen);
+        lacks_pods(seen);
         seen.live.remove(&Service::Trade);
     };
     let message = told(&records(&world, away), "Reconciling");
@@ -2191,7 +2189,7 @@ fn what_is_approved_and_lacks_pods_does_not_ask_for_an_approval() {
         seen.status.phase_since = Some(world.now - seconds(600));
     };
     let back = records(&world, |seen| {
-        lacks(seen);
+        lacks_pods(seen);
         late(seen);
     });
     assert_eq!(back.phase, AwaitingPromotion);
@@ -2207,22 +2205,15 @@ fn what_is_approved_and_lacks_pods_does_not_ask_for_an_approval() {
 #[test]
 fn a_candidate_that_loses_pods_while_it_is_tested_says_so() {
     let mut world = at(Testing);
-    let lacks = |seen: &mut Observed| {
-        let candidate = seen.status.candidate.clone().unwrap().stack;
-        let stack = seen.stacks.get_mut(&candidate).unwrap();
-        let trade = stack.services.get_mut(&Service::Trade).unwrap();
-        trade.ready = 1;
-        trade.trouble = Some("no node for it".to_owned());
-    };
     let lacking = ": waiting for 1 of 2 trade pods: no node for it; since ";
-    let message = told(&records(&world, lacks), "Reconciling");
+    let message = told(&records(&world, lacks_pods), "Reconciling");
     assert!(
         message.starts_with(&format!("the tests of r1 run{lacking}")),
         "{message}"
     );
     world.finish(0);
     world.round();
-    let tested = records(&world, lacks);
+    let tested = records(&world, lacks_pods);
     assert_eq!(tested.phase, Testing);
     let message = told(&tested, "Reconciling");
     assert!(
@@ -2362,9 +2353,7 @@ fn a_move_that_nobody_remembers_is_brought_to_an_end() {
     // To where the last move sent the traffic; and back, if that does not serve.
     for (dies, arrives) in [(false, "r1"), (true, "r0")] {
         let mut world = at(Promoting);
-        while world.targets()[0].as_ref().unwrap().revision == "r0" {
-            world.step(0, View::Fresh).unwrap();
-        }
+        until_one_is_moved(&mut world);
         world.operators[0].crash();
         world.lose_status();
         if dies {
