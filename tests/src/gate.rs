@@ -55,10 +55,30 @@ impl fmt::Display for Write {
 /// Which write is to be held.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Hold {
-    /// Only writes count whose text begins like this, such as `update services`.
+    /// Only writes count whose text begins like this, such as `update services`,
     pub of: String,
+    /// and of these only those of objects whose name contains this.
+    pub name: String,
     /// The first is 0.
     pub number: usize,
+}
+
+impl Hold {
+    /// The first write of this kind to an object whose name contains this.
+    #[must_use]
+    pub fn first(of: &str, name: &str) -> Self {
+        Self {
+            of: of.to_owned(),
+            name: name.to_owned(),
+            number: 0,
+        }
+    }
+
+    /// Whether this write counts.
+    #[must_use]
+    pub fn counts(&self, write: &Write) -> bool {
+        write.to_string().starts_with(&self.of) && write.name.contains(&self.name)
+    }
 }
 
 /// What the gate has seen since it was last told what to hold.

@@ -666,11 +666,7 @@ fn takeovers() {
                 wait_until("another leader", PATIENCE, || Leader::find(&session).is_ok()).unwrap();
             }
             operator::recovers(&session).unwrap();
-            gate.hold(&Hold {
-                of: "update services".to_owned(),
-                number: 0,
-            })
-            .unwrap();
+            gate.hold(&Hold::first("update services", "")).unwrap();
             let before = live(&watch);
             exchange.release(&declaration(&exchange, number)).unwrap();
             number += 1;

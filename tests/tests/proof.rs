@@ -145,6 +145,7 @@ impl<'a> Trading<'a> {
         let hold = Hold {
             of: MOVES.to_owned(),
             number,
+            ..Hold::default()
         };
         gate.hold(&hold).unwrap();
         self.exchange.release(declaration).unwrap();
@@ -635,14 +636,9 @@ fn case_3_the_queue_has_one_colour_of_readers() {
     let consumers = broker.consumers().unwrap();
     let mut declaration = with_setting(self::declaration(&trading.exchange, "1.0.0"), "manual");
     declaration["spec"]["rollout"]["promotion"] = json!("Manual");
-    let smoke = Hold {
-        of: "create jobs".to_owned(),
-        number: 1,
-    };
-    gate.hold(&smoke).unwrap();
+    gate.hold(&Hold::first("create jobs", "-smoke-")).unwrap();
     trading.exchange.release(&declaration).unwrap();
-    let write = gate.until_held(PATIENCE).unwrap();
-    assert!(write.name.contains("-smoke-"), "{write} was held");
+    gate.until_held(PATIENCE).unwrap();
     trading.until("the tests", |object| {
         is_current(object) && phase_of(object) == "Testing"
     });
@@ -1276,8 +1272,11 @@ mod alone {
         /// A release with the operator killed at one of its writes. It has to end as the undisturbed one did. Says whether
         /// the write came.
         fn release_and_kill(&mut self, (number, moment): Kill, undisturbed: &Value) -> bool {
-            let of = String::new();
-            self.gate.hold(&Hold { of, number }).unwrap();
+            let hold = Hold {
+                number,
+                ..Hold::default()
+            };
+            self.gate.hold(&hold).unwrap();
             let name = format!("{moment:?} {number}");
             let mut reached = false;
             self.release_and_settle(&name, |gate| {
@@ -1666,8 +1665,7 @@ mod alone {
             let one_stays = number.is_multiple_of(2) && number < releases;
             let one = one_stays.then(|| trading.exchange.connect("trade").unwrap());
             if stays.is_some() {
-                let of = "delete deployments".to_owned();
-                gate.hold(&Hold { of, number: 0 }).unwrap();
+                gate.hold(&Hold::first("delete deployments", "")).unwrap();
             }
             trading.release_setting(&number.to_string());
             if let Some(staying) = stays.take() {

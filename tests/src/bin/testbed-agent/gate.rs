@@ -113,8 +113,7 @@ impl Gate {
     fn pass(&mut self, write: Write) -> Option<oneshot::Receiver<bool>> {
         if self.seen.held.as_ref() != Some(&write) {
             self.seen.writes.push(write.clone());
-            let text = write.to_string();
-            let hold = self.hold.as_ref().filter(|hold| text.starts_with(&hold.of))?;
+            let hold = self.hold.as_ref().filter(|hold| hold.counts(&write))?;
             self.counted += 1;
             if self.counted <= hold.number {
                 return None;
