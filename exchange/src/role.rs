@@ -11,6 +11,8 @@ use tracing::info;
 pub const STACK_HEADER: &str = "x-exchange-stack";
 
 const ASK_EVERY: Duration = Duration::from_secs(1);
+/// Who has heard another stack for the first time asks again after this: until a role is known, connections stay.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 /// What a stack is for, now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -79,7 +81,8 @@ pub async fn until_not_live(role: &mut watch::Receiver<Role>, shutdown: &Cancell
     let _ = not_live.await;
 }
 
-/// Asks the live Service at `url` each second, on a new connection, and publishes the role of `stack`.
+/// Asks the live Service at `url` each second, and sooner when it is in doubt, each time on a new connection, and publishes
+/// the role of `stack`.
 pub async fn follow(url: String, stack: String, role: watch::Sender<Role>, shutdown: CancellationToken) {
     let client = reqwest::Client::builder()
         .pool_max_idle_per_host(0)
@@ -114,6 +117,9 @@ pub async fn follow(url: String, stack: String, role: watch::Sender<Role>, shutd
         if next.role != observed.role {
             info!(labels.role = %next.role, "{} -> {}", observed.role, next.role);
             role.send_replace(next.role);
+        }
+        if next.foreign > 0 {
+            tick.reset_after(ASK_AGAIN);
         }
         observed = next;
     }

@@ -91,11 +91,12 @@ impl Context {
         }
     }
 
-    /// One pass over one object: when to come back.
-    pub async fn pass(&self, namespace: &str, name: &str) -> Result<Action, Error> {
+    /// One pass over one object, of which this generation has been heard: when to come back.
+    pub async fn pass(&self, namespace: &str, name: &str, generation: i64) -> Result<Action, Error> {
         let key = ObjectRef::new(name).within(namespace);
         // The same object is never worked on twice at once.
         let mut remembered = self.memories().remove(&key).unwrap_or_default();
+        remembered.memory.forget_before(generation);
         let begun = Instant::now();
         let work = Box::pin(self.work(namespace, name, &mut remembered));
         let result = match timeout(PASS_LIMIT, work).await {
@@ -310,8 +311,9 @@ pub async fn run(watches: Watches, context: Arc<Context>, stop: CancellationToke
 
 async fn reconcile(object: Arc<Trigger>, context: Arc<Context>) -> Result<Action, Error> {
     let (namespace, name) = (object.namespace().unwrap_or_default(), object.name_any());
+    let generation = object.metadata.generation.unwrap_or(0);
     let span = info_span!("pass", labels.namespace = namespace, labels.name = name);
-    context.pass(&namespace, &name).instrument(span).await
+    context.pass(&namespace, &name, generation).instrument(span).await
 }
 
 #[expect(

@@ -299,7 +299,8 @@ impl World {
     /// One pass, and what it has written, without what is for people only.
     async fn pass(&self) -> (Result<(), Error>, Vec<Write>) {
         self.server.lock().unwrap().writes.clear();
-        let result = self.context.pass("prod", "exchange").await.map(drop);
+        let generation = self.get(OBJECT)["metadata"]["generation"].as_i64().unwrap_or(0);
+        let result = self.context.pass("prod", "exchange", generation).await.map(drop);
         let mut writes = self.server.lock().unwrap().writes.clone();
         writes.retain(|write| !write.path.starts_with("events"));
         (result, writes)
@@ -638,6 +639,23 @@ async fn a_converged_object_costs_no_write() {
     world.pass().await.0.unwrap();
     let reads = world.server.lock().unwrap().reads - before;
     assert!(reads <= 16, "{reads} reads in a pass at rest");
+}
+
+/// The way back begins with it.
+#[tokio::test]
+async fn a_changed_spec_costs_one_read_more_and_not_all_once_more() {
+    let world = World::converged().await;
+    let reads = async |world: &World| {
+        let before = world.server.lock().unwrap().reads;
+        world.pass().await.0.unwrap();
+        world.server.lock().unwrap().reads - before
+    };
+    let at_rest = reads(&world).await;
+    world.change(OBJECT, |object| {
+        object["metadata"]["generation"] = json!(2);
+        object["spec"]["rollout"]["retention"] = json!("2h");
+    });
+    assert_eq!(reads(&world).await, at_rest + 1);
 }
 
 #[tokio::test]

@@ -250,6 +250,7 @@ fn declaration(exchange: &Exchange<'_>, number: usize) -> Value {
 
 /// A swap, with its times in milliseconds since 1970.
 struct Move {
+    /// When the API server was seen to have what was declared.
     declared: u64,
     /// When each live Service was seen to point at the other revision, in the order of [`SERVICES`].
     moved: [u64; 3],
@@ -498,13 +499,16 @@ fn releases() {
     exchange.make_treasury().unwrap();
     let jobs = Changes::of(&session, &namespace.name, "jobs");
     let services = Changes::of(&session, &namespace.name, "services");
+    let objects = Changes::of(&session, &namespace.name, "exchangedeployments");
     let probes = Probes::start(&session, &namespace.name);
     let load = exchange.start_load(RATE).unwrap();
     let live = |watch: &Watch| text(&watch.sightings().last().unwrap().1, "/status/live/revision").to_owned();
     let base = live(&watch);
     // Declares, waits until it is live and the stack before it has no connection any more.
     let mut release = |declaration: &Value| {
-        let (declared, from) = (now_ms(), live(&watch));
+        let (begun, from) = (now_ms(), live(&watch));
+        let generation = |object: &Value| object["metadata"]["generation"].as_i64();
+        let before = generation(&watch.sightings().last().unwrap().1);
         exchange.release(declaration).unwrap();
         watch
             .until("the release to be live", PATIENCE, |object| {
@@ -515,6 +519,9 @@ fn releases() {
             })
             .unwrap();
         let to = live(&watch);
+        let declared = objects
+            .first(begun, |object| generation(object) > before)
+            .unwrap();
         Move {
             declared,
             moved: moved(&services, declared, &to),

@@ -488,19 +488,16 @@ fn see_jobs(children: &Children, builder: &Builder<'_>, seen: &mut Observed) {
             JobKind::Contract,
         ];
         let kind = own.into_iter().find(|kind| job_word(kind) == word);
-        let job = Job {
-            kind: kind.unwrap_or_else(|| JobKind::Test(word.to_owned())),
-            stack,
-            attempt,
-        };
+        let kind = kind.unwrap_or_else(|| JobKind::Test(word.to_owned()));
         let seen_job = JobSeen {
             fence: fence(meta),
-            state: pods::job_state(object, &children.pods),
+            state: pods::job_state(&kind, object, &children.pods),
             trouble: pods::suspended(object)
                 .or_else(|| pods::of(object, &children.pods).find_map(pods::trouble))
                 .or_else(|| pods::tried(object, &children.pods)),
             progress: None,
         };
+        let job = Job { kind, stack, attempt };
         seen.jobs.insert(job, seen_job);
     }
 }

@@ -12,7 +12,7 @@ use kube::ResourceExt;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Figures, JobState};
+use super::{Figures, JobKind, JobState};
 use crate::{api::Service, status::Stack};
 
 /// New connections to each live Service that have to be answered by the new stack, one after the other.
@@ -314,7 +314,8 @@ impl Pods {
 
     /// What a pod that runs and is not ready says about it, per service.
     pub async fn excuses(&self, pods: &[Address]) -> BTreeMap<Service, String> {
-        let told = join_all(pods.iter().map(async |pod| {
+        let not_ready = pods.iter().filter(|pod| !pod.ready);
+        let told = join_all(not_ready.map(async |pod| {
             let response = self.client.get(pod.url("readyz")).send().await.ok()?;
             let not_ready = !response.status().is_success();
             let text = response.text().await.ok()?;
@@ -474,9 +475,12 @@ pub fn tried(job: &BatchJob, pods: &[Pod]) -> Option<String> {
     Some(format!("try {} of {tries}{said}", (failed + 1).min(tries)))
 }
 
-/// How a Job stands; if it has failed, with what its pod said last. A result stands also while its Job is being deleted. Who
-/// is deleted before has none: it is not finished, and made again when it is gone.
-pub fn job_state(job: &BatchJob, pods: &[Pod]) -> JobState {
+/// How a Job of this kind stands; if it has failed, with what its pod said last. A result stands also while its Job is being
+/// deleted. Who is deleted before has none: it is not finished, and made again when it is gone.
+///
+/// A Job that has met its criteria cannot fail any more, and is complete when none of its pods is left running. A test has
+/// passed by then; a migration may still be at work in a pod that is going.
+pub fn job_state(kind: &JobKind, job: &BatchJob, pods: &[Pod]) -> JobState {
     let conditions = job
         .status
         .iter()
@@ -484,6 +488,7 @@ pub fn job_state(job: &BatchJob, pods: &[Pod]) -> JobState {
     for condition in conditions.filter(|it| it.status == "True") {
         match condition.type_.as_str() {
             "Complete" => return JobState::Passed,
+            "SuccessCriteriaMet" if !kind.migrates() => return JobState::Passed,
             "Failed" => {
                 let message = condition.message.clone().unwrap_or_default();
                 return JobState::Failed(last_words(job, pods).unwrap_or(message));
@@ -761,18 +766,26 @@ http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/logi
 
     #[test]
     fn a_job_stands_as_it_has_ended_also_while_it_is_being_deleted() {
-        let state = |ended: Option<&str>, going: bool| {
+        let of = |kind: &JobKind, ended: Option<&str>, going: bool| {
             let condition = ended.map(|kind| json!({"type": kind, "status": "True", "message": "why"}));
             let job = json!({
                 "metadata": {"name": "smoke", "deletionTimestamp": going.then_some("2026-01-01T00:00:00Z")},
                 "status": {"conditions": condition.into_iter().collect::<Vec<_>>()},
             });
-            job_state(&serde_json::from_value(job).unwrap(), &[])
+            job_state(kind, &serde_json::from_value(job).unwrap(), &[])
         };
+        let state = |ended: Option<&str>, going: bool| of(&JobKind::Smoke, ended, going);
         for going in [false, true] {
             assert_eq!(state(Some("Complete"), going), JobState::Passed);
             assert_eq!(state(Some("Failed"), going), JobState::Failed("why".to_owned()));
             assert_eq!(state(Some("Suspended"), going), JobState::Running);
+            let met = Some("SuccessCriteriaMet");
+            assert_eq!(state(met, going), JobState::Passed);
+            assert_eq!(
+                of(&JobKind::Expand, met, going),
+                JobState::Running,
+                "a pod may be left"
+            );
             // Deleted before its end it has not failed: it is made again.
             assert_eq!(state(None, going), JobState::Running);
         }

@@ -99,6 +99,14 @@ pub struct Memory {
     pub heard: Option<Heard>,
 }
 
+impl Memory {
+    /// Forgets the object if it is of an earlier generation than this. What its spec names would be read for nothing.
+    pub fn forget_before(&mut self, generation: i64) {
+        self.last
+            .take_if(|last| last.metadata.generation.is_none_or(|it| it < generation));
+    }
+}
+
 /// What the pod of a migration has said.
 #[derive(Clone, Debug)]
 pub struct Heard {
