@@ -773,7 +773,7 @@ fn case_7_the_candidate_is_as_big_as_what_an_autoscaler_has_made_of_the_live_sta
     let declare = |exchange: &Exchange<'_>, value: &str| {
         let mut declaration = with_setting(declaration(exchange, "1.0.0"), value);
         let trade = &mut declaration["spec"]["services"]["trade"];
-        trade["resources"] = json!({"requests": {"cpu": "20m"}});
+        trade["resources"] = json!({"requests": {"cpu": "10m"}});
         trade["autoscaling"] =
             json!({"minReplicas": 1, "maxReplicas": MOST, "targetCPUUtilizationPercentage": 50});
         declaration
@@ -868,12 +868,33 @@ fn case_8_two_exchanges_are_released_at_once() {
         spans[0].0 < spans[1].1 && spans[1].0 < spans[0].1,
         "one was released after the other: {spans:?}"
     );
+    // The same in both once more, but for a test that says no in one: no verdict counts for the other.
+    let second = live_in_both(&both);
+    let verdicts = ["--help", "no-such-command"];
+    for (trading, verdict) in both.iter().zip(verdicts) {
+        let mut declaration = declare(&trading.exchange, "third");
+        let test = json!({"name": "own", "command": ["/usr/bin/exchange", verdict], "timeout": "60s"});
+        declaration["spec"]["rollout"]["smokeTests"] = json!([test]);
+        trading.exchange.release(&declaration).unwrap();
+    }
+    let [passed, refused] = &mut both;
+    passed.until_live_after(&second);
+    refused.until("the refusal", |object| {
+        is_current(object) && phase_of(object) == "Failed"
+    });
+    assert_eq!(text(refused.last(), "/status/rejected/reason"), "SmokeTestFailed");
+    let third = passed.revision("live");
+    assert_eq!(refused.revision("rejected"), third, "the same was declared");
+    assert_eq!(refused.revision("live"), second);
     for trading in &both {
         trading.trade(100);
     }
-    let own = sorted([first, live_in_both(&both)]);
+    let own = [
+        sorted([first.clone(), second.clone(), third]),
+        sorted([first, second]),
+    ];
     let mut figures = Figures::default();
-    for mut trading in both {
+    for (mut trading, own) in both.into_iter().zip(own) {
         let report = trading.end_load();
         figures.add_watch(&trading.watch);
         figures.add(trading.figures);
