@@ -6,12 +6,14 @@
 use std::{
     fmt,
     sync::{Mutex, PoisonError},
+    thread,
     time::Duration,
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use http::StatusCode;
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
@@ -34,6 +36,8 @@ pub const CONTROL_PORT: u16 = 8080;
 pub const TLS_DIRECTORY: &str = "/etc/gate";
 /// How long something may take that takes milliseconds.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// What the API server takes, at most but for exceptions, from the test's decision about a write to its answer.
+const A_WRITE: Duration = Duration::from_millis(12);
 
 /// A write of the operator, as the API server tells of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -95,7 +99,8 @@ pub struct Seen {
 pub enum Moment {
     /// The write is never done.
     Before,
-    /// Killed as soon as the gate has let it through: the API server is at it, and the operator may or may not have heard.
+    /// Killed in one of the milliseconds after the test has let it through: the API server may be at it, or done with it, and
+    /// the operator may or may not have heard.
     During,
     /// The write is done, and the operator never hears of it.
     After,
@@ -282,20 +287,30 @@ impl<'a> Gate<'a> {
         self.ask("decide", &json!(allowed)).map(drop)
     }
 
-    /// Kills the leader at the write that it is held at.
+    /// Kills the leader at the write that it is held at. Returns when.
     ///
     /// # Errors
     /// If it cannot be found or killed, or the write is not done that should be.
-    pub fn kill_leader(&self, write: &Write, moment: Moment) -> Result<()> {
+    pub fn kill_leader(&self, write: &Write, moment: Moment) -> Result<Timestamp> {
         let leader = self.operator.leader(self.session)?;
         match moment {
             Moment::Before => {
-                leader.kill()?;
-                self.decide(false)
+                let killed = leader.kill()?;
+                self.decide(false)?;
+                Ok(killed)
             }
             Moment::During => {
-                self.decide(true)?;
-                leader.kill()
+                // Nobody tells how far the API server is: over many kills every moment comes.
+                let within = rand::random_range(Duration::ZERO..A_WRITE);
+                thread::scope(|scope| {
+                    let kill = scope.spawn(|| {
+                        thread::sleep(within);
+                        leader.kill()
+                    });
+                    let decided = self.decide(true);
+                    let killed = kill.join().map_err(|_| anyhow!("the kill has panicked"))?;
+                    decided.and(killed)
+                })
             }
             Moment::After => {
                 leader.stop()?;

@@ -3,6 +3,7 @@
 use std::{fs, time::Duration};
 
 use anyhow::{Context, Result, ensure};
+use jiff::Timestamp;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -304,15 +305,17 @@ impl<'a> Leader<'a> {
     }
 
     /// Ends its process as if its node had failed, and replaces its pod, so that the next kill does not find its restarts
-    /// delayed.
+    /// delayed. Returns when the process was killed.
     ///
     /// # Errors
     /// If it has ended before.
-    pub fn kill(self) -> Result<()> {
+    pub fn kill(self) -> Result<Timestamp> {
         self.signal(Signal::SIGKILL)?;
+        let killed = Timestamp::now();
         let delete = ["delete", "pod", &self.pod, "--namespace", &self.namespace];
         let now = ["--grace-period=0", "--force"];
-        self.session.kubectl(&[&delete[..], &now[..]].concat()).map(drop)
+        self.session.kubectl(&[&delete[..], &now[..]].concat())?;
+        Ok(killed)
     }
 
     /// Waits until another pod leads.

@@ -99,6 +99,40 @@ pub fn requests<'a>(
     requests
 }
 
+/// When the API server was done with the last request of a user for an object (its resource with the subresource, its
+/// name) that it had got before `until`. None if it is not done.
+pub fn answered<'a>(
+    lines: impl IntoIterator<Item = &'a str>,
+    user: &str,
+    (resource, name): (&str, &str),
+    until: Timestamp,
+) -> Option<Timestamp> {
+    let mut last = None;
+    for line in lines {
+        // Most lines are about something else, and they are many.
+        if !line.contains(name) {
+            continue;
+        }
+        let Ok(event) = serde_json::from_str::<Value>(line) else {
+            continue;
+        };
+        let text = |pointer: &str| event.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
+        let time = |pointer: &str| text(pointer).parse::<Timestamp>().ok();
+        let subresource = match text("/objectRef/subresource") {
+            "" => String::new(),
+            some => format!("/{some}"),
+        };
+        let counts = text("/user/username") == user
+            && format!("{}{subresource}", text("/objectRef/resource")) == resource
+            && text("/objectRef/name") == name
+            && !["get", "watch", "list"].contains(&text("/verb"));
+        if counts && let Some(begun) = time("/requestReceivedTimestamp").filter(|begun| *begun < until) {
+            last = last.max(Some((begun, time("/stageTimestamp"))));
+        }
+    }
+    last.and_then(|(_, done)| done)
+}
+
 /// What a user did and what he was refused.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Deeds {
@@ -194,6 +228,34 @@ mod tests {
         ];
         assert_eq!(told(&granted(&rules())), expected);
         assert!(granted(&Value::Null).is_empty());
+    }
+
+    #[test]
+    fn an_answer_is_that_to_the_last_request_before() {
+        let line = |verb: &str, name: &str, begun: u32, done: u32| {
+            json!({"verb": verb, "user": {"username": USER},
+                   "objectRef": {"resource": "exchangedeployments", "subresource": "status", "name": name},
+                   "requestReceivedTimestamp": format!("2026-11-28T12:00:{begun:02}.000001Z"),
+                   "stageTimestamp": format!("2026-11-28T12:00:{done:02}.000001Z")})
+            .to_string()
+        };
+        let log = [
+            line("patch", "exchange", 20, 30),
+            line("patch", "exchange", 1, 2),
+            line("get", "exchange", 21, 31),
+            line("patch", "exchange-2", 22, 32),
+            line("patch", "exchange", 40, 41),
+        ];
+        let at = |second: u32| format!("2026-11-28T12:00:{second:02}Z").parse().unwrap();
+        let answered = |resource: &str, until: u32| {
+            let lines = log.iter().map(String::as_str);
+            answered(lines, USER, (resource, "exchange"), at(until)).map(|done| done.to_string())
+        };
+        let done = |second: u32| Some(format!("2026-11-28T12:00:{second:02}.000001Z"));
+        assert_eq!(answered("exchangedeployments/status", 25), done(30));
+        assert_eq!(answered("exchangedeployments/status", 3), done(2));
+        assert_eq!(answered("exchangedeployments/status", 50), done(41));
+        assert_eq!(answered("exchangedeployments", 50), None);
     }
 
     #[test]

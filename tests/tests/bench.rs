@@ -682,7 +682,9 @@ fn takeovers() {
             let killed = now_ms();
             match end {
                 End::Restart => leader.crash().unwrap(),
-                End::Lost => leader.kill().unwrap(),
+                End::Lost => {
+                    leader.kill().unwrap();
+                }
             }
             gate.decide(false).unwrap();
             watch

@@ -32,6 +32,7 @@ use testbed::{
     kubectl::Namespace,
     operator::Operator,
     progress::say,
+    rights::{self, audit_log},
     sandbox::{host_pid, wait_until},
     story::{Ground, SERVICES},
     supervisor,
@@ -1141,6 +1142,8 @@ mod alone {
         /// So many have to be reached: each of them another one.
         wanted: usize,
         reached: Vec<Kill>,
+        /// Of those during a write, whether the API server had not answered yet.
+        unanswered: Vec<bool>,
         under_way: usize,
         /// A release may have a write less than the recorded one, so that a kill is not reached.
         releases_left: usize,
@@ -1178,6 +1181,7 @@ mod alone {
                 waiting: waiting.into(),
                 wanted,
                 reached: Vec::new(),
+                unanswered: Vec::new(),
                 under_way: 0,
                 releases_left: wanted + 6,
             }
@@ -1194,10 +1198,11 @@ mod alone {
             Some(kill)
         }
 
-        fn ended(&mut self, kill: Kill, reached: bool) {
+        fn ended(&mut self, kill: Kill, reached: Option<Reached>) {
             self.under_way -= 1;
-            if reached {
+            if let Some(Reached { unanswered }) = reached {
                 self.reached.push(kill);
+                self.unanswered.extend(unanswered);
             } else {
                 say(format!("{kill:?} did not come in its release"));
                 self.waiting.push_back(kill);
@@ -1218,6 +1223,13 @@ mod alone {
                 .map(|number| number.trim().parse().unwrap())
                 .collect(),
         )
+    }
+
+    /// A kill that came.
+    #[derive(Clone, Copy)]
+    struct Reached {
+        /// Of one during a write, whether the API server had not answered yet.
+        unanswered: Option<bool>,
     }
 
     /// An exchange with an operator of its own.
@@ -1287,21 +1299,20 @@ mod alone {
             (writes.len(), end_state(self.ground, &self.namespace.name))
         }
 
-        /// A release with the operator killed at one of its writes. It has to end as the undisturbed one did. Says whether
-        /// the write came.
-        fn release_and_kill(&mut self, (number, moment): Kill, undisturbed: &Value) -> bool {
+        /// A release with the operator killed at one of its writes, if that comes. It has to end as the undisturbed one did.
+        fn release_and_kill(&mut self, (number, moment): Kill, undisturbed: &Value) -> Option<Reached> {
             let hold = Hold {
                 number,
                 ..Hold::default()
             };
             self.gate.hold(&hold).unwrap();
             let name = format!("{moment:?} {number}");
-            let mut reached = false;
+            let mut killed = None;
             self.release_and_settle(&name, |gate| {
                 if let Some(write) = gate.held().unwrap() {
                     say(format!("killed {moment:?} write {number}: {write}"));
-                    gate.kill_leader(&write, moment).unwrap();
-                    reached = true;
+                    let at = gate.kill_leader(&write, moment).unwrap();
+                    killed = Some((write, at));
                 }
             });
             let end = || end_state(self.ground, &self.namespace.name);
@@ -1315,7 +1326,14 @@ mod alone {
                 differences()
             );
             self.operator.recovers(&self.ground.session).unwrap();
-            reached
+            let (write, at) = killed?;
+            let unanswered = (moment == Moment::During).then(|| {
+                let log = audit_log(self.ground.session.cluster.as_ref().unwrap()).unwrap();
+                let object = (write.resource.as_str(), write.name.as_str());
+                let answered = rights::answered(log.lines(), &self.operator.account(), object, at);
+                answered.unwrap() > at
+            });
+            Some(Reached { unanswered })
         }
 
         /// Releases with kills of the plan, until there are enough.
@@ -1377,6 +1395,9 @@ mod alone {
         let kills = plan.reached.len();
         figures.note(&namespace);
         namespace.note("operators_killed", kills);
+        let unanswered = plan.unanswered.iter().filter(|it| **it).count();
+        namespace.note("killed_during_a_write", plan.unanswered.len());
+        namespace.note("killed_before_the_api_server_had_answered", unanswered);
         namespace.note("exchanges_side_by_side", SIDE_BY_SIDE);
         assert_eq!(kills, plan.wanted, "not reached: {:?}", plan.waiting);
     }
