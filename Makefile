@@ -7,7 +7,7 @@ SHELL := /bin/bash
 
 # Which test cluster: several can run side by side. `make test` has one of its own, and ends it.
 NAME ?= dev
-# CLUSTER=existing, with KUBECONFIG set, uses that cluster and installs nothing on this machine.
+# CLUSTER=existing, with KUBECONFIG and AGENT_IMAGE set, uses that cluster and installs nothing on this machine.
 CLUSTER ?= testbed
 # One test only: make e2e TEST=dns_answers_from_a_pod
 TEST ?=
@@ -56,7 +56,9 @@ ifdef STORES_VALUES
   override STORES_VALUES := $(abspath $(STORES_VALUES))
   export STORES_VALUES
 endif
-export AGENT_IMAGE ?= exchange.local/testbed-agent:$(TAG)
+ifneq ($(CLUSTER),existing)
+  export AGENT_IMAGE ?= exchange.local/testbed-agent:$(TAG)
+endif
 # Compiles tests of the workspace, chosen by arguments of cargo's and by arguments of their own. Fails if a misspelt TEST selects
 # none, before anything is started for them: with the target that has one of that name, by what its `ignore` says.
 find-tests = cargo test --workspace --locked $(1) --no-run; \
@@ -195,6 +197,8 @@ down-test-alone:
 cluster: deps $(TESTBED) ## Start the test cluster NAME, or find that it runs
 ifeq ($(CLUSTER),existing)
 	@[ -n "$${KUBECONFIG:-}" ] || { echo "error: CLUSTER=existing needs KUBECONFIG: set it to the cluster's file" >&2; exit 1; }
+	@[ -n "$${AGENT_IMAGE:-}" ] || { echo "error: CLUSTER=existing needs AGENT_IMAGE: set it to what you have pushed," \
+	  "such as ghcr.io/acme/testbed-agent:1.0.0; the other images have its prefix" >&2; exit 1; }
 	@for program in kubectl helm; do command -v $$program >/dev/null || \
 	  { echo "error: CLUSTER=existing uses this machine's kubectl and helm, and there is no $$program: install it" >&2; exit 1; }; done
 	kubectl version
