@@ -57,10 +57,8 @@ struct Server {
     takes: Option<(String, String)>,
     /// An admission webhook that changes what is merged into objects whose path begins like this.
     changes: Option<(String, Value)>,
-    /// With this request another operator records something.
-    superseded_at: Option<String>,
-    /// With the first another operator has removed the second, and made it again.
-    remade_at: Option<(String, String)>,
+    /// With this request somebody else merges something into an object. Without its UID it is one that was made again.
+    meanwhile: Option<(String, String, Value)>,
     /// Requests whose method and path begin like this are never answered.
     silent: Option<String>,
 }
@@ -78,15 +76,10 @@ impl Server {
 
     fn answer(&mut self, method: &Method, path: &str, query: &str, body: Value) -> (StatusCode, Value) {
         let called = format!("{method} {path}");
-        if self.superseded_at.take_if(|request| *request == called).is_some() {
-            let mut object = self.objects[OBJECT].clone();
-            object["status"]["attempt"] = json!(9);
-            self.put(OBJECT, object);
-        }
-        if let Some((_, remade)) = self.remade_at.take_if(|(request, _)| *request == called) {
-            let mut object = self.objects[&remade].clone();
-            object["metadata"]["uid"] = Value::Null;
-            self.put(&remade, object);
+        if let Some((_, changed, change)) = self.meanwhile.take_if(|(request, ..)| *request == called) {
+            let mut object = self.objects[&changed].clone();
+            merge(&mut object, &change);
+            self.put(&changed, object);
         }
         if *method == Method::GET {
             self.reads += 1;
@@ -333,6 +326,11 @@ impl World {
         let mut object = server.objects.get(path).cloned().unwrap();
         change(&mut object);
         server.put(path, object);
+    }
+
+    /// With this request somebody else merges this into an object.
+    fn meanwhile(&self, request: String, path: &str, change: Value) {
+        self.server.lock().unwrap().meanwhile = Some((request, path.to_owned(), change));
     }
 
     fn names(&self, kind: &str) -> Vec<String> {
@@ -588,7 +586,11 @@ async fn a_swap_that_loses_its_endpoints_stops_before_the_write() {
 #[tokio::test]
 async fn a_swap_under_a_record_that_is_replaced_stops_before_the_next_write() {
     let world = World::tested().await;
-    world.server.lock().unwrap().superseded_at = Some("PUT services/exchange-user".to_owned());
+    world.meanwhile(
+        "PUT services/exchange-user".to_owned(),
+        OBJECT,
+        json!({"status": {"attempt": 9}}),
+    );
     let (result, writes) = world.pass().await;
     assert!(
         matches!(result, Err(Error::Refused(Refusal::Superseded))),
@@ -607,7 +609,11 @@ async fn a_swap_under_a_record_that_is_replaced_stops_before_the_next_write() {
 async fn a_record_that_is_replaced_during_a_look_is_the_one_that_counts() {
     let world = World::tested().await;
     // The object is read last: everything else has been read when another operator records something.
-    world.server.lock().unwrap().superseded_at = Some("GET deployments".to_owned());
+    world.meanwhile(
+        "GET deployments".to_owned(),
+        OBJECT,
+        json!({"status": {"attempt": 9}}),
+    );
     let (result, writes) = world.pass().await;
     result.unwrap();
     assert_eq!(paths(&writes)[0], "PUT exchangedeployments/exchange/status");
@@ -965,7 +971,7 @@ async fn what_was_made_again_since_it_was_seen_is_not_removed() {
         world.pass().await.0.unwrap();
     }
     // When all else has been seen, another operator has made the secret again, under the same name.
-    world.server.lock().unwrap().remade_at = Some((format!("GET {OBJECT}"), lane.clone()));
+    world.meanwhile(format!("GET {OBJECT}"), &lane, json!({"metadata": {"uid": null}}));
     let (result, writes) = world.pass().await;
     assert_eq!(result.unwrap_err().class(), Class::Conflict);
     assert_eq!(paths(&writes), [format!("DELETE {lane}")]);
@@ -974,6 +980,30 @@ async fn what_was_made_again_since_it_was_seen_is_not_removed() {
     // Seen as it is now, it goes.
     world.settle().await;
     assert!(!world.names("secrets").contains(&lane));
+}
+
+#[tokio::test]
+async fn a_stack_to_which_a_live_service_without_labels_points_is_not_removed() {
+    let world = World::migrated().await;
+    world.settle().await;
+    let first = world.names("deployments").remove(0);
+    let stack = world.get(&first)["spec"]["template"]["metadata"]["labels"].clone();
+    let mut selector = world.get("services/exchange-user")["spec"]["selector"].clone();
+    for label in ["exchange.dev/colour", "exchange.dev/revision"] {
+        selector[label] = stack[label].clone();
+    }
+    world.change(OBJECT, |object| object["spec"]["version"] = json!("2.0.0"));
+    // When its end is decided, somebody points a Service at it, and takes the labels by which that is listed.
+    let pointed = json!({"metadata": {"labels": null}, "spec": {"selector": selector}});
+    let record = format!("PUT {OBJECT}/status");
+    world.meanwhile(record.clone(), "services/exchange-user", pointed);
+    let (result, writes) = world.pass().await;
+    assert!(
+        matches!(result, Err(Error::Refused(Refusal::Live(_)))),
+        "{result:?}"
+    );
+    assert_eq!(paths(&writes), [record]);
+    assert!(world.names("deployments").contains(&first));
 }
 
 #[tokio::test(start_paused = true)]

@@ -185,11 +185,12 @@ impl Reader {
         let name = look.object.name_any();
         let builder = builder(&look.object);
         let mut seen = look.seen.clone();
+        // By name: one that has lost its labels has traffic all the same.
+        let names = Service::ALL.map(|service| builder.live_name(service));
+        let live = try_join_all(names.iter().map(|name| self.get::<CoreService>(&namespace, name)));
         match action {
             Action::Point { to, .. } => {
-                // By name, and in parallel: these reads lie between the decision and the swap.
-                let names = Service::ALL.map(|service| builder.live_name(service));
-                let live = names.iter().map(|name| self.get::<CoreService>(&namespace, name));
+                // In parallel: these reads lie between the decision and the swap.
                 let about = to.as_ref().map_or_else(
                     || names.clone(),
                     |to| Service::ALL.map(|service| builder.colour_name(to, service)),
@@ -198,11 +199,8 @@ impl Reader {
                     let known = look.material.slices.get(service).into_iter().flatten();
                     known.map(|name| self.get::<EndpointSlice>(&namespace, name))
                 });
-                let (object, live, slices) = try_join!(
-                    self.object(&namespace, &name),
-                    try_join_all(live),
-                    try_join_all(slices)
-                )?;
+                let (object, live, slices) =
+                    try_join!(self.object(&namespace, &name), live, try_join_all(slices))?;
                 retake(&mut seen, object);
                 see_live(&builder, live.iter().flatten(), &mut seen);
                 if to.is_none() {
@@ -218,13 +216,13 @@ impl Reader {
             }
             Action::Delete { .. } | Action::Unrender { .. } => {
                 let labels = selector(&name);
-                let (object, services, pods) = try_join!(
+                let (object, live, pods) = try_join!(
                     self.object(&namespace, &name),
-                    self.list::<CoreService>(&namespace, &labels),
+                    live,
                     self.list::<Pod>(&namespace, &labels),
                 )?;
                 retake(&mut seen, object);
-                see_live(&builder, services.iter(), &mut seen);
+                see_live(&builder, live.iter().flatten(), &mut seen);
                 for service in seen.stacks.values_mut().flat_map(|it| it.services.values_mut()) {
                     service.pods = 0;
                 }
