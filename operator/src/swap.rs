@@ -75,7 +75,7 @@ impl Turn<'_> {
             if moved {
                 ready == 0 && !self.is_forced(stack)
             } else {
-                ready == 0 || (ready < replicas && self.elapsed() >= SHORT_OF_ENDPOINTS)
+                ready == 0 || (ready < replicas && self.elapsed() >= SHORT_OF_ENDPOINTS && self.watched())
             }
         };
         Service::ALL.into_iter().find(lost)

@@ -177,6 +177,20 @@ fn every_phase_is_left_as_the_design_says() {
             &[Pending, Failed],
             Reason::Aborted,
         ),
+        row(
+            "superseded in Pending",
+            at(Pending),
+            |world| world.release(2),
+            &[
+                Pending,
+                Migrating,
+                Provisioning,
+                Testing,
+                Promoting,
+                Verifying,
+                Live,
+            ],
+        ),
         row("from Migrating", at(Migrating), nothing, DONE),
         row("reverted in Migrating", at(Migrating), revert, &[Migrating, Live]),
         given_up(
@@ -241,6 +255,21 @@ fn every_phase_is_left_as_the_design_says() {
             |world| world.release(2),
             &[
                 Provisioning,
+                Pending,
+                Migrating,
+                Provisioning,
+                Testing,
+                Promoting,
+                Verifying,
+                Live,
+            ],
+        ),
+        row(
+            "superseded in Testing",
+            at(Testing),
+            |world| world.release(2),
+            &[
+                Testing,
                 Pending,
                 Migrating,
                 Provisioning,
@@ -326,6 +355,19 @@ fn every_phase_is_left_as_the_design_says() {
             at(AwaitingPromotion),
             |world| world.declare(|spec| spec.rollout.promotion = Promotion::Automatic),
             &[AwaitingPromotion, Promoting, Verifying, Live],
+        ),
+        row(
+            "superseded while waiting",
+            at(AwaitingPromotion),
+            |world| world.release(2),
+            &[
+                AwaitingPromotion,
+                Pending,
+                Migrating,
+                Provisioning,
+                Testing,
+                AwaitingPromotion,
+            ],
         ),
         given_up(
             "aborted while waiting",
@@ -444,6 +486,22 @@ fn every_phase_is_left_as_the_design_says() {
             &[Verifying, RollingBack, Held],
             Reason::VerificationFailed,
         ),
+        row(
+            "superseded while verifying",
+            at(Verifying),
+            |world| world.release(2),
+            &[
+                Verifying,
+                Live,
+                Pending,
+                Migrating,
+                Provisioning,
+                Testing,
+                Promoting,
+                Verifying,
+                Live,
+            ],
+        ),
         given_up(
             "rolled back while verifying",
             at(Verifying),
@@ -463,6 +521,27 @@ fn every_phase_is_left_as_the_design_says() {
             roll_back,
             &[Live, RollingBack, Held],
             Reason::RolledBack,
+        ),
+        row(
+            "superseded while it is rolled back",
+            after_a_release(),
+            |world| {
+                roll_back(world);
+                world.until(0, RollingBack);
+                world.release(2);
+            },
+            &[
+                Live,
+                RollingBack,
+                Held,
+                Pending,
+                Migrating,
+                Provisioning,
+                Testing,
+                Promoting,
+                Verifying,
+                Live,
+            ],
         ),
         given_up(
             "rolled back while a reference is missing, which comes back",
@@ -846,6 +925,28 @@ fn for_a_move_time_goes_on_although_it_is_suspended() {
     world.step(0, View::Fresh).unwrap();
     world.finish(0);
     assert_eq!(world.status.phase_since, Some(world.now));
+}
+
+#[test]
+fn a_swap_is_given_up_for_missing_pods_only_by_who_has_seen_them_missing() {
+    let mut world = at(Promoting);
+    until_one_is_moved(&mut world);
+    world.wait(60);
+    let given_up = records(&world, lacks_pods);
+    assert_eq!(given_up.phase, RollingBack);
+    let taken_over = records(&world, |seen| {
+        lacks_pods(seen);
+        seen.seen_before = false;
+    });
+    assert_eq!(taken_over.phase, Promoting);
+    let dead = records(&world, |seen| {
+        lacks_pods(seen);
+        seen.stacks
+            .values_mut()
+            .for_each(|stack| stack.services.get_mut(&Service::Trade).unwrap().ready = 0);
+        seen.seen_before = false;
+    });
+    assert_eq!(dead.phase, RollingBack);
 }
 
 #[test]
@@ -2026,7 +2127,7 @@ fn figures_of_few_requests_say_nothing() {
 
 #[test]
 fn what_is_awaited_is_told_with_what_keeps_it_and_until_when() {
-    let silent = "no answer of green-r1 from 10.96.0.7:80 (trade): connect timed out";
+    let silent = "no answer of green-r1 from 10.96.0.7:80 (trade): no connection";
     let unheard = |seen: &mut Observed| {
         seen.answers = None;
         seen.unheard = Some(silent.to_owned());

@@ -288,7 +288,7 @@ pub(crate) struct World {
 
 /// What is told while pages cannot be read.
 pub(crate) const UNREADABLE: &str =
-    "the figures of the trade service cannot be read at 192.0.2.1:9090: connect timed out";
+    "the figures of the trade service cannot be read at 192.0.2.1:9090: no connection";
 
 /// A state of the world as operators may be shown it: what is seen, the object's version, and what is there of stacks.
 type Past = (Observed, u64, BTreeMap<Stack, (bool, Option<Fence>)>);
