@@ -372,6 +372,7 @@ fn after_the_retention_the_way_back_is_a_release() {
         .exchange
         .ask("rollback", &token(story.last(), "live"))
         .unwrap();
+    story.told.has("RollbackRefused");
     story.all_point_at(&second);
     let begun = story.watch.sightings().len();
     let original = story.exchange.declaration("1.0.0");
@@ -450,6 +451,14 @@ fn an_approval_is_for_one_stack_and_attempt() {
         .unwrap();
     let two = token(story.last(), "candidate");
     story.exchange.ask("promote", &one).unwrap();
+    story
+        .watch
+        .until("the operator to have seen it", PATIENCE, |object| {
+            text(object, "/status/asked/promote/value") == one
+        })
+        .unwrap();
+    assert_eq!(phase_of(story.last()), "AwaitingPromotion");
+    story.all_point_at(&story.revision("live"));
     story.person("promote");
     let (code, tree) = story.plugin("status --wait --timeout 4m");
     assert_eq!(code, 0, "{tree}");
