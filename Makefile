@@ -153,6 +153,7 @@ stories: ## Releases of every kind and end, and disturbed ones, on the cluster (
 .PHONY: e2e-long
 e2e-long: ## Both with the full matrices: 20 releases in a row, every phase disturbed, the operator killed at every write (hours)
 	RELEASES=20 EVERY_PHASE=1 EVERY_WRITE=1 $(sub) e2e E2E="$(E2E) $(STORIES)"
+	@$(sub) rbac
 
 .PHONY: rbac
 rbac: $(TESTBED) ## Compare the operator's rights with what it did on the test cluster; after `make stories`

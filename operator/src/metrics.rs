@@ -81,7 +81,7 @@ impl Metrics {
         );
         registry.register(
             "swap_duration_seconds",
-            "From the decision to the last live Service written",
+            "From the record of a move to the last live Service written; in who takes it over, from there",
             swaps.clone(),
         );
         registry.register(

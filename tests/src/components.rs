@@ -349,6 +349,9 @@ fn configuration(cluster: &Cluster, tools: &Tools) -> Result<Vec<(&'static str, 
         "apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"],
         "rules": [
             {"level": "Metadata", "userGroups": [format!("system:serviceaccounts:{OPERATOR_NAMESPACE}")]},
+            // Of operators that look after one namespace, what they write. Nothing else in a pod writes, but controllers.
+            {"level": "None", "userGroups": ["system:serviceaccounts:kube-system"]},
+            {"level": "Metadata", "userGroups": ["system:serviceaccounts"], "verbs": ["create", "update", "patch", "delete"]},
             {"level": "None"},
         ],
     });

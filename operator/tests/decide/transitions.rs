@@ -150,25 +150,19 @@ fn time_passes(world: &mut World) {
     world.finish(0);
 }
 
+/// After these phases, a release from its beginning to its end.
+macro_rules! anew {
+    [$($before:ident),*] => {
+        &[$($before,)* Pending, Migrating, Provisioning, Testing, Promoting, Verifying, Live]
+    };
+}
+
 #[test]
 #[expect(clippy::too_many_lines, reason = "a table")]
 fn every_phase_is_left_as_the_design_says() {
     const DONE: &[Phase] = &[Migrating, Provisioning, Testing, Promoting, Verifying, Live];
     let rows = vec![
-        row(
-            "from Pending all the way",
-            at(Pending),
-            nothing,
-            &[
-                Pending,
-                Migrating,
-                Provisioning,
-                Testing,
-                Promoting,
-                Verifying,
-                Live,
-            ],
-        ),
+        row("from Pending all the way", at(Pending), nothing, anew![]),
         row("reverted in Pending", at(Pending), revert, &[Pending, Live]),
         given_up(
             "aborted in Pending",
@@ -181,15 +175,7 @@ fn every_phase_is_left_as_the_design_says() {
             "superseded in Pending",
             at(Pending),
             |world| world.release(2),
-            &[
-                Pending,
-                Migrating,
-                Provisioning,
-                Testing,
-                Promoting,
-                Verifying,
-                Live,
-            ],
+            anew![],
         ),
         row("from Migrating", at(Migrating), nothing, DONE),
         row("reverted in Migrating", at(Migrating), revert, &[Migrating, Live]),
@@ -218,16 +204,7 @@ fn every_phase_is_left_as_the_design_says() {
             "superseded in Migrating",
             at(Migrating),
             |world| world.release(2),
-            &[
-                Migrating,
-                Pending,
-                Migrating,
-                Provisioning,
-                Testing,
-                Promoting,
-                Verifying,
-                Live,
-            ],
+            anew![Migrating],
         ),
         row(
             "reverted in Provisioning",
@@ -253,31 +230,13 @@ fn every_phase_is_left_as_the_design_says() {
             "superseded in Provisioning",
             at(Provisioning),
             |world| world.release(2),
-            &[
-                Provisioning,
-                Pending,
-                Migrating,
-                Provisioning,
-                Testing,
-                Promoting,
-                Verifying,
-                Live,
-            ],
+            anew![Provisioning],
         ),
         row(
             "superseded in Testing",
             at(Testing),
             |world| world.release(2),
-            &[
-                Testing,
-                Pending,
-                Migrating,
-                Provisioning,
-                Testing,
-                Promoting,
-                Verifying,
-                Live,
-            ],
+            anew![Testing],
         ),
         row("reverted in Testing", at(Testing), revert, &[Testing, Live]),
         given_up(
@@ -315,16 +274,7 @@ fn every_phase_is_left_as_the_design_says() {
             "other gates are another attempt",
             at(Testing),
             |world| world.change_gates(1),
-            &[
-                Testing,
-                Pending,
-                Migrating,
-                Provisioning,
-                Testing,
-                Promoting,
-                Verifying,
-                Live,
-            ],
+            anew![Testing],
         ),
         row(
             "waits for approval past every deadline",
@@ -404,18 +354,7 @@ fn every_phase_is_left_as_the_design_says() {
                 world.step(0, View::Fresh).unwrap();
                 world.release(2);
             },
-            &[
-                Promoting,
-                Verifying,
-                Live,
-                Pending,
-                Migrating,
-                Provisioning,
-                Testing,
-                Promoting,
-                Verifying,
-                Live,
-            ],
+            anew![Promoting, Verifying, Live],
         ),
         row(
             "a swap is finished although suspended",
@@ -490,17 +429,7 @@ fn every_phase_is_left_as_the_design_says() {
             "superseded while verifying",
             at(Verifying),
             |world| world.release(2),
-            &[
-                Verifying,
-                Live,
-                Pending,
-                Migrating,
-                Provisioning,
-                Testing,
-                Promoting,
-                Verifying,
-                Live,
-            ],
+            anew![Verifying, Live],
         ),
         given_up(
             "rolled back while verifying",
@@ -530,18 +459,7 @@ fn every_phase_is_left_as_the_design_says() {
                 world.until(0, RollingBack);
                 world.release(2);
             },
-            &[
-                Live,
-                RollingBack,
-                Held,
-                Pending,
-                Migrating,
-                Provisioning,
-                Testing,
-                Promoting,
-                Verifying,
-                Live,
-            ],
+            anew![Live, RollingBack, Held],
         ),
         given_up(
             "rolled back while a reference is missing, which comes back",
@@ -632,16 +550,7 @@ fn every_phase_is_left_as_the_design_says() {
             "a next release takes the old one's colour",
             after_a_release(),
             |world| world.release(2),
-            &[
-                Live,
-                Pending,
-                Migrating,
-                Provisioning,
-                Testing,
-                Promoting,
-                Verifying,
-                Live,
-            ],
+            anew![Live],
         ),
         row(
             "the live colour is declared for another revision",
@@ -661,16 +570,7 @@ fn every_phase_is_left_as_the_design_says() {
                 world.journey = vec![Live];
                 world.colour(ColourChoice::Green);
             },
-            &[
-                Live,
-                Pending,
-                Migrating,
-                Provisioning,
-                Testing,
-                Promoting,
-                Verifying,
-                Live,
-            ],
+            anew![Live],
         ),
         row(
             "tried again after a failure",
@@ -681,16 +581,7 @@ fn every_phase_is_left_as_the_design_says() {
                 world.ask(|requests, names| requests.retry = names.rejected);
                 world.journey = vec![Failed];
             },
-            &[
-                Failed,
-                Pending,
-                Migrating,
-                Provisioning,
-                Testing,
-                Promoting,
-                Verifying,
-                Live,
-            ],
+            anew![Failed],
         ),
         row(
             "other gates after a failure",
@@ -701,31 +592,13 @@ fn every_phase_is_left_as_the_design_says() {
                 world.change_gates(1);
                 world.journey = vec![Failed];
             },
-            &[
-                Failed,
-                Pending,
-                Migrating,
-                Provisioning,
-                Testing,
-                Promoting,
-                Verifying,
-                Live,
-            ],
+            anew![Failed],
         ),
         row(
             "another version after a failure",
             releasing(5, Failed),
             |world| world.release(2),
-            &[
-                Failed,
-                Pending,
-                Migrating,
-                Provisioning,
-                Testing,
-                Promoting,
-                Verifying,
-                Live,
-            ],
+            anew![Failed],
         ),
         row(
             "reverted after a failure",
@@ -737,16 +610,7 @@ fn every_phase_is_left_as_the_design_says() {
             "another version after a rollback",
             releasing(6, Held),
             |world| world.release(2),
-            &[
-                Held,
-                Pending,
-                Migrating,
-                Provisioning,
-                Testing,
-                Promoting,
-                Verifying,
-                Live,
-            ],
+            anew![Held],
         ),
         row(
             "reverted after a rollback",
