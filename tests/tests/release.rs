@@ -14,6 +14,7 @@ use std::{
 
 use serde_json::{Value, json};
 use testbed::{
+    demo,
     exchange::{Exchange, NAME, PATIENCE, Pod, phase_of, text, token},
     kubectl::{Namespace, Session},
     operator::{self, OPERATOR, OPERATOR_NAMESPACE},
@@ -981,4 +982,13 @@ fn an_operator_of_one_namespace_looks_after_that_one() {
     story.declare(|spec| note(spec, "another operator"));
     story.goes_live();
     assert_eq!(end_well(load).len(), 2);
+}
+
+/// `make demo`, for which no request may fail and every phase come, where an operator is there already.
+#[test]
+#[ignore = "needs a cluster: make stories"]
+fn the_demonstration_shows_what_it_should() {
+    let ground = Ground::alone();
+    demo::run(&ground.session).unwrap();
+    demo::clean_up(&ground.session).unwrap();
 }
