@@ -180,6 +180,9 @@ impl Turn<'_> {
         if self.next.phase != phase {
             self.next.phase = phase;
             self.next.phase_since = Some(self.time_of(phase));
+            if matches!(phase, Phase::Live | Phase::Failed | Phase::Held) {
+                self.next.verification = None;
+            }
         }
     }
 

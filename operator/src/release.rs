@@ -247,6 +247,7 @@ impl Turn<'_> {
             scale: Some(Scale::declared(self.spec)),
             approved_by: None,
         });
+        self.next.verification = Some(self.spec.rollout.verification.clone());
         self.next.phase = Phase::Pending;
         self.next.phase_since = Some(self.clock());
     }

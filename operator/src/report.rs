@@ -34,9 +34,10 @@ fn verdict(is: bool, reason: impl fmt::Display, message: impl Into<String>) -> V
 /// `undecided` says why nothing could be taken over of what has the traffic.
 pub fn report(spec: &Spec, seen: &Observed, undecided: Option<&str>, status: &mut Status, now: Timestamp) {
     let story = format!(
-        "{}{}{}{}",
+        "{}{}{}{}{}",
         story(spec, seen, status),
         times(spec, seen, status),
+        declared_since(spec, seen, status),
         broken(seen, status),
         refused(seen, status)
     );
@@ -294,7 +295,7 @@ fn times(spec: &Spec, seen: &Observed, status: &Status) -> String {
         }
         (Phase::Pending | Phase::AwaitingPromotion, _) => (since, None),
         (Phase::Verifying, _) => {
-            let watched = signed(spec.rollout.verification.duration);
+            let watched = signed(status.verification(spec).duration);
             let lasts = match &seen.unheard {
                 _ if !status.live.as_ref().is_some_and(|live| live.smoke_passed) => deadline,
                 None => watched,
@@ -307,6 +308,26 @@ fn times(spec: &Spec, seen: &Observed, status: &Status) -> String {
     lasts.map_or_else(
         || format!("; since {}", second(since)),
         |lasts| format!("; since {}, until {}", second(since), second(later(since, lasts))),
+    )
+}
+
+/// What waits for the end of a move or a verification, as the end of a sentence.
+fn declared_since(spec: &Spec, seen: &Observed, status: &Status) -> String {
+    let Ok(declared) = &seen.declared else {
+        return String::new();
+    };
+    let candidate = status.candidate.as_ref().map(|it| &it.stack);
+    let live = status.live.as_ref().map(|it| &it.stack);
+    let is_of_it = [candidate, live]
+        .into_iter()
+        .flatten()
+        .any(|stack| stack.revision == declared.revision);
+    if is_of_it || !(status.phase.moves() || status.phase == Phase::Verifying) {
+        return String::new();
+    }
+    format!(
+        "; {}, as it is declared now, waits for the end of that",
+        spec.version
     )
 }
 

@@ -17,7 +17,7 @@ use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::api::{Autoscaling, ExchangeDeploymentSpec, Service, ServiceSpec};
+use crate::api::{Autoscaling, ExchangeDeploymentSpec, Service, ServiceSpec, Verification};
 
 /// One of the two places where a stack can run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
@@ -134,6 +134,9 @@ pub struct ExchangeDeploymentStatus {
     /// Hash of the gates that were declared when that could last be said: a missing reference does not change them.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub gates: String,
+    /// How the release under way is verified: as was declared with it. What another declaration says does not count for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verification: Option<Verification>,
     /// Number of the last attempt. Never reset.
     #[serde(default)]
     pub attempt: u32,
@@ -158,6 +161,13 @@ pub struct ExchangeDeploymentStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
+}
+
+impl ExchangeDeploymentStatus {
+    /// How the release under way is verified.
+    pub fn verification<'a>(&'a self, spec: &'a ExchangeDeploymentSpec) -> &'a Verification {
+        self.verification.as_ref().unwrap_or(&spec.rollout.verification)
+    }
 }
 
 /// A stack: all services of one revision in one colour.

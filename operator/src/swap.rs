@@ -182,6 +182,11 @@ impl Turn<'_> {
         if self.leave(&live) {
             return;
         }
+        let declared = self.declared().map(|declared| &declared.revision);
+        if declared == Some(&live.stack.revision) {
+            // Limits that are changed for what is live count at once.
+            self.next.verification = Some(self.spec.rollout.verification.clone());
+        }
         let passed = self.state(JobKind::Verify, &live.stack, live.attempt) == Some(&JobState::Passed);
         live.smoke_passed |= passed;
         live.unserved_since = self
@@ -283,7 +288,7 @@ impl Turn<'_> {
 
     /// How the verification has ended, if it has. What does not serve is not verified, whatever was measured before.
     fn verdict(&self, live: &Live) -> Option<Result<(), String>> {
-        let limits = &self.spec.rollout.verification;
+        let limits = self.next.verification(self.spec);
         let too_long = |since| self.now.duration_since(since) >= SHORT_OF_ENDPOINTS && self.watched();
         if let Some(service) = self.without_endpoints(&live.stack)
             && live.unserved_since.is_some_and(too_long)

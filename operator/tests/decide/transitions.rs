@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::world::{Ban, UNREADABLE, View, World};
 use exchange_operator::{
-    api::{ColourChoice, Promotion, Service},
+    api::{ColourChoice, ExchangeDeploymentSpec as Spec, Promotion, Service},
     decide::decide,
     guard::{self, Refusal},
     observe::{Figures, JobKind, Observed, Part, StackSeen, Target},
@@ -789,6 +789,28 @@ fn for_a_move_time_goes_on_although_it_is_suspended() {
     world.step(0, View::Fresh).unwrap();
     world.finish(0);
     assert_eq!(world.status.phase_since, Some(world.now));
+}
+
+#[test]
+fn a_verification_goes_by_what_was_declared_with_the_version() {
+    let lenient = |spec: &mut Spec| spec.rollout.verification.max_error_rate = "100%".to_owned();
+    // Of another version it says nothing, and that one waits.
+    let mut world = releasing(7, Verifying);
+    world.release(2);
+    world.declare(lenient);
+    let waits = "r2, as it is declared now, waits for the end of that";
+    let message = told(&records(&world, |_| {}), "Reconciling");
+    assert!(message.contains(waits), "{message}");
+    world.until(0, RollingBack);
+    let message = told(&records(&world, |_| {}), "Reconciling");
+    assert!(message.contains(waits), "{message}");
+    world.until(0, Live);
+    assert_eq!(world.journey, anew![Verifying, RollingBack, Held] as &[Phase]);
+    // Of the same it counts at once.
+    let mut world = releasing(7, Verifying);
+    world.declare(lenient);
+    world.until(0, Live);
+    assert_eq!(world.journey, [Verifying, Live]);
 }
 
 #[test]

@@ -263,7 +263,7 @@ impl Case<'_> {
         })?;
         let begun = old.phase_since.map(|since| since + self.pause());
         let watched = begun.map(|since| self.clock().duration_since(since));
-        let duration = seconds(self.spec.rollout.verification.duration);
+        let duration = seconds(self.old.verification(self.spec).duration);
         is(watched.is_some_and(|it| it >= duration), || {
             format!("P3: verified after {watched:?}")
         })
