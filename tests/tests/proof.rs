@@ -440,6 +440,24 @@ impl Holder {
     }
 }
 
+/// The migrations of this release would have refused every other database.
+fn migrated_where_the_live_stack_is(ground: &Ground, namespace: &Namespace<'_>, revision: &str) {
+    let args = ["get", "jobs", "--output=json", "--namespace", &namespace.name];
+    let jobs: Value = serde_json::from_str(&ground.session.kubectl(&args).unwrap()).unwrap();
+    for migration in ["expand", "contract"] {
+        let name = format!("{revision}-{migration}-");
+        let jobs = jobs["items"].as_array().unwrap().iter();
+        let args: Vec<String> = jobs
+            .filter(|job| text(job, "/metadata/name").contains(&name))
+            .map(|job| job["spec"]["template"]["spec"]["containers"][0]["args"].to_string())
+            .collect();
+        assert!(
+            !args.is_empty() && args.iter().all(|args| args.contains("--expect-database=")),
+            "{migration}: {args:?}"
+        );
+    }
+}
+
 #[test]
 #[ignore = "needs a cluster: make e2e"]
 fn case_2_a_migration_and_the_way_back() {
@@ -497,6 +515,7 @@ fn case_2_a_migration_and_the_way_back() {
             && object["status"]["live"]["contracted"] == true
     });
     assert_eq!(trading.exchange.sql(TRANSLATIONS).unwrap().trim(), "0");
+    migrated_where_the_live_stack_is(&ground, &namespace, &second);
     let account = holder.account(&holder.api(&trading, &second));
     assert_eq!(text(&account, "/state"), "active", "{account}");
     assert!(account["frozen_at"].is_null(), "{account}");

@@ -40,7 +40,7 @@ use crate::{
     plan::Action,
     resources::{Builder, MANAGER, Rendered},
     revision::{self, Content, Source, gates, reserved, revision, sources},
-    status::{ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack},
+    status::{ExchangeDeploymentStatus as Status, Live, Phase, PreviousState, Stack},
 };
 
 /// Reads before a pass gives up because the object changes all the time.
@@ -579,16 +579,9 @@ impl Reader {
                     }
                 }
             }
-            Phase::Migrating => {
-                if let Some(live) = &status.live {
-                    look.material.database = self.pods.database(&addresses(&live.stack)).await;
-                }
-            }
             _ => {}
         }
-        if status.contract.is_some()
-            && let Some(live) = &status.live
-        {
+        if let Some(live) = status.live.as_ref().filter(|live| may_migrate(status, live)) {
             look.material.database = self.pods.database(&addresses(&live.stack)).await;
         }
         if let Some(previous) = &status.previous
@@ -603,6 +596,15 @@ impl Reader {
             }
         }
     }
+}
+
+/// Whether a migration runs, or may be begun by a pass that records that its time has come.
+fn may_migrate(status: &Status, live: &Live) -> bool {
+    let previous = status.previous.as_ref();
+    let leaves = previous.is_none_or(|previous| previous.state == PreviousState::Retiring);
+    matches!(status.phase, Phase::Pending | Phase::Migrating)
+        || status.contract.is_some()
+        || (leaves && !live.contracted)
 }
 
 /// What is built for this object.
