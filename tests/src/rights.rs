@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use jiff::Timestamp;
 use serde_json::Value;
 
-use crate::cluster::Cluster;
+use crate::{cluster::Cluster, exchange::text};
 
 /// One verb on one kind of resource.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -75,6 +75,24 @@ pub fn audit_log(cluster: &Cluster) -> Result<String> {
     Ok(log)
 }
 
+/// What lines of an audit log tell of a user. A line that is cut off, as the last one may be while the API server writes it,
+/// tells nothing.
+fn events<'a>(lines: impl IntoIterator<Item = &'a str>, user: &str) -> impl Iterator<Item = Value> {
+    let events = lines
+        .into_iter()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    events.filter(move |event| text(event, "/user/username") == user)
+}
+
+/// What a request was about, with the subresource after a slash.
+fn resource_of(event: &Value) -> String {
+    let resource = text(event, "/objectRef/resource");
+    match text(event, "/objectRef/subresource") {
+        "" => resource.to_owned(),
+        subresource => format!("{resource}/{subresource}"),
+    }
+}
+
 /// The requests of a user that came to their end between two times, each as verb and resource.
 pub fn requests<'a>(
     lines: impl IntoIterator<Item = &'a str>,
@@ -83,17 +101,11 @@ pub fn requests<'a>(
     to: Timestamp,
 ) -> Vec<(String, String)> {
     let mut requests = Vec::new();
-    for line in lines {
-        let Ok(event) = serde_json::from_str::<Value>(line) else {
-            continue;
-        };
-        let text = |pointer: &str| event.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
-        let at: Option<Timestamp> = text("/stageTimestamp").parse().ok();
-        let counts = text("/user/username") == user
-            && text("/stage") == "ResponseComplete"
-            && at.is_some_and(|at| (from..to).contains(&at));
-        if counts {
-            requests.push((text("/verb").to_owned(), text("/objectRef/resource").to_owned()));
+    for event in events(lines, user) {
+        let at: Option<Timestamp> = text(&event, "/stageTimestamp").parse().ok();
+        if text(&event, "/stage") == "ResponseComplete" && at.is_some_and(|at| (from..to).contains(&at)) {
+            let [verb, resource] = ["/verb", "/objectRef/resource"].map(|it| text(&event, it).to_owned());
+            requests.push((verb, resource));
         }
     }
     requests
@@ -108,24 +120,12 @@ pub fn answered<'a>(
     until: Timestamp,
 ) -> Option<Timestamp> {
     let mut last = None;
-    for line in lines {
-        // Most lines are about something else, and they are many.
-        if !line.contains(name) {
-            continue;
-        }
-        let Ok(event) = serde_json::from_str::<Value>(line) else {
-            continue;
-        };
-        let text = |pointer: &str| event.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
-        let time = |pointer: &str| text(pointer).parse::<Timestamp>().ok();
-        let subresource = match text("/objectRef/subresource") {
-            "" => String::new(),
-            some => format!("/{some}"),
-        };
-        let counts = text("/user/username") == user
-            && format!("{}{subresource}", text("/objectRef/resource")) == resource
-            && text("/objectRef/name") == name
-            && !["get", "watch", "list"].contains(&text("/verb"));
+    // Most lines are about something else, and they are many.
+    for event in events(lines.into_iter().filter(|line| line.contains(name)), user) {
+        let time = |pointer: &str| text(&event, pointer).parse::<Timestamp>().ok();
+        let counts = resource_of(&event) == resource
+            && text(&event, "/objectRef/name") == name
+            && !["get", "watch", "list"].contains(&text(&event, "/verb"));
         if counts && let Some(begun) = time("/requestReceivedTimestamp").filter(|begun| *begun < until) {
             last = last.max(Some((begun, time("/stageTimestamp"))));
         }
@@ -143,31 +143,22 @@ pub struct Deeds {
 }
 
 impl Deeds {
-    /// Reads lines of an audit log, of which those about this user count. A line that is cut off, as the last one may be
-    /// while the API server writes it, does not.
+    /// Reads lines of an audit log, of which those about this user count.
     pub fn read<'a>(lines: impl IntoIterator<Item = &'a str>, user: &str) -> Self {
         let mut deeds = Self::default();
-        for line in lines {
-            let Ok(event) = serde_json::from_str::<Value>(line) else {
-                continue;
-            };
-            let text = |pointer: &str| event.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
-            if text("/user/username") != user || text("/objectRef/resource").is_empty() {
+        for event in events(lines, user) {
+            if text(&event, "/objectRef/resource").is_empty() {
                 continue;
             }
-            let subresource = text("/objectRef/subresource");
-            let resource = text("/objectRef/resource");
             let right = Right {
-                group: text("/objectRef/apiGroup").to_owned(),
-                resource: if subresource.is_empty() {
-                    resource.to_owned()
-                } else {
-                    format!("{resource}/{subresource}")
-                },
-                verb: text("/verb").to_owned(),
+                group: text(&event, "/objectRef/apiGroup").to_owned(),
+                resource: resource_of(&event),
+                verb: text(&event, "/verb").to_owned(),
             };
-            if text("/annotations/authorization.k8s.io~1decision") == "forbid" {
-                deeds.denied.push(format!("{right}: {}", text("/requestURI")));
+            if text(&event, "/annotations/authorization.k8s.io~1decision") == "forbid" {
+                deeds
+                    .denied
+                    .push(format!("{right}: {}", text(&event, "/requestURI")));
             } else {
                 deeds.used.insert(right);
             }
