@@ -672,7 +672,7 @@ fn case_3_the_queue_has_one_colour_of_readers() {
         phase_of(object) == "AwaitingPromotion"
     });
     stands_by();
-    trading.trade(300);
+    trading.trade(500);
     stands_by();
     let delivered = broker.delivered().unwrap() - before;
     assert!(delivered > 500, "the live stack has got {delivered} messages");
