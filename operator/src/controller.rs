@@ -35,7 +35,7 @@ use crate::{
         pods::Pods,
         read::{Look, Memory, Reader},
     },
-    plan::{self, Intent},
+    plan::{self, AT_LEAST_EVERY, Intent},
     resources::MANAGER,
     status::{ExchangeDeploymentStatus as Status, token},
     watch::Watches,
@@ -43,10 +43,6 @@ use crate::{
 
 /// For a whole pass.
 const PASS_LIMIT: Duration = Duration::from_mins(1);
-/// Between two passes over the same object at the most: references are not watched.
-const AT_LEAST_EVERY: Duration = Duration::from_mins(1);
-/// After a pass that has written something beside the record: whoever has to work on it needs a moment.
-const AFTER_WRITES: Duration = Duration::from_secs(1);
 /// Objects that are worked on at the same time.
 const CONCURRENCY: u16 = 8;
 /// The longest note of an event.
@@ -153,12 +149,7 @@ impl Context {
             memory.taken.push(((**kind).clone(), name.clone()));
         }
         done?;
-        let wait = if plan.actions.is_empty() {
-            plan.requeue
-        } else {
-            plan.requeue.min(AFTER_WRITES)
-        };
-        Ok(Some(wait.min(AT_LEAST_EVERY)))
+        Ok(Some(plan.requeue))
     }
 
     async fn act(

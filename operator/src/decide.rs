@@ -16,7 +16,7 @@ use kube::core::Duration;
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
     observe::{Declared, Job, JobKind, JobState, Observed, Part, Requests, StackSeen},
-    plan::{Event, Plan},
+    plan::{AT_LEAST_EVERY, Event, Plan},
     release::Found,
     status::{
         Candidate, ExchangeDeploymentStatus as Status, HistoryEntry, Live, Outcome, Phase, PreviousState,
@@ -42,7 +42,7 @@ pub fn decide(spec: &Spec, seen: &Observed, now: Timestamp) -> Plan {
             status: None,
             actions: Vec::new(),
             events: Vec::new(),
-            requeue: time::Duration::from_hours(1),
+            requeue: AT_LEAST_EVERY,
         };
     }
     let mut turn = Turn {
@@ -77,7 +77,7 @@ pub fn decide(spec: &Spec, seen: &Observed, now: Timestamp) -> Plan {
         turn.actions()
     };
     let changed = turn.next != seen.status;
-    let requeue = turn.requeue(changed, undecided.is_some());
+    let requeue = turn.requeue(changed, undecided.is_some(), !actions.is_empty());
     Plan {
         status: changed.then_some(turn.next),
         actions,
@@ -484,13 +484,16 @@ impl Turn<'_> {
         old || self.next.contract.is_some()
     }
 
-    pub(crate) fn requeue(&self, changed: bool, undecided: bool) -> time::Duration {
+    /// When to look again, if there is a record to write, if nobody can say what is live, if there is something to do.
+    fn requeue(&self, changed: bool, undecided: bool, acts: bool) -> time::Duration {
         if changed {
             return time::Duration::ZERO;
         }
         // What is missing, or belongs to somebody else, is not watched.
         let waits = self.seen.declared.is_err() || !self.seen.is_free();
         let seconds = match self.next.phase {
+            // Whoever has to work on what is written needs a moment.
+            _ if acts => Some(1),
             _ if undecided => Some(10),
             Phase::Promoting | Phase::RollingBack => Some(1),
             _ if self.ends_something() => Some(1),
@@ -517,7 +520,7 @@ impl Turn<'_> {
             .map(|until| until.duration_since(self.now));
         let wait = wait.filter_map(|wait| time::Duration::try_from(wait).ok()).min();
         wait.unwrap_or(time::Duration::MAX)
-            .clamp(time::Duration::from_secs(1), time::Duration::from_mins(1))
+            .clamp(time::Duration::from_secs(1), AT_LEAST_EVERY)
     }
 }
 

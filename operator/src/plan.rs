@@ -8,6 +8,9 @@ use crate::{
     status::{ExchangeDeploymentStatus as Status, Stack},
 };
 
+/// Between two passes over the same object at the most: references are not watched, and events can be lost.
+pub const AT_LEAST_EVERY: time::Duration = time::Duration::from_mins(1);
+
 /// What to record, to do, to tell, and when to look again.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
@@ -17,7 +20,7 @@ pub struct Plan {
     pub actions: Vec<Action>,
     /// What to tell people, after the record is written.
     pub events: Vec<Event>,
-    /// When to look again at the latest.
+    /// When to look again at the latest: after [`AT_LEAST_EVERY`] at the most.
     pub requeue: time::Duration,
 }
 

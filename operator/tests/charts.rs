@@ -197,6 +197,20 @@ fn an_operator_of_one_namespace_has_no_right_outside() {
             .collect();
         assert_eq!(places, BTreeSet::from(["prod", "trading"]), "{kind}");
     }
+    // Inside it has those that the rights test of the cluster compares with what the operator does.
+    let role = |objects: &[Value], kind: &str, namespace: &Value| {
+        let mut roles = of_kind(objects, kind);
+        roles
+            .find(|it| it["metadata"]["namespace"] == *namespace)
+            .cloned()
+            .unwrap()["rules"]
+            .take()
+    };
+    let everywhere = render("exchange-operator", &["--set", "userRoles.install=false"]);
+    assert_eq!(
+        role(&objects, "Role", &json!("trading")),
+        role(&everywhere, "ClusterRole", &Value::Null)
+    );
     let operator = of_kind(&objects, "Deployment").next().unwrap();
     let environment = operator["spec"]["template"]["spec"]["containers"][0]["env"]
         .as_array()

@@ -6,7 +6,7 @@
 
 use std::{collections::BTreeSet, env, sync::Mutex, thread};
 
-use crate::world::{Ban, NATURES, Nature, View, World, nature};
+use crate::world::{Ban, NATURES, Nature, View, Wakes, World, nature};
 use exchange_operator::{
     api::{ColourChoice, Promotion, Service},
     observe::Part,
@@ -285,35 +285,27 @@ fn live_through(steps: &[Step], kind: Kind, traced: bool) -> Result<World, Strin
     world.taken = false;
     world.unreadable = false;
     world.lagging = false;
-    world.settle().map_err(|why| told(&world, why))?;
+    world.settle(Wakes::Clock).map_err(|why| told(&world, why))?;
     if world.stalled().is_some_and(|it| it.0 == "AdoptionUndecided") {
         world.decide_for_one();
-        world.settle().map_err(|why| told(&world, why))?;
+        world.settle(Wakes::Clock).map_err(|why| told(&world, why))?;
     }
     if let Some(ban) = world.ban {
         world.is_told(ban).map_err(|why| told(&world, why))?;
         world.ban = None;
-        world.settle().map_err(|why| told(&world, why))?;
+        world.settle(Wakes::Clock).map_err(|why| told(&world, why))?;
     }
     world.at_the_end().map_err(|why| told(&world, why))?;
-    world.ask(|requests, names| requests.retry = names.rejected);
-    world.settle().map_err(|why| told(&world, why))?;
-    world.at_the_end().map_err(|why| told(&world, why))?;
-    let good = nature(&world.revision) == Nature::Good;
-    if good && world.status.phase != Phase::Live {
-        return Err(told(
-            &world,
-            format!("P7: {} is good and {}", world.revision, world.status.phase),
-        ));
+    if world.status.rejected.is_some() {
+        world.ask(|requests, names| requests.retry = names.rejected);
+        world.settle(Wakes::Events).map_err(|why| told(&world, why))?;
     }
-    let verified = world
-        .status
-        .live
-        .as_ref()
-        .is_some_and(|live| live.verified && live.stack.revision == world.revision);
-    if !good && verified {
-        return Err(told(&world, format!("P3: {} is bad and live", world.revision)));
-    }
+    ends_well(&world).map_err(|why| told(&world, why))?;
+    // Whatever has been, a good version that is declared after it becomes live.
+    let other = (0..).find(|it| NATURES[*it] == Nature::Good && format!("r{it}") != world.revision);
+    world.release(other.unwrap());
+    world.settle(Wakes::Events).map_err(|why| told(&world, why))?;
+    ends_well(&world).map_err(|why| told(&world, why))?;
     // At rest another operator finds nothing to do either.
     let before = world.writes;
     for _ in 0..5 {
@@ -324,6 +316,23 @@ fn live_through(steps: &[Step], kind: Kind, traced: bool) -> Result<World, Strin
         return Err(told(&world, "P8: writes at rest".to_owned()));
     }
     Ok(world)
+}
+
+/// A good version is live at the end, and a bad one is not.
+fn ends_well(world: &World) -> Result<(), String> {
+    world.at_the_end()?;
+    let good = nature(&world.revision) == Nature::Good;
+    if good && world.status.phase != Phase::Live {
+        return Err(format!(
+            "P7: {} is good and {}",
+            world.revision, world.status.phase
+        ));
+    }
+    let live = world.status.live.as_ref();
+    if !good && live.is_some_and(|live| live.verified && live.stack.revision == world.revision) {
+        return Err(format!("P3: {} is bad and live", world.revision));
+    }
+    Ok(())
 }
 
 fn history(seed: u64) -> Result<BTreeSet<Phase>, String> {

@@ -6,8 +6,9 @@
 use std::{env, fs, path::Path};
 
 use exchange_operator::{
+    api::{ColourChoice, Service},
     decide::decide,
-    observe::{Observed, Requests},
+    observe::{Observed, Requests, Target},
     status::Phase::{
         AwaitingPromotion, Failed, Held, Live, Migrating, Pending, Promoting, Provisioning, RollingBack,
         Testing, Verifying,
@@ -17,7 +18,7 @@ use serde_json::{Value, json};
 
 use crate::{
     transitions::{at, releasing},
-    world::{View, World},
+    world::{Ban, View, Wakes, World},
 };
 
 const FOLDER: &str = "argocd/resource_customizations/exchange.dev/ExchangeDeployment/testdata";
@@ -113,6 +114,19 @@ fn objects() -> Vec<(&'static str, Value)> {
     let mut suspended_other = live();
     suspended_other.declare(|spec| spec.suspend = true);
     suspended_other.release(2);
+    let mut in_use = live();
+    in_use.settle(Wakes::Clock).unwrap();
+    in_use.colour(ColourChoice::Green);
+    in_use.release(2);
+    let mut refused = live();
+    refused.ban = Some(Ban::Deletions);
+    refused.release(2);
+    refused.settle(Wakes::Clock).unwrap();
+    let mut undecided = live();
+    undecided.settle(Wakes::Clock).unwrap();
+    undecided.lose_rendered("r1");
+    undecided.release(2);
+    undecided.lose_status();
     let mut new = object(&World::new(false));
     new.as_object_mut().unwrap().remove("status");
 
@@ -153,6 +167,17 @@ fn objects() -> Vec<(&'static str, Value)> {
             "name_taken",
             sees(live(), |seen| {
                 seen.taken = vec!["Service exchange-trade".to_owned()];
+            }),
+        ),
+        ("colour_in_use", settled(in_use)),
+        ("write_refused", refused),
+        ("adoption_undecided", settled(undecided)),
+        (
+            "points_elsewhere",
+            sees(live(), |seen| {
+                let trade = seen.live.get_mut(&Service::Trade).unwrap();
+                trade.target = Target::Foreign;
+                seen.refused = Some("update Service exchange-trade".to_owned());
             }),
         ),
         (

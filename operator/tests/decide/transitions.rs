@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::world::{Ban, UNREADABLE, View, World};
+use crate::world::{Ban, UNREADABLE, View, Wakes, World};
 use exchange_operator::{
     api::{ColourChoice, ExchangeDeploymentSpec as Spec, Promotion, Service},
     decide::decide,
@@ -28,7 +28,7 @@ pub(crate) fn at(phase: Phase) -> World {
 
 pub(crate) fn releasing(index: usize, phase: Phase) -> World {
     let mut world = World::new(true);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.phase, Live);
     world.declare(|spec| {
         spec.rollout.promotion = if phase == AwaitingPromotion {
@@ -566,7 +566,7 @@ fn every_phase_is_left_as_the_design_says() {
             at(Live),
             |world| {
                 world.release(0);
-                world.settle().unwrap();
+                world.settle(Wakes::Clock).unwrap();
                 world.journey = vec![Live];
                 world.colour(ColourChoice::Green);
             },
@@ -622,7 +622,7 @@ fn every_phase_is_left_as_the_design_says() {
     for mut row in rows {
         (row.happens)(&mut row.world);
         row.world
-            .settle()
+            .settle(Wakes::Clock)
             .unwrap_or_else(|why| panic!("{}: {why}", row.name));
         assert_eq!(
             row.world.journey, row.journey,
@@ -641,7 +641,7 @@ fn what_is_not_what_was_tested_is_tested_again() {
     let attempt = world.status.attempt;
     world.ask(|requests, names| requests.promote = names.candidate);
     world.lose_rendered("r1");
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.phase, AwaitingPromotion, "{:#?}", world.trace);
     assert_eq!(world.status.attempt, attempt + 1);
 
@@ -650,7 +650,7 @@ fn what_is_not_what_was_tested_is_tested_again() {
     world.finish(0);
     world.declare(|spec| spec.suspend = true);
     world.lose_rendered("r1");
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     let candidate = world.status.candidate.clone().unwrap().stack;
     assert_eq!(world.observe().stacks[&candidate].rendered, None);
 }
@@ -1008,7 +1008,7 @@ fn time_in_which_nobody_looked_is_not_held_against_a_release() {
 #[test]
 fn an_operator_that_is_served_an_old_object_moves_nothing() {
     let mut world = World::new(true);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     let old = world.remember();
     world.release(1);
     world.until(0, Verifying);
@@ -1183,7 +1183,7 @@ fn no_selector_is_moved_while_a_live_service_may_not_be_made_again() {
     let before = targets(&world);
     world.delete_live(Service::Trade);
     world.ban = Some(Ban::Live);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.phase, Failed, "{:#?}", world.trace);
     let rejected = world.status.rejected.clone().unwrap();
     assert_eq!(rejected.reason, Reason::ProgressDeadlineExceeded);
@@ -1192,7 +1192,7 @@ fn no_selector_is_moved_while_a_live_service_may_not_be_made_again() {
     assert_eq!(targets(&world), before);
     world.ban = None;
     world.ask(|requests, names| requests.retry = names.rejected);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.phase, Live, "{:#?}", world.trace);
 }
 
@@ -1217,7 +1217,7 @@ fn no_autoscaler_is_touched_while_traffic_moves() {
     };
     let mut world = World::new(true);
     world.autoscale(true);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     world.release(1);
     world.until(0, Promoting);
     // That of r0, in blue, which has the traffic.
@@ -1248,7 +1248,7 @@ fn a_new_object_removes_nothing_before_its_first_attempt() {
         hold_up(&mut world);
         let seen = world.observe();
         assert!(!seen.stacks.is_empty() && !seen.jobs.is_empty());
-        world.settle().unwrap();
+        world.settle(Wakes::Clock).unwrap();
         let left = world.observe();
         assert_eq!(left.stacks.len(), seen.stacks.len(), "{:#?}", world.trace);
         assert_eq!(left.jobs.len(), seen.jobs.len(), "{:#?}", world.trace);
@@ -1266,14 +1266,21 @@ fn an_object_that_waits_for_somebody_is_not_looked_at_every_second() {
         world.miss(true);
         world
     };
+    let after_three_passes = |mut world: World| {
+        for _ in 0..3 {
+            world.step(0, View::Fresh).unwrap();
+            world.finish(0);
+        }
+        world
+    };
     let mut taken = World::new(true);
     taken.taken = true;
     let mut in_use = after_a_release();
     in_use.colour(ColourChoice::Green);
     in_use.release(2);
-    in_use.settle().unwrap();
+    in_use.settle(Wakes::Clock).unwrap();
     let mut live = after_a_release();
-    live.settle().unwrap();
+    live.settle(Wakes::Clock).unwrap();
     let mut colour_needed = after_a_release();
     colour_needed.release(2);
     colour_needed.until(0, Pending);
@@ -1282,10 +1289,10 @@ fn an_object_that_waits_for_somebody_is_not_looked_at_every_second() {
         ("its colour is in use", in_use, 60),
         (
             "a new one, and a reference is missing",
-            missing(World::new(true)),
+            after_three_passes(missing(World::new(true))),
             10,
         ),
-        ("a new one, and a name is taken", taken, 10),
+        ("a new one, and a name is taken", after_three_passes(taken), 10),
         (
             "a reference is missing in mid-release",
             missing(at(Provisioning)),
@@ -1321,11 +1328,11 @@ fn an_object_that_waits_for_somebody_is_not_looked_at_every_second() {
 #[test]
 fn an_annotation_never_acts_twice() {
     let mut world = releasing(6, Held);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     world.ask(|requests, names| requests.retry = names.rejected);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     let attempts = world.status.attempt;
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.attempt, attempts, "{:#?}", world.trace);
     assert_eq!(world.status.phase, Held);
 }
@@ -1339,7 +1346,7 @@ fn pausing_stops_the_clock_of_the_retention() {
         world.round();
     }
     world.declare(|spec| spec.suspend = true);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert!(world.has("r0"), "retired while suspended");
     world.declare(|spec| spec.suspend = false);
     for _ in 0..50 {
@@ -1347,7 +1354,7 @@ fn pausing_stops_the_clock_of_the_retention() {
         world.round();
     }
     assert!(world.has("r0"), "the time of the pause was counted");
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert!(!world.has("r0"));
 }
 
@@ -1355,7 +1362,7 @@ fn pausing_stops_the_clock_of_the_retention() {
 fn replicas_without_a_release_apply_to_what_is_live_also_after_a_rollback() {
     let mut world = releasing(6, Held);
     world.declare(|spec| spec.services.trade.replicas = 5);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     let seen = world.observe();
     let live = world.status.live.clone().unwrap();
     assert_eq!(live.stack.revision, "r0");
@@ -1369,10 +1376,10 @@ fn replicas_without_a_release_apply_to_what_is_live_also_after_a_rollback() {
 fn replicas_that_came_with_a_release_wait_for_its_promotion() {
     let mut world = World::new(true);
     world.declare(|spec| spec.services.trade.replicas = 4);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     world.declare(|spec| spec.services.trade.replicas = 1);
     world.release(5);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.phase, Failed);
     let live = world.status.live.clone().unwrap();
     assert_eq!(
@@ -1396,26 +1403,26 @@ fn autoscaling_that_came_with_a_release_waits_for_its_promotion() {
     world.release(0);
     world.autoscale(true);
     world.release(5);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.phase, Failed);
     assert!(!autoscaler(&world), "it came with what has failed");
     world.release(2);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert!(autoscaler(&world), "it is live with what it came with");
     // What comes back has what it had.
     world.autoscale(false);
     world.release(6);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.phase, Held);
     assert!(autoscaler(&world), "{:#?}", world.trace);
     // And what is changed then is meant for it.
     world.autoscale(true);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     world.autoscale(false);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert!(!autoscaler(&world), "taken back: {:#?}", world.trace);
     world.release(2);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert!(!autoscaler(&world), "{:#?}", world.trace);
 }
 
@@ -1428,7 +1435,7 @@ fn replicas_that_are_changed_beside_a_release_apply_to_what_is_live_and_can_be_t
     };
     let declare = |world: &mut World, count| {
         world.declare(|spec| spec.services.trade.replicas = count);
-        world.settle().unwrap();
+        world.settle(Wakes::Clock).unwrap();
     };
     for (index, phase) in [(1, AwaitingPromotion), (5, Failed), (6, Held)] {
         let mut world = releasing(index, phase);
@@ -1447,7 +1454,7 @@ fn replicas_that_are_changed_beside_a_release_apply_to_what_is_live_and_can_be_t
     let mut world = at(AwaitingPromotion);
     declare(&mut world, 5);
     abort(&mut world);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!((world.status.phase, replicas(&world)), (Failed, 5));
 }
 
@@ -1476,13 +1483,13 @@ fn a_live_stack_that_somebody_scales_down_is_repaired_unless_an_autoscaler_does_
     }
     let mut world = releasing(5, Failed);
     world.scale_by_hand(1);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(replicas(&world), 2);
     let mut world = after_a_release();
     world.autoscale(true);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     world.scale_by_hand(1);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(replicas(&world), 1, "{:#?}", world.trace);
 }
 
@@ -1519,7 +1526,7 @@ fn a_release_that_the_api_server_refuses_ends_at_its_deadline_and_says_why() {
             message.contains("the API server refuses to touch"),
             "{ban:?}: {message}"
         );
-        world.settle().unwrap();
+        world.settle(Wakes::Clock).unwrap();
         assert_eq!(world.status.phase, Failed, "{ban:?}: {:#?}", world.trace);
         let rejected = world.status.rejected.clone().unwrap();
         assert_eq!(rejected.reason, reason, "{ban:?}");
@@ -1527,7 +1534,7 @@ fn a_release_that_the_api_server_refuses_ends_at_its_deadline_and_says_why() {
         assert!(why.contains("the API server refuses to touch"), "{ban:?}: {why}");
         world.ban = None;
         world.ask(|requests, names| requests.retry = names.rejected);
-        world.settle().unwrap();
+        world.settle(Wakes::Clock).unwrap();
         assert_eq!(world.status.phase, Live, "{ban:?}: {:#?}", world.trace);
     }
 }
@@ -1537,7 +1544,7 @@ fn what_cannot_be_removed_or_moved_back_is_told() {
     let mut world = after_a_release();
     world.ban = Some(Ban::Deletions);
     world.release(2);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.phase, Pending);
     let (reason, message) = world.stalled().unwrap();
     assert_eq!(reason, "WriteRefused");
@@ -1546,13 +1553,13 @@ fn what_cannot_be_removed_or_moved_back_is_told() {
         "{message}"
     );
     world.ban = None;
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.phase, Live);
 
     let mut world = after_a_release();
     roll_back(&mut world);
     world.ban = Some(Ban::Live);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.phase, RollingBack);
     assert_eq!(world.stalled().unwrap().0, "WriteRefused");
 }
@@ -1690,7 +1697,7 @@ fn a_smoke_test_that_has_passed_stands_although_its_job_is_gone() {
 #[test]
 fn a_way_back_that_there_is_not_is_refused_and_told_once() {
     let mut settled = World::new(true);
-    settled.settle().unwrap();
+    settled.settle(Wakes::Clock).unwrap();
     let rows: Vec<(World, Change<'_>, &str)> = vec![
         (
             settled,
@@ -2238,7 +2245,7 @@ fn pods_that_are_replaced_do_not_fail_the_verification() {
         world.finish(0);
         world.wait(1);
     }
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.journey, [Verifying, Live], "{:#?}", world.trace);
 }
 
@@ -2254,7 +2261,7 @@ fn history_names_who_approved_and_who_tried_again() {
     world.step(0, View::Fresh).unwrap();
     world.finish(0);
     world.ask(|requests, _| requests.by = Some("mallory".to_owned()));
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     let by = |world: &World, outcome| {
         let mut history = world.status.history.iter();
         history.find(|it| it.outcome == outcome).unwrap().by.clone()
@@ -2265,12 +2272,12 @@ fn history_names_who_approved_and_who_tried_again() {
     // Somebody asks for something that is not due yet, and nobody has signed it; somebody else signs another request.
     let mut world = at(AwaitingPromotion);
     world.ask(|requests, names| requests.rollback = names.candidate);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     world.ask(|requests, names| {
         requests.by = Some("alice".to_owned());
         requests.promote = names.candidate;
     });
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.phase, Held, "{:#?}", world.trace);
     assert_eq!(by(&world, Outcome::Failed), "unverified");
     let why = world.status.rejected.clone().unwrap().message;
@@ -2282,7 +2289,7 @@ fn history_names_who_approved_and_who_tried_again() {
         requests.by = Some("bob".to_owned());
         requests.retry = names.rejected;
     });
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(by(&world, Outcome::Retried), "bob");
     assert_eq!(world.status.history[1].outcome, Outcome::Retried);
 }
@@ -2327,7 +2334,7 @@ fn an_object_created_again_adopts_what_its_predecessor_left_running() {
             world.status.epoch,
             seen.live.values().map(|it| it.epoch).max().unwrap()
         );
-        world.settle().unwrap();
+        world.settle(Wakes::Clock).unwrap();
         assert_eq!(world.journey, [Verifying, Live], "{phase}: {:#?}", world.trace);
         assert_eq!(world.status.live.clone().unwrap().stack, live, "{phase}");
         assert_eq!(world.targets(), targets, "{phase}");
@@ -2350,10 +2357,10 @@ fn a_move_that_nobody_remembers_is_brought_to_an_end() {
         world.step(0, View::Fresh).unwrap();
         world.step(0, View::Fresh).unwrap();
         assert_eq!(world.status.live.clone().unwrap().stack.revision, arrives);
-        world.settle().unwrap();
+        world.settle(Wakes::Clock).unwrap();
         assert_eq!(world.journey[..2], [RollingBack, Verifying], "{:#?}", world.trace);
         world.release(usize::from(arrives == "r1"));
-        world.settle().unwrap();
+        world.settle(Wakes::Clock).unwrap();
         assert_eq!(world.status.live.clone().unwrap().stack.revision, arrives);
         world.at_the_end().unwrap();
     }
@@ -2373,11 +2380,11 @@ fn an_object_created_again_finds_services_that_do_not_agree() {
     for (name, spoil) in spoil {
         let mut world = at(Live);
         world.release(0);
-        world.settle().unwrap();
+        world.settle(Wakes::Clock).unwrap();
         spoil(&mut world);
         world.slices();
         world.lose_status();
-        world.settle().unwrap();
+        world.settle(Wakes::Clock).unwrap();
         assert_eq!(world.status.phase, Live, "{name}: {:#?}", world.trace);
         let targets = world.targets();
         assert!(targets.iter().flatten().all(|it| it.revision == "r0"), "{name}");
@@ -2388,7 +2395,7 @@ fn an_object_created_again_finds_services_that_do_not_agree() {
 #[test]
 fn what_cannot_be_decided_is_left_as_it_is_and_told() {
     let mut world = at(Verifying);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     world.release(2);
     world.until(0, Testing);
     world.finish(0);
@@ -2403,32 +2410,32 @@ fn what_cannot_be_decided_is_left_as_it_is_and_told() {
     world.slices();
     world.lose_status();
     let (targets, stacks) = (world.targets(), world.observe().stacks.len());
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     let (reason, message) = world.stalled().unwrap();
     assert_eq!(reason, "AdoptionUndecided");
     assert!(message.contains("blue-r2 and green-r1"), "{message}");
     assert_eq!(world.targets(), targets, "{:#?}", world.trace);
     assert_eq!(world.observe().stacks.len(), stacks);
     world.decide_for_one();
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.phase, Live, "{:#?}", world.trace);
 }
 
 #[test]
 fn what_is_live_and_not_known_is_taken_over_when_it_is_declared() {
     let mut world = after_a_release();
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     world.lose_rendered("r1");
     world.release(2);
     world.lose_status();
     let targets = world.targets();
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     let (reason, message) = world.stalled().unwrap();
     assert_eq!(reason, "AdoptionUndecided");
     assert!(message.contains("ControllerRevision is lost"), "{message}");
     assert_eq!(world.targets(), targets);
     world.release(1);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.phase, Live, "{:#?}", world.trace);
     assert_eq!(world.targets(), targets);
 }
@@ -2534,14 +2541,14 @@ fn an_old_leader_that_wakes_to_retire_what_has_become_live_again() {
     }
     world.step(1, View::Fresh).unwrap();
     roll_back(&mut world);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert!(
         !world.has("r0") && world.status.phase == Live,
         "{:#?}",
         world.trace
     );
     world.release(0);
-    world.settle().unwrap();
+    world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.live.clone().unwrap().stack.revision, "r0");
     world.finish(1);
     assert!(world.has("r0"));

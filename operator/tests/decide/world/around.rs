@@ -10,7 +10,7 @@ use exchange_operator::{
 };
 use jiff::SignedDuration;
 
-use super::{Ban, LiveThere, Names, Nature, Pod, View, World, nature, with_object_of};
+use super::{Ban, LiveThere, Names, Nature, Pod, View, Wakes, World, nature, with_object_of};
 
 impl World {
     /// Controllers and kubelets do a bit of their work.
@@ -586,15 +586,25 @@ impl World {
 
     // ---- the end ----------------------------------------------------------------------------------------------
 
-    /// One undisturbed operator, until it has nothing to do for a while.
-    pub(crate) fn settle(&mut self) -> Result<(), String> {
-        let mut still = 0;
+    /// One undisturbed operator, until it has nothing to do past every deadline, retention and drain. When it has nothing
+    /// in hand it sleeps, until its own clock or an event wakes it. Who hears every event sleeps for two seconds at the
+    /// most while there is something to do.
+    pub(crate) fn settle(&mut self, wakes: Wakes) -> Result<(), String> {
         // Who is refused tries again and again.
         let banned = self.ban.is_some();
         let calm = if banned { 80 } else { 8 };
+        let (mut still, mut late) = (0, 0);
         for _ in 0..3000 {
             let before = self.writes;
-            self.step(0, View::Fresh)?;
+            if banned || self.is_awake(wakes) {
+                self.step(0, View::Fresh)?;
+                late = 0;
+            } else if wakes == Wakes::Events && self.has_work(0) {
+                late += 1;
+            }
+            if late > 2 {
+                return Err(self.overslept());
+            }
             self.round();
             still = if self.writes == before && (banned || self.operators[0].idle()) {
                 still + 1
@@ -602,15 +612,11 @@ impl World {
                 0
             };
             if still > calm {
-                // Past every deadline, retention and drain.
-                self.wait(4000);
-                self.round();
-                let before = self.writes;
-                for _ in 0..calm + 2 {
-                    self.step(0, View::Fresh)?;
-                    self.round();
-                }
-                if self.writes == before {
+                let rested = match wakes {
+                    Wakes::Events if !banned => self.sleeps()?,
+                    _ => self.sleeps_through(calm)?,
+                };
+                if rested {
                     return Ok(());
                 }
                 still = 0;
@@ -620,6 +626,65 @@ impl World {
             "P7: no end is reached; at last {:?}",
             self.trace.iter().rev().take(12).rev().collect::<Vec<_>>()
         ))
+    }
+
+    fn overslept(&self) -> String {
+        let (phase, due) = (self.status.phase, self.operators[0].due);
+        format!(
+            "P7: sleeps in {phase} at {} until {due:?}, and there is something to do",
+            self.now
+        )
+    }
+
+    /// Whether it has something in hand, or something wakes it.
+    fn is_awake(&self, wakes: Wakes) -> bool {
+        let operator = &self.operators[0];
+        !operator.idle()
+            || operator.due.is_none_or(|due| due <= self.now)
+            || (wakes == Wakes::Events && operator.heard != self.heard())
+    }
+
+    /// Whether there is nothing to do but what is refused when the clock wakes it, and after a long time in which nobody has
+    /// looked.
+    fn sleeps_through(&mut self, times: u32) -> Result<bool, String> {
+        self.now = self.operators[0].due.unwrap_or(self.now).max(self.now);
+        let before = self.writes;
+        self.step(0, View::Fresh)?;
+        if self.writes != before || (self.ban.is_none() && !self.operators[0].idle()) {
+            return Ok(false);
+        }
+        self.wait(4000);
+        self.round();
+        let before = self.writes;
+        for _ in 0..times + 2 {
+            self.step(0, View::Fresh)?;
+            self.round();
+        }
+        Ok(self.writes == before)
+    }
+
+    /// Whether nothing but time passes for as long. The operator looks when its clock says so, and there is nothing to
+    /// do, nor was there two seconds before.
+    fn sleeps(&mut self) -> Result<bool, String> {
+        let two_seconds = SignedDuration::from_secs(2);
+        let end = self.now.checked_add(SignedDuration::from_secs(4000)).unwrap();
+        while self.now < end {
+            let due = self.operators[0].due.unwrap_or(self.now).max(self.now);
+            let before = due.checked_sub(two_seconds).unwrap();
+            if before > self.now {
+                self.now = before;
+                if self.has_work(0) {
+                    return Err(self.overslept());
+                }
+            }
+            self.now = due;
+            self.step(0, View::Fresh)?;
+            if !self.operators[0].idle() {
+                return Ok(false);
+            }
+            self.round();
+        }
+        Ok(true)
     }
 
     /// Suspended for as long as it takes: a move that has begun, and a way back that somebody asks for, come to their end.

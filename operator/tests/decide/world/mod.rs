@@ -170,6 +170,26 @@ pub(crate) enum View {
     OldObject,
 }
 
+/// What watches tell: the object, the Services and workloads, Jobs, and endpoints.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Heard {
+    version: u64,
+    live: BTreeMap<Service, Fence>,
+    stacks: BTreeMap<(Stack, Service), (Option<PartSeen>, Option<PartSeen>, u32, Vec<Pod>)>,
+    jobs: BTreeMap<Job, Fence>,
+    slices: BTreeMap<(Stack, Service), u32>,
+    live_slices: BTreeMap<Service, Vec<Stack>>,
+}
+
+/// What wakes an operator that has nothing in hand, beside its own clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wakes {
+    /// Nothing: every event is lost.
+    Clock,
+    /// Every event.
+    Events,
+}
+
 /// One operator: a plan that it is carrying out, and what it remembers.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Operator {
@@ -182,6 +202,11 @@ pub(crate) struct Operator {
     half: bool,
     phase: Option<(Phase, u32)>,
     known: Option<(Phase, u32)>,
+    /// How long the present pass lets it sleep, and until when the last whole one does.
+    wait: Duration,
+    due: Option<Timestamp>,
+    /// What its watches had told when it last looked.
+    heard: Heard,
     /// What was refused for good, in this pass and in the last whole one.
     refusing: Option<String>,
     refused: Option<String>,
@@ -200,6 +225,7 @@ impl Operator {
         self.guarded = false;
         self.half = false;
         self.refusing = None;
+        self.due = None;
     }
 
     /// Forgets everything.
@@ -499,6 +525,41 @@ impl World {
         stacks
     }
 
+    fn heard(&self) -> Heard {
+        let mut stacks = BTreeMap::new();
+        for (stack, there) in &self.stacks {
+            for (service, workload) in &there.services {
+                let part = |part| workload.parts.get(&part).cloned();
+                // Of pods nobody tells but the workload that they are of.
+                let pods = if workload.parts.contains_key(&Part::Workload) {
+                    workload.pods.clone()
+                } else {
+                    Vec::new()
+                };
+                let told = (
+                    part(Part::Workload),
+                    part(Part::ColourService),
+                    workload.replicas,
+                    pods,
+                );
+                stacks.insert((stack.clone(), *service), told);
+            }
+        }
+        let live = self.live.iter().map(|(service, it)| (*service, it.fence.clone()));
+        let jobs = self
+            .jobs
+            .iter()
+            .map(|(job, it)| (job.clone(), it.seen.fence.clone()));
+        Heard {
+            version: self.version,
+            live: live.collect(),
+            stacks,
+            jobs: jobs.collect(),
+            slices: self.slices.clone(),
+            live_slices: self.live_slices.clone(),
+        }
+    }
+
     /// One step of an operator: it looks and decides, or records, or checks an action, or carries it out.
     pub(crate) fn step(&mut self, who: usize, view: View) -> Result<(), String> {
         if let Some((status, version)) = self.operators[who].status.take() {
@@ -576,6 +637,7 @@ impl World {
         if operator.idle() {
             operator.known = operator.phase;
             operator.refused = operator.refusing.take();
+            operator.due = self.now.checked_add(operator.wait).ok();
             self.looked_after.extend(operator.phase);
         }
     }
@@ -631,10 +693,24 @@ impl World {
         }
     }
 
-    fn plan(&mut self, who: usize, mut seen: Observed, version: u64) -> Result<(), String> {
+    /// What it has seen, and what it remembers.
+    fn remembering(&self, who: usize, mut seen: Observed) -> Observed {
         let now = (seen.status.phase, seen.status.attempt);
         seen.seen_before = self.operators[who].known == Some(now);
         seen.refused.clone_from(&self.operators[who].refused);
+        seen
+    }
+
+    /// Whether a look would find something to do.
+    fn has_work(&self, who: usize) -> bool {
+        let plan = decide(&self.spec, &self.remembering(who, self.observe()), self.now);
+        plan.status.is_some() || !plan.actions.is_empty()
+    }
+
+    fn plan(&mut self, who: usize, seen: Observed, version: u64) -> Result<(), String> {
+        let seen = self.remembering(who, seen);
+        let now = (seen.status.phase, seen.status.attempt);
+        self.operators[who].heard = self.heard();
         if seen.unheard.is_none() && seen.status.phase == Phase::Verifying {
             self.read.insert((seen.status.epoch, seen.status.attempt));
         }
@@ -655,6 +731,7 @@ impl World {
                 .map_or(now, |next| (next.phase, next.attempt)),
         );
         operator.record = plan.status.clone().unwrap_or(seen.status);
+        operator.wait = plan.requeue;
         operator.status = plan.status.map(|status| (status, version));
         operator.actions = plan.actions.into();
         self.end_pass(who);
