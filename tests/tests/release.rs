@@ -266,18 +266,36 @@ fn what_fails_under_load_goes_back_by_itself() {
     let phases = story.phases_since(begun);
     let moved = ["Promoting", "Verifying", "RollingBack", "Held"];
     assert!(phases.ends_with(&moved.map(str::to_owned)), "{phases:?}");
-    story.told.course(&[
+    let gone_back = [
         "ReleaseStarted",
         "Promoting",
         "Promoted",
         "RollingBack",
         "RolledBack",
-    ]);
+    ];
+    story.told.course(&gone_back);
     let (table, report) = load.end().unwrap();
     let failures = report["summary"]["failures"].as_object().unwrap();
     assert!(failures.keys().all(|failure| failure == "status 500"), "{table}");
     assert_eq!(report["closed_without_notice"], 0, "{table}");
     assert_eq!(report["audit"]["findings"], json!([]), "{table}");
+
+    // One that answers everything, and too slowly.
+    let load = story.trade();
+    story.declare(|spec| {
+        spec["version"] = json!("2.0.5-slows-down");
+        spec["rollout"]["verification"]["maxLatencyP99"] = json!("1s");
+    });
+    story.reaches("Held");
+    story.all_point_at(&first);
+    let stalled = story.condition("Stalled");
+    assert_eq!(stalled["reason"], "VerificationFailed");
+    assert!(
+        text(&stalled, "/message").contains("answers too slowly: p99 is over"),
+        "{stalled}"
+    );
+    story.told.course(&gone_back);
+    assert_eq!(end_well(load).len(), 2, "it has not answered, or somebody else has");
 
     // More pods for the stack that serves, under the eyes of clients.
     let load = story.trade();
