@@ -236,6 +236,29 @@ fn what_fails_before_the_swap_touches_nothing() {
     assert_eq!(end_well(load).len(), 1, "somebody else has answered");
 }
 
+/// A version that answers everything, and too slowly.
+fn goes_back_for_being_slow(story: &mut Story<'_>, first: &str, course: &[&str]) {
+    let load = story.trade();
+    story.declare(|spec| {
+        spec["version"] = json!("2.0.5-slows-down");
+        spec["rollout"]["verification"]["maxLatencyP99"] = json!("1s");
+    });
+    story.reaches("Held");
+    story.all_point_at(first);
+    let stalled = story.condition("Stalled");
+    assert_eq!(stalled["reason"], "VerificationFailed");
+    assert!(
+        text(&stalled, "/message").contains("answers too slowly: p99 is over"),
+        "{stalled}"
+    );
+    story.told.course(course);
+    assert_eq!(
+        end_well(load).len(),
+        2,
+        "it has not answered, or somebody else has"
+    );
+}
+
 /// What no test has found, the clients find: the traffic goes back by itself. Held like this, the exchange can still be
 /// scaled, and its passwords be changed, without a release.
 #[test]
@@ -280,22 +303,7 @@ fn what_fails_under_load_goes_back_by_itself() {
     assert_eq!(report["closed_without_notice"], 0, "{table}");
     assert_eq!(report["audit"]["findings"], json!([]), "{table}");
 
-    // One that answers everything, and too slowly.
-    let load = story.trade();
-    story.declare(|spec| {
-        spec["version"] = json!("2.0.5-slows-down");
-        spec["rollout"]["verification"]["maxLatencyP99"] = json!("1s");
-    });
-    story.reaches("Held");
-    story.all_point_at(&first);
-    let stalled = story.condition("Stalled");
-    assert_eq!(stalled["reason"], "VerificationFailed");
-    assert!(
-        text(&stalled, "/message").contains("answers too slowly: p99 is over"),
-        "{stalled}"
-    );
-    story.told.course(&gone_back);
-    assert_eq!(end_well(load).len(), 2, "it has not answered, or somebody else has");
+    goes_back_for_being_slow(&mut story, &first, &gone_back);
 
     // More pods for the stack that serves, under the eyes of clients.
     let load = story.trade();

@@ -302,7 +302,8 @@ fn live_through(steps: &[Step], kind: Kind, traced: bool) -> Result<World, Strin
     }
     ends_well(&world).map_err(|why| told(&world, why))?;
     // Whatever has been, a good version that is declared after it becomes live.
-    let other = (0..).find(|it| NATURES[*it] == Nature::Good && format!("r{it}") != world.revision);
+    let other =
+        (0..NATURES.len()).find(|it| NATURES[*it] == Nature::Good && format!("r{it}") != world.revision);
     world.release(other.unwrap());
     world.settle(Wakes::Events).map_err(|why| told(&world, why))?;
     ends_well(&world).map_err(|why| told(&world, why))?;

@@ -175,7 +175,9 @@ pub(crate) enum View {
 struct Heard {
     version: u64,
     live: BTreeMap<Service, Fence>,
-    stacks: BTreeMap<(Stack, Service), (Option<PartSeen>, Option<PartSeen>, u32, Vec<Pod>)>,
+    colour_services: BTreeMap<(Stack, Service), PartSeen>,
+    /// With their sizes, and with the pods that they count.
+    workloads: BTreeMap<(Stack, Service), (PartSeen, u32, Vec<Pod>)>,
     jobs: BTreeMap<Job, Fence>,
     slices: BTreeMap<(Stack, Service), u32>,
     live_slices: BTreeMap<Service, Vec<Stack>>,
@@ -526,38 +528,31 @@ impl World {
     }
 
     fn heard(&self) -> Heard {
-        let mut stacks = BTreeMap::new();
-        for (stack, there) in &self.stacks {
-            for (service, workload) in &there.services {
-                let part = |part| workload.parts.get(&part).cloned();
-                // Of pods nobody tells but the workload that they are of.
-                let pods = if workload.parts.contains_key(&Part::Workload) {
-                    workload.pods.clone()
-                } else {
-                    Vec::new()
-                };
-                let told = (
-                    part(Part::Workload),
-                    part(Part::ColourService),
-                    workload.replicas,
-                    pods,
-                );
-                stacks.insert((stack.clone(), *service), told);
-            }
-        }
-        let live = self.live.iter().map(|(service, it)| (*service, it.fence.clone()));
-        let jobs = self
-            .jobs
-            .iter()
-            .map(|(job, it)| (job.clone(), it.seen.fence.clone()));
-        Heard {
+        let mut heard = Heard {
             version: self.version,
-            live: live.collect(),
-            stacks,
-            jobs: jobs.collect(),
             slices: self.slices.clone(),
             live_slices: self.live_slices.clone(),
+            ..Heard::default()
+        };
+        for (service, there) in &self.live {
+            heard.live.insert(*service, there.fence.clone());
         }
+        for (job, there) in &self.jobs {
+            heard.jobs.insert(job.clone(), there.seen.fence.clone());
+        }
+        for (stack, there) in &self.stacks {
+            for (service, there) in &there.services {
+                let key = (stack.clone(), *service);
+                if let Some(part) = there.parts.get(&Part::ColourService) {
+                    heard.colour_services.insert(key.clone(), part.clone());
+                }
+                if let Some(part) = there.parts.get(&Part::Workload) {
+                    let told = (part.clone(), there.replicas, there.pods.clone());
+                    heard.workloads.insert(key, told);
+                }
+            }
+        }
+        heard
     }
 
     /// One step of an operator: it looks and decides, or records, or checks an action, or carries it out.
