@@ -1332,7 +1332,9 @@ mod alone {
                 ..Hold::default()
             };
             self.gate.hold(&hold).unwrap();
-            let name = format!("{moment:?} {number}");
+            // One whose write does not come is released again: as another one.
+            let generation = &self.trading.last()["metadata"]["generation"];
+            let name = format!("{moment:?} {number} after generation {generation}");
             let mut killed = None;
             self.release_and_settle(&name, |gate| {
                 if let Some(write) = gate.held().unwrap() {
