@@ -686,13 +686,13 @@ pub(crate) mod tests {
 
     fn job(stack: &Stack, attempt: u32, name: &str, end: Option<&str>) -> Job {
         let conditions: Vec<Value> = end
-            .map(|end| json!({"type": end, "status": "True", "lastTransitionTime": "2026-01-01T02:15:29Z"}))
+            .map(|end| json!({"type": end, "status": "True", "lastTransitionTime": "2026-01-01T02:16:19Z"}))
             .into_iter()
             .collect();
         let more = json!({JOB: name, ATTEMPT: attempt.to_string()});
         serde_json::from_value(json!({
             "metadata": {"name": name, "labels": labels(stack, &more)},
-            "status": {"startTime": "2026-01-01T02:15:22Z", "conditions": conditions},
+            "status": {"startTime": "2026-01-01T02:16:12Z", "conditions": conditions},
         }))
         .unwrap()
     }
@@ -786,8 +786,8 @@ pub(crate) mod tests {
         let object = object("live");
         let live = object.status.clone().unwrap().live.unwrap();
         let jobs = [
-            ("expand", "02:15:00", "02:15:04"),
-            ("smoke", "02:15:20", "02:15:30"),
+            ("expand", "02:15:50", "02:15:54"),
+            ("smoke", "02:16:10", "02:16:20"),
         ]
         .map(|(name, began, ended)| {
             let mut job =
@@ -809,8 +809,8 @@ pub(crate) mod tests {
     #[test]
     fn each_phase_lasts_until_the_next_begins() {
         let told = [
-            event("ReleaseStarted", "00:00:01", Some("02:14:58")),
-            event("Promoting", "00:00:40", Some("02:15:31")),
+            event("ReleaseStarted", "00:00:01", Some("02:15:48")),
+            event("Promoting", "00:00:40", Some("02:16:21")),
         ];
         let expected = [
             ("Pending", 2),
