@@ -612,7 +612,8 @@ fn restart_each_pod(trading: &Trading<'_>, stack: &str) -> usize {
     before.len()
 }
 
-/// Trades of which not both orders are of the trade's own lane.
+/// Trades of which not both orders are of the trade's own lane. One that was of a test's lane is erased with it: of that the
+/// ledger's audit tells, because the real order is then not the sum of its trades.
 const MIXED_TRADES: &str = "select count(*) from trades where (select count(*) from orders where id in (taker_order_id, \
                             maker_order_id) and orders.lane = trades.lane) <> 2";
 
@@ -1395,7 +1396,8 @@ mod alone {
         with_setting(declaration(exchange, "1.0.0"), name)
     }
 
-    /// Six writes of a release, each moment twice; SEED=… chooses the same again. With WRITES=3,17 those, with EVERY_WRITE=1
+    /// Six writes of a release, each moment twice unless a write does not come in its release and the next one takes its place;
+    /// SEED=… draws the same list again. With WRITES=3,17 those, with EVERY_WRITE=1
     /// (`make e2e-long`) all of them, at all moments.
     #[test]
     #[ignore = "needs a cluster: make e2e"]
