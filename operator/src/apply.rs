@@ -70,7 +70,6 @@ impl Writer {
     pub async fn record(&self, look: &Look, status: Status) -> Result<ExchangeDeployment, Error> {
         let mut object = look.object.clone();
         object.status = Some(status);
-        object.metadata.managed_fields = None;
         let name = object.name_any();
         let api = Api::<ExchangeDeployment>::namespaced(self.client.clone(), builder(&object).namespace);
         let params = post();

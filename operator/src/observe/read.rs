@@ -233,8 +233,13 @@ impl Reader {
         Ok(seen)
     }
 
+    /// Without its managed fields: it is remembered, and they are most of it.
     async fn object(&self, namespace: &str, name: &str) -> Result<Option<ExchangeDeployment>, Error> {
-        self.get(namespace, name).await
+        let mut object: Option<ExchangeDeployment> = self.get(namespace, name).await?;
+        if let Some(object) = &mut object {
+            object.metadata.managed_fields = None;
+        }
+        Ok(object)
     }
 
     async fn get<K>(&self, namespace: &str, name: &str) -> Result<Option<K>, Error>
