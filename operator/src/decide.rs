@@ -167,7 +167,7 @@ impl Turn<'_> {
     /// Whether the phase has lasted too long. Judged only when this operator has seen the phase before, so that the time
     /// in which none looked is not held against a release that only had to be looked at.
     pub(crate) fn overdue(&self) -> bool {
-        self.watched() && self.elapsed() >= time_for(self.spec, self.next.phase)
+        self.watched() && self.elapsed() >= time_for(self.spec, &self.next)
     }
 
     /// Whether this operator has seen the whole of the phase before, and could do what was to be done.
@@ -548,13 +548,21 @@ pub(crate) fn signed(duration: Duration) -> SignedDuration {
     SignedDuration::try_from(time::Duration::from(duration)).unwrap_or(SignedDuration::MAX)
 }
 
-/// How long a phase may last.
-pub(crate) fn time_for(spec: &Spec, phase: Phase) -> SignedDuration {
+/// How long the phase may last.
+pub(crate) fn time_for(spec: &Spec, status: &Status) -> SignedDuration {
     let deadline = signed(spec.rollout.progress_deadline);
-    // A test is given the time that is declared for it.
-    let tests = spec.rollout.smoke_tests.iter().map(|test| signed(test.timeout));
-    let longest = tests.max().filter(|_| phase == Phase::Testing);
-    longest.map_or(deadline, |longest| longest.max(deadline))
+    match status.phase {
+        // A test is given the time that is declared for it.
+        Phase::Testing => {
+            let tests = spec.rollout.smoke_tests.iter().map(|test| signed(test.timeout));
+            tests.max().unwrap_or_default().max(deadline)
+        }
+        // Its test has passed: nothing more is due before the end of its duration.
+        Phase::Verifying if status.live.as_ref().is_some_and(|live| live.smoke_passed) => {
+            signed(status.verification(spec).duration) + deadline
+        }
+        _ => deadline,
+    }
 }
 
 pub(crate) fn later(time: Timestamp, by: SignedDuration) -> Timestamp {

@@ -287,7 +287,7 @@ fn times(spec: &Spec, seen: &Observed, status: &Status) -> String {
     let Some(since) = status.phase_since.filter(|_| !stands_still(status)) else {
         return String::new();
     };
-    let deadline = time_for(spec, status.phase);
+    let deadline = time_for(spec, status);
     let (since, lasts) = match (status.phase, &status.previous) {
         (Phase::Live | Phase::Failed | Phase::Held, _) => return String::new(),
         (Phase::Pending, Some(previous)) if previous.state == PreviousState::Draining => {
@@ -296,12 +296,9 @@ fn times(spec: &Spec, seen: &Observed, status: &Status) -> String {
         (Phase::Pending | Phase::AwaitingPromotion, _) => (since, None),
         (Phase::Verifying, _) => {
             let watched = signed(status.verification(spec).duration);
-            let lasts = match &seen.unheard {
-                _ if !status.live.as_ref().is_some_and(|live| live.smoke_passed) => deadline,
-                None => watched,
-                Some(_) => watched + deadline,
-            };
-            (since, Some(lasts))
+            let passed = status.live.as_ref().is_some_and(|live| live.smoke_passed);
+            let good = passed && seen.unheard.is_none();
+            (since, Some(if good { watched } else { deadline }))
         }
         _ => (since, Some(deadline)),
     };

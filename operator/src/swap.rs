@@ -314,17 +314,18 @@ impl Turn<'_> {
             }
         }
         if live.smoke_passed {
-            if !self.serves(&live.stack) {
-                let late = || Err(self.blamed("its traffic had not reached it in time"));
-                return self.overdue().then(late);
+            if self.elapsed() < signed(limits.duration) {
+                return None;
             }
-            let due = signed(limits.duration);
-            let late = self.watched() && self.elapsed() >= due + signed(self.spec.rollout.progress_deadline);
-            return match &self.seen.unheard {
-                _ if self.elapsed() < due => None,
-                None => Some(Ok(())),
+            let lacks = if self.serves(&live.stack) {
                 // What nobody can read is not good.
-                Some(why) => late.then(|| Err(why.clone())),
+                self.seen.unheard.clone()
+            } else {
+                Some(self.blamed("its traffic had not reached it in time"))
+            };
+            return match lacks {
+                None => Some(Ok(())),
+                Some(why) => self.overdue().then_some(Err(why)),
             };
         }
         match self.state(JobKind::Verify, &live.stack, live.attempt) {

@@ -1613,7 +1613,10 @@ fn what_no_client_reaches_is_not_verified() {
         let stack = seen.stacks.get_mut(&live).unwrap();
         stack.services.get_mut(&Service::Trade).unwrap().ready = 0;
     };
-    let late = |seen: &mut Observed| seen.status.phase_since = Some(world.now - seconds(600));
+    // 60 s for the verification, and ten minutes for what is due at its end.
+    let before = |elapsed| world.now - seconds(elapsed);
+    let almost_late = |seen: &mut Observed| seen.status.phase_since = Some(before(659));
+    let late = |seen: &mut Observed| seen.status.phase_since = Some(before(660));
     let unserved = |seen: &mut Observed| {
         die(seen);
         seen.status.live.as_mut().unwrap().unserved_since = Some(world.now - seconds(10));
@@ -1629,6 +1632,15 @@ fn what_no_client_reaches_is_not_verified() {
         (
             "a live Service lists the stack before",
             Box::new(|seen| trade(seen, &[&other])),
+            Verifying,
+            "",
+        ),
+        (
+            "and its time is nearly over",
+            Box::new(|seen| {
+                almost_late(seen);
+                trade(seen, &[&other]);
+            }),
             Verifying,
             "",
         ),
@@ -1664,6 +1676,17 @@ fn what_no_client_reaches_is_not_verified() {
         let message = recorded.rejected.map(|it| it.message).unwrap_or_default();
         assert_eq!(message, why, "{name}");
     }
+    // What is reached for most of a long verification may be out of reach for a moment.
+    world.spec.rollout.verification.duration = "1h".parse().unwrap();
+    let recorded = records(
+        &world,
+        Box::new(|seen: &mut Observed| {
+            seen.status.phase_since = Some(world.now - seconds(660));
+            let endpoints = &mut seen.live.get_mut(&Service::Trade).unwrap().endpoints;
+            endpoints.clear();
+        }),
+    );
+    assert_eq!(recorded.phase, Verifying);
 }
 
 #[test]
