@@ -17,8 +17,8 @@ use exchange_operator::{
 use serde_json::{Value, json};
 
 use crate::{
-    transitions::{at, releasing},
-    world::{Ban, View, Wakes, World},
+    transitions::{at, releasing, settled},
+    world::{Ban, Wakes, World},
 };
 
 const FOLDER: &str = "argocd/resource_customizations/exchange.dev/ExchangeDeployment/testdata";
@@ -60,15 +60,6 @@ fn object(world: &World) -> Value {
         "spec": world.spec,
         "status": world.status,
     })
-}
-
-/// Looks until nothing more is recorded without something happening.
-fn settled(mut world: World) -> World {
-    for _ in 0..3 {
-        world.step(0, View::Fresh).unwrap();
-        world.finish(0);
-    }
-    world
 }
 
 fn live() -> World {

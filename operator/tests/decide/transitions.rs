@@ -46,6 +46,15 @@ pub(crate) fn releasing(index: usize, phase: Phase) -> World {
 }
 
 /// A release that is live and verified, with the one before it still there.
+/// Looks until nothing more is recorded without something happening.
+pub(crate) fn settled(mut world: World) -> World {
+    for _ in 0..3 {
+        world.step(0, View::Fresh).unwrap();
+        world.finish(0);
+    }
+    world
+}
+
 fn after_a_release() -> World {
     let mut world = releasing(1, Verifying);
     world.until(0, Live);
@@ -1266,13 +1275,6 @@ fn an_object_that_waits_for_somebody_is_not_looked_at_every_second() {
         world.miss(true);
         world
     };
-    let after_three_passes = |mut world: World| {
-        for _ in 0..3 {
-            world.step(0, View::Fresh).unwrap();
-            world.finish(0);
-        }
-        world
-    };
     let mut taken = World::new(true);
     taken.taken = true;
     let mut in_use = after_a_release();
@@ -1289,10 +1291,10 @@ fn an_object_that_waits_for_somebody_is_not_looked_at_every_second() {
         ("its colour is in use", in_use, 60),
         (
             "a new one, and a reference is missing",
-            after_three_passes(missing(World::new(true))),
+            settled(missing(World::new(true))),
             10,
         ),
-        ("a new one, and a name is taken", after_three_passes(taken), 10),
+        ("a new one, and a name is taken", settled(taken), 10),
         (
             "a reference is missing in mid-release",
             missing(at(Provisioning)),

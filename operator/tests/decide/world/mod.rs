@@ -632,7 +632,7 @@ impl World {
         if operator.idle() {
             operator.known = operator.phase;
             operator.refused = operator.refusing.take();
-            operator.due = self.now.checked_add(operator.wait).ok();
+            operator.due = Some(self.now.checked_add(operator.wait).unwrap());
             self.looked_after.extend(operator.phase);
         }
     }
