@@ -597,6 +597,7 @@ impl World {
         for _ in 0..3000 {
             let before = self.writes;
             if banned || self.is_awake(wakes) {
+                self.listens(wakes);
                 self.step(0, View::Fresh)?;
                 late = 0;
             } else if wakes == Wakes::Events && self.has_work(0) {
@@ -634,6 +635,13 @@ impl World {
             "P7: sleeps in {phase} at {} until {due:?}, and there is something to do",
             self.now
         )
+    }
+
+    /// Who is about to look knows what watches have told until then.
+    fn listens(&mut self, wakes: Wakes) {
+        if wakes == Wakes::Events && self.operators[0].idle() {
+            self.operators[0].heard = self.heard();
+        }
     }
 
     /// Whether it has something in hand, or something wakes it.
@@ -678,6 +686,7 @@ impl World {
                 }
             }
             self.now = due;
+            self.listens(Wakes::Events);
             self.step(0, View::Fresh)?;
             if !self.operators[0].idle() {
                 return Ok(false);

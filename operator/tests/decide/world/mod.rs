@@ -207,7 +207,7 @@ pub(crate) struct Operator {
     /// How long the present pass lets it sleep, and until when the last whole one does.
     wait: Duration,
     due: Option<Timestamp>,
-    /// What its watches had told when it last looked.
+    /// What its watches had told when it last looked, where it is left to itself.
     heard: Heard,
     /// What was refused for good, in this pass and in the last whole one.
     refusing: Option<String>,
@@ -705,7 +705,6 @@ impl World {
     fn plan(&mut self, who: usize, seen: Observed, version: u64) -> Result<(), String> {
         let seen = self.remembering(who, seen);
         let now = (seen.status.phase, seen.status.attempt);
-        self.operators[who].heard = self.heard();
         if seen.unheard.is_none() && seen.status.phase == Phase::Verifying {
             self.read.insert((seen.status.epoch, seen.status.attempt));
         }
