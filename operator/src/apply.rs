@@ -223,10 +223,9 @@ impl Writer {
         let builder = builder(&look.object);
         let rendered = look.material.rendered.get(&job.stack);
         let database = look.material.database.as_deref();
-        match builder.job(&look.object.spec, rendered, job, database) {
-            Some(object) => self.create::<BatchJob>(look, object).await,
-            None => Ok(()),
-        }
+        let object = builder.job(&look.object.spec, rendered, job, database);
+        let object = object.ok_or_else(|| Error::Lost(job.stack.clone()))?;
+        self.create::<BatchJob>(look, object).await
     }
 
     // ---- requests ---------------------------------------------------------------------------------------------

@@ -45,6 +45,10 @@ use crate::{
 const PASS_LIMIT: Duration = Duration::from_mins(1);
 /// Objects that are worked on at the same time.
 const CONCURRENCY: u16 = 8;
+/// Writes in a row that may fail for reasons which pass, before these do not.
+pub const PATIENCE: u32 = 3;
+/// What cannot be written is tried as often at the most once its backoff has come to that.
+const TRIED_EVERY: Duration = Duration::from_secs(5);
 /// The longest note of an event.
 const NOTE: usize = 1000;
 
@@ -65,8 +69,40 @@ struct Remembered {
     memory: Memory,
     /// Passes in a row that failed.
     failures: u32,
+    /// Writes in a row that failed although they might have gone well.
+    transient: u32,
+    /// When the last plan wants the next look.
+    due: Duration,
     /// The move that is under way, and since when.
     moving: Option<(u32, Instant)>,
+}
+
+impl Remembered {
+    /// Whether what ended so cannot be written: it will not go better next time, or has not again and again, although all
+    /// could be read.
+    fn cannot(&mut self, error: &Error) -> bool {
+        if error.class() == Class::Transient {
+            self.transient += 1;
+            return self.transient > PATIENCE;
+        }
+        error.lasts()
+    }
+
+    /// Keeps for the next look what could not be written.
+    fn refuse(&mut self, error: Option<&Error>) {
+        let memory = &mut self.memory;
+        if let Some(Error::Taken { kind, name }) = error {
+            memory.taken.push(((**kind).clone(), name.clone()));
+        }
+        let why = error.and_then(Error::refusal);
+        // What passes by itself may be told in other words each time, which would be a record each time.
+        let about = |it: &str| it.split(": ").next().map(ToOwned::to_owned);
+        let again = error.is_some_and(|it| it.class() == Class::Transient)
+            && memory.refused.as_deref().and_then(about) == why.as_deref().and_then(about);
+        if !again {
+            memory.refused = why;
+        }
+    }
 }
 
 impl Context {
@@ -93,6 +129,7 @@ impl Context {
         // The same object is never worked on twice at once.
         let mut remembered = self.memories().remove(&key).unwrap_or_default();
         remembered.memory.forget_before(generation);
+        remembered.due = AT_LEAST_EVERY;
         let begun = Instant::now();
         let work = Box::pin(self.work(namespace, name, &mut remembered));
         let result = match timeout(PASS_LIMIT, work).await {
@@ -138,26 +175,22 @@ impl Context {
         }
         let done = self.act(&mut look, &plan.actions, remembered).await;
         self.tell(&look, &plan.events).await;
+        remembered.due = plan.requeue;
+        let refused = done?;
         let status = &look.seen.status;
-        let memory = &mut remembered.memory;
-        // What is refused for good has been tried as well: somebody has to be told, and the deadline to pass.
-        if done.as_ref().err().is_none_or(Error::lasts) {
-            memory.known = Some((status.phase, status.attempt));
-            memory.refused = done.as_ref().err().and_then(Error::refusal);
-        }
-        if let Err(Error::Taken { kind, name }) = &done {
-            memory.taken.push(((**kind).clone(), name.clone()));
-        }
-        done?;
-        Ok(Some(plan.requeue))
+        remembered.memory.known = Some((status.phase, status.attempt));
+        remembered.refuse(refused.as_ref());
+        refused.map_or(Ok(Some(plan.requeue)), Err)
     }
 
+    /// Does what can be done. What cannot be written has been tried as well: it is given back, for somebody has to be told,
+    /// and the deadline to pass. After any other failure the pass ends, and the next one looks again.
     async fn act(
         &self,
         look: &mut Look,
         actions: &[plan::Action],
         remembered: &mut Remembered,
-    ) -> Result<(), Error> {
+    ) -> Result<Option<Error>, Error> {
         let moves = actions.iter().find_map(|action| match action {
             plan::Action::Point { epoch, intent, .. } if *intent != Intent::Repair => Some((*epoch, *intent)),
             _ => None,
@@ -169,21 +202,28 @@ impl Context {
         }
         let mut refused = None;
         for action in actions {
-            let all_or_none = matches!(action, plan::Action::Point { .. });
-            match self.writer.act(look, action).await {
-                Ok(()) => debug!("{action:?}"),
-                // Trying the others will not make it worse, and nothing makes it better.
-                Err(error) if error.lasts() && !all_or_none => _ = refused.get_or_insert(error),
-                Err(error) => return Err(error),
+            let Err(error) = self.writer.act(look, action).await else {
+                debug!("{action:?}");
+                continue;
+            };
+            if !remembered.cannot(&error) {
+                return Err(error);
+            }
+            // Trying the others makes nothing worse, but for the rest of a move, and where each takes its time.
+            let ends = matches!(action, plan::Action::Point { .. }) || matches!(error, Error::Timeout { .. });
+            refused.get_or_insert(error);
+            if ends {
+                break;
             }
         }
-        if let Some(error) = refused {
-            return Err(error);
+        if refused.is_some() {
+            return Ok(refused);
         }
+        remembered.transient = 0;
         if let (Some((_, intent)), Some((_, since))) = (moves, remembered.moving) {
             self.metrics.swapped(intent, since.elapsed());
         }
-        Ok(())
+        Ok(None)
     }
 
     /// A transition, in the log and in the metrics.
@@ -233,18 +273,20 @@ impl Context {
         }
     }
 
-    /// When to come back after a failure: soon after a conflict, later and later after anything else.
-    pub fn after(&self, namespace: &str, name: &str, error: &Error) -> Action {
+    /// When to come back after a failure: soon after a conflict, later and later after anything else, but not much later
+    /// than the plan wants, of which not all has failed.
+    pub fn after(&self, namespace: &str, name: &str, error: &Error) -> Duration {
         let key = ObjectRef::new(name).within(namespace);
-        let failures = self.memories().get(&key).map_or(1, |it| it.failures);
+        let remembered = self.memories().get(&key).map(|it| (it.failures, it.due));
+        let (failures, due) = remembered.unwrap_or((1, AT_LEAST_EVERY));
         let (first, most) = match error.class() {
             Class::Conflict => (Duration::from_millis(50), Duration::from_secs(2)),
-            _ => (Duration::from_millis(250), AT_LEAST_EVERY),
+            _ => (Duration::from_millis(250), due.max(TRIED_EVERY)),
         };
         let wait = first
             .saturating_mul(1 << failures.saturating_sub(1).min(10))
             .min(most);
-        Action::requeue(wait.mul_f64(rand::random_range(0.5..1.0)))
+        wait.mul_f64(rand::random_range(0.5..1.0))
     }
 
     fn memories(&self) -> std::sync::MutexGuard<'_, HashMap<ObjectRef<Trigger>, Remembered>> {
@@ -312,5 +354,6 @@ async fn reconcile(object: Arc<Trigger>, context: Arc<Context>) -> Result<Action
     reason = "the signature that the controller asks for"
 )]
 fn after(object: Arc<Trigger>, error: &Error, context: Arc<Context>) -> Action {
-    context.after(&object.namespace().unwrap_or_default(), &object.name_any(), error)
+    let (namespace, name) = (object.namespace().unwrap_or_default(), object.name_any());
+    Action::requeue(context.after(&namespace, &name, error))
 }

@@ -492,8 +492,8 @@ impl Turn<'_> {
         // What is missing, or belongs to somebody else, is not watched.
         let waits = self.seen.declared.is_err() || !self.seen.is_free();
         let seconds = match self.next.phase {
-            // Whoever has to work on what is written needs a moment.
-            _ if acts => Some(1),
+            // Whoever has to work on what is written needs a moment. What cannot be written is not tried all the time.
+            _ if acts && self.seen.refused.is_none() => Some(1),
             _ if undecided => Some(10),
             Phase::Promoting | Phase::RollingBack => Some(1),
             _ if self.ends_something() => Some(1),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use kube::api::ApiResource;
 
-use crate::{guard::Refusal, observe::pods::short};
+use crate::{guard::Refusal, observe::pods::short, status::Stack};
 
 /// Why a pass ended before its end.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +40,9 @@ pub enum Error {
     /// Something changes what is written, as it is written.
     #[error("failed to keep {0} as it was rendered: something, such as an admission webhook, changes it")]
     Changed(String),
+    /// What a Job should come from is not there any more.
+    #[error("what was rendered for {0} is lost: declare again what it runs")]
+    Lost(Stack),
     /// An object of ours is not what we wrote.
     #[error("{0} cannot be read: {1}")]
     Unreadable(String, String),
@@ -85,7 +88,7 @@ impl Error {
         match self {
             Self::Refused(_) => Class::Conflict,
             Self::Timeout { .. } => Class::Transient,
-            Self::Unreadable(..) | Self::Taken { .. } | Self::Changed(_) => Class::Invalid,
+            Self::Unreadable(..) | Self::Taken { .. } | Self::Changed(_) | Self::Lost(_) => Class::Invalid,
             Self::Api { source, .. } => match &**source {
                 kube::Error::Api(status) => match status.code {
                     // Not found: what should be written or deleted has gone.
@@ -100,18 +103,23 @@ impl Error {
         }
     }
 
-    /// What the API server does not accept and will not accept next time either, and what it said.
+    /// What keeps a write from being done, for people: a clause. Nothing if the next look tells.
     pub fn refusal(&self) -> Option<String> {
-        let (doing, source) = match self {
-            Self::Api { doing, source } => (doing, source),
-            Self::Changed(_) => return Some(self.to_string().replacen("failed to ", "", 1)),
-            _ => return None,
+        let verb = if self.lasts() { "refuses" } else { "fails" };
+        let what = match self {
+            Self::Api { .. } if self.class() == Class::Conflict => return None,
+            Self::Api { doing, source } => {
+                let said = match &**source {
+                    kube::Error::Api(status) => status.message.clone(),
+                    other => other.to_string(),
+                };
+                short(&format!("{doing}: {said}"))
+            }
+            Self::Changed(_) | Self::Timeout { .. } => self.to_string().replacen("failed to ", "", 1),
+            Self::Lost(_) => return Some(self.to_string()),
+            Self::Refused(_) | Self::Taken { .. } | Self::Unreadable(..) => return None,
         };
-        let said = match &**source {
-            kube::Error::Api(status) => status.message.clone(),
-            other => other.to_string(),
-        };
-        self.lasts().then(|| short(&format!("{doing}: {said}")))
+        Some(format!("the API server {verb} to {what}"))
     }
 
     /// Whether it ends only when somebody does something about it.

@@ -56,7 +56,7 @@ pub struct Observed {
     pub taken: Vec<String>,
     /// Names that are needed and belong to an object of the same name that was deleted: what is left of it goes.
     pub remains: Vec<String>,
-    /// What the API server did not accept when this operator last did what was to be done, and what it said.
+    /// What could not be written when this operator last did what was to be done, and why: a clause.
     pub refused: Option<String>,
     /// The stack that answered a row of new connections to every live Service, if all answers were the same.
     pub answers: Option<Stack>,

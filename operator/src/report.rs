@@ -118,7 +118,7 @@ pub(crate) fn refused(seen: &Observed, status: &Status) -> String {
     // It was about what was to be done then.
     let same = seen.status.phase == status.phase && seen.status.attempt == status.attempt;
     let refused = seen.refused.as_ref().filter(|_| same);
-    refused.map_or_else(String::new, |it| format!("; the API server refuses to {it}"))
+    refused.map_or_else(String::new, |it| format!("; {it}"))
 }
 
 /// Why nothing goes on without somebody's help.
@@ -147,7 +147,7 @@ fn stalled(
         .as_ref()
         .filter(|_| deadline.is_some_and(|it| now >= it))
     {
-        let message = format!("the API server refuses to {refused}; nothing goes on before that");
+        let message = format!("{refused}; nothing goes on before that");
         return Some(verdict(true, "WriteRefused", message));
     }
     if let Err(missing) = &seen.declared {
@@ -475,7 +475,7 @@ fn elsewhere(seen: &Observed, status: &Status, service: Service) -> Option<Strin
     let told = format!("the {service} service points {at} and not at {live}, which is live");
     let ready = seen.stacks.get(live).map_or(0, |seen| seen.ready(service));
     if ready > 0 {
-        let about_services = seen.refused.as_ref()?.starts_with("update Service ");
+        let about_services = seen.refused.as_ref()?.contains(" to update Service ");
         let refused = refused(seen, status);
         return (about_services && !refused.is_empty()).then(|| format!("{told}{refused}"));
     }

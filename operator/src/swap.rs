@@ -145,12 +145,12 @@ impl Turn<'_> {
         let to = self.next.live.as_ref().map(|live| live.stack.clone());
         if self.moved(to.as_ref()) {
             self.next.candidate = None;
+            let left = Live::new(left.stack, left.version, left.attempt, self.now);
+            self.next.previous = Some(self.leaves(left, false));
             if to.is_none() {
                 self.enter(Phase::Failed);
                 return;
             }
-            let left = Live::new(left.stack, left.version, left.attempt, self.now);
-            self.next.previous = Some(self.leaves(left, false));
             self.tell(false, "RolledBack", "the traffic is back".to_owned());
             if self.next.rejected.is_some() {
                 self.enter(Phase::Held);

@@ -41,6 +41,8 @@ use testbed::{
 /// Requests a second: two cores keep up with the cases that run side by side. With twice as many a slower machine once had
 /// requests wait in vain for a connection to PostgreSQL (3 s), which is refusing for want of capacity, and no matter of a swap.
 const RATE: u32 = 20;
+/// For each of two exchanges that are released at once: together they ask for as much as another case does.
+const RATE_OF_TWO: u32 = RATE / 2;
 /// As declared by the harness; afterwards nothing may be left on the old stack.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// From the drain of a pod to the end of its event streams.
@@ -937,7 +939,7 @@ mod at_first {
                 scope.spawn(move || {
                     let mut trading =
                         Trading::deploy(ground, namespace, |exchange| declare(exchange, "first"));
-                    trading.load = Some(trading.exchange.start_load(RATE).unwrap());
+                    trading.load = Some(trading.exchange.start_load(RATE_OF_TWO).unwrap());
                     trading
                 })
             });

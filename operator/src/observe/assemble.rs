@@ -418,13 +418,15 @@ fn slice_service(slice: &EndpointSlice) -> &str {
     label(&slice.metadata, "kubernetes.io/service-name").unwrap_or_default()
 }
 
-/// Counts ready endpoints: of colour Services those whose pod is of the stack, of live Services the stacks.
+/// Counts ready endpoints: of colour Services those whose pod is of the stack, of live Services the stacks. A pod may be in
+/// several slices: one for each of its addresses' families, or two for a moment.
 pub(super) fn see_slices(
     builder: &Builder<'_>,
     slices: &[EndpointSlice],
     pods: &BTreeMap<String, (Stack, Service)>,
     seen: &mut Observed,
 ) {
+    let mut counted = BTreeSet::new();
     for slice in slices {
         let about = slice_service(slice);
         let ready = slice.endpoints.iter().flatten().filter(|endpoint| {
@@ -434,9 +436,13 @@ pub(super) fn see_slices(
                 .and_then(|conditions| conditions.ready);
             ready.unwrap_or(true)
         });
-        let pods = ready.filter_map(|endpoint| pods.get(endpoint.target_ref.as_ref()?.uid.as_ref()?));
-        for (stack, service) in pods {
+        let pods =
+            ready.filter_map(|endpoint| pods.get_key_value(endpoint.target_ref.as_ref()?.uid.as_ref()?));
+        for (uid, (stack, service)) in pods {
             if about == builder.colour_name(stack, *service) {
+                if !counted.insert(uid) {
+                    continue;
+                }
                 let there = seen.stacks.entry(stack.clone()).or_default();
                 there.services.entry(*service).or_default().ready += 1;
             } else if about == builder.live_name(*service)

@@ -89,7 +89,7 @@ pub struct Memory {
     pub last: Option<ExchangeDeployment>,
     /// Phase and attempt that have been seen as a whole.
     pub known: Option<(Phase, u32)>,
-    /// What the API server did not accept of that which was to be done then, and what it said.
+    /// What could not be written of that which was to be done then, and why: a clause.
     pub refused: Option<String>,
     /// Names that were needed and belonged to somebody else.
     pub taken: Vec<(ApiResource, String)>,

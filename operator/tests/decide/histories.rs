@@ -95,6 +95,8 @@ enum Kind {
     Plain,
     /// Pages cannot be read.
     Pages,
+    /// What the API server does not accept fails as if it were only for a moment.
+    Failing,
     /// Pods have nowhere to run, and somebody suspends and goes back.
     Suspended,
     /// Pods die one by one, and connections follow late.
@@ -107,6 +109,7 @@ impl Kind {
     const fn of(seed: u64) -> Self {
         match seed % 16 {
             3 => Self::Pages,
+            5 => Self::Failing,
             7 => Self::Suspended,
             11 | 13 => Self::Fine,
             15 => Self::Deleted,
@@ -177,7 +180,7 @@ fn steps(kind: Kind) -> impl Strategy<Value = Vec<Step>> {
         1 => Just(Step::LoseStatus),
     ];
     let step = match kind {
-        Kind::Plain => step.boxed(),
+        Kind::Plain | Kind::Failing => step.boxed(),
         Kind::Pages => prop_oneof![20 => step, 1 => any::<bool>().prop_map(Step::Unreadable)].boxed(),
         Kind::Suspended => {
             let crowd =
@@ -258,6 +261,7 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
 /// tried again: a good version must then be live, a bad one must not.
 fn live_through(steps: &[Step], kind: Kind, traced: bool) -> Result<World, String> {
     let mut world = World::new(traced);
+    world.fails = kind == Kind::Failing;
     let told = |world: &World, why: String| {
         format!("{why}\n{}", world.trace.as_deref().unwrap_or_default().join("\n"))
     };

@@ -168,7 +168,7 @@ fn objects() -> Vec<(&'static str, Value)> {
             sees(live(), |seen| {
                 let trade = seen.live.get_mut(&Service::Trade).unwrap();
                 trade.target = Target::Foreign;
-                seen.refused = Some("update Service exchange-trade".to_owned());
+                seen.refused = Some("the API server refuses to update Service exchange-trade".to_owned());
             }),
         ),
         (

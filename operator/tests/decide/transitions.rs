@@ -950,7 +950,7 @@ fn a_rollback_goes_forward_only_when_nothing_else_is_left() {
             Box::new(|seen| {
                 late(seen);
                 die(seen, &old);
-                seen.refused = Some("update Service exchange-user".to_owned());
+                seen.refused = Some("the API server refuses to update Service exchange-user".to_owned());
             }),
             RollingBack,
         ),
@@ -1496,7 +1496,7 @@ fn a_live_stack_that_somebody_scales_down_is_repaired_unless_an_autoscaler_does_
 }
 
 #[test]
-fn a_release_that_the_api_server_refuses_ends_at_its_deadline_and_says_why() {
+fn a_release_that_the_api_server_refuses_or_fails_ends_at_its_deadline_and_says_why() {
     let rows = [
         (Pending, Ban::Jobs, Reason::MigrationFailed),
         (
@@ -1511,10 +1511,15 @@ fn a_release_that_the_api_server_refuses_ends_at_its_deadline_and_says_why() {
         ),
         (Migrating, Ban::Rendering, Reason::ProgressDeadlineExceeded),
     ];
-    for (phase, ban, reason) in rows {
+    let both = rows
+        .into_iter()
+        .flat_map(|row| [(row, "refuses"), (row, "fails")]);
+    for ((phase, ban, reason), does) in both {
         let mut world = at(phase);
         world.ban = Some(ban);
-        for _ in 0..30 {
+        world.fails = does == "fails";
+        let cause = format!("the API server {does} to touch");
+        for _ in 0..80 {
             world.step(0, View::Fresh).unwrap();
             world.round();
         }
@@ -1524,16 +1529,13 @@ fn a_release_that_the_api_server_refuses_ends_at_its_deadline_and_says_why() {
             of_kind.next().unwrap().message.clone()
         };
         let message = told(&world, "Reconciling");
-        assert!(
-            message.contains("the API server refuses to touch"),
-            "{ban:?}: {message}"
-        );
+        assert!(message.contains(&cause), "{ban:?}: {message}");
         world.settle(Wakes::Clock).unwrap();
         assert_eq!(world.status.phase, Failed, "{ban:?}: {:#?}", world.trace);
         let rejected = world.status.rejected.clone().unwrap();
         assert_eq!(rejected.reason, reason, "{ban:?}");
         let why = rejected.message;
-        assert!(why.contains("the API server refuses to touch"), "{ban:?}: {why}");
+        assert!(why.contains(&cause), "{ban:?}: {why}");
         world.ban = None;
         world.ask(|requests, names| requests.retry = names.rejected);
         world.settle(Wakes::Clock).unwrap();
@@ -1564,6 +1566,36 @@ fn what_cannot_be_removed_or_moved_back_is_told() {
     world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.phase, RollingBack);
     assert_eq!(world.stalled().unwrap().0, "WriteRefused");
+}
+
+#[test]
+fn a_first_version_that_fails_in_mid_swap_is_drained_whatever_is_declared_then() {
+    let mut world = World::new(true);
+    world.until(0, Promoting);
+    while world.targets().iter().flatten().count() == 0 {
+        world.step(0, View::Fresh).unwrap();
+    }
+    // Clients come, and then one of the services that are to follow dies.
+    world.kubelet();
+    world.lose("r0", Service::Notification);
+    world.finish(0);
+    world.until(0, Failed);
+    world.release(1);
+    let mut drained = 0;
+    loop {
+        let previous = world.status.previous.clone().unwrap();
+        assert!(!previous.way_back, "{previous:?}");
+        if previous.state != PreviousState::Draining {
+            break;
+        }
+        assert!(world.has("r0"), "{:#?}", world.trace);
+        drained += 1;
+        world.step(0, View::Fresh).unwrap();
+        world.round();
+    }
+    assert!(drained > 5, "{:#?}", world.trace);
+    world.settle(Wakes::Clock).unwrap();
+    assert_eq!(world.status.phase, Live, "{:#?}", world.trace);
 }
 
 #[test]
@@ -1796,7 +1828,8 @@ fn a_live_service_that_points_elsewhere_and_is_not_put_right_is_told() {
         trade.ready = 0;
         trade.trouble = Some("no node for it".to_owned());
     };
-    let refused = |seen: &mut Observed| seen.refused = Some("update Service exchange-trade".to_owned());
+    let why = "the API server refuses to update Service exchange-trade";
+    let refused = |seen: &mut Observed| seen.refused = Some(why.to_owned());
     let not_here = format!("and not at {}, which is live", live.stack);
     let put_right = ": it is put right as soon as a trade pod of that is ready: waiting for 2 of 2 trade pods: no node for \
                      it; mend these";
@@ -1859,7 +1892,8 @@ fn a_live_service_that_points_elsewhere_and_is_not_put_right_is_told() {
             "what is refused is something else",
             Box::new(|seen| {
                 elsewhere(seen, Target::Stack(before.clone()), &[&before]);
-                seen.refused = Some("patch HorizontalPodAutoscaler exchange-trade".to_owned());
+                seen.refused =
+                    Some("the API server refuses to patch HorizontalPodAutoscaler exchange-trade".to_owned());
             }),
             "EndpointsReady",
             again.clone(),

@@ -548,7 +548,7 @@ impl World {
             phase => return Err(format!("P7: {phase} for ever, while {ban:?} is refused")),
         };
         match self.stalled() {
-            Some((_, message)) if !endless || message.contains("refuses to") => Ok(()),
+            Some((_, message)) if !endless || message.contains("s to touch") => Ok(()),
             None if !endless => Ok(()),
             other => Err(format!("P9: {ban:?} is refused, and what is told is {other:?}")),
         }

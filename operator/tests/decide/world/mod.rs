@@ -12,6 +12,7 @@ use std::{
 
 use exchange_operator::{
     api::{ExchangeDeploymentSpec as Spec, Promotion, Service},
+    controller::PATIENCE,
     decide::decide,
     guard,
     observe::{
@@ -209,7 +210,9 @@ pub(crate) struct Operator {
     due: Option<Timestamp>,
     /// What its watches had told when it last looked, where it is left to itself.
     heard: Heard,
-    /// What was refused for good, in this pass and in the last whole one.
+    /// Writes in a row that failed.
+    transient: u32,
+    /// What could not be written, in this pass and in the last whole one.
     refusing: Option<String>,
     refused: Option<String>,
     /// What it has seen of the stacks: whether they are rendered, and their pieces.
@@ -273,6 +276,8 @@ pub(crate) struct World {
     past: VecDeque<Rc<Past>>,
     /// What the API server refuses.
     pub(crate) ban: Option<Ban>,
+    /// Not for good, as far as anybody can tell: it fails, as when a webhook is down.
+    pub(crate) fails: bool,
     /// A reference is missing.
     pub(crate) missing: bool,
     /// The gates that were declared when it went.
@@ -358,6 +363,7 @@ impl World {
             looked_after: BTreeSet::new(),
             past: VecDeque::new(),
             ban: None,
+            fails: false,
             missing: false,
             gates_told: 0,
             taken: false,
@@ -599,8 +605,16 @@ impl World {
         if let Some(ban) = self.ban.filter(|ban| ban.is_about(&action)) {
             note!(self, "{who}: {action:?} BANNED");
             let operator = &mut self.operators[who];
+            operator.transient += u32::from(self.fails);
+            if self.fails && operator.transient <= PATIENCE {
+                operator.give_up();
+                return Ok(());
+            }
             operator.half = false;
-            operator.refusing.get_or_insert_with(|| format!("touch {ban:?}"));
+            let does = if self.fails { "fails" } else { "refuses" };
+            operator
+                .refusing
+                .get_or_insert_with(|| format!("the API server {does} to touch {ban:?}"));
             operator.actions.pop_front();
             if matches!(action, Action::Point { .. }) {
                 operator.actions.clear();
@@ -632,6 +646,9 @@ impl World {
         if operator.idle() {
             operator.known = operator.phase;
             operator.refused = operator.refusing.take();
+            if operator.refused.is_none() {
+                operator.transient = 0;
+            }
             operator.due = Some(self.now.checked_add(operator.wait).unwrap());
             self.looked_after.extend(operator.phase);
         }
