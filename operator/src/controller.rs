@@ -13,7 +13,7 @@ use k8s_openapi::api::{
 };
 use kube::{
     Client, Resource, ResourceExt,
-    api::PartialObjectMeta,
+    api::{ObjectMeta, PartialObjectMeta},
     runtime::{
         Controller, WatchStreamExt,
         controller::{Action, Config},
@@ -316,7 +316,7 @@ pub async fn run(watches: Watches, context: Arc<Context>, stop: CancellationToke
     let objects = watches
         .events::<ExchangeDeployment>("ExchangeDeployment", "")
         .map(Ok)
-        .modify(|object: &mut Trigger| object.managed_fields_mut().clear())
+        .modify(only_what_triggers)
         .reflect(writer)
         .touched_objects();
     let work = Controller::for_stream(objects, reader)
@@ -340,6 +340,18 @@ pub async fn run(watches: Watches, context: Arc<Context>, stop: CancellationToke
         () = work => {}
         () = before_its_begin => {}
     }
+}
+
+/// Which object it is and of which generation: nothing else of it is kept for the life of the process.
+fn only_what_triggers(object: &mut Trigger) {
+    object.metadata = ObjectMeta {
+        name: object.metadata.name.take(),
+        namespace: object.metadata.namespace.take(),
+        uid: object.metadata.uid.take(),
+        resource_version: object.metadata.resource_version.take(),
+        generation: object.metadata.generation,
+        ..ObjectMeta::default()
+    };
 }
 
 async fn reconcile(object: Arc<Trigger>, context: Arc<Context>) -> Result<Action, Error> {

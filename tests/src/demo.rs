@@ -476,7 +476,8 @@ impl Stage<'_> {
             if let Some((at, object)) = sighting {
                 let phase = phase_of(&object).to_owned();
                 if phase != shown && is_current(&object) {
-                    if matches!(shown.as_str(), "Promoting" | "RollingBack") {
+                    // A first version takes the traffic from nobody.
+                    if matches!(shown.as_str(), "Promoting" | "RollingBack") && !live.1.is_empty() {
                         let (left, since, decided) = &decided;
                         self.moves.push(Move {
                             what: format!("{shown} of {}", text(&object, "/spec/version")),
