@@ -45,7 +45,7 @@ use crate::{
 const PASS_LIMIT: Duration = Duration::from_mins(1);
 /// Objects that are worked on at the same time.
 const CONCURRENCY: u16 = 8;
-/// Writes in a row that may fail for reasons which pass, before these do not.
+/// Failures in a row that are taken for what passes by itself; the next one counts as what lasts.
 pub const PATIENCE: u32 = 3;
 /// What cannot be written is tried as often at the most once its backoff has come to that.
 const TRIED_EVERY: Duration = Duration::from_secs(5);
