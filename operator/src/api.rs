@@ -423,7 +423,7 @@ pub struct Rollout {
 
     /// How long each phase before the swap, and the swap itself, may take; the tests as long as the longest of
     /// their timeouts, if that is longer. Stands still while waiting for a person, and while paused or suspended,
-    /// unless the traffic moves.
+    /// unless the traffic moves. The Jobs have it as their own deadline, from when each begins, which does not stand still.
     #[serde(default = "default_progress_deadline")]
     #[schemars(length(max = 32), extend("default" = "10m"))]
     #[x_kube(

@@ -25,6 +25,7 @@ use kube::{
         PropagationPolicy,
     },
 };
+use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
@@ -34,8 +35,8 @@ use crate::{
     guard,
     metrics::Metrics,
     observe::{
-        Fence, Job, Part,
-        intact::{OF_NODE, contains},
+        Fence, Job, Part, as_rendered,
+        intact::OF_NODE,
         is_nobodys, is_ours,
         read::{Look, Reader, builder, selector},
     },
@@ -95,7 +96,11 @@ impl Writer {
                 ..
             } => {
                 let object = builder.live_service(*service, to.as_ref(), *epoch);
-                self.replace_service(look, object, fence).await
+                match self.replace_service(look, object, fence).await {
+                    // It points where it should: that is a matter of the repair that comes after the move.
+                    Err(Error::Changed(_)) if action.is_move() => Ok(()),
+                    done => done,
+                }
             }
             Action::Render { stack, attempt, .. } => self.render(look, stack, *attempt).await,
             Action::Adopt { stack, fence } => self.adopt(look, stack, fence).await,
@@ -313,7 +318,8 @@ impl Writer {
         }
         let (api, params, patch) = (self.objects(kind, look), merging(), Patch::Strategic(&object));
         let patched = api.patch(&name, &params, &patch);
-        self.limited("patch", &kind.kind, &name, patched).await.map(drop)
+        let written = self.limited("patch", &kind.kind, &name, patched).await?;
+        as_built(&written, &object, &kind.kind)
     }
 
     /// Writes a workload as it was rendered. Lists are replaced, and the node's own is taken back: server-side apply would
@@ -327,12 +333,7 @@ impl Writer {
             }
         }
         let written = self.merged(&kind(Part::Workload), look, &name, &object).await?;
-        let specs = written.data.get("spec").zip(object.get("spec"));
-        if specs.is_some_and(|(written, wanted)| contains(written, wanted)) {
-            Ok(())
-        } else {
-            Err(Error::Changed(format!("Deployment {name}")))
-        }
+        as_built(&written, &object, "Deployment")
     }
 
     /// Gives a workload another size and leaves what others have added, which is no difference: its pods must not be replaced
@@ -346,7 +347,7 @@ impl Writer {
     /// Writes a Service as it was built, and keeps what is not ours of what was observed: the address, other labels and
     /// annotations.
     async fn replace_service(&self, look: &Look, object: Value, fence: &Fence) -> Result<(), Error> {
-        let built: CoreService = typed(object)?;
+        let built: CoreService = typed(object.clone())?;
         let name = built.name_any();
         let Some(mut service) = look.material.services.get(&name).cloned() else {
             return Ok(());
@@ -377,7 +378,8 @@ impl Writer {
         let api = Api::<CoreService>::namespaced(self.client.clone(), builder(&look.object).namespace);
         let params = post();
         let replaced = api.replace(&name, &params, &service);
-        self.limited("update", "Service", &name, replaced).await.map(drop)
+        let written = self.limited("update", "Service", &name, replaced).await?;
+        as_built(&written, &object, "Service")
     }
 
     async fn delete(&self, kind: &ApiResource, look: &Look, name: &str, fence: &Fence) -> Result<(), Error> {
@@ -534,6 +536,15 @@ fn take_over(owners: &mut Option<Vec<OwnerReference>>, ours: Option<Vec<OwnerRef
     let owners = owners.get_or_insert_default();
     owners.retain(|owner| owner.controller != Some(true));
     owners.extend(ours.unwrap_or_default());
+}
+
+/// What has come of a write, or what changes it: it would be written again and again.
+fn as_built<K: Serialize>(written: &K, built: &Value, kind: &str) -> Result<(), Error> {
+    if as_rendered(written, built) {
+        return Ok(());
+    }
+    let name = built.pointer("/metadata/name").and_then(Value::as_str);
+    Err(Error::Changed(format!("{kind} {}", name.unwrap_or_default())))
 }
 
 fn already_exists(error: &Error) -> bool {

@@ -32,10 +32,11 @@ use crate::{
     error::{Class, Error},
     metrics::Metrics,
     observe::{
+        Refused,
         pods::Pods,
         read::{Look, Memory, Reader},
     },
-    plan::{self, AT_LEAST_EVERY, Intent},
+    plan::{self, AT_LEAST_EVERY},
     resources::MANAGER,
     status::{ExchangeDeploymentStatus as Status, token},
     watch::Watches,
@@ -88,19 +89,19 @@ impl Remembered {
         error.lasts()
     }
 
-    /// Keeps for the next look what could not be written.
-    fn refuse(&mut self, error: Option<&Error>) {
+    /// Keeps for the next look what could not be written, and whether it was a live Service.
+    fn refuse(&mut self, error: &Error, traffic: bool) {
         let memory = &mut self.memory;
-        if let Some(Error::Taken { kind, name }) = error {
+        if let Error::Taken { kind, name } = error {
             memory.taken.push(((**kind).clone(), name.clone()));
         }
-        let why = error.and_then(Error::refusal);
+        let refused = error.refusal().map(|why| Refused { why, traffic });
         // What passes by itself may be told in other words each time, which would be a record each time.
-        let about = |it: &str| it.split(": ").next().map(ToOwned::to_owned);
-        let again = error.is_some_and(|it| it.class() == Class::Transient)
-            && memory.refused.as_deref().and_then(about) == why.as_deref().and_then(about);
+        let about = |it: &Refused| it.why.split(": ").next().map(ToOwned::to_owned);
+        let again = error.class() == Class::Transient
+            && memory.refused.as_ref().map(about) == refused.as_ref().map(about);
         if !again {
-            memory.refused = why;
+            memory.refused = refused;
         }
     }
 }
@@ -179,20 +180,25 @@ impl Context {
         let refused = done?;
         let status = &look.seen.status;
         remembered.memory.known = Some((status.phase, status.attempt));
-        remembered.refuse(refused.as_ref());
-        refused.map_or(Ok(Some(plan.requeue)), Err)
+        let Some((error, traffic)) = refused else {
+            remembered.memory.refused = None;
+            return Ok(Some(plan.requeue));
+        };
+        remembered.refuse(&error, traffic);
+        Err(error)
     }
 
-    /// Does what can be done. What cannot be written has been tried as well: it is given back, for somebody has to be told,
-    /// and the deadline to pass. After any other failure the pass ends, and the next one looks again.
+    /// Does what can be done. What cannot be written has been tried as well: the first of it is given back, and whether it
+    /// is a live Service, for somebody has to be told, and the deadline to pass. After any other failure the pass ends, and
+    /// the next one looks again.
     async fn act(
         &self,
         look: &mut Look,
         actions: &[plan::Action],
         remembered: &mut Remembered,
-    ) -> Result<Option<Error>, Error> {
+    ) -> Result<Option<(Error, bool)>, Error> {
         let moves = actions.iter().find_map(|action| match action {
-            plan::Action::Point { epoch, intent, .. } if *intent != Intent::Repair => Some((*epoch, *intent)),
+            plan::Action::Point { epoch, intent, .. } if action.is_move() => Some((*epoch, *intent)),
             _ => None,
         });
         if let Some((epoch, _)) = moves
@@ -200,26 +206,38 @@ impl Context {
         {
             remembered.moving = Some((epoch, Instant::now()));
         }
-        let mut refused = None;
+        let (mut refused, mut stuck, before) = (None, false, remembered.transient);
         for action in actions {
+            let is_move = action.is_move();
+            // Of a move all or none: the rest of it waits.
+            if stuck && is_move {
+                continue;
+            }
             let Err(error) = self.writer.act(look, action).await else {
                 debug!("{action:?}");
                 continue;
             };
             if !remembered.cannot(&error) {
-                return Err(error);
-            }
-            // Trying the others makes nothing worse, but for the rest of a move, and where each takes its time.
-            let ends = matches!(action, plan::Action::Point { .. }) || matches!(error, Error::Timeout { .. });
-            refused.get_or_insert(error);
-            if ends {
+                if refused.is_none() {
+                    return Err(error);
+                }
+                // The rest is looked at anew, and what was refused before it is told.
                 break;
             }
+            stuck |= is_move;
+            let slow = matches!(error, Error::Timeout { .. });
+            refused.get_or_insert_with(|| (error, action.is_about_traffic()));
+            // Trying the others makes nothing worse, but where each takes its time.
+            if slow {
+                break;
+            }
+        }
+        if remembered.transient == before {
+            remembered.transient = 0;
         }
         if refused.is_some() {
             return Ok(refused);
         }
-        remembered.transient = 0;
         if let (Some((_, intent)), Some((_, since))) = (moves, remembered.moving) {
             self.metrics.swapped(intent, since.elapsed());
         }

@@ -16,7 +16,7 @@ pub mod read;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 pub use assemble::Piece;
-pub(crate) use assemble::{is_nobodys, is_ours};
+pub(crate) use assemble::{as_rendered, is_nobodys, is_ours};
 
 use crate::{
     api::Service,
@@ -31,6 +31,15 @@ pub struct Fence {
     pub uid: Arc<str>,
     /// `metadata.resourceVersion`
     pub resource_version: Arc<str>,
+}
+
+/// What could not be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// What, and why: a clause.
+    pub why: String,
+    /// Whether it is a live Service, so that no traffic can be moved.
+    pub traffic: bool,
 }
 
 /// Everything that is seen of one object in one pass.
@@ -56,8 +65,8 @@ pub struct Observed {
     pub taken: Vec<String>,
     /// Names that are needed and belong to an object of the same name that was deleted: what is left of it goes.
     pub remains: Vec<String>,
-    /// What could not be written when this operator last did what was to be done, and why: a clause.
-    pub refused: Option<String>,
+    /// What could not be written when this operator last did what was to be done.
+    pub refused: Option<Refused>,
     /// The stack that answered a row of new connections to every live Service, if all answers were the same.
     pub answers: Option<Stack>,
     /// The live stack's own figures since its swap, as far as they could be read.
@@ -70,6 +79,12 @@ pub struct Observed {
 }
 
 impl Observed {
+    /// Whether a live Service leads to this stack.
+    pub fn reaches(&self, stack: &Stack) -> bool {
+        let mut live = self.live.values();
+        live.any(|it| it.target.is(Some(stack)) || it.endpoints.contains(stack))
+    }
+
     /// Names that are needed and are not ours.
     pub fn others(&self) -> impl Iterator<Item = &String> {
         self.taken.iter().chain(&self.remains)

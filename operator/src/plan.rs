@@ -101,6 +101,18 @@ pub enum Action {
     DeleteJob(Job, Fence),
 }
 
+impl Action {
+    /// Whether it is a part of a move of the traffic, of which all parts are done or none.
+    pub fn is_move(&self) -> bool {
+        matches!(self, Self::Point { intent, .. } if *intent != Intent::Repair)
+    }
+
+    /// Whether it writes a live Service.
+    pub const fn is_about_traffic(&self) -> bool {
+        matches!(self, Self::CreateLive { .. } | Self::Point { .. })
+    }
+}
+
 /// What a live Service is written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Intent {

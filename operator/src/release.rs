@@ -405,10 +405,13 @@ impl Turn<'_> {
                 previous.state = PreviousState::Retained;
             }
         }
+        // Somebody may have sent clients there, and what they reach is kept.
+        let reached = self.seen.reaches(&previous.stack);
         let needed = phase == Phase::Pending && self.next.candidate.is_some();
         let settled = matches!(phase, Phase::Live | Phase::Held | Phase::Failed);
         if previous.state == PreviousState::Retained
             && !stopped
+            && !reached
             && (needed || (settled && clock >= previous.until))
         {
             previous.state = PreviousState::Retiring;

@@ -11,7 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
     decide::{later, signed, time_for},
-    observe::{Job, JobKind, JobState, Observed, StackSeen, Target},
+    observe::{Job, JobKind, JobState, Observed, ServiceSeen, StackSeen, Target},
     status::{ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack, token},
 };
 
@@ -118,7 +118,7 @@ pub(crate) fn refused(seen: &Observed, status: &Status) -> String {
     // It was about what was to be done then.
     let same = seen.status.phase == status.phase && seen.status.attempt == status.attempt;
     let refused = seen.refused.as_ref().filter(|_| same);
-    refused.map_or_else(String::new, |it| format!("; {it}"))
+    refused.map_or_else(String::new, |it| format!("; {}", it.why))
 }
 
 /// Why nothing goes on without somebody's help.
@@ -147,7 +147,7 @@ fn stalled(
         .as_ref()
         .filter(|_| deadline.is_some_and(|it| now >= it))
     {
-        let message = format!("{refused}; nothing goes on before that");
+        let message = format!("{}; nothing goes on before that", refused.why);
         return Some(verdict(true, "WriteRefused", message));
     }
     if let Err(missing) = &seen.declared {
@@ -221,21 +221,7 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
         );
     }
     match status.phase {
-        Phase::Pending => match (&status.previous, &status.contract) {
-            (Some(previous), _) => {
-                let unheard = seen
-                    .stacks
-                    .get(&previous.stack)
-                    .and_then(|it| it.unheard.as_deref());
-                let left = format!("{version} waits until {} has left its colour", previous.version);
-                format!("{left}{}", because(unheard))
-            }
-            (None, Some(_)) => format!(
-                "{version} waits for the contract migration of {live}{}",
-                kept(seen, of_live)
-            ),
-            _ => format!("{version} waits until nothing is left of other versions"),
-        },
+        Phase::Pending => pending(&version, &live, seen, status),
         Phase::Migrating => format!(
             "the expand migration of {version} runs{}",
             kept(seen, of_candidate)
@@ -415,6 +401,48 @@ pub(crate) fn missing(seen: &Observed, stack: &Stack) -> Vec<String> {
     missing
 }
 
+/// What a release waits for before it begins.
+fn pending(version: &str, live: &str, seen: &Observed, status: &Status) -> String {
+    let of_live = status.live.as_ref().map(|it| (&it.stack, it.attempt));
+    match (&status.previous, &status.contract) {
+        (Some(previous), _) => {
+            let stack = &previous.stack;
+            let astray = seen.reaches(stack) && previous.state == PreviousState::Retained;
+            let astray =
+                astray.then(|| format!("a live Service leads to it and not to {live}, which is live"));
+            let unheard = || seen.stacks.get(stack).and_then(|it| it.unheard.clone());
+            let why = astray
+                .or_else(unheard)
+                .or_else(|| left_over(seen, |it, there| it == stack && there.trouble.is_some()));
+            let left = format!("{version} waits until {} has left its colour", previous.version);
+            format!("{left}{}", because(why.as_deref()))
+        }
+        (None, Some(_)) => format!(
+            "{version} waits for the contract migration of {live}{}",
+            kept(seen, of_live)
+        ),
+        (None, None) => {
+            let why = left_over(seen, |stack, _| Some(stack) != of_live.map(|it| it.0));
+            let why = because(why.as_deref());
+            format!("{version} waits until nothing is left of other versions{why}")
+        }
+    }
+}
+
+/// Pods that are left, of those of which this is said.
+fn left_over(seen: &Observed, of: impl Fn(&Stack, &ServiceSeen) -> bool) -> Option<String> {
+    let all = seen.stacks.iter();
+    let all = all.flat_map(|(stack, it)| it.services.iter().map(move |(service, it)| (stack, service, it)));
+    let left = all.filter(|(stack, _, there)| there.pods > 0 && of(stack, there));
+    let left: Vec<String> = left
+        .map(|(stack, service, there)| {
+            let trouble = because(there.trouble.as_deref());
+            format!("{} {service} pods of {stack} are left{trouble}", there.pods)
+        })
+        .collect();
+    (!left.is_empty()).then(|| left.join(", "))
+}
+
 /// What keeps Jobs of an attempt from coming to their end, and how far its migration is.
 fn kept(seen: &Observed, of: Option<(&Stack, u32)>) -> String {
     let mut running = seen.jobs.iter().filter(|(job, seen)| {
@@ -475,9 +503,9 @@ fn elsewhere(seen: &Observed, status: &Status, service: Service) -> Option<Strin
     let told = format!("the {service} service points {at} and not at {live}, which is live");
     let ready = seen.stacks.get(live).map_or(0, |seen| seen.ready(service));
     if ready > 0 {
-        let about_services = seen.refused.as_ref()?.contains(" to update Service ");
+        let traffic = seen.refused.as_ref()?.traffic;
         let refused = refused(seen, status);
-        return (about_services && !refused.is_empty()).then(|| format!("{told}{refused}"));
+        return (traffic && !refused.is_empty()).then(|| format!("{told}{refused}"));
     }
     let way_back = rollback(seen, status).map_or_else(String::new, |it| format!(", or {it}"));
     Some(format!(

@@ -162,7 +162,7 @@ impl Turn<'_> {
         let can = |stack: &Stack| self.stack(stack).is_some_and(StackSeen::serves);
         // What the API server refuses to move back it refuses to move forward, too.
         if self.overdue()
-            && self.seen.refused.is_none()
+            && !self.seen.refused.as_ref().is_some_and(|it| it.traffic)
             && !to.as_ref().is_some_and(can)
             && self.stack(&left.stack).is_some_and(StackSeen::complete)
         {

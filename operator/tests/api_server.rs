@@ -135,13 +135,13 @@ impl Server {
                     next["status"] = body["status"].clone();
                 } else if *method == Method::PATCH {
                     merge(&mut next, &body);
-                    if let Some((changed, change)) = &self.changes
-                        && path.starts_with(changed)
-                    {
-                        merge(&mut next, change);
-                    }
                 } else {
                     next = body.clone();
+                }
+                if let Some((changed, change)) = &self.changes
+                    && path.starts_with(changed)
+                {
+                    merge(&mut next, change);
                 }
                 let limits = ["minAvailable", "maxUnavailable"];
                 if limits.iter().all(|limit| !next["spec"][*limit].is_null()) {
@@ -796,6 +796,54 @@ async fn what_something_changes_as_it_is_written_is_told() {
             && told.contains("admission webhook"),
         "{told}"
     );
+}
+
+#[tokio::test]
+async fn whatever_something_changes_as_it_is_written_is_told() {
+    for (path, foreign) in [
+        (
+            "services/exchange-trade",
+            json!({"spec": {"sessionAffinity": "ClientIP"}}),
+        ),
+        (
+            "services/exchange-blue-trade",
+            json!({"spec": {"sessionAffinity": "ClientIP"}}),
+        ),
+        (
+            "poddisruptionbudgets",
+            json!({"spec": {"minAvailable": 7, "maxUnavailable": null}}),
+        ),
+    ] {
+        let world = World::converged().await;
+        let found = world.names(path.split('/').next().unwrap());
+        let object = found.into_iter().find(|it| it.starts_with(path)).unwrap();
+        world.server.lock().unwrap().changes = Some((object.clone(), foreign.clone()));
+        world.change(&object, |it| merge(it, &foreign));
+        let (result, writes) = world.pass().await;
+        assert_eq!(writes.len(), 1, "{object}: {:?}", paths(&writes));
+        let error = result.unwrap_err();
+        assert!(matches!(error, Error::Changed(_)), "{object}: {error:?}");
+        // Not once a second.
+        for _ in 0..10 {
+            _ = world.pass().await;
+        }
+        let wait = world.context.after("prod", "exchange", &error);
+        assert!(wait > Duration::from_secs(20), "{object}: {wait:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_live_service_that_cannot_be_put_right_keeps_no_other_repair_from_being_done() {
+    let world = World::converged().await;
+    world.change("services/exchange-user", |service| {
+        service["spec"]["sessionAffinity"] = json!("ClientIP");
+    });
+    let lost = world.names("deployments").remove(0);
+    world.server.lock().unwrap().objects.remove(&lost);
+    world.server.lock().unwrap().broken = Some(("PUT services".to_owned(), StatusCode::FORBIDDEN));
+    let (result, _) = world.pass().await;
+    assert_eq!(result.unwrap_err().class(), Class::Forbidden);
+    assert!(world.names("deployments").contains(&lost));
 }
 
 #[tokio::test]

@@ -161,7 +161,7 @@ impl Parts<'_> {
                 ("audit-policy-file", &self.conf("audit.json")),
                 ("audit-log-path", &audit_log),
                 ("audit-log-maxsize", "50"),
-                ("audit-log-maxbackup", "4"),
+                ("audit-log-maxbackup", "20"),
             ]),
         );
         let controller_manager = self.component(

@@ -58,15 +58,19 @@ fn texts<'a>(rule: &'a Value, key: &str) -> impl Iterator<Item = &'a str> + Clon
         .filter_map(Value::as_str)
 }
 
-/// The audit log of a cluster, with its older parts.
+/// The audit log of a cluster, with its older parts but those that end before this time.
 ///
 /// # Errors
 /// If it cannot be read.
-pub fn audit_log(cluster: &Cluster) -> Result<String> {
+pub fn audit_log(cluster: &Cluster, since: Timestamp) -> Result<String> {
     let directory = cluster.logs();
     let mut log = String::new();
     for entry in fs::read_dir(&directory).with_context(|| format!("cannot read {}", directory.display()))? {
-        let path = entry?.path();
+        let entry = entry?;
+        let (path, end) = (entry.path(), Timestamp::try_from(entry.metadata()?.modified()?)?);
+        if end < since {
+            continue;
+        }
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         if name.starts_with("audit") && path.extension().is_some_and(|it| it == "log") {
             log += &fs::read_to_string(&path)?;

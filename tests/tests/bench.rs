@@ -858,7 +858,7 @@ fn idle() {
             let from = Timestamp::now();
             sleep(WINDOW);
             let (memory, _) = Leader::find(&session).unwrap().memory().unwrap();
-            let log = audit_log(cluster).unwrap();
+            let log = audit_log(cluster, from).unwrap();
             let all = requests(log.lines(), &operator::account(), from, from + WINDOW);
             let is_write = |(verb, kind): &&(String, String)| {
                 !["get", "list", "watch"].contains(&verb.as_str()) && kind != "leases"

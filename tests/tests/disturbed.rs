@@ -176,7 +176,7 @@ fn the_operator_is_killed() {
 /// What a pod of the operator has written in a namespace since then, and the API server has accepted, as its audit log has it.
 /// Events tell, and change nothing.
 fn accepted_writes(cluster: &Cluster, pod: &str, namespace: &str, since: Timestamp) -> Vec<String> {
-    let log = audit_log(cluster).unwrap();
+    let log = audit_log(cluster, since).unwrap();
     let events = log
         .lines()
         .filter(|line| line.contains(pod))

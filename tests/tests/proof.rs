@@ -1359,7 +1359,7 @@ mod alone {
             self.operator.recovers(&self.ground.session).unwrap();
             let (write, at) = killed?;
             let unanswered = (moment == Moment::During).then(|| {
-                let log = audit_log(self.ground.session.cluster.as_ref().unwrap()).unwrap();
+                let log = audit_log(self.ground.session.cluster.as_ref().unwrap(), at).unwrap();
                 let object = (write.resource.as_str(), write.name.as_str());
                 let answered = rights::answered(log.lines(), &self.operator.account(), object, at);
                 answered.unwrap() > at

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 
+use jiff::Timestamp;
 use serde_json::Value;
 use testbed::{
     kubectl::Session,
@@ -53,7 +54,7 @@ fn the_operator_has_the_rights_that_it_uses_and_no_others() {
         session.cluster.is_some(),
         "the audit log is the test cluster's: leave CLUSTER=existing out"
     );
-    let text = audit_log(session.cluster.as_ref().unwrap()).unwrap();
+    let text = audit_log(session.cluster.as_ref().unwrap(), Timestamp::UNIX_EPOCH).unwrap();
     let deeds = Deeds::read(text.lines(), &operator::account());
     let rights = rights_of_the_operator(&session);
     let record = Right {

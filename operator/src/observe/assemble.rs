@@ -313,7 +313,7 @@ impl Parts<'_> {
                 .and_then(|it| it.objects.get(&(service, part)).cloned()),
         };
         let intact = object.meta().deletion_timestamp.is_some()
-            || rendered.is_none_or(|rendered| is_intact(object, &rendered));
+            || rendered.is_none_or(|rendered| as_rendered(object, &rendered));
         let there = self.seen.stacks.entry(stack).or_default();
         let there = there.services.entry(service).or_default();
         let fence = fence(object.meta());
@@ -323,7 +323,7 @@ impl Parts<'_> {
 }
 
 /// Without a namespace, which everything shares.
-fn is_intact<K: Serialize>(object: &K, rendered: &Value) -> bool {
+pub(crate) fn as_rendered<K: Serialize>(object: &K, rendered: &Value) -> bool {
     serde_json::to_value(object).is_ok_and(|object| {
         ["/metadata/labels", "/metadata/ownerReferences", "/spec"]
             .iter()
@@ -371,7 +371,7 @@ pub(super) fn see_live<'a>(
             fence: fence(&there.metadata),
             target,
             epoch: epoch.unwrap_or(0),
-            intact: is_intact(there, &written),
+            intact: as_rendered(there, &written),
             endpoints: old.remove(&service).map_or_else(Vec::new, |old| old.endpoints),
         };
         seen.live.insert(service, live);

@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, error::Error, io, time::Duration};
 
 use futures::future::join_all;
+use jiff::Timestamp;
 use k8s_openapi::api::{
     apps::v1::Deployment,
     batch::v1::Job as BatchJob,
@@ -384,8 +385,13 @@ fn why(error: &reqwest::Error) -> String {
 /// What keeps a pod from becoming ready, if that can be told. Words that do not change from one look to the next.
 pub fn trouble(pod: &Pod) -> Option<String> {
     let status = pod.status.as_ref()?;
-    if pod.metadata.deletion_timestamp.is_some() {
-        return None;
+    if let Some(end) = &pod.metadata.deletion_timestamp {
+        // By then the kubelet should have ended it.
+        let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
+        return (end.0 < Timestamp::now()).then(|| {
+            let (name, node) = (pod.name_any(), node.unwrap_or("no node"));
+            format!("{name} on {node} should have ended by {}", end.0)
+        });
     }
     let conditions = status.conditions.iter().flatten();
     let unschedulable = conditions
@@ -762,6 +768,18 @@ http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/logi
             let what = format!("{state} after {last}");
             assert_eq!(keeps(state, last).as_deref(), told, "{what}");
         }
+    }
+
+    #[test]
+    fn a_pod_that_should_have_ended_is_named_with_its_node() {
+        let going = |by: &str| {
+            let pod = json!({"metadata": {"name": "trade-1", "deletionTimestamp": by},
+                             "spec": {"containers": [], "nodeName": "node-7"}, "status": {}});
+            trouble(&serde_json::from_value(pod).unwrap())
+        };
+        let told = "trade-1 on node-7 should have ended by 2026-01-01T00:00:00Z";
+        assert_eq!(going("2026-01-01T00:00:00Z").as_deref(), Some(told));
+        assert_eq!(going("2999-01-01T00:00:00Z"), None);
     }
 
     #[test]

@@ -27,7 +27,7 @@ use tokio::{
 use tracing::debug;
 
 use super::{
-    Declared, Job, JobKind, JobState, Observed, Part, Piece, Requests,
+    Declared, Job, JobKind, JobState, Observed, Part, Piece, Refused, Requests,
     assemble::{
         Children, References, addresses, all_moved, assemble, is_ours, note_taken, retake, see_live,
         see_lost, see_pods, see_slices, selected, without_workload,
@@ -89,8 +89,8 @@ pub struct Memory {
     pub last: Option<ExchangeDeployment>,
     /// Phase and attempt that have been seen as a whole.
     pub known: Option<(Phase, u32)>,
-    /// What could not be written of that which was to be done then, and why: a clause.
-    pub refused: Option<String>,
+    /// What could not be written of that which was to be done then.
+    pub refused: Option<Refused>,
     /// Names that were needed and belonged to somebody else.
     pub taken: Vec<(ApiResource, String)>,
     /// Where the counters of pods stood when a verification began.
@@ -153,7 +153,7 @@ impl Reader {
             let mut look = assemble(guess, &children, references);
             self.find_taken(&mut look, memory).await?;
             self.find_lost(&mut look, &children.pods).await?;
-            self.find_failed_creations(&mut look, &children).await?;
+            self.find_failed_creations(&mut look, &children).await;
             self.listen_to_migrations(&mut look, &children, memory).await;
             self.ask_pods(&mut look, &children, memory).await;
             let Some(object) = self.object(namespace, name).await? else {
@@ -466,7 +466,7 @@ impl Reader {
     }
 
     /// What keeps the pods of Jobs from being created. A Deployment says it itself, of a Job only events do.
-    async fn find_failed_creations(&self, look: &mut Look, children: &Children) -> Result<(), Error> {
+    async fn find_failed_creations(&self, look: &mut Look, children: &Children) {
         for (job, seen) in &mut look.seen.jobs {
             let name = builder(&look.object).job_name(job);
             let there = children.jobs.iter().find(|it| it.name_any() == name);
@@ -477,14 +477,19 @@ impl Reader {
             let fields = format!("involvedObject.uid={},reason=FailedCreate", seen.fence.uid);
             let events = Api::<Event>::namespaced(self.client.clone(), builder(&look.object).namespace)
                 .list(&ListParams::default().fields(&fields))
-                .await
-                .map_err(Error::api(format!("list events of Job {name}")))?;
-            let message = events.items.into_iter().filter_map(|it| it.message).next_back();
+                .await;
+            let events = match events {
+                Ok(list) => list.items,
+                Err(error) => {
+                    debug!(error.message = %error, "the events of the Job {name} cannot be read");
+                    continue;
+                }
+            };
+            let message = events.into_iter().filter_map(|it| it.message).next_back();
             seen.trouble = message
                 .map(|it| pods::not_created(&it))
                 .or_else(|| seen.trouble.take());
         }
-        Ok(())
     }
 
     /// How far a migration is: the last line of its log. A line that cannot be read holds nothing up, and the one before

@@ -17,7 +17,7 @@ use exchange_operator::{
 use serde_json::{Value, json};
 
 use crate::{
-    transitions::{at, releasing, settled},
+    transitions::{self, at, releasing, settled},
     world::{Ban, Wakes, World},
 };
 
@@ -168,7 +168,7 @@ fn objects() -> Vec<(&'static str, Value)> {
             sees(live(), |seen| {
                 let trade = seen.live.get_mut(&Service::Trade).unwrap();
                 trade.target = Target::Foreign;
-                seen.refused = Some("the API server refuses to update Service exchange-trade".to_owned());
+                seen.refused = Some(transitions::refused("update Service exchange-trade", true));
             }),
         ),
         (

@@ -7,10 +7,10 @@ use exchange_operator::{
     api::{ColourChoice, ExchangeDeploymentSpec as Spec, Promotion, Service},
     decide::decide,
     guard::{self, Refusal},
-    observe::{Figures, JobKind, Observed, Part, StackSeen, Target},
+    observe::{Figures, JobKind, Observed, Part, Refused, StackSeen, Target},
     plan::{Action, Intent},
     status::{
-        Colour, Contract, ExchangeDeploymentStatus as Status, Outcome,
+        Candidate, Colour, Contract, ExchangeDeploymentStatus as Status, Outcome,
         Phase::{
             self, AwaitingPromotion, Failed, Held, Live, Migrating, Pending, Promoting, Provisioning,
             RollingBack, Testing, Verifying,
@@ -45,7 +45,12 @@ pub(crate) fn releasing(index: usize, phase: Phase) -> World {
     world
 }
 
-/// A release that is live and verified, with the one before it still there.
+/// What the API server does not accept.
+pub(crate) fn refused(what: &str, traffic: bool) -> Refused {
+    let why = format!("the API server refuses to {what}");
+    Refused { why, traffic }
+}
+
 /// Looks until nothing more is recorded without something happening.
 pub(crate) fn settled(mut world: World) -> World {
     for _ in 0..3 {
@@ -55,6 +60,7 @@ pub(crate) fn settled(mut world: World) -> World {
     world
 }
 
+/// A release that is live and verified, with the one before it still there.
 fn after_a_release() -> World {
     let mut world = releasing(1, Verifying);
     world.until(0, Live);
@@ -950,9 +956,18 @@ fn a_rollback_goes_forward_only_when_nothing_else_is_left() {
             Box::new(|seen| {
                 late(seen);
                 die(seen, &old);
-                seen.refused = Some("the API server refuses to update Service exchange-user".to_owned());
+                seen.refused = Some(refused("update Service exchange-user", true));
             }),
             RollingBack,
+        ),
+        (
+            "the API server refuses to make the old stack's pods again",
+            Box::new(|seen| {
+                late(seen);
+                die(seen, &old);
+                seen.refused = Some(refused("create Deployment exchange-blue-user", false));
+            }),
+            Promoting,
         ),
     ];
     for suspended in [false, true] {
@@ -1569,6 +1584,44 @@ fn what_cannot_be_removed_or_moved_back_is_told() {
 }
 
 #[test]
+fn what_clients_are_sent_to_is_not_retired() {
+    let mut world = after_a_release();
+    let before = world.status.previous.clone().unwrap().stack;
+    let other = world.status.live.clone().unwrap().stack;
+    world.release(2);
+    let recorded = records(&world, |seen| {
+        let previous = seen.status.previous.as_mut().unwrap();
+        previous.state = PreviousState::Retained;
+        let live = seen.live.get_mut(&Service::Trade).unwrap();
+        live.target = Target::Stack(before.clone());
+        let stack = seen.stacks.get_mut(&other).unwrap();
+        stack.services.get_mut(&Service::Trade).unwrap().ready = 0;
+        seen.status.phase = Pending;
+        seen.status.attempt = 9;
+        seen.status.candidate = Some(Candidate {
+            stack: Stack {
+                revision: "r2".to_owned(),
+                ..before.clone()
+            },
+            version: "r2".to_owned(),
+            attempt: 9,
+            gates: seen.declared.clone().unwrap().gates,
+            scale: None,
+            approved_by: None,
+        });
+    });
+    assert_eq!(recorded.previous.clone().unwrap().state, PreviousState::Retained);
+    let told = recorded
+        .conditions
+        .iter()
+        .find(|it| it.type_ == "Reconciling")
+        .unwrap();
+    let why =
+        "r2 waits until r0 has left its colour: a live Service leads to it and not to r1, which is live";
+    assert!(told.message.starts_with(why), "{}", told.message);
+}
+
+#[test]
 fn a_first_version_that_fails_in_mid_swap_is_drained_whatever_is_declared_then() {
     let mut world = World::new(true);
     world.until(0, Promoting);
@@ -1828,8 +1881,7 @@ fn a_live_service_that_points_elsewhere_and_is_not_put_right_is_told() {
         trade.ready = 0;
         trade.trouble = Some("no node for it".to_owned());
     };
-    let why = "the API server refuses to update Service exchange-trade";
-    let refused = |seen: &mut Observed| seen.refused = Some(why.to_owned());
+    let refuses = |seen: &mut Observed| seen.refused = Some(refused("update Service exchange-trade", true));
     let not_here = format!("and not at {}, which is live", live.stack);
     let put_right = ": it is put right as soon as a trade pod of that is ready: waiting for 2 of 2 trade pods: no node for \
                      it; mend these";
@@ -1877,7 +1929,7 @@ fn a_live_service_that_points_elsewhere_and_is_not_put_right_is_told() {
             "the API server does not let it be put right",
             Box::new(|seen| {
                 elsewhere(seen, Target::Stack(before.clone()), &[&before]);
-                refused(seen);
+                refuses(seen);
             }),
             "PointsElsewhere",
             format!("{to_before}; the API server refuses to update Service exchange-trade"),
@@ -1892,8 +1944,7 @@ fn a_live_service_that_points_elsewhere_and_is_not_put_right_is_told() {
             "what is refused is something else",
             Box::new(|seen| {
                 elsewhere(seen, Target::Stack(before.clone()), &[&before]);
-                seen.refused =
-                    Some("the API server refuses to patch HorizontalPodAutoscaler exchange-trade".to_owned());
+                seen.refused = Some(refused("patch HorizontalPodAutoscaler exchange-trade", false));
             }),
             "EndpointsReady",
             again.clone(),

@@ -748,12 +748,16 @@ impl World {
                 ));
             }
         }
-        if status.previous.is_some() {
+        // Clients that cannot be taken back from where somebody has sent them are not cut off.
+        let reached = |stack: &Stack| self.live.values().any(|there| there.target.is(Some(stack)));
+        let kept = status.previous.as_ref().map(|it| &it.stack);
+        if kept.is_some_and(|stack| !reached(stack)) {
             return Err("P7: the old stack is never retired".to_owned());
         }
         let allowed: BTreeSet<&Stack> = live
             .iter()
             .chain(status.candidate.as_ref().map(|candidate| &candidate.stack))
+            .chain(kept)
             .collect();
         if let Some(left) = self.stacks.keys().find(|stack| !allowed.contains(stack)) {
             return Err(format!("P7: {left} is left over"));

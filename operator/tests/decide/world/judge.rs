@@ -194,7 +194,8 @@ impl Case<'_> {
     fn ends_a_move(&self) -> Result<(), String> {
         let (old, new) = (self.old, self.new);
         if old.phase == Phase::RollingBack && new.phase == Phase::Promoting {
-            is(self.seen.refused.is_none(), || {
+            let traffic = self.seen.refused.as_ref().is_some_and(|it| it.traffic);
+            is(!traffic, || {
                 "P4: what the API server refuses to move back is moved forward".to_owned()
             })?;
             let can = old.live.as_ref().is_some_and(|live| self.serves(&live.stack));

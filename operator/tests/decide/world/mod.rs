@@ -17,7 +17,7 @@ use exchange_operator::{
     guard,
     observe::{
         Declared, Fence, Figures, Job, JobKind, JobSeen, JobState, LiveService, Observed, Part, PartSeen,
-        Requests, ServiceSeen, StackSeen, Target,
+        Refused, Requests, ServiceSeen, StackSeen, Target,
     },
     plan::{Action, Intent},
     status::{ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack, token},
@@ -213,8 +213,8 @@ pub(crate) struct Operator {
     /// Writes in a row that failed.
     transient: u32,
     /// What could not be written, in this pass and in the last whole one.
-    refusing: Option<String>,
-    refused: Option<String>,
+    refusing: Option<Refused>,
+    refused: Option<Refused>,
     /// What it has seen of the stacks: whether they are rendered, and their pieces.
     stacks: BTreeMap<Stack, (bool, Option<Fence>)>,
 }
@@ -595,7 +595,7 @@ impl World {
                 guard::check(&self.spec, &self.operators[who].record, &action, &self.observe())
             {
                 note!(self, "{who}: refused: {refusal}");
-                self.operators[who].give_up();
+                self.break_off(who);
             } else {
                 self.operators[who].guarded = true;
             }
@@ -607,17 +607,18 @@ impl World {
             let operator = &mut self.operators[who];
             operator.transient += u32::from(self.fails);
             if self.fails && operator.transient <= PATIENCE {
-                operator.give_up();
+                self.break_off(who);
                 return Ok(());
             }
             operator.half = false;
             let does = if self.fails { "fails" } else { "refuses" };
-            operator
-                .refusing
-                .get_or_insert_with(|| format!("the API server {does} to touch {ban:?}"));
+            operator.refusing.get_or_insert_with(|| Refused {
+                why: format!("the API server {does} to touch {ban:?}"),
+                traffic: action.is_about_traffic(),
+            });
             operator.actions.pop_front();
-            if matches!(action, Action::Point { .. }) {
-                operator.actions.clear();
+            if action.is_move() {
+                operator.actions.retain(|it| !it.is_move());
             }
             self.end_pass(who);
             return Ok(());
@@ -625,7 +626,7 @@ impl World {
         let done = self.act(who, &action)?;
         note!(self, "{who}: {action:?} {done:?}");
         match done {
-            Done::No => self.operators[who].give_up(),
+            Done::No => self.break_off(who),
             Done::Half => {
                 self.writes += 1;
                 self.operators[who].half = true;
@@ -638,6 +639,17 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// A write that did not come to be ends a pass, and nothing has been seen as a whole, but for what was refused before it.
+    fn break_off(&mut self, who: usize) {
+        let operator = &mut self.operators[who];
+        let refusing = operator.refusing.take();
+        operator.give_up();
+        operator.refusing = refusing;
+        if operator.refusing.is_some() {
+            self.end_pass(who);
+        }
     }
 
     /// A pass that has come to its end has looked at the phase as a whole.
