@@ -96,11 +96,18 @@ impl Writer {
                 ..
             } => {
                 let object = builder.live_service(*service, to.as_ref(), *epoch);
-                match self.replace_service(look, object, fence).await {
-                    // It points where it should: that is a matter of the repair that comes after the move.
-                    Err(Error::Changed(_)) if action.is_move() => Ok(()),
-                    done => done,
+                let written = self.replace_service(look, &object, fence).await?;
+                let written = serde_json::to_value(written).unwrap_or_default();
+                let same = |path| written.pointer(path) == object.pointer(path);
+                // What else is changed of it is a matter of the repair that comes after the move.
+                if action.is_move()
+                    && ["/spec/selector", "/metadata/annotations/exchange.dev~1epoch"]
+                        .into_iter()
+                        .all(same)
+                {
+                    return Ok(());
                 }
+                as_built(&written, &object, "Service")
             }
             Action::Render { stack, attempt, .. } => self.render(look, stack, *attempt).await,
             Action::Adopt { stack, fence } => self.adopt(look, stack, fence).await,
@@ -193,7 +200,10 @@ impl Writer {
         }
         match fence {
             None => self.create_kind(&kind(part), look, object).await,
-            Some(fence) if part == Part::ColourService => self.replace_service(look, object, fence).await,
+            Some(fence) if part == Part::ColourService => {
+                let written = self.replace_service(look, &object, fence).await?;
+                as_built(&written, &object, "Service")
+            }
             Some(fence) if part == Part::Workload && is_intact(look, stack, service) => {
                 self.scale(look, &builder.part_name(stack, service, part), replicas, fence)
                     .await
@@ -341,17 +351,26 @@ impl Writer {
     async fn scale(&self, look: &Look, name: &str, replicas: u32, fence: &Fence) -> Result<(), Error> {
         let mut patch = json!({"metadata": {}, "spec": {"replicas": replicas}});
         carry(&mut patch, fence);
-        self.merge(&kind(Part::Workload), look, name, &patch).await
+        let written = self.merged(&kind(Part::Workload), look, name, &patch).await?;
+        if written.data.pointer("/spec/replicas") == Some(&json!(replicas)) {
+            return Ok(());
+        }
+        Err(Error::Changed(format!("the size of Deployment {name}")))
     }
 
     /// Writes a Service as it was built, and keeps what is not ours of what was observed: the address, other labels and
     /// annotations.
-    async fn replace_service(&self, look: &Look, object: Value, fence: &Fence) -> Result<(), Error> {
+    async fn replace_service(
+        &self,
+        look: &Look,
+        object: &Value,
+        fence: &Fence,
+    ) -> Result<CoreService, Error> {
         let built: CoreService = typed(object.clone())?;
         let name = built.name_any();
-        let Some(mut service) = look.material.services.get(&name).cloned() else {
-            return Ok(());
-        };
+        let there = look.material.services.get(&name).cloned();
+        let unseen = || Error::Unreadable(format!("Service {name}"), "it has not been seen".to_owned());
+        let mut service = there.ok_or_else(unseen)?;
         let add = |to: &mut Option<BTreeMap<String, String>>, from: Option<BTreeMap<String, String>>| {
             to.get_or_insert_default().extend(from.unwrap_or_default());
         };
@@ -378,8 +397,7 @@ impl Writer {
         let api = Api::<CoreService>::namespaced(self.client.clone(), builder(&look.object).namespace);
         let params = post();
         let replaced = api.replace(&name, &params, &service);
-        let written = self.limited("update", "Service", &name, replaced).await?;
-        as_built(&written, &object, "Service")
+        self.limited("update", "Service", &name, replaced).await
     }
 
     async fn delete(&self, kind: &ApiResource, look: &Look, name: &str, fence: &Fence) -> Result<(), Error> {

@@ -48,6 +48,8 @@ const PASS_LIMIT: Duration = Duration::from_mins(1);
 const CONCURRENCY: u16 = 8;
 /// Failures in a row that are taken for what passes by itself; the next one counts as what lasts.
 pub const PATIENCE: u32 = 3;
+/// What failing writes of one pass may take together before the rest of it waits.
+const FAILING_LIMIT: Duration = Duration::from_secs(10);
 /// What cannot be written is tried as often at the most once its backoff has come to that.
 const TRIED_EVERY: Duration = Duration::from_secs(5);
 /// The longest note of an event.
@@ -206,13 +208,13 @@ impl Context {
         {
             remembered.moving = Some((epoch, Instant::now()));
         }
-        let (mut refused, mut stuck, before) = (None, false, remembered.transient);
+        let (mut refused, mut failing, before) = (None, Duration::ZERO, remembered.transient);
+        let mut failed: Vec<&plan::Action> = Vec::new();
         for action in actions {
-            let is_move = action.is_move();
-            // Of a move all or none: the rest of it waits.
-            if stuck && is_move {
+            if failed.iter().any(|it| action.needs(it)) {
                 continue;
             }
+            let begun = Instant::now();
             let Err(error) = self.writer.act(look, action).await else {
                 debug!("{action:?}");
                 continue;
@@ -224,11 +226,11 @@ impl Context {
                 // The rest is looked at anew, and what was refused before it is told.
                 break;
             }
-            stuck |= is_move;
-            let slow = matches!(error, Error::Timeout { .. });
+            failed.push(action);
             refused.get_or_insert_with(|| (error, action.is_about_traffic()));
-            // Trying the others makes nothing worse, but where each takes its time.
-            if slow {
+            // Trying the others makes nothing worse, unless each takes its time, which a pass does not have.
+            failing += begun.elapsed();
+            if failing >= FAILING_LIMIT {
                 break;
             }
         }

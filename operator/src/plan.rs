@@ -107,6 +107,20 @@ impl Action {
         matches!(self, Self::Point { intent, .. } if *intent != Intent::Repair)
     }
 
+    /// Whether it has to wait if the other, which comes before it, cannot be done: of a move all parts are done or none, and
+    /// pods do not start without what was to be rendered for them.
+    pub fn needs(&self, other: &Self) -> bool {
+        match (self, other) {
+            (
+                Self::Apply {
+                    stack, fence: None, ..
+                },
+                Self::Render { stack: of, .. },
+            ) => stack == of,
+            _ => self.is_move() && other.is_move(),
+        }
+    }
+
     /// Whether it writes a live Service.
     pub const fn is_about_traffic(&self) -> bool {
         matches!(self, Self::CreateLive { .. } | Self::Point { .. })

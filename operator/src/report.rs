@@ -407,7 +407,7 @@ fn pending(version: &str, live: &str, seen: &Observed, status: &Status) -> Strin
     match (&status.previous, &status.contract) {
         (Some(previous), _) => {
             let stack = &previous.stack;
-            let astray = seen.reaches(stack) && previous.state == PreviousState::Retained;
+            let astray = seen.reaches(stack) && previous.state != PreviousState::Draining;
             let astray =
                 astray.then(|| format!("a live Service leads to it and not to {live}, which is live"));
             let unheard = || seen.stacks.get(stack).and_then(|it| it.unheard.clone());

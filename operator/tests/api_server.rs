@@ -833,6 +833,54 @@ async fn whatever_something_changes_as_it_is_written_is_told() {
 }
 
 #[tokio::test]
+async fn a_swap_whose_selector_something_changes_moves_none_of_the_others() {
+    let world = World::tested().await;
+    let change = json!({"spec": {"selector": {"policy": "added"}}});
+    world.server.lock().unwrap().changes = Some(("services/exchange-user".to_owned(), change));
+    let (result, writes) = world.pass().await;
+    assert!(matches!(result, Err(Error::Changed(_))), "{result:?}");
+    assert_eq!(
+        paths(&writes),
+        [
+            "PUT exchangedeployments/exchange/status",
+            "PUT services/exchange-user"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn no_pod_is_started_without_what_was_to_be_rendered_for_it() {
+    let world = World::migrated().await;
+    world.server.lock().unwrap().broken = Some(("POST serviceaccounts".to_owned(), StatusCode::FORBIDDEN));
+    for _ in 0..6 {
+        _ = world.pass().await;
+    }
+    assert_eq!(world.get(OBJECT)["status"]["phase"], "Provisioning");
+    assert_eq!(world.names("deployments"), Vec::<String>::new());
+    world.server.lock().unwrap().broken = None;
+    world.settle().await;
+    assert_eq!(world.names("deployments").len(), 3);
+}
+
+#[tokio::test]
+async fn a_size_that_something_changes_as_it_is_written_is_told() {
+    let world = World::converged().await;
+    let trade = world.names("deployments").remove(1);
+    world.server.lock().unwrap().changes = Some((trade.clone(), json!({"spec": {"replicas": 1}})));
+    world.change(&trade, |it| it["spec"]["replicas"] = json!(0));
+    world.change(OBJECT, |object| {
+        object["spec"]["services"]["trade"]["replicas"] = json!(3);
+        object["metadata"]["generation"] = json!(2);
+    });
+    let (result, _) = world.pass().await;
+    let told = result.unwrap_err().refusal().unwrap();
+    assert!(
+        told.contains("keep the size of Deployment exchange-blue-trade"),
+        "{told}"
+    );
+}
+
+#[tokio::test]
 async fn a_live_service_that_cannot_be_put_right_keeps_no_other_repair_from_being_done() {
     let world = World::converged().await;
     world.change("services/exchange-user", |service| {

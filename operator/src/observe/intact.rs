@@ -21,7 +21,7 @@ const OF_SERVICE: [(&str, &str); 4] = [
 /// What a container is told, also if nothing was rendered.
 const TOLD: [&str; 4] = ["command", "args", "env", "envFrom"];
 /// Below these are quantities, which the API server writes in its own way.
-const QUANTITIES: [&str; 3] = ["requests", "limits", "sizeLimit"];
+const QUANTITIES: [&str; 4] = ["requests", "limits", "sizeLimit", "divisor"];
 
 /// Whether everything that was rendered is in the object.
 pub fn contains(object: &Value, rendered: &Value) -> bool {

@@ -144,11 +144,10 @@ fn abort(status: &Status) -> Result<(String, String), Refusal> {
 }
 
 fn rollback(status: &Status) -> Result<(String, String), Refusal> {
-    if let (Phase::Promoting, Some(candidate), Some(live)) = (status.phase, &status.candidate, &status.live) {
-        let effect = format!(
-            "the swap is turned round: the traffic goes back to {}",
-            live.version
-        );
+    if let (Phase::Promoting, Some(candidate)) = (status.phase, &status.candidate) {
+        let live = status.live.as_ref();
+        let to = live.map_or("nothing, as before this first version", |live| &live.version);
+        let effect = format!("the swap is turned round: the traffic goes back to {to}");
         return Ok((token(&candidate.stack, candidate.attempt), effect));
     }
     let Some(way) = condition(status, "RollbackAvailable") else {

@@ -617,9 +617,7 @@ impl World {
                 traffic: action.is_about_traffic(),
             });
             operator.actions.pop_front();
-            if action.is_move() {
-                operator.actions.retain(|it| !it.is_move());
-            }
+            operator.actions.retain(|it| !it.needs(&action));
             self.end_pass(who);
             return Ok(());
         }

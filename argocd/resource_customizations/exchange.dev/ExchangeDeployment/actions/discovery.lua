@@ -20,7 +20,7 @@ end
 return {
   promote = action(seen and phase == "AwaitingPromotion" and not stopped),
   abort = action(status.candidate ~= nil and not moving),
-  rollback = action(way_back or (phase == "Promoting" and status.live ~= nil)),
+  rollback = action(way_back or (phase == "Promoting" and status.candidate ~= nil)),
   retry = action((phase == "Failed" or phase == "Held") and status.rejected ~= nil and not stopped),
   pause = action(stack ~= nil and not stopped),
   resume = action(paused and stopped),
