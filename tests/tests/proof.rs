@@ -43,6 +43,9 @@ use testbed::{
 const RATE: u32 = 20;
 /// For each of two exchanges that are released at once: together they ask for as much as another case does.
 const RATE_OF_TWO: u32 = RATE / 2;
+/// Of each protocol to each service, with that rate: with twice as many a connection rests for longer than a drain may last, and is
+/// closed at its end.
+const CONNECTIONS_OF_TWO: u16 = 2;
 /// As declared by the harness; afterwards nothing may be left on the old stack.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// From the drain of a pod to the end of its event streams.
@@ -939,7 +942,8 @@ mod at_first {
                 scope.spawn(move || {
                     let mut trading =
                         Trading::deploy(ground, namespace, |exchange| declare(exchange, "first"));
-                    trading.load = Some(trading.exchange.start_load(RATE_OF_TWO).unwrap());
+                    let load = trading.exchange.start_clients(RATE_OF_TWO, CONNECTIONS_OF_TWO, 1);
+                    trading.load = Some(load.unwrap());
                     trading
                 })
             });
