@@ -392,9 +392,7 @@ pub(crate) fn missing(seen: &Observed, stack: &Stack) -> Vec<String> {
         let there = stack.and_then(|stack| stack.service(service));
         let (ready, wanted) = there.map_or((0, 1), |there| (there.ready, there.replicas.max(1)));
         if ready < wanted {
-            let trouble = there
-                .and_then(|there| there.trouble.clone())
-                .map_or_else(String::new, |it| format!(": {it}"));
+            let trouble = because(there.and_then(|there| there.trouble.as_deref()));
             missing.push(format!("{} of {wanted} {service} pods{trouble}", wanted - ready));
         }
     }
