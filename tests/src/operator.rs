@@ -296,6 +296,11 @@ impl<'a> Leader<'a> {
         self.signal(Signal::SIGCONT)
     }
 
+    /// Whether its process is gone.
+    pub fn has_ended(&self) -> bool {
+        kill(self.process, None).is_err()
+    }
+
     /// Ends its process as if its node had failed. The kubelet starts the container again, the first time at once.
     ///
     /// # Errors
