@@ -12,7 +12,7 @@ use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
     decide::{later, signed, time_for},
     observe::{Job, JobKind, JobState, Observed, ServiceSeen, StackSeen, Target},
-    status::{ExchangeDeploymentStatus as Status, Phase, PreviousState, Stack, token},
+    status::{ExchangeDeploymentStatus as Status, Phase, Previous, PreviousState, Stack, token},
 };
 
 /// A verdict: true or false, one word, one sentence.
@@ -137,18 +137,10 @@ fn stalled(
     if let Some(why) = undecided {
         return Some(verdict(true, "AdoptionUndecided", why));
     }
-    // A swap to what is given up has no way back either.
-    let forced = status.phase == Phase::Promoting && status.rejected.is_some();
-    let endless = forced || matches!(status.phase, Phase::Pending | Phase::RollingBack);
-    let deadline = status.phase_since.filter(|_| endless && !stands_still(status));
-    let deadline = deadline.map(|since| later(since, signed(spec.rollout.progress_deadline)));
-    if let Some(refused) = seen
-        .refused
-        .as_ref()
-        .filter(|_| deadline.is_some_and(|it| now >= it))
-    {
-        let message = format!("{}; nothing goes on before that", refused.why);
-        return Some(verdict(true, "WriteRefused", message));
+    let refused = write_refused(spec, seen, status, now);
+    // What moves asks for nothing that is declared.
+    if refused.is_some() && status.phase.moves() {
+        return refused;
     }
     if let Err(missing) = &seen.declared {
         return Some(verdict(true, "ReferenceMissing", missing.clone()));
@@ -170,6 +162,25 @@ fn stalled(
         );
         return Some(verdict(true, rejected.reason, message));
     }
+    colour_in_use(spec, seen, status).or(refused)
+}
+
+/// A write without which a phase does not end that has no deadline, and that the API server has not accepted for the time of one.
+fn write_refused(spec: &Spec, seen: &Observed, status: &Status, now: Timestamp) -> Option<Verdict> {
+    // A swap to what is given up has no way back either.
+    let forced = status.phase == Phase::Promoting && status.rejected.is_some();
+    let drains = |it: &Previous| it.state == PreviousState::Draining;
+    let pending = status.phase == Phase::Pending && !status.previous.as_ref().is_some_and(drains);
+    let endless = forced || pending || status.phase == Phase::RollingBack;
+    let since = status.phase_since.filter(|_| endless && !stands_still(status))?;
+    let deadline = later(since, signed(spec.rollout.progress_deadline));
+    let refused = seen.refused.as_ref().filter(|_| now >= deadline)?;
+    let message = format!("{}; nothing goes on before that", refused.why);
+    Some(verdict(true, "WriteRefused", message))
+}
+
+/// The declared colour is that of what is live.
+fn colour_in_use(spec: &Spec, seen: &Observed, status: &Status) -> Option<Verdict> {
     let live = status.live.as_ref()?;
     let revision = &seen.declared.as_ref().ok()?.revision;
     let in_use = spec.rollout.colour.fixed() == Some(live.stack.colour) && *revision != live.stack.revision;
@@ -435,7 +446,12 @@ fn left_over(seen: &Observed, of: impl Fn(&Stack, &ServiceSeen) -> bool) -> Opti
     let left: Vec<String> = left
         .map(|(stack, service, there)| {
             let trouble = because(there.trouble.as_deref());
-            format!("{} {service} pods of {stack} are left{trouble}", there.pods)
+            let (pods, are) = if there.pods == 1 {
+                ("pod", "is")
+            } else {
+                ("pods", "are")
+            };
+            format!("{} {service} {pods} of {stack} {are} left{trouble}", there.pods)
         })
         .collect();
     (!left.is_empty()).then(|| left.join(", "))

@@ -26,7 +26,7 @@ use exchange_operator::{
     observe::pods::Pods,
 };
 use http::{Method, Request, Response, StatusCode};
-use kube::{Client, client::Body};
+use kube::{Client, client::Body, runtime::controller::Action};
 use serde_json::{Value, json};
 use tower_test::mock;
 
@@ -1295,6 +1295,47 @@ async fn what_cannot_be_put_right_at_rest_is_tried_once_a_minute() {
     assert!(wait > Duration::from_secs(20), "{wait:?}");
 }
 
+/// In a pass that comes to a write of which nobody hears, the rest waits; in the next it is the other way round.
+#[tokio::test(start_paused = true)]
+async fn a_write_that_is_never_answered_holds_up_nothing_that_does_not_need_it() {
+    let world = World::converged().await;
+    let budget = world.names("poddisruptionbudgets").remove(0);
+    let workloads = world.names("deployments");
+    for name in workloads.iter().chain([&budget]) {
+        world.server.lock().unwrap().objects.remove(name);
+    }
+    world.server.lock().unwrap().silent = Some("POST pod".to_owned());
+    for _ in 0..PATIENCE + 2 {
+        _ = world.pass().await;
+    }
+    assert_eq!(world.names("deployments"), workloads);
+    assert!(!world.names("poddisruptionbudgets").contains(&budget));
+    world.server.lock().unwrap().silent = None;
+    world.settle().await;
+    assert!(world.names("poddisruptionbudgets").contains(&budget));
+}
+
+#[tokio::test]
+async fn what_is_mended_is_not_told_any_longer() {
+    let world = World::converged().await;
+    let budget = world.names("poddisruptionbudgets").remove(0);
+    world.server.lock().unwrap().objects.remove(&budget);
+    world.server.lock().unwrap().broken = Some(("POST pod".to_owned(), StatusCode::FORBIDDEN));
+    _ = world.pass().await;
+    _ = world.pass().await;
+    let told = || {
+        world.condition("Ready")["message"]
+            .to_string()
+            .contains("refuses")
+    };
+    assert!(told());
+    world.server.lock().unwrap().broken = None;
+    let soon = world.context.pass("prod", "exchange", 1).await.unwrap();
+    assert_eq!(soon, Action::requeue(Duration::from_secs(1)));
+    world.pass().await.0.unwrap();
+    assert!(!told());
+}
+
 #[tokio::test]
 async fn a_contract_that_comes_from_nothing_says_so() {
     let world = World::converged().await;
@@ -1458,6 +1499,36 @@ async fn pods_that_a_quota_forbids_are_told() {
     world.pass().await.0.unwrap();
     let message = world.condition("Reconciling")["message"].clone();
     assert!(message.as_str().unwrap().contains(cause), "{message}");
+}
+
+/// The one that should have ended may be what a lost node has had: of it nobody hears again, and another has taken its place.
+#[tokio::test]
+async fn what_keeps_a_pod_from_starting_is_told_before_what_keeps_one_from_ending() {
+    let world = World::migrated().await;
+    while world.get(OBJECT)["status"]["phase"] != "Provisioning" {
+        _ = world.pass().await;
+    }
+    let deployment = world.get(&world.names("deployments").remove(0));
+    let labels = deployment["spec"]["template"]["metadata"]["labels"].clone();
+    let going = json!({"metadata": {"name": "a", "labels": labels, "deletionTimestamp": "2026-01-01T00:00:00Z"},
+                       "spec": {"containers": [], "nodeName": "node-7"}, "status": {}});
+    let waiting = json!({"waiting": {"reason": "ImagePullBackOff"}});
+    let starting = json!({"metadata": {"name": "b", "labels": labels}, "status": {"containerStatuses": [{
+        "name": "user", "ready": false, "restartCount": 0, "image": "acme/exchange:1", "imageID": "", "state": waiting,
+    }]}});
+    for (path, pod, told) in [
+        (
+            "pods/a",
+            going,
+            "a on node-7 should have ended by 2026-01-01T00:00:00Z",
+        ),
+        ("pods/b", starting, "ImagePullBackOff acme/exchange:1"),
+    ] {
+        world.server.lock().unwrap().put(path, pod);
+        world.pass().await.0.unwrap();
+        let message = world.condition("Reconciling")["message"].clone();
+        assert!(message.as_str().unwrap().contains(told), "{message}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -455,9 +455,11 @@ pub(super) fn see_slices(
     }
 }
 
-/// Counts pods, and says what keeps them from starting.
+/// Counts pods, and says what keeps them from starting; only if nothing does, what keeps one from ending.
 pub(super) fn see_pods(pods: &[Pod], seen: &mut Observed) {
-    for pod in pods {
+    let goes = |pod: &&Pod| pod.metadata.deletion_timestamp.is_some();
+    let (going, staying): (Vec<&Pod>, Vec<&Pod>) = pods.iter().partition(goes);
+    for pod in staying.into_iter().chain(going) {
         let ended = pod.status.as_ref().and_then(|status| status.phase.as_deref());
         let (Some(stack), Some(service)) = (stack_of(&pod.metadata), service_of(&pod.metadata)) else {
             continue;

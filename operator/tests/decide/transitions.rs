@@ -1583,6 +1583,46 @@ fn what_cannot_be_removed_or_moved_back_is_told() {
     assert_eq!(world.stalled().unwrap().0, "WriteRefused");
 }
 
+/// Of several things that somebody has to mend, the one without which nothing goes on.
+#[test]
+fn a_refused_write_is_not_told_instead_of_what_is_waited_for() {
+    let mut world = after_a_release();
+    world.ban = Some(Ban::Deletions);
+    world.release(2);
+    world.settle(Wakes::Clock).unwrap();
+    let reason = |world: &World, change: Change<'_>| {
+        let recorded = records(world, |seen| {
+            seen.refused = Some(refused("touch what nobody waits for", false));
+            change(seen);
+        });
+        let mut conditions = recorded.conditions.into_iter();
+        conditions.find(|it| it.type_ == "Stalled").unwrap().reason
+    };
+    let drains = |seen: &mut Observed| {
+        let previous = seen.status.previous.as_mut().unwrap();
+        previous.state = PreviousState::Draining;
+        previous.since = world.now;
+    };
+    let lacks = |seen: &mut Observed| seen.declared = Err("Secret prod/db is missing".to_owned());
+    assert_eq!(reason(&world, Box::new(|_| {})), "WriteRefused");
+    assert_eq!(reason(&world, Box::new(lacks)), "ReferenceMissing");
+    assert_eq!(reason(&world, Box::new(drains)), "Progressing");
+
+    let mut world = after_a_release();
+    let colour = world.status.live.clone().unwrap().stack.colour;
+    world.declare(|spec| {
+        spec.rollout.colour = match colour {
+            Colour::Blue => ColourChoice::Blue,
+            Colour::Green => ColourChoice::Green,
+        };
+    });
+    world.release(2);
+    world.settle(Wakes::Clock).unwrap();
+    let since = world.now - SignedDuration::from_hours(1);
+    let long_ago = |seen: &mut Observed| seen.status.phase_since = Some(since);
+    assert_eq!(reason(&world, Box::new(long_ago)), "ColourInUse");
+}
+
 #[test]
 fn what_clients_are_sent_to_is_not_retired() {
     let mut world = after_a_release();
