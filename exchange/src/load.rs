@@ -238,8 +238,8 @@ impl Run {
         request.body(body(Bytes::from(content), job.slow.then_some(SLOW)))
     }
 
-    /// Sends one request, and keeps everything that can be known of it.
-    async fn carry_out(&self, link: &Link, job: Job) {
+    /// Sends one request, over a connection that idles after it or does not, and keeps everything that can be known of it.
+    async fn carry_out(&self, link: &Link, job: Job, idles: bool) {
         let request = || self.request(&job).map_err(|error| error.to_string());
         let result = link.send(&request).await;
         let template = Record {
@@ -248,6 +248,7 @@ impl Run {
             operation: job.operation.name(),
             protocol: link.protocol.name(),
             slow: job.slow,
+            idles,
             status: None,
             error: None,
             stack: None,
@@ -561,7 +562,7 @@ async fn work(run: Arc<Run>, link: Arc<Link>, jobs: Jobs, idles: bool) {
     loop {
         let job = jobs.lock().await.recv().await;
         let Some(job) = job else { return };
-        run.carry_out(&link, job).await;
+        run.carry_out(&link, job, idles).await;
         if idles {
             sleep(Duration::from_millis(rand::random_range(2_000..8_000))).await;
         }
@@ -598,6 +599,7 @@ async fn log_in_all(client: &Client, traders: &mut [Trader], run: &Run) {
             operation: LOG_IN,
             protocol: "http/1.1",
             slow: false,
+            idles: false,
             status,
             error,
             stack,

@@ -1435,6 +1435,13 @@ mod alone {
         namespace.note("killed_during_a_write", plan.unanswered.len());
         namespace.note("killed_before_the_api_server_had_answered", unanswered);
         namespace.note("exchanges_side_by_side", SIDE_BY_SIDE);
+        // Of so few as are sampled all can have come to the same side of the answer.
+        let both = 0 < unanswered && unanswered < plan.unanswered.len();
+        assert!(
+            !every_write() || both,
+            "before the answer: {unanswered} of {}",
+            plan.unanswered.len()
+        );
         assert_eq!(kills, plan.wanted, "not reached: {:?}", plan.waiting);
     }
 
@@ -1787,5 +1794,11 @@ mod alone {
         let rate = all / (last.fold(0.0, f64::max) / 1_000.0);
         namespace.note("answers_per_second", rate);
         assert!(rate >= ANSWERED, "{rate} answers a second");
+        // All that the load is said to be made of.
+        let latency = &report["summary"]["latency"];
+        for group in ["http/1.1", "http/2", "idle", "slow"] {
+            assert!(latency[group]["count"].as_u64() > Some(0), "{group}: {latency}");
+        }
+        assert!(latency["slow"]["p50"].as_f64() > Some(1_000.0), "{latency}");
     }
 }

@@ -25,6 +25,8 @@ pub(crate) struct Record {
     pub(crate) protocol: &'static str,
     /// Whether the request was sent slowly on purpose.
     pub(crate) slow: bool,
+    /// Whether it came over a connection that idles for a while after each request.
+    pub(crate) idles: bool,
     /// The status, if there was an answer.
     pub(crate) status: Option<u16>,
     /// What broke, if there was none.
@@ -129,7 +131,8 @@ pub(crate) struct Summary {
     pub(crate) failed_requests: Vec<Failed>,
     pub(crate) statuses: BTreeMap<u16, usize>,
     pub(crate) stacks: BTreeMap<String, Presence>,
-    /// Of answered requests that were sent at the rate and not slow on purpose, by operation, by protocol, and `all` of them.
+    /// Of answered requests that were sent at the rate and not slow on purpose, by operation, by protocol, and `all` of them; `idle`
+    /// are those of them whose connection idles. And `slow`, those that were.
     pub(crate) latency: BTreeMap<String, Latency>,
 }
 
@@ -163,10 +166,16 @@ pub(crate) fn summarize(records: &[Record]) -> Summary {
         }
         if let Some(status) = record.status {
             *summary.statuses.entry(status).or_default() += 1;
-            if !record.slow && record.operation != LOG_IN {
-                for group in ["all", record.operation, record.protocol] {
-                    latencies.entry(group).or_default().push(record.latency);
-                }
+            let groups: &[&str] = match record {
+                Record {
+                    operation: LOG_IN, ..
+                } => &[],
+                Record { slow: true, .. } => &["slow"],
+                Record { idles: true, .. } => &["all", record.operation, record.protocol, "idle"],
+                _ => &["all", record.operation, record.protocol],
+            };
+            for group in groups {
+                latencies.entry(group).or_default().push(record.latency);
             }
         }
         if let Some(stack) = &record.stack {
@@ -195,6 +204,7 @@ mod tests {
             operation: "order",
             protocol: "http/2",
             slow: false,
+            idles: false,
             status,
             error: error.map(str::to_owned),
             stack: status.map(|_| "blue-1".to_owned()),
@@ -248,6 +258,25 @@ mod tests {
         let groups: Vec<_> = summary.latency.keys().map(String::as_str).collect();
         assert_eq!(groups, ["all", "http/2", "order"]);
         assert_eq!(summary.latency["all"].count, 1);
+    }
+
+    #[test]
+    fn what_is_slow_on_purpose_and_what_idles_can_be_told_apart() {
+        let slow = Record {
+            slow: true,
+            ..record(2_000, Some(201), None)
+        };
+        let idle = Record {
+            idles: true,
+            ..record(5, Some(201), None)
+        };
+        let summary = summarize(&[record(5, Some(201), None), slow, idle]);
+        let count = |group: &str| summary.latency[group].count;
+        assert_eq!(
+            ["all", "http/2", "order", "idle", "slow"].map(count),
+            [2, 2, 2, 1, 1]
+        );
+        assert_eq!(summary.latency["slow"], Latency::of(vec![Duration::from_secs(2)]));
     }
 
     #[test]
