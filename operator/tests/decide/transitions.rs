@@ -1602,6 +1602,7 @@ fn a_refused_write_is_not_told_instead_of_what_is_waited_for() {
         let previous = seen.status.previous.as_mut().unwrap();
         previous.state = PreviousState::Draining;
         previous.since = world.now;
+        previous.idle_since = None;
     };
     let lacks = |seen: &mut Observed| seen.declared = Err("Secret prod/db is missing".to_owned());
     assert_eq!(reason(&world, Box::new(|_| {})), "WriteRefused");
