@@ -215,7 +215,8 @@ pub struct ServiceSpec {
     #[schemars(range(min = 1, max = 100))]
     pub replicas: i32,
 
-    /// Scales the live stack by CPU use. A candidate gets as many pods as the live stack has.
+    /// Scales the live stack by CPU use, in percent of what `resources.requests.cpu` or a LimitRange gives: without one of them the
+    /// autoscaler does nothing. A candidate gets as many pods as the live stack has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub autoscaling: Option<Autoscaling>,
 

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures::{FutureExt, StreamExt, future};
@@ -21,7 +21,7 @@ use kube::{
         reflector::{self, ObjectRef},
     },
 };
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, info, info_span, warn};
 
@@ -78,8 +78,6 @@ struct Remembered {
     transient: u32,
     /// When the last plan wants the next look.
     due: Duration,
-    /// So many of the last pass's actions, from the first on, took all the time that failing writes have.
-    held_up: usize,
     /// The move that is under way, and since when.
     moving: Option<(u32, Instant)>,
 }
@@ -214,7 +212,7 @@ impl Context {
         }
         let (mut refused, mut failing, before) = (None, Duration::ZERO, remembered.transient);
         let mut failed: Vec<&plan::Action> = Vec::new();
-        for (at, action) in in_turn(actions, std::mem::take(&mut remembered.held_up)) {
+        for action in actions {
             if failed.iter().any(|it| action.needs(it)) {
                 continue;
             }
@@ -235,7 +233,6 @@ impl Context {
             // Trying the others makes nothing worse, unless each takes its time, which a pass does not have.
             failing += begun.elapsed();
             if failing >= FAILING_LIMIT {
-                remembered.held_up = at + 1;
                 break;
             }
         }
@@ -317,16 +314,6 @@ impl Context {
     fn memories(&self) -> std::sync::MutexGuard<'_, HashMap<ObjectRef<Trigger>, Remembered>> {
         self.memories.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// All actions with their places. What the last pass did not reach, because so many before it had held it up, has its turn before
-/// those, unless it needs one of them.
-fn in_turn(actions: &[plan::Action], held_up: usize) -> impl Iterator<Item = (usize, &plan::Action)> {
-    let all = actions.iter().enumerate();
-    let (reached, others): (Vec<_>, Vec<_>) = all.partition(|(at, _)| *at < held_up);
-    let waits = |(_, action): &(usize, &plan::Action)| reached.iter().any(|(_, it)| action.needs(it));
-    let (waiting, free): (Vec<_>, Vec<_>) = others.into_iter().partition(waits);
-    free.into_iter().chain(reached).chain(waiting)
 }
 
 fn complain(error: &Error, class: Class) {

@@ -139,8 +139,8 @@ fn stalled(
     }
     let refused = write_refused(spec, seen, status, now);
     // What moves asks for nothing that is declared.
-    if refused.is_some() && status.phase.moves() {
-        return refused;
+    if status.phase.moves() {
+        return refused.or_else(|| not_back(spec, seen, status, now));
     }
     if let Err(missing) = &seen.declared {
         return Some(verdict(true, "ReferenceMissing", missing.clone()));
@@ -177,6 +177,21 @@ fn write_refused(spec: &Spec, seen: &Observed, status: &Status, now: Timestamp) 
     let refused = seen.refused.as_ref().filter(|_| now >= deadline)?;
     let message = format!("{}; nothing goes on before that", refused.why);
     Some(verdict(true, "WriteRefused", message))
+}
+
+/// The traffic is not back after the time for it, and does not go forward again either: it needs a stack that can take it.
+fn not_back(spec: &Spec, seen: &Observed, status: &Status, now: Timestamp) -> Option<Verdict> {
+    let since = status
+        .phase_since
+        .filter(|_| status.phase == Phase::RollingBack)?;
+    let late = now >= later(since, signed(spec.rollout.progress_deadline));
+    let live = status.live.as_ref().filter(|_| late && seen.seen_before)?;
+    let awaited = awaited(seen, Some(&live.stack));
+    let message = format!(
+        "the traffic is not back on {}{awaited}; it goes as soon as that serves, or forward again when all pods of the new stack are          ready: mend one of them",
+        live.version
+    );
+    Some(verdict(true, "NotBack", message))
 }
 
 /// The declared colour is that of what is live.
@@ -489,6 +504,7 @@ fn available(seen: &Observed, status: &Status) -> Verdict {
     }
     let astray = |service: &Service| astray(seen, status, *service).is_some();
     let message = match Service::ALL.into_iter().find(astray) {
+        None if status.phase.moves() => "every service has ready endpoints".to_owned(),
         None => format!("every service of {} has ready endpoints", live.version),
         Some(service) => format!(
             "every service has ready endpoints, but {service} is to point at {} again",

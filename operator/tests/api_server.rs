@@ -1295,26 +1295,6 @@ async fn what_cannot_be_put_right_at_rest_is_tried_once_a_minute() {
     assert!(wait > Duration::from_secs(20), "{wait:?}");
 }
 
-/// In a pass that comes to a write of which nobody hears, the rest waits; in the next it is the other way round.
-#[tokio::test(start_paused = true)]
-async fn a_write_that_is_never_answered_holds_up_nothing_that_does_not_need_it() {
-    let world = World::converged().await;
-    let budget = world.names("poddisruptionbudgets").remove(0);
-    let workloads = world.names("deployments");
-    for name in workloads.iter().chain([&budget]) {
-        world.server.lock().unwrap().objects.remove(name);
-    }
-    world.server.lock().unwrap().silent = Some("POST pod".to_owned());
-    for _ in 0..PATIENCE + 2 {
-        _ = world.pass().await;
-    }
-    assert_eq!(world.names("deployments"), workloads);
-    assert!(!world.names("poddisruptionbudgets").contains(&budget));
-    world.server.lock().unwrap().silent = None;
-    world.settle().await;
-    assert!(world.names("poddisruptionbudgets").contains(&budget));
-}
-
 #[tokio::test]
 async fn what_is_mended_is_not_told_any_longer() {
     let world = World::converged().await;

@@ -118,6 +118,9 @@ fn objects() -> Vec<(&'static str, Value)> {
     undecided.lose_rendered("r1");
     undecided.release(2);
     undecided.lose_status();
+    let nobody_serves = |seen: &mut Observed| {
+        seen.live.values_mut().for_each(|live| live.endpoints.clear());
+    };
     let mut new = object(&World::new(false));
     new.as_object_mut().unwrap().remove("status");
 
@@ -171,11 +174,10 @@ fn objects() -> Vec<(&'static str, Value)> {
                 seen.refused = Some(transitions::refused("update Service exchange-trade", true));
             }),
         ),
+        ("no_endpoints", sees(live(), nobody_serves)),
         (
-            "no_endpoints",
-            sees(live(), |seen| {
-                seen.live.values_mut().for_each(|live| live.endpoints.clear());
-            }),
+            "suspended_no_endpoints",
+            sees(declares(live(), |spec| spec.suspend = true), nobody_serves),
         ),
     ];
     let mut objects: Vec<_> = worlds

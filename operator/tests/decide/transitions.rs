@@ -978,6 +978,14 @@ fn a_rollback_goes_forward_only_when_nothing_else_is_left() {
                 seen.status.stopped_since = suspended.then_some(begun);
             });
             assert_eq!(recorded.phase, *phase, "{name}, suspended: {suspended}");
+            let told = match *name {
+                "the old stack serves" | "neither serves" => "NotBack",
+                "the API server refuses to move anything" => "WriteRefused",
+                _ => "Progressing",
+            };
+            let mut conditions = recorded.conditions.iter();
+            let stalled = conditions.find(|it| it.type_ == "Stalled").unwrap();
+            assert_eq!(stalled.reason, told, "{name}: {}", stalled.message);
             if *phase == Promoting {
                 assert_eq!(recorded.rejected.unwrap().reason, Reason::RollbackImpossible);
                 assert_eq!(recorded.epoch, world.status.epoch + 1);

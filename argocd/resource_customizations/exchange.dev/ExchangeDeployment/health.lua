@@ -19,6 +19,10 @@ end
 if is("Stalled") then
   return {status = "Degraded", message = message("Stalled")}
 end
+-- What is declared is live, and nobody is served by it.
+if is("Ready") and not is("Available") then
+  return {status = "Degraded", message = message("Available")}
+end
 if status.stoppedSince ~= nil or obj.spec.suspend == true then
   return {status = "Suspended", message = "paused or suspended: " .. message("Ready")}
 end
@@ -27,9 +31,6 @@ if status.phase == "AwaitingPromotion" then
 end
 if is("Reconciling") then
   return {status = "Progressing", message = message("Reconciling")}
-end
-if not is("Available") then
-  return {status = "Degraded", message = message("Available")}
 end
 if is("Ready") then
   return {status = "Healthy", message = message("Ready")}
