@@ -188,7 +188,8 @@ fn not_back(spec: &Spec, seen: &Observed, status: &Status, now: Timestamp) -> Op
     let live = status.live.as_ref().filter(|_| late && seen.seen_before)?;
     let awaited = awaited(seen, Some(&live.stack));
     let message = format!(
-        "the traffic is not back on {}{awaited}; it goes as soon as that serves, or forward again when all pods of the new stack are          ready: mend one of them",
+        "the traffic is not back on {}{awaited}; it goes as soon as that serves, or forward again when all pods of the new stack \
+         are ready: mend one of them",
         live.version
     );
     Some(verdict(true, "NotBack", message))

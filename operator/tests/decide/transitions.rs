@@ -986,6 +986,7 @@ fn a_rollback_goes_forward_only_when_nothing_else_is_left() {
             let mut conditions = recorded.conditions.iter();
             let stalled = conditions.find(|it| it.type_ == "Stalled").unwrap();
             assert_eq!(stalled.reason, told, "{name}: {}", stalled.message);
+            assert!(!stalled.message.contains("  "), "{}", stalled.message);
             if *phase == Promoting {
                 assert_eq!(recorded.rejected.unwrap().reason, Reason::RollbackImpossible);
                 assert_eq!(recorded.epoch, world.status.epoch + 1);
