@@ -165,6 +165,12 @@ fn stalled(
     colour_in_use(spec, seen, status).or(refused)
 }
 
+/// Whether the time for the phase is over, also of one that no deadline ends.
+fn late(spec: &Spec, status: &Status, now: Timestamp) -> bool {
+    let since = status.phase_since.filter(|_| !stands_still(status));
+    since.is_some_and(|since| now >= later(since, time_for(spec, status)))
+}
+
 /// A write without which a phase does not end that has no deadline, and that the API server has not accepted for the time of one.
 fn write_refused(spec: &Spec, seen: &Observed, status: &Status, now: Timestamp) -> Option<Verdict> {
     // A swap to what is given up has no way back either.
@@ -172,20 +178,18 @@ fn write_refused(spec: &Spec, seen: &Observed, status: &Status, now: Timestamp) 
     let drains = |it: &Previous| it.state == PreviousState::Draining;
     let pending = status.phase == Phase::Pending && !status.previous.as_ref().is_some_and(drains);
     let endless = forced || pending || status.phase == Phase::RollingBack;
-    let since = status.phase_since.filter(|_| endless && !stands_still(status))?;
-    let deadline = later(since, signed(spec.rollout.progress_deadline));
-    let refused = seen.refused.as_ref().filter(|_| now >= deadline)?;
+    let refused = seen
+        .refused
+        .as_ref()
+        .filter(|_| endless && late(spec, status, now))?;
     let message = format!("{}; nothing goes on before that", refused.why);
     Some(verdict(true, "WriteRefused", message))
 }
 
 /// The traffic is not back after the time for it, and does not go forward again either: it needs a stack that can take it.
 fn not_back(spec: &Spec, seen: &Observed, status: &Status, now: Timestamp) -> Option<Verdict> {
-    let since = status
-        .phase_since
-        .filter(|_| status.phase == Phase::RollingBack)?;
-    let late = now >= later(since, signed(spec.rollout.progress_deadline));
-    let live = status.live.as_ref().filter(|_| late && seen.seen_before)?;
+    let stays = status.phase == Phase::RollingBack && seen.seen_before && late(spec, status, now);
+    let live = status.live.as_ref().filter(|_| stays)?;
     let awaited = awaited(seen, Some(&live.stack));
     let message = format!(
         "the traffic is not back on {}{awaited}; it goes as soon as that serves, or forward again when all pods of the new stack \

@@ -1210,6 +1210,15 @@ impl World {
         conditions.iter().find(|it| it["type"] == kind).unwrap().clone()
     }
 
+    /// What is live lacks a budget, and nobody lets it be made again.
+    async fn without_a_budget() -> Self {
+        let world = Self::converged().await;
+        let budget = world.names("poddisruptionbudgets").remove(0);
+        world.server.lock().unwrap().objects.remove(&budget);
+        world.server.lock().unwrap().broken = Some(("POST pod".to_owned(), StatusCode::FORBIDDEN));
+        world
+    }
+
     /// The expand has passed, and pods are about to be asked for.
     async fn migrated() -> Self {
         let world = Self::new();
@@ -1283,10 +1292,7 @@ async fn cannot_be_done(status: StatusCode, class: Class, does: &str) {
 
 #[tokio::test]
 async fn what_cannot_be_put_right_at_rest_is_tried_once_a_minute() {
-    let world = World::converged().await;
-    let budget = world.names("poddisruptionbudgets").remove(0);
-    world.server.lock().unwrap().objects.remove(&budget);
-    world.server.lock().unwrap().broken = Some(("POST pod".to_owned(), StatusCode::FORBIDDEN));
+    let world = World::without_a_budget().await;
     let mut error = None;
     for _ in 0..12 {
         error = world.pass().await.0.err();
@@ -1297,10 +1303,7 @@ async fn what_cannot_be_put_right_at_rest_is_tried_once_a_minute() {
 
 #[tokio::test]
 async fn what_is_mended_is_not_told_any_longer() {
-    let world = World::converged().await;
-    let budget = world.names("poddisruptionbudgets").remove(0);
-    world.server.lock().unwrap().objects.remove(&budget);
-    world.server.lock().unwrap().broken = Some(("POST pod".to_owned(), StatusCode::FORBIDDEN));
+    let world = World::without_a_budget().await;
     _ = world.pass().await;
     _ = world.pass().await;
     let told = || {

@@ -779,10 +779,7 @@ fn for_a_move_time_goes_on_although_it_is_suspended() {
     }
     assert_eq!(world.status.phase_since, Some(begun));
     world.finish(0);
-    let reconciling = |world: &World| {
-        let mut conditions = world.status.conditions.iter();
-        conditions.find(|it| it.type_ == "Reconciling").unwrap().clone()
-    };
+    let reconciling = |world: &World| condition(&world.status, "Reconciling");
     let told = reconciling(&world);
     assert_eq!(told.reason, "RollingBack");
     let until = begun + seconds(600);
@@ -983,8 +980,7 @@ fn a_rollback_goes_forward_only_when_nothing_else_is_left() {
                 "the API server refuses to move anything" => "WriteRefused",
                 _ => "Progressing",
             };
-            let mut conditions = recorded.conditions.iter();
-            let stalled = conditions.find(|it| it.type_ == "Stalled").unwrap();
+            let stalled = condition(&recorded, "Stalled");
             assert_eq!(stalled.reason, told, "{name}: {}", stalled.message);
             assert!(!stalled.message.contains("  "), "{}", stalled.message);
             if *phase == Promoting {
@@ -1547,12 +1543,7 @@ fn a_release_that_the_api_server_refuses_or_fails_ends_at_its_deadline_and_says_
             world.step(0, View::Fresh).unwrap();
             world.round();
         }
-        let told = |world: &World, kind: &str| {
-            let conditions = world.status.conditions.iter();
-            let mut of_kind = conditions.filter(|it| it.type_ == kind);
-            of_kind.next().unwrap().message.clone()
-        };
-        let message = told(&world, "Reconciling");
+        let message = told(&world.status, "Reconciling");
         assert!(message.contains(&cause), "{ban:?}: {message}");
         world.settle(Wakes::Clock).unwrap();
         assert_eq!(world.status.phase, Failed, "{ban:?}: {:#?}", world.trace);
@@ -1567,12 +1558,18 @@ fn a_release_that_the_api_server_refuses_or_fails_ends_at_its_deadline_and_says_
     }
 }
 
-#[test]
-fn what_cannot_be_removed_or_moved_back_is_told() {
+/// A release that waits for ever: what has its colour cannot be removed.
+fn not_removed() -> World {
     let mut world = after_a_release();
     world.ban = Some(Ban::Deletions);
     world.release(2);
     world.settle(Wakes::Clock).unwrap();
+    world
+}
+
+#[test]
+fn what_cannot_be_removed_or_moved_back_is_told() {
+    let mut world = not_removed();
     assert_eq!(world.status.phase, Pending);
     let (reason, message) = world.stalled().unwrap();
     assert_eq!(reason, "WriteRefused");
@@ -1595,17 +1592,13 @@ fn what_cannot_be_removed_or_moved_back_is_told() {
 /// Of several things that somebody has to mend, the one without which nothing goes on.
 #[test]
 fn a_refused_write_is_not_told_instead_of_what_is_waited_for() {
-    let mut world = after_a_release();
-    world.ban = Some(Ban::Deletions);
-    world.release(2);
-    world.settle(Wakes::Clock).unwrap();
+    let world = not_removed();
     let reason = |world: &World, change: Change<'_>| {
         let recorded = records(world, |seen| {
             seen.refused = Some(refused("touch what nobody waits for", false));
             change(seen);
         });
-        let mut conditions = recorded.conditions.into_iter();
-        conditions.find(|it| it.type_ == "Stalled").unwrap().reason
+        condition(&recorded, "Stalled").reason
     };
     let drains = |seen: &mut Observed| {
         let previous = seen.status.previous.as_mut().unwrap();
@@ -1619,13 +1612,7 @@ fn a_refused_write_is_not_told_instead_of_what_is_waited_for() {
     assert_eq!(reason(&world, Box::new(drains)), "Progressing");
 
     let mut world = after_a_release();
-    let colour = world.status.live.clone().unwrap().stack.colour;
-    world.declare(|spec| {
-        spec.rollout.colour = match colour {
-            Colour::Blue => ColourChoice::Blue,
-            Colour::Green => ColourChoice::Green,
-        };
-    });
+    world.colour(ColourChoice::Green);
     world.release(2);
     world.settle(Wakes::Clock).unwrap();
     let since = world.now - SignedDuration::from_hours(1);
@@ -1661,14 +1648,10 @@ fn what_clients_are_sent_to_is_not_retired() {
         });
     });
     assert_eq!(recorded.previous.clone().unwrap().state, PreviousState::Retained);
-    let told = recorded
-        .conditions
-        .iter()
-        .find(|it| it.type_ == "Reconciling")
-        .unwrap();
+    let told = told(&recorded, "Reconciling");
     let why =
         "r2 waits until r0 has left its colour: a live Service leads to it and not to r1, which is live";
-    assert!(told.message.starts_with(why), "{}", told.message);
+    assert!(told.starts_with(why), "{told}");
 }
 
 #[test]
