@@ -11,11 +11,13 @@ use std::{
     collections::BTreeSet,
     io::{BufRead, BufReader},
     process::Child,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
+use futures::executor::block_on;
 use serde_json::{Value, json};
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::{
     exchange::{
@@ -32,16 +34,13 @@ const RATE: u32 = 20;
 /// The services, as they are called in the API.
 pub const SERVICES: [&str; 3] = ["user", "trade", "notification"];
 
-/// Who disturbs the operator, or measures, is alone: it is the operator of all.
-static CLUSTER: RwLock<()> = RwLock::new(());
+/// What the machine has room for: as many stories side by side as `make e2e` has threads for, or fewer of those that take
+/// more of it.
+const ROOM: u32 = 3;
+/// Who comes first gets room first, also if it has to wait until there is enough.
+static CLUSTER: Semaphore = Semaphore::const_new(ROOM as usize);
 /// Helm refuses two at once.
 static INSTALLATION: Mutex<()> = Mutex::new(());
-
-#[derive(Debug)]
-enum Turn {
-    Beside { _others: RwLockReadGuard<'static, ()> },
-    Alone { _others: RwLockWriteGuard<'static, ()> },
-}
 
 /// The cluster with the operator on it.
 #[derive(Debug)]
@@ -50,20 +49,23 @@ pub struct Ground {
     pub session: Session,
     /// What is deployed.
     pub images: Images,
-    _turn: Turn,
+    _room: SemaphorePermit<'static>,
 }
 
 impl Ground {
     /// Beside other stories.
     pub fn shared() -> Self {
-        let others = CLUSTER.read().unwrap_or_else(PoisonError::into_inner);
-        Self::of(Turn::Beside { _others: others })
+        Self::with(1)
     }
 
-    /// While no other story goes on.
+    /// Beside one other story.
+    pub fn roomy() -> Self {
+        Self::with(ROOM - 1)
+    }
+
+    /// While no other story goes on. Who disturbs the operator, or measures, is alone: it is the operator of all.
     pub fn alone() -> Self {
-        let others = CLUSTER.write().unwrap_or_else(PoisonError::into_inner);
-        Self::of(Turn::Alone { _others: others })
+        Self::with(ROOM)
     }
 
     /// While no other story goes on, and without the operator of all namespaces: for several operators that each look after
@@ -75,11 +77,12 @@ impl Ground {
         ground
     }
 
-    fn of(turn: Turn) -> Self {
+    fn with(room: u32) -> Self {
+        let room = block_on(CLUSTER.acquire_many(room)).unwrap();
         let ground = Self {
             session: Session::from_environment().unwrap(),
             images: Images::from_environment().unwrap(),
-            _turn: turn,
+            _room: room,
         };
         let _one_at_a_time = ground.installation();
         operator::install(&ground.session, &ground.images).unwrap();

@@ -463,103 +463,6 @@ fn migrated_where_the_live_stack_is(ground: &Ground, namespace: &Namespace<'_>, 
     }
 }
 
-#[test]
-#[ignore = "needs a cluster: make e2e"]
-fn case_2_a_migration_and_the_way_back() {
-    let ground = Ground::shared();
-    let namespace = case(&ground, 2, "migration");
-    let mut trading = Trading::deploy(&ground, &namespace, |exchange| two_of_each(exchange, "1.0.0"));
-    trading.start_load(RATE);
-    let first = trading.revision("live");
-    let holder = Holder::join(&mut trading.exchange.api().unwrap());
-
-    // Forward, where an account is frozen: version 2 keeps that in a table of its own, and says since when.
-    let declaration = two_of_each(&trading.exchange, "2.0.0");
-    trading.exchange.release(&declaration).unwrap();
-    trading.until_live_after(&first);
-    let second = trading.revision("live");
-    trading.trade(150);
-    let frozen = holder.set(&holder.api(&trading, &second), "frozen");
-    assert!(!text(&frozen, "/frozen_at").is_empty(), "{frozen}");
-    let open = "select count(*) from freezes where lifted_at is null";
-    assert_eq!(trading.exchange.sql(open).unwrap().trim(), "1");
-    assert_eq!(trading.exchange.sql(TRANSLATIONS).unwrap().trim(), "1");
-
-    // Back before the contract, and version 1's pods anew, one after the other: they serve on what version 2 has written, and
-    // no client notices that they are others.
-    let begun = Instant::now();
-    let leave = token(trading.last(), "live");
-    trading.exchange.ask("rollback", &leave).unwrap();
-    trading.until("version 1 to be live again", |object| {
-        phase_of(object) == "Held" && revision(object, "live") == first
-    });
-    let back = u64::try_from(begun.elapsed().as_millis()).unwrap();
-    namespace.note("rollback_milliseconds_from_asking", back);
-    trading.trade(150);
-    let restarted = restart_each_pod(&trading, &first);
-    namespace.note("pods_of_version_1_restarted", restarted);
-    trading.trade(150);
-    let api = holder.api(&trading, &first);
-    let frozen = holder.account(&api);
-    assert_eq!(text(&frozen, "/state"), "frozen", "{frozen}");
-    assert!(frozen["frozen_at"].is_null(), "version 1 does not know: {frozen}");
-    assert_eq!(holder.sell(&api, "frozen"), "account_frozen");
-    assert_eq!(text(&holder.set(&api, "active"), "/state"), "active");
-    assert_eq!(holder.sell(&api, "active"), "insufficient_funds");
-    trading.trade(150);
-
-    // Forward again, and this time to the contract, which comes when the old stack is gone.
-    let retry = token(trading.last(), "rejected");
-    let mut declaration = declaration;
-    declaration["spec"]["rollout"]["retention"] = json!("5s");
-    trading.exchange.release(&declaration).unwrap();
-    trading.exchange.ask("retry", &retry).unwrap();
-    trading.until("version 2 to be live and contracted", |object| {
-        phase_of(object) == "Live"
-            && text(object, "/status/live/version") == "2.0.0"
-            && object["status"]["live"]["contracted"] == true
-    });
-    assert_eq!(trading.exchange.sql(TRANSLATIONS).unwrap().trim(), "0");
-    migrated_where_the_live_stack_is(&ground, &namespace, &second);
-    let account = holder.account(&holder.api(&trading, &second));
-    assert_eq!(text(&account, "/state"), "active", "{account}");
-    assert!(account["frozen_at"].is_null(), "{account}");
-
-    // A rollback is refused now, and whoever asks for it is told why.
-    let contracted = trading.last()["status"]["live"].clone();
-    let asked = trading.watch.sightings().len();
-    let leave = token(trading.last(), "live");
-    trading.exchange.ask("rollback", &leave).unwrap();
-    let why = "there is no stack to go back to, and the schema is contracted for 2.0.0";
-    let mut refused = String::new();
-    let waited = wait_until("the refusal", PATIENCE, || {
-        refused = told(&ground, &namespace, "RollbackRefused");
-        refused.contains(why)
-    });
-    assert!(waited.is_ok(), "{refused:?}");
-    trading.trade(150);
-    trading.until("what was asked for", |object| {
-        text(object, "/metadata/annotations/exchange.dev~1rollback") == leave
-    });
-    let since = &trading.watch.sightings()[asked..];
-    let (_, last) = since.last().unwrap();
-    assert_eq!(text(last, "/metadata/annotations/exchange.dev~1rollback"), leave);
-    for (_, object) in since {
-        assert_eq!(phase_of(object), "Live", "{:#}", object["status"]);
-        assert_eq!(object["status"]["live"], contracted);
-    }
-    let conditions = last["status"]["conditions"].as_array().unwrap();
-    let refusal = conditions
-        .iter()
-        .find(|it| it["type"] == "RollbackAvailable")
-        .unwrap();
-    assert_eq!(refusal["status"], "False", "{refusal}");
-    assert_eq!(refusal["reason"], "NoPrevious", "{refusal}");
-    assert!(text(refusal, "/message").starts_with(why), "{refusal}");
-    let report = trading.end_well();
-    assert_eq!(revisions_that_answered(&report), sorted([first, second]));
-}
-
 /// The trigger by which version 2 understands what version 1 writes. The contract drops it.
 const TRANSLATIONS: &str = "select count(*) from pg_trigger where tgname = 'freeze_follows_state'";
 
@@ -921,7 +824,7 @@ fn case_9_a_rolling_update_for_comparison() {
     assert_eq!(report["audit"]["findings"], json!([]), "{table}");
 }
 
-/// The longest of those that run side by side: it begins before them, so that none runs on alone for long.
+/// The longest of those that share the machine: it begins before them, so that none runs on alone for long.
 mod at_first {
     use super::*;
 
@@ -1015,15 +918,229 @@ mod at_first {
     }
 }
 
-/// Cases that need the machine to themselves, or disturb what all share: no other one goes on beside them. They come first,
-/// so that none waits for them later.
-mod alone {
+/// The two that take longest, of which one asks for ten times as much as any other: the processors have room for one beside
+/// it. They come first, while no third one goes on, for those that follow want everything for themselves.
+mod abreast {
     use super::*;
 
     /// Requests a second; [`ANSWERED`] of them also count the time that the last ones take.
     const FULL_RATE: u32 = 205;
     /// Answers a second, from the first request to the last answer.
     const ANSWERED: f64 = 200.0;
+
+    /// A stack that has lost the traffic, and somebody who has not left it.
+    struct Staying {
+        old: String,
+        pods: Vec<Pod>,
+        one: Connected,
+    }
+
+    /// A release that needs the colour of a stack waits for the last one who is connected to that. What is held at the gate is
+    /// the first write that takes a pod of it away.
+    fn assert_left_before_it_goes(trading: &mut Trading<'_>, gate: &Gate<'_>, staying: Staying) {
+        let Staying { old, pods, one } = staying;
+        let idle_since = |object: &Value| text(object, "/status/previous/idleSince").to_owned();
+        trading.until("the next release to wait", |object| {
+            is_current(object) && phase_of(object) == "Pending"
+        });
+        let status = &trading.last()["status"];
+        assert_eq!(revision(trading.last(), "previous"), old, "{status:#}");
+        assert_eq!(status["previous"]["state"], "Draining", "{status:#}");
+        assert_eq!(idle_since(trading.last()), "", "{status:#}");
+        assert_eq!(
+            sorted(trading.exchange.pods(&old).unwrap()),
+            pods,
+            "it has lost a pod that somebody is connected to"
+        );
+        drop(one);
+        let write = gate.until_held(PATIENCE).unwrap();
+        assert!(write.name.ends_with(&old), "{write} was held");
+        trading.until("its retirement", |object| {
+            revision(object, "previous") == old && text(object, "/status/previous/state") == "Retiring"
+        });
+        assert_ne!(idle_since(trading.last()), "", "{:#}", trading.last()["status"]);
+        assert_empty(trading, &old, &pods);
+        gate.decide(true).unwrap();
+    }
+
+    #[test]
+    #[ignore = "needs a cluster: make e2e"]
+    fn case_1_releases_back_and_forth() {
+        let releases: usize = std::env::var("RELEASES").map_or(5, |count| count.parse().unwrap());
+        let ground = Ground::roomy();
+        let namespace = case(&ground, 1, "releases");
+        let mut trading = Trading::deploy(&ground, &namespace, |exchange| declaration(exchange, "1.0.0"));
+        trading.load = Some(trading.exchange.start_load(FULL_RATE).unwrap());
+        let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
+        trading.trade(500);
+        let mut stacks = vec![trading.revision("live")];
+        let mut stays: Option<Staying> = None;
+        for number in 1..=releases {
+            let old = stacks.last().unwrap().clone();
+            let pods = sorted(trading.exchange.pods(&old).unwrap());
+            assert_eq!(pods.len(), SERVICES.len(), "{pods:?}");
+            assert!(pods.iter().all(|pod| pod.ready && !pod.leaving), "{pods:?}");
+            // Every second stack is left by everybody but one, who is no client of the load, until the next release waits.
+            let one_stays = number.is_multiple_of(2) && number < releases;
+            let one = one_stays.then(|| trading.exchange.connect("trade").unwrap());
+            if stays.is_some() {
+                gate.hold(&Hold::first("delete deployments", "")).unwrap();
+            }
+            trading.release_setting(&number.to_string());
+            if let Some(staying) = stays.take() {
+                assert_left_before_it_goes(&mut trading, &gate, staying);
+            }
+            trading.until_live_after(&old);
+            stacks.push(trading.revision("live"));
+            if let Some(one) = one {
+                stays = Some(Staying { old, pods, one });
+            } else {
+                assert_left(&mut trading, &old, &pods);
+                trading.trade(500);
+            }
+        }
+        drop(gate);
+        assert_eq!(
+            moves(&trading.watch).len(),
+            releases,
+            "each release moves the traffic once"
+        );
+        let report = trading.end_well();
+
+        let presence = answered(&report);
+        let at = |revision: &str, field: &str| presence[revision][field].as_u64().unwrap();
+        // A stream that is open has an end, too.
+        let streamed = |revision: &str| {
+            let openings = report["streams"].as_array().unwrap().iter();
+            let own = openings.filter(|opening| text(opening, "/stack").ends_with(revision));
+            own.map(|opening| opening["to_ms"].as_u64().unwrap())
+                .max()
+                .unwrap()
+        };
+        for pair in stacks.windows(2) {
+            let last = at(&pair[0], "last_ms").max(streamed(&pair[0]));
+            let stayed = Duration::from_millis(last.saturating_sub(at(&pair[1], "first_ms")));
+            assert!(
+                stayed < DRAIN_TIMEOUT,
+                "a client stayed on {} for {stayed:?}",
+                pair[0]
+            );
+        }
+        let last = presence.values().map(|stack| stack["last_ms"].as_f64().unwrap());
+        let all = report["summary"]["requests"].as_f64().unwrap();
+        let rate = all / (last.fold(0.0, f64::max) / 1_000.0);
+        namespace.note("answers_per_second", rate);
+        assert!(rate >= ANSWERED, "{rate} answers a second");
+        // All that the load is said to be made of.
+        let latency = &report["summary"]["latency"];
+        for group in ["http/1.1", "http/2", "idle", "slow"] {
+            assert!(latency[group]["count"].as_u64() > Some(0), "{group}: {latency}");
+        }
+        assert!(latency["slow"]["p50"].as_f64() > Some(1_000.0), "{latency}");
+    }
+
+    #[test]
+    #[ignore = "needs a cluster: make e2e"]
+    fn case_2_a_migration_and_the_way_back() {
+        let ground = Ground::shared();
+        let namespace = case(&ground, 2, "migration");
+        let mut trading = Trading::deploy(&ground, &namespace, |exchange| two_of_each(exchange, "1.0.0"));
+        trading.start_load(RATE);
+        let first = trading.revision("live");
+        let holder = Holder::join(&mut trading.exchange.api().unwrap());
+
+        // Forward, where an account is frozen: version 2 keeps that in a table of its own, and says since when.
+        let declaration = two_of_each(&trading.exchange, "2.0.0");
+        trading.exchange.release(&declaration).unwrap();
+        trading.until_live_after(&first);
+        let second = trading.revision("live");
+        trading.trade(150);
+        let frozen = holder.set(&holder.api(&trading, &second), "frozen");
+        assert!(!text(&frozen, "/frozen_at").is_empty(), "{frozen}");
+        let open = "select count(*) from freezes where lifted_at is null";
+        assert_eq!(trading.exchange.sql(open).unwrap().trim(), "1");
+        assert_eq!(trading.exchange.sql(TRANSLATIONS).unwrap().trim(), "1");
+
+        // Back before the contract, and version 1's pods anew, one after the other: they serve on what version 2 has written, and
+        // no client notices that they are others.
+        let begun = Instant::now();
+        let leave = token(trading.last(), "live");
+        trading.exchange.ask("rollback", &leave).unwrap();
+        trading.until("version 1 to be live again", |object| {
+            phase_of(object) == "Held" && revision(object, "live") == first
+        });
+        let back = u64::try_from(begun.elapsed().as_millis()).unwrap();
+        namespace.note("rollback_milliseconds_from_asking", back);
+        trading.trade(150);
+        let restarted = restart_each_pod(&trading, &first);
+        namespace.note("pods_of_version_1_restarted", restarted);
+        trading.trade(150);
+        let api = holder.api(&trading, &first);
+        let frozen = holder.account(&api);
+        assert_eq!(text(&frozen, "/state"), "frozen", "{frozen}");
+        assert!(frozen["frozen_at"].is_null(), "version 1 does not know: {frozen}");
+        assert_eq!(holder.sell(&api, "frozen"), "account_frozen");
+        assert_eq!(text(&holder.set(&api, "active"), "/state"), "active");
+        assert_eq!(holder.sell(&api, "active"), "insufficient_funds");
+        trading.trade(150);
+
+        // Forward again, and this time to the contract, which comes when the old stack is gone.
+        let retry = token(trading.last(), "rejected");
+        let mut declaration = declaration;
+        declaration["spec"]["rollout"]["retention"] = json!("5s");
+        trading.exchange.release(&declaration).unwrap();
+        trading.exchange.ask("retry", &retry).unwrap();
+        trading.until("version 2 to be live and contracted", |object| {
+            phase_of(object) == "Live"
+                && text(object, "/status/live/version") == "2.0.0"
+                && object["status"]["live"]["contracted"] == true
+        });
+        assert_eq!(trading.exchange.sql(TRANSLATIONS).unwrap().trim(), "0");
+        migrated_where_the_live_stack_is(&ground, &namespace, &second);
+        let account = holder.account(&holder.api(&trading, &second));
+        assert_eq!(text(&account, "/state"), "active", "{account}");
+        assert!(account["frozen_at"].is_null(), "{account}");
+
+        // A rollback is refused now, and whoever asks for it is told why.
+        let contracted = trading.last()["status"]["live"].clone();
+        let asked = trading.watch.sightings().len();
+        let leave = token(trading.last(), "live");
+        trading.exchange.ask("rollback", &leave).unwrap();
+        let why = "there is no stack to go back to, and the schema is contracted for 2.0.0";
+        let mut refused = String::new();
+        let waited = wait_until("the refusal", PATIENCE, || {
+            refused = told(&ground, &namespace, "RollbackRefused");
+            refused.contains(why)
+        });
+        assert!(waited.is_ok(), "{refused:?}");
+        trading.trade(150);
+        trading.until("what was asked for", |object| {
+            text(object, "/metadata/annotations/exchange.dev~1rollback") == leave
+        });
+        let since = &trading.watch.sightings()[asked..];
+        let (_, last) = since.last().unwrap();
+        assert_eq!(text(last, "/metadata/annotations/exchange.dev~1rollback"), leave);
+        for (_, object) in since {
+            assert_eq!(phase_of(object), "Live", "{:#}", object["status"]);
+            assert_eq!(object["status"]["live"], contracted);
+        }
+        let conditions = last["status"]["conditions"].as_array().unwrap();
+        let refusal = conditions
+            .iter()
+            .find(|it| it["type"] == "RollbackAvailable")
+            .unwrap();
+        assert_eq!(refusal["status"], "False", "{refusal}");
+        assert_eq!(refusal["reason"], "NoPrevious", "{refusal}");
+        assert!(text(refusal, "/message").starts_with(why), "{refusal}");
+        let report = trading.end_well();
+        assert_eq!(revisions_that_answered(&report), sorted([first, second]));
+    }
+}
+
+/// Cases that need the machine to themselves, or disturb what all share: no other one goes on beside them. They come before
+/// those that share it, so that none waits for them later.
+mod alone {
+    use super::*;
 
     /// Kinds of everything that the operator makes.
     const CHILDREN: &str = "services,deployments,jobs,controllerrevisions,poddisruptionbudgets,horizontalpodautoscalers,\
@@ -1689,116 +1806,5 @@ mod alone {
             "{closed} connections closed without notice, {cut_off} streams cut off, {in_flight} requests cut off and {refused} \
              refused: {pods:?}"
         );
-    }
-
-    /// A stack that has lost the traffic, and somebody who has not left it.
-    struct Staying {
-        old: String,
-        pods: Vec<Pod>,
-        one: Connected,
-    }
-
-    /// A release that needs the colour of a stack waits for the last one who is connected to that. What is held at the gate is
-    /// the first write that takes a pod of it away.
-    fn assert_left_before_it_goes(trading: &mut Trading<'_>, gate: &Gate<'_>, staying: Staying) {
-        let Staying { old, pods, one } = staying;
-        let idle_since = |object: &Value| text(object, "/status/previous/idleSince").to_owned();
-        trading.until("the next release to wait", |object| {
-            is_current(object) && phase_of(object) == "Pending"
-        });
-        let status = &trading.last()["status"];
-        assert_eq!(revision(trading.last(), "previous"), old, "{status:#}");
-        assert_eq!(status["previous"]["state"], "Draining", "{status:#}");
-        assert_eq!(idle_since(trading.last()), "", "{status:#}");
-        assert_eq!(
-            sorted(trading.exchange.pods(&old).unwrap()),
-            pods,
-            "it has lost a pod that somebody is connected to"
-        );
-        drop(one);
-        let write = gate.until_held(PATIENCE).unwrap();
-        assert!(write.name.ends_with(&old), "{write} was held");
-        trading.until("its retirement", |object| {
-            revision(object, "previous") == old && text(object, "/status/previous/state") == "Retiring"
-        });
-        assert_ne!(idle_since(trading.last()), "", "{:#}", trading.last()["status"]);
-        assert_empty(trading, &old, &pods);
-        gate.decide(true).unwrap();
-    }
-
-    #[test]
-    #[ignore = "needs a cluster: make e2e"]
-    fn case_1_releases_back_and_forth() {
-        let releases: usize = std::env::var("RELEASES").map_or(5, |count| count.parse().unwrap());
-        let ground = Ground::alone();
-        let namespace = case(&ground, 1, "releases");
-        let mut trading = Trading::deploy(&ground, &namespace, |exchange| declaration(exchange, "1.0.0"));
-        trading.load = Some(trading.exchange.start_load(FULL_RATE).unwrap());
-        let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
-        trading.trade(500);
-        let mut stacks = vec![trading.revision("live")];
-        let mut stays: Option<Staying> = None;
-        for number in 1..=releases {
-            let old = stacks.last().unwrap().clone();
-            let pods = sorted(trading.exchange.pods(&old).unwrap());
-            assert_eq!(pods.len(), SERVICES.len(), "{pods:?}");
-            assert!(pods.iter().all(|pod| pod.ready && !pod.leaving), "{pods:?}");
-            // Every second stack is left by everybody but one, who is no client of the load, until the next release waits.
-            let one_stays = number.is_multiple_of(2) && number < releases;
-            let one = one_stays.then(|| trading.exchange.connect("trade").unwrap());
-            if stays.is_some() {
-                gate.hold(&Hold::first("delete deployments", "")).unwrap();
-            }
-            trading.release_setting(&number.to_string());
-            if let Some(staying) = stays.take() {
-                assert_left_before_it_goes(&mut trading, &gate, staying);
-            }
-            trading.until_live_after(&old);
-            stacks.push(trading.revision("live"));
-            if let Some(one) = one {
-                stays = Some(Staying { old, pods, one });
-            } else {
-                assert_left(&mut trading, &old, &pods);
-                trading.trade(500);
-            }
-        }
-        drop(gate);
-        assert_eq!(
-            moves(&trading.watch).len(),
-            releases,
-            "each release moves the traffic once"
-        );
-        let report = trading.end_well();
-
-        let presence = answered(&report);
-        let at = |revision: &str, field: &str| presence[revision][field].as_u64().unwrap();
-        // A stream that is open has an end, too.
-        let streamed = |revision: &str| {
-            let openings = report["streams"].as_array().unwrap().iter();
-            let own = openings.filter(|opening| text(opening, "/stack").ends_with(revision));
-            own.map(|opening| opening["to_ms"].as_u64().unwrap())
-                .max()
-                .unwrap()
-        };
-        for pair in stacks.windows(2) {
-            let last = at(&pair[0], "last_ms").max(streamed(&pair[0]));
-            let stayed = Duration::from_millis(last.saturating_sub(at(&pair[1], "first_ms")));
-            assert!(
-                stayed < DRAIN_TIMEOUT,
-                "a client stayed on {} for {stayed:?}",
-                pair[0]
-            );
-        }
-        let last = presence.values().map(|stack| stack["last_ms"].as_f64().unwrap());
-        let all = report["summary"]["requests"].as_f64().unwrap();
-        let rate = all / (last.fold(0.0, f64::max) / 1_000.0);
-        namespace.note("answers_per_second", rate);
-        assert!(rate >= ANSWERED, "{rate} answers a second");
-        // All that the load is said to be made of.
-        let latency = &report["summary"]["latency"];
-        for group in ["http/1.1", "http/2", "idle", "slow"] {
-            assert!(latency[group]["count"].as_u64() > Some(0), "{group}: {latency}");
-        }
-        assert!(latency["slow"]["p50"].as_f64() > Some(1_000.0), "{latency}");
     }
 }
