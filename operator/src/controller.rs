@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use futures::{FutureExt, StreamExt, future};
@@ -21,7 +21,7 @@ use kube::{
         reflector::{self, ObjectRef},
     },
 };
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, info, info_span, warn};
 
@@ -49,7 +49,9 @@ const CONCURRENCY: u16 = 8;
 /// Failures in a row that are taken for what passes by itself; the next one counts as what lasts.
 pub const PATIENCE: u32 = 3;
 /// What failing writes of one pass may take together before the rest of it waits.
-const FAILING_LIMIT: Duration = Duration::from_secs(10);
+const FAILING_LIMIT: Duration = Duration::from_secs(20);
+/// What any other action of a pass may take after a write that nobody has answered.
+const HURRY: Duration = Duration::from_secs(1);
 /// What was told of a write is taken back so soon after it has gone well.
 const MENDED: Duration = Duration::from_secs(1);
 /// What cannot be written is tried as often at the most once its backoff has come to that.
@@ -217,7 +219,12 @@ impl Context {
                 continue;
             }
             let begun = Instant::now();
-            let Err(error) = self.writer.act(look, action).await else {
+            let limit = if failing < WRITE_LIMIT { PASS_LIMIT } else { HURRY };
+            let acted = timeout(limit, self.writer.act(look, action)).await;
+            let Err(error) = acted.unwrap_or_else(|_| {
+                let doing = "go on after a write that was not answered".to_owned();
+                Err(Error::Timeout { doing, limit })
+            }) else {
                 debug!("{action:?}");
                 continue;
             };
@@ -230,7 +237,7 @@ impl Context {
             }
             failed.push(action);
             refused.get_or_insert_with(|| (error, action.is_about_traffic()));
-            // Trying the others makes nothing worse, unless each takes its time, which a pass does not have.
+            // Trying the others makes nothing worse, unless each takes its time: who waits for traffic to be moved has none.
             failing += begun.elapsed();
             if failing >= FAILING_LIMIT {
                 break;

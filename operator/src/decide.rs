@@ -322,18 +322,22 @@ impl Turn<'_> {
             ..
         } = &self.seen.requests;
         let asked = &mut self.next.asked;
-        for (heard, asked) in [
+        let mut news: Vec<_> = [
             (promote, &mut asked.promote),
             (abort, &mut asked.abort),
             (rollback, &mut asked.rollback),
             (retry, &mut asked.retry),
-        ] {
-            if heard.as_ref() != asked.as_ref().map(|it| &it.value) {
-                *asked = heard.clone().map(|value| Request {
-                    value,
-                    by: by.clone(),
-                });
-            }
+        ]
+        .into_iter()
+        .filter(|(heard, asked)| heard.as_ref() != asked.as_ref().map(|it| &it.value))
+        .collect();
+        // Of several that have come since the last look, whoever wrote last has signed: for all of them, as it would seem.
+        let signed = news.iter().filter(|(heard, _)| heard.is_some()).count() == 1;
+        for (heard, asked) in &mut news {
+            **asked = heard.clone().map(|value| Request {
+                value,
+                by: by.clone().filter(|_| signed),
+            });
         }
     }
 

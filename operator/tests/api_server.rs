@@ -1301,6 +1301,26 @@ async fn what_cannot_be_put_right_at_rest_is_tried_once_a_minute() {
     assert!(wait > Duration::from_secs(20), "{wait:?}");
 }
 
+/// Once it counts as what cannot be written, the pass that waits for its answer in vain does the rest.
+#[tokio::test(start_paused = true)]
+async fn a_write_that_is_never_answered_holds_up_nothing_that_does_not_need_it() {
+    let world = World::converged().await;
+    let budgets = world.names("poddisruptionbudgets");
+    let workloads = world.names("deployments");
+    for name in workloads.iter().chain(&budgets) {
+        world.server.lock().unwrap().objects.remove(name);
+    }
+    world.server.lock().unwrap().silent = Some("POST pod".to_owned());
+    for _ in 0..=PATIENCE {
+        _ = world.pass().await;
+    }
+    assert_eq!(world.names("deployments"), workloads);
+    assert_eq!(world.names("poddisruptionbudgets"), Vec::<String>::new());
+    world.server.lock().unwrap().silent = None;
+    world.settle().await;
+    assert_eq!(world.names("poddisruptionbudgets"), budgets);
+}
+
 #[tokio::test]
 async fn what_is_mended_is_not_told_any_longer() {
     let world = World::without_a_budget().await;

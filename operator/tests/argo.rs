@@ -69,17 +69,19 @@ fn current(object: &Value) -> bool {
     object["status"]["observedGeneration"] == object["metadata"]["generation"]
 }
 
-/// The generic rules of kstatus: generation first, then Reconciling, Stalled, Ready.
+/// The generic rules of kstatus: generation first, then Reconciling, Stalled, Ready. What an object does not tell is taken for
+/// done.
 fn kstatus(object: &Value) -> &'static str {
     let is = |kind| condition(object, kind) == Some(true);
-    if !current(object) || is("Reconciling") {
+    let told = !object["status"]["observedGeneration"].is_null();
+    if told && !current(object) || is("Reconciling") {
         "InProgress"
     } else if is("Stalled") {
         "Failed"
-    } else if is("Ready") {
-        "Current"
-    } else {
+    } else if condition(object, "Ready") == Some(false) {
         "InProgress"
+    } else {
+        "Current"
     }
 }
 

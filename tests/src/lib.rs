@@ -19,6 +19,7 @@ pub mod preflight;
 pub mod progress;
 pub mod results;
 pub mod rights;
+pub mod room;
 pub mod sandbox;
 mod scratch;
 pub mod story;

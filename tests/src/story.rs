@@ -11,13 +11,11 @@ use std::{
     collections::BTreeSet,
     io::{BufRead, BufReader},
     process::Child,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, Once, PoisonError},
     time::Duration,
 };
 
-use futures::executor::block_on;
 use serde_json::{Value, json};
-use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::{
     exchange::{
@@ -26,6 +24,7 @@ use crate::{
     },
     kubectl::{Namespace, Session, Watching, plugin_directory},
     operator::{self, Operator},
+    room::{self, Place, Queued},
     sandbox::wait_until,
 };
 
@@ -34,11 +33,9 @@ const RATE: u32 = 20;
 /// The services, as they are called in the API.
 pub const SERVICES: [&str; 3] = ["user", "trade", "notification"];
 
-/// What the machine has room for: as many stories side by side as `make e2e` has threads for, or fewer of those that take
-/// more of it.
-const ROOM: u32 = 3;
-/// Who comes first gets room first, also if it has to wait until there is enough.
-static CLUSTER: Semaphore = Semaphore::const_new(ROOM as usize);
+/// Who installs the operator first keeps all others waiting. So those that begin together all wait for room when that is done,
+/// and it is their order that decides.
+static FIRST: Once = Once::new();
 /// Helm refuses two at once.
 static INSTALLATION: Mutex<()> = Mutex::new(());
 
@@ -49,7 +46,7 @@ pub struct Ground {
     pub session: Session,
     /// What is deployed.
     pub images: Images,
-    _room: SemaphorePermit<'static>,
+    place: Mutex<Place>,
 }
 
 impl Ground {
@@ -60,12 +57,18 @@ impl Ground {
 
     /// Beside one other story.
     pub fn roomy() -> Self {
-        Self::with(ROOM - 1)
+        Self::with(room::WHOLE - 1)
     }
 
     /// While no other story goes on. Who disturbs the operator, or measures, is alone: it is the operator of all.
     pub fn alone() -> Self {
-        Self::with(ROOM)
+        Self::with(room::WHOLE)
+    }
+
+    /// From now on no other story goes on, as if it had begun [alone](Self::alone). What is there already stays.
+    pub fn clear(&self) {
+        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        place.resize(room::WHOLE);
     }
 
     /// While no other story goes on, and without the operator of all namespaces: for several operators that each look after
@@ -77,20 +80,27 @@ impl Ground {
         ground
     }
 
-    fn with(room: u32) -> Self {
-        let room = block_on(CLUSTER.acquire_many(room)).unwrap();
-        let ground = Self {
-            session: Session::from_environment().unwrap(),
-            images: Images::from_environment().unwrap(),
-            _room: room,
+    fn with(room: usize) -> Self {
+        let queued = Queued::here();
+        let session = Session::from_environment().unwrap();
+        let images = Images::from_environment().unwrap();
+        let install = || {
+            let _one_at_a_time = Self::installation();
+            operator::install(&session, &images).unwrap();
         };
-        let _one_at_a_time = ground.installation();
-        operator::install(&ground.session, &ground.images).unwrap();
-        ground
+        FIRST.call_once(install);
+        let place = queued.place(room);
+        // A story before this one may have done without.
+        install();
+        Self {
+            session,
+            images,
+            place: Mutex::new(place),
+        }
     }
 
     /// For whoever installs the operator.
-    pub fn installation(&self) -> MutexGuard<'static, ()> {
+    pub fn installation() -> MutexGuard<'static, ()> {
         INSTALLATION.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

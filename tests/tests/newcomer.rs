@@ -49,7 +49,7 @@ fn a_newcomer_releases_an_image_and_goes_back() {
         ground.session.shell(&script).unwrap()
     };
     {
-        let _alone = ground.installation();
+        let _alone = Ground::installation();
         shell(operator);
     }
     let values = ground.session.stores_values().join(" ");

@@ -803,14 +803,18 @@ fn case_9_a_rolling_update_for_comparison() {
     plain("settings", "1.0.0");
     release("1.0.0");
     exchange.make_treasury().unwrap();
-    let load = exchange.start_clients(RATE, 4, 0).unwrap();
+    // As in the case that most is made of: with connections that idle, too.
+    let load = exchange.start_clients(RATE, 4, 1).unwrap();
     let trade = |requests: u64| {
         let goal = load.progress().requests + requests;
         wait_until("trading", PATIENCE, || load.progress().requests >= goal).unwrap();
     };
     trade(100);
-    release("2.0.0");
-    trade(300);
+    // Back and forth: an expand leaves the older version at work.
+    for version in ["2.0.0", "1.0.0"] {
+        release(version);
+        trade(150);
+    }
     let (table, report) = load.end().unwrap();
     say(&table);
     let mut figures = Figures::default();
@@ -919,7 +923,7 @@ mod at_first {
 }
 
 /// The two that take longest, of which one asks for ten times as much as any other: the processors have room for one beside
-/// it. They come first, while no third one goes on, for those that follow want everything for themselves.
+/// it. And one that is deployed beside them, and then alone. (Room is given in the order of names.)
 mod abreast {
     use super::*;
 
@@ -1135,10 +1139,258 @@ mod abreast {
         let report = trading.end_well();
         assert_eq!(revisions_that_answered(&report), sorted([first, second]));
     }
+
+    /// In so many requests every connection of case 5 has its turn: one of twenty goes to the user service and one to the
+    /// notification service, and at each of them twenty clients wait in a line.
+    const ROUND: u64 = 500;
+
+    /// A time in which requests may fail, in milliseconds since 1970.
+    #[derive(Clone, Copy, Debug)]
+    struct Window {
+        from: u64,
+        to: u64,
+    }
+
+    impl Window {
+        /// Whether something that was meant to begin and has ended at these times was under way in it.
+        fn has(self, begun: u64, ended: u64) -> bool {
+            ended >= self.from && begun <= self.to
+        }
+    }
+
+    /// Pods that were killed.
+    #[derive(Clone, Copy, Debug)]
+    struct Struck {
+        /// How many connections they had.
+        connections: u64,
+        /// When the last of them had ended, in milliseconds since 1970.
+        dead: u64,
+        /// When that can have been noticed.
+        window: Window,
+    }
+
+    /// Requests that clients have on one connection at the same time, at most.
+    const AT_ONCE: u64 = 4;
+
+    /// Node-like disturbances, the database and pods of the live stack, one of two of each service: each ends while one of
+    /// three live Services has been moved, and two have not.
+    #[test]
+    #[ignore = "needs a cluster: make e2e"]
+    fn case_5_pods_and_the_database_end_during_the_swap() {
+        let ground = Ground::shared();
+        let namespace = case(&ground, 5, "disturbed");
+        let declaration = |exchange: &Exchange<'_>| two_of_each(exchange, "1.0.0");
+        let mut trading = Trading::deploy(&ground, &namespace, declaration);
+        // From here on it disturbs all others.
+        ground.clear();
+        trading.start_load(2 * RATE);
+        let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
+        // The release that is held: what it is to replace, what it is to become.
+        let stopped = |trading: &mut Trading<'_>, value: &str, errors: &str| {
+            trading.trade(200);
+            let mut declaration = with_setting(declaration(&trading.exchange), value);
+            declaration["spec"]["rollout"]["verification"]["maxErrorRate"] = json!(errors);
+            trading.release_up_to(&gate, 1, &declaration);
+            (trading.revision("live"), trading.revision("candidate"))
+        };
+        let ends_well = |trading: &mut Trading<'_>, (old, new): &(String, String)| {
+            trading.until_live_after(old);
+            let status = &trading.last()["status"];
+            assert_eq!(revision(trading.last(), "live"), new, "{status:#}");
+            assert_eq!(status["history"][0]["outcome"], "Verified", "{status:#}");
+            assert!(
+                status["candidate"].is_null() && status["rejected"].is_null(),
+                "{status:#}"
+            );
+            trading.until_drained(old);
+        };
+        let so_far = |trading: &Trading<'_>| trading.load.as_ref().unwrap().progress();
+
+        // The node's own programs: what they have set up stays, and nobody may notice.
+        if let Some(cluster) = &ground.session.cluster {
+            let release = stopped(&mut trading, "node", "1%");
+            let restarts = |component: &str| supervisor::read_status(cluster)[component].restarts;
+            let components = ["kubelet", "kube-proxy"];
+            let before = components.map(restarts);
+            // A kubelet that starts takes a container that is younger than ten seconds for not ready until it has asked it.
+            wait_until("the new containers have run for a while", PATIENCE, || {
+                let while_ago = Timestamp::now() - SignedDuration::from_secs(11);
+                let pods = trading.exchange.pods(&release.1).unwrap();
+                let ran = |pod: &Pod| pod.running_since.is_some_and(|since| since < while_ago);
+                pods.iter().all(ran)
+            })
+            .unwrap();
+            supervisor::signal(cluster, "kubelet", Signal::SIGKILL).unwrap();
+            // The gate answers by way of the kubelet: as soon as that is back, the other two writes are made without kube-proxy.
+            gate.seen().unwrap();
+            supervisor::signal(cluster, "kube-proxy", Signal::SIGKILL).unwrap();
+            gate.decide(true).unwrap();
+            ends_well(&mut trading, &release);
+            for (component, before) in components.into_iter().zip(before) {
+                let status = &supervisor::read_status(cluster)[component];
+                let process = status.pid.and_then(|pid| host_pid(cluster, pid));
+                assert!(
+                    status.restarts > before && process.is_some(),
+                    "{component}: {status:?}"
+                );
+            }
+            if so_far(&trading).failed > 0 {
+                let (table, report) = trading.load.take().unwrap().end().unwrap();
+                trading.figures.add_report(&report);
+                trading.figures.note(&namespace);
+                panic!("a request failed while kubelet and kube-proxy were away: {table}");
+            }
+        }
+
+        // What the database's absence makes of the new stack's first answers is no fault of it.
+        let release = stopped(&mut trading, "database", "100%");
+        let from = now_ms();
+        restart_store(&ground, &namespace, "postgres", "postgres");
+        let database = Window {
+            from,
+            to: now_ms() + SETTLING,
+        };
+        assert!(trading.is_promoting());
+        gate.decide(true).unwrap();
+        ends_well(&mut trading, &release);
+
+        let release = stopped(&mut trading, "pods", "1%");
+        assert_eq!(
+            so_far(&trading).closed_without_notice,
+            0,
+            "no pod has been killed yet"
+        );
+        let pods = kill_one_of_each(&trading, &release.0);
+        assert!(trading.is_promoting());
+        gate.decide(true).unwrap();
+        ends_well(&mut trading, &release);
+        assert_recovered(&trading);
+
+        let (table, report) = trading.load.take().unwrap().end().unwrap();
+        say(&table);
+        trading.figures.add_report(&report);
+        trading.figures.add_watch(&trading.watch);
+        trading.figures.note(&namespace);
+        namespace.note("failures", report["summary"]["failures"].clone());
+        // The audit has asked for each order once more, with the same key, and the ledger itself.
+        assert_audited(&table, &report);
+        judge(&namespace, &report, database, pods);
+    }
+
+    /// Kills one of the two pods of each service of a stack. The others go on all the while: the same pods, which answer.
+    fn kill_one_of_each(trading: &Trading<'_>, stack: &str) -> Struck {
+        let live = sorted(trading.exchange.pods(stack).unwrap());
+        let report_of = |pod: &Pod| trading.exchange.report_of(pod).unwrap();
+        let of_each: Vec<&[Pod]> = live.chunks(2).collect();
+        let mut connections = 0;
+        let from = now_ms();
+        for (service, pods) in sorted(SERVICES).into_iter().zip(&of_each) {
+            let of_service = pods.iter().filter(|pod| pod.service == service).count();
+            assert_eq!((of_service, pods.len()), (2, 2), "{live:?}");
+            let (killed, survivor) = (&pods[0], &pods[1]);
+            connections += report_of(killed).connections;
+            let session = &trading.ground.session;
+            session
+                .kill_pod(&trading.namespace.name, &killed.name, NAME)
+                .unwrap();
+            report_of(survivor);
+        }
+        let dead = now_ms();
+        let there = trading.exchange.pods(stack).unwrap();
+        for survivor in of_each.iter().map(|pods| &pods[1]) {
+            assert!(there.contains(survivor), "{survivor:?} is not among {there:?}");
+            report_of(survivor);
+        }
+        // What begins when everybody knows that they are gone, goes to others.
+        let to = dead + SETTLING;
+        Struck {
+            connections,
+            dead,
+            window: Window { from, to },
+        }
+    }
+
+    /// When the killed pods are long replaced, nothing fails, and no connection is closed without notice any more.
+    fn assert_recovered(trading: &Trading<'_>) {
+        let harm = || {
+            let so_far = trading.load.as_ref().unwrap().progress();
+            (so_far.failed, so_far.closed_without_notice)
+        };
+        // Who had a connection to one of them has used it again after so many requests, and found it closed.
+        trading.trade(ROUND);
+        let recovered = harm();
+        trading.trade(500);
+        assert_eq!(harm(), recovered, "failed, and closed without notice");
+    }
+
+    /// Whether all that went wrong did so in one of these times, and as it should.
+    fn judge(namespace: &Namespace<'_>, report: &Value, database: Window, pods: Struck) {
+        let failed = report["summary"]["failed_requests"].as_array().unwrap();
+        assert_eq!(report["summary"]["failed"], failed.len());
+        let orders = failed.iter().filter(|it| it["operation"] == "order").count();
+        assert_eq!(report["unknown_orders"], orders);
+        let started = report["started_unix_ms"].as_u64().unwrap();
+        let at = |it: &Value, field: &str| started + it[field].as_u64().unwrap();
+        let (mut without_database, mut in_flight, mut refused) = (0_u32, 0_u32, 0_u32);
+        for request in failed {
+            let (begun, ended) = (at(request, "intended_ms"), at(request, "ended_ms"));
+            let failure = text(request, "/failure");
+            // The database's absence is told, with when to come back (`exchange load` calls it another failure if it is not);
+            // killed pods tell nothing: what was in flight there is cut off, or never answered; and who connects is refused, which
+            // has given nobody anything, until every node knows that they are gone.
+            if database.has(begun, ended) {
+                assert_eq!(failure, "status 503", "{request}");
+                without_database += 1;
+            } else {
+                assert!(
+                    pods.window.has(begun, ended),
+                    "{request}: neither {database:?} nor {pods:?}"
+                );
+                if failure.starts_with("connect: Connection refused") {
+                    assert!(ended <= pods.window.to, "{request}, and {pods:?}");
+                    refused += 1;
+                } else {
+                    let unanswered = failure.starts_with("connection lost: ") || failure == "timeout";
+                    assert!(unanswered && begun <= pods.dead, "{request}, and {pods:?}");
+                    in_flight += 1;
+                }
+            }
+        }
+        namespace.note("requests_failed_without_database", without_database);
+        namespace.note("requests_failed_in_flight_with_pods", in_flight);
+        namespace.note("connections_refused_by_killed_pods", refused);
+        let with_pods = u64::from(in_flight + refused);
+        let closed = report["closed_without_notice"].as_u64().unwrap();
+        assert!(
+            without_database > 0,
+            "nobody has noticed that the database was away"
+        );
+        assert!(with_pods + closed > 0, "nobody has noticed that pods were killed");
+        let mut cut_off = 0;
+        let openings = report["streams"].as_array().unwrap().iter();
+        for opening in openings.filter(|it| matches!(text(it, "/end"), "cut_off" | "not_opened")) {
+            let ended = at(opening, "to_ms");
+            if opening["end"] == "cut_off" {
+                // Without the database none can be opened, but who has one keeps it.
+                assert!(pods.window.has(ended, ended), "{opening}, and {pods:?}");
+                cut_off += 1;
+            } else {
+                let known = database.has(ended, ended) || pods.window.has(ended, ended);
+                assert!(known, "{opening}: neither {database:?} nor {pods:?}");
+            }
+        }
+        // No more than was connected to the dead.
+        namespace.note("connections_of_killed_pods", pods.connections);
+        assert!(
+            closed + cut_off <= pods.connections && with_pods <= AT_ONCE * pods.connections,
+            "{closed} connections closed without notice, {cut_off} streams cut off, {in_flight} requests cut off and {refused} \
+             refused: {pods:?}"
+        );
+    }
 }
 
-/// Cases that need the machine to themselves, or disturb what all share: no other one goes on beside them. They come before
-/// those that share it, so that none waits for them later.
+/// A case that does without the operator of all, so that no other one goes on beside it. It comes before those that share the
+/// machine, so that none waits for them later.
 mod alone {
     use super::*;
 
@@ -1560,251 +1812,5 @@ mod alone {
             plan.unanswered.len()
         );
         assert_eq!(kills, plan.wanted, "not reached: {:?}", plan.waiting);
-    }
-
-    /// In so many requests every connection of case 5 has its turn: one of twenty goes to the user service and one to the
-    /// notification service, and at each of them twenty clients wait in a line.
-    const ROUND: u64 = 500;
-
-    /// A time in which requests may fail, in milliseconds since 1970.
-    #[derive(Clone, Copy, Debug)]
-    struct Window {
-        from: u64,
-        to: u64,
-    }
-
-    impl Window {
-        /// Whether something that was meant to begin and has ended at these times was under way in it.
-        fn has(self, begun: u64, ended: u64) -> bool {
-            ended >= self.from && begun <= self.to
-        }
-    }
-
-    /// Pods that were killed.
-    #[derive(Clone, Copy, Debug)]
-    struct Struck {
-        /// How many connections they had.
-        connections: u64,
-        /// When the last of them had ended, in milliseconds since 1970.
-        dead: u64,
-        /// When that can have been noticed.
-        window: Window,
-    }
-
-    /// Requests that clients have on one connection at the same time, at most.
-    const AT_ONCE: u64 = 4;
-
-    /// Node-like disturbances, the database and pods of the live stack, one of two of each service: each ends while one of
-    /// three live Services has been moved, and two have not.
-    #[test]
-    #[ignore = "needs a cluster: make e2e"]
-    fn case_5_pods_and_the_database_end_during_the_swap() {
-        let ground = Ground::alone();
-        let namespace = case(&ground, 5, "disturbed");
-        let declaration = |exchange: &Exchange<'_>| two_of_each(exchange, "1.0.0");
-        let mut trading = Trading::deploy(&ground, &namespace, declaration);
-        trading.start_load(2 * RATE);
-        let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
-        // The release that is held: what it is to replace, what it is to become.
-        let stopped = |trading: &mut Trading<'_>, value: &str, errors: &str| {
-            trading.trade(200);
-            let mut declaration = with_setting(declaration(&trading.exchange), value);
-            declaration["spec"]["rollout"]["verification"]["maxErrorRate"] = json!(errors);
-            trading.release_up_to(&gate, 1, &declaration);
-            (trading.revision("live"), trading.revision("candidate"))
-        };
-        let ends_well = |trading: &mut Trading<'_>, (old, new): &(String, String)| {
-            trading.until_live_after(old);
-            let status = &trading.last()["status"];
-            assert_eq!(revision(trading.last(), "live"), new, "{status:#}");
-            assert_eq!(status["history"][0]["outcome"], "Verified", "{status:#}");
-            assert!(
-                status["candidate"].is_null() && status["rejected"].is_null(),
-                "{status:#}"
-            );
-            trading.until_drained(old);
-        };
-        let so_far = |trading: &Trading<'_>| trading.load.as_ref().unwrap().progress();
-
-        // The node's own programs: what they have set up stays, and nobody may notice.
-        if let Some(cluster) = &ground.session.cluster {
-            let release = stopped(&mut trading, "node", "1%");
-            let restarts = |component: &str| supervisor::read_status(cluster)[component].restarts;
-            let components = ["kubelet", "kube-proxy"];
-            let before = components.map(restarts);
-            // A kubelet that starts takes a container that is younger than ten seconds for not ready until it has asked it.
-            wait_until("the new containers have run for a while", PATIENCE, || {
-                let while_ago = Timestamp::now() - SignedDuration::from_secs(11);
-                let pods = trading.exchange.pods(&release.1).unwrap();
-                let ran = |pod: &Pod| pod.running_since.is_some_and(|since| since < while_ago);
-                pods.iter().all(ran)
-            })
-            .unwrap();
-            supervisor::signal(cluster, "kubelet", Signal::SIGKILL).unwrap();
-            // The gate answers by way of the kubelet: as soon as that is back, the other two writes are made without kube-proxy.
-            gate.seen().unwrap();
-            supervisor::signal(cluster, "kube-proxy", Signal::SIGKILL).unwrap();
-            gate.decide(true).unwrap();
-            ends_well(&mut trading, &release);
-            for (component, before) in components.into_iter().zip(before) {
-                let status = &supervisor::read_status(cluster)[component];
-                let process = status.pid.and_then(|pid| host_pid(cluster, pid));
-                assert!(
-                    status.restarts > before && process.is_some(),
-                    "{component}: {status:?}"
-                );
-            }
-            if so_far(&trading).failed > 0 {
-                let (table, report) = trading.load.take().unwrap().end().unwrap();
-                trading.figures.add_report(&report);
-                trading.figures.note(&namespace);
-                panic!("a request failed while kubelet and kube-proxy were away: {table}");
-            }
-        }
-
-        // What the database's absence makes of the new stack's first answers is no fault of it.
-        let release = stopped(&mut trading, "database", "100%");
-        let from = now_ms();
-        restart_store(&ground, &namespace, "postgres", "postgres");
-        let database = Window {
-            from,
-            to: now_ms() + SETTLING,
-        };
-        assert!(trading.is_promoting());
-        gate.decide(true).unwrap();
-        ends_well(&mut trading, &release);
-
-        let release = stopped(&mut trading, "pods", "1%");
-        assert_eq!(
-            so_far(&trading).closed_without_notice,
-            0,
-            "no pod has been killed yet"
-        );
-        let pods = kill_one_of_each(&trading, &release.0);
-        assert!(trading.is_promoting());
-        gate.decide(true).unwrap();
-        ends_well(&mut trading, &release);
-        assert_recovered(&trading);
-
-        let (table, report) = trading.load.take().unwrap().end().unwrap();
-        say(&table);
-        trading.figures.add_report(&report);
-        trading.figures.add_watch(&trading.watch);
-        trading.figures.note(&namespace);
-        namespace.note("failures", report["summary"]["failures"].clone());
-        // The audit has asked for each order once more, with the same key, and the ledger itself.
-        assert_audited(&table, &report);
-        judge(&namespace, &report, database, pods);
-    }
-
-    /// Kills one of the two pods of each service of a stack. The others go on all the while: the same pods, which answer.
-    fn kill_one_of_each(trading: &Trading<'_>, stack: &str) -> Struck {
-        let live = sorted(trading.exchange.pods(stack).unwrap());
-        let report_of = |pod: &Pod| trading.exchange.report_of(pod).unwrap();
-        let of_each: Vec<&[Pod]> = live.chunks(2).collect();
-        let mut connections = 0;
-        let from = now_ms();
-        for (service, pods) in sorted(SERVICES).into_iter().zip(&of_each) {
-            let of_service = pods.iter().filter(|pod| pod.service == service).count();
-            assert_eq!((of_service, pods.len()), (2, 2), "{live:?}");
-            let (killed, survivor) = (&pods[0], &pods[1]);
-            connections += report_of(killed).connections;
-            let session = &trading.ground.session;
-            session
-                .kill_pod(&trading.namespace.name, &killed.name, NAME)
-                .unwrap();
-            report_of(survivor);
-        }
-        let dead = now_ms();
-        let there = trading.exchange.pods(stack).unwrap();
-        for survivor in of_each.iter().map(|pods| &pods[1]) {
-            assert!(there.contains(survivor), "{survivor:?} is not among {there:?}");
-            report_of(survivor);
-        }
-        // What begins when everybody knows that they are gone, goes to others.
-        let to = dead + SETTLING;
-        Struck {
-            connections,
-            dead,
-            window: Window { from, to },
-        }
-    }
-
-    /// When the killed pods are long replaced, nothing fails, and no connection is closed without notice any more.
-    fn assert_recovered(trading: &Trading<'_>) {
-        let harm = || {
-            let so_far = trading.load.as_ref().unwrap().progress();
-            (so_far.failed, so_far.closed_without_notice)
-        };
-        // Who had a connection to one of them has used it again after so many requests, and found it closed.
-        trading.trade(ROUND);
-        let recovered = harm();
-        trading.trade(500);
-        assert_eq!(harm(), recovered, "failed, and closed without notice");
-    }
-
-    /// Whether all that went wrong did so in one of these times, and as it should.
-    fn judge(namespace: &Namespace<'_>, report: &Value, database: Window, pods: Struck) {
-        let failed = report["summary"]["failed_requests"].as_array().unwrap();
-        assert_eq!(report["summary"]["failed"], failed.len());
-        let orders = failed.iter().filter(|it| it["operation"] == "order").count();
-        assert_eq!(report["unknown_orders"], orders);
-        let started = report["started_unix_ms"].as_u64().unwrap();
-        let at = |it: &Value, field: &str| started + it[field].as_u64().unwrap();
-        let (mut without_database, mut in_flight, mut refused) = (0_u32, 0_u32, 0_u32);
-        for request in failed {
-            let (begun, ended) = (at(request, "intended_ms"), at(request, "ended_ms"));
-            let failure = text(request, "/failure");
-            // The database's absence is told, with when to come back (`exchange load` calls it another failure if it is not);
-            // killed pods tell nothing: what was in flight there is cut off, or never answered; and who connects is refused, which
-            // has given nobody anything, until every node knows that they are gone.
-            if database.has(begun, ended) {
-                assert_eq!(failure, "status 503", "{request}");
-                without_database += 1;
-            } else {
-                assert!(
-                    pods.window.has(begun, ended),
-                    "{request}: neither {database:?} nor {pods:?}"
-                );
-                if failure.starts_with("connect: Connection refused") {
-                    assert!(ended <= pods.window.to, "{request}, and {pods:?}");
-                    refused += 1;
-                } else {
-                    let unanswered = failure.starts_with("connection lost: ") || failure == "timeout";
-                    assert!(unanswered && begun <= pods.dead, "{request}, and {pods:?}");
-                    in_flight += 1;
-                }
-            }
-        }
-        namespace.note("requests_failed_without_database", without_database);
-        namespace.note("requests_failed_in_flight_with_pods", in_flight);
-        namespace.note("connections_refused_by_killed_pods", refused);
-        let with_pods = u64::from(in_flight + refused);
-        let closed = report["closed_without_notice"].as_u64().unwrap();
-        assert!(
-            without_database > 0,
-            "nobody has noticed that the database was away"
-        );
-        assert!(with_pods + closed > 0, "nobody has noticed that pods were killed");
-        let mut cut_off = 0;
-        let openings = report["streams"].as_array().unwrap().iter();
-        for opening in openings.filter(|it| matches!(text(it, "/end"), "cut_off" | "not_opened")) {
-            let ended = at(opening, "to_ms");
-            if opening["end"] == "cut_off" {
-                // Without the database none can be opened, but who has one keeps it.
-                assert!(pods.window.has(ended, ended), "{opening}, and {pods:?}");
-                cut_off += 1;
-            } else {
-                let known = database.has(ended, ended) || pods.window.has(ended, ended);
-                assert!(known, "{opening}: neither {database:?} nor {pods:?}");
-            }
-        }
-        // No more than was connected to the dead.
-        namespace.note("connections_of_killed_pods", pods.connections);
-        assert!(
-            closed + cut_off <= pods.connections && with_pods <= AT_ONCE * pods.connections,
-            "{closed} connections closed without notice, {cut_off} streams cut off, {in_flight} requests cut off and {refused} \
-             refused: {pods:?}"
-        );
     }
 }

@@ -2426,6 +2426,16 @@ fn history_names_who_approved_and_who_tried_again() {
     let why = world.status.rejected.clone().unwrap().message;
     assert_eq!(why, "somebody asked for the way back");
 
+    // The same without a look of the operator between the two: nobody knows what alice has signed.
+    let mut world = at(AwaitingPromotion);
+    world.ask(|requests, names| {
+        requests.rollback.clone_from(&names.candidate);
+        requests.by = Some("alice".to_owned());
+        requests.promote = names.candidate;
+    });
+    world.settle(Wakes::Clock).unwrap();
+    assert_eq!(by(&world, Outcome::Failed), "unverified");
+
     let mut world = releasing(5, Failed);
     assert_eq!(by(&world, Outcome::Promoted), "operator");
     world.ask(|requests, names| {

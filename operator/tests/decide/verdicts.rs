@@ -34,10 +34,10 @@ fn verdict(world: &World) -> Verdict {
         Verdict::InProgress
     } else if is("Stalled") == Some(true) {
         Verdict::Failed
-    } else if is("Ready") == Some(true) {
-        Verdict::Current
-    } else {
+    } else if is("Ready") == Some(false) {
         Verdict::InProgress
+    } else {
+        Verdict::Current
     }
 }
 
