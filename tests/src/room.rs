@@ -88,3 +88,81 @@ impl Drop for Place {
         CHANGED.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::mpsc::{Receiver, Sender, channel},
+        thread::{Builder, JoinHandle},
+        time::Duration,
+    };
+
+    use super::*;
+
+    /// A test of this name that wants so much, and then so much; each step waits for a word.
+    struct Named {
+        told: Sender<()>,
+        has: Receiver<usize>,
+        thread: JoinHandle<()>,
+    }
+
+    fn begin(name: &str, sizes: &'static [usize]) -> Named {
+        let (told, words) = channel();
+        let (tell, has) = channel();
+        let queued = channel();
+        let work = move || {
+            let mut queue = Some(Queued::here());
+            queued.0.send(()).unwrap();
+            let mut place: Option<Place> = None;
+            for size in sizes {
+                match &mut place {
+                    None => place = queue.take().map(|queue| queue.place(*size)),
+                    Some(place) => place.resize(*size),
+                }
+                tell.send(*size).unwrap();
+                words.recv().unwrap();
+            }
+        };
+        let thread = Builder::new().name(name.to_owned()).spawn(work).unwrap();
+        queued.1.recv().unwrap();
+        Named { told, has, thread }
+    }
+
+    #[test]
+    fn room_is_given_in_the_order_of_names() {
+        // Whoever comes first holds the others up until all are there.
+        let first = begin("0", &[WHOLE]);
+        assert_eq!(first.has.recv().unwrap(), WHOLE);
+        let alone = begin("d", &[WHOLE]);
+        let after = begin("e", &[1]);
+        let [wide, small, clears] =
+            [("a", &[1, 2][..]), ("b", &[1]), ("c", &[1, WHOLE])].map(|(name, sizes)| begin(name, sizes));
+        let has = |of: &Named| of.has.recv_timeout(Duration::from_secs(10)).unwrap();
+        let none = |of: &Named| assert!(of.has.try_recv().is_err());
+        let end = |of: Named| {
+            of.told.send(()).unwrap();
+            of.thread.join().unwrap();
+        };
+        end(first);
+        for named in [&wide, &small, &clears] {
+            assert_eq!(has(named), 1);
+        }
+        // Who wants more waits for it, and has given back what it had.
+        clears.told.send(()).unwrap();
+        wide.told.send(()).unwrap();
+        assert_eq!(has(&wide), 2);
+        end(small);
+        none(&clears);
+        end(wide);
+        assert_eq!(has(&clears), WHOLE);
+        // Small enough for what is free, but not its turn.
+        none(&alone);
+        none(&after);
+        end(clears);
+        assert_eq!(has(&alone), WHOLE);
+        none(&after);
+        end(alone);
+        assert_eq!(has(&after), 1);
+        end(after);
+    }
+}

@@ -52,51 +52,56 @@ pub struct Ground {
 impl Ground {
     /// Beside other stories.
     pub fn shared() -> Self {
-        Self::with(1)
-    }
-
-    /// Beside one other story.
-    pub fn roomy() -> Self {
-        Self::with(room::WHOLE - 1)
+        Self::with_operator(1)
     }
 
     /// While no other story goes on. Who disturbs the operator, or measures, is alone: it is the operator of all.
     pub fn alone() -> Self {
-        Self::with(room::WHOLE)
+        Self::with_operator(room::WHOLE)
     }
 
-    /// From now on no other story goes on, as if it had begun [alone](Self::alone). What is there already stays.
+    /// From now on beside one other story. What is deployed already stays while this waits.
+    pub fn widen(&self) {
+        self.resize(room::WHOLE - 1);
+    }
+
+    /// From now on no other story goes on, as if this had begun [alone](Self::alone). What is deployed already stays while it
+    /// waits.
     pub fn clear(&self) {
-        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
-        place.resize(room::WHOLE);
+        self.resize(room::WHOLE);
     }
 
     /// While no other story goes on, and without the operator of all namespaces: for several operators that each look after
     /// one.
     pub fn without_operator() -> Self {
         // What it has brought for the whole cluster stays.
-        let ground = Self::alone();
+        let ground = Self::of(room::WHOLE);
         Operator::of_all().uninstall(&ground.session).unwrap();
         ground
     }
 
-    fn with(room: usize) -> Self {
+    fn with_operator(room: usize) -> Self {
+        let ground = Self::of(room);
+        // A story before this one may have done without.
+        install(&ground.session, &ground.images);
+        ground
+    }
+
+    fn of(room: usize) -> Self {
         let queued = Queued::here();
         let session = Session::from_environment().unwrap();
         let images = Images::from_environment().unwrap();
-        let install = || {
-            let _one_at_a_time = Self::installation();
-            operator::install(&session, &images).unwrap();
-        };
-        FIRST.call_once(install);
-        let place = queued.place(room);
-        // A story before this one may have done without.
-        install();
+        FIRST.call_once(|| install(&session, &images));
         Self {
             session,
             images,
-            place: Mutex::new(place),
+            place: Mutex::new(queued.place(room)),
         }
+    }
+
+    fn resize(&self, room: usize) {
+        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        place.resize(room);
     }
 
     /// For whoever installs the operator.
@@ -125,6 +130,11 @@ impl Ground {
         story.told.course(&RELEASED);
         story
     }
+}
+
+fn install(session: &Session, images: &Images) {
+    let _one_at_a_time = Ground::installation();
+    operator::install(session, images).unwrap();
 }
 
 /// An exchange, and what is declared of it.

@@ -41,6 +41,8 @@ use testbed::{
 /// Requests a second: two cores keep up with the cases that run side by side. With twice as many a slower machine once had
 /// requests wait in vain for a connection to PostgreSQL (3 s), which is refusing for want of capacity, and no matter of a swap.
 const RATE: u32 = 20;
+/// For so many requests a second there is a connection of each protocol to each service.
+const EACH_CARRIES: u32 = 10;
 /// For each of two exchanges that are released at once: together they ask for as much as another case does.
 const RATE_OF_TWO: u32 = RATE / 2;
 /// Of each protocol to each service, with that rate: with twice as many a connection rests for longer than a drain may last, and is
@@ -98,9 +100,11 @@ impl<'a> Trading<'a> {
         }
     }
 
-    /// Clients of which none idles: case 1 has those, and an old stack waits for them for as long as they do.
+    /// Clients of which none idles: case 1 has those, and an old stack waits for them for as long as they do. So it does for
+    /// connections that have little to carry.
     fn start_load(&mut self, rate: u32) {
-        self.load = Some(self.exchange.start_clients(rate, 4, 0).unwrap());
+        let connections = u16::try_from(rate / EACH_CARRIES).unwrap();
+        self.load = Some(self.exchange.start_clients(rate, connections, 0).unwrap());
     }
 
     /// Ends the clients: nothing may have failed, nothing be lost.
@@ -971,9 +975,10 @@ mod abreast {
     #[ignore = "needs a cluster: make e2e"]
     fn case_1_releases_back_and_forth() {
         let releases: usize = std::env::var("RELEASES").map_or(5, |count| count.parse().unwrap());
-        let ground = Ground::roomy();
+        let ground = Ground::shared();
         let namespace = case(&ground, 1, "releases");
         let mut trading = Trading::deploy(&ground, &namespace, |exchange| declaration(exchange, "1.0.0"));
+        ground.widen();
         trading.load = Some(trading.exchange.start_load(FULL_RATE).unwrap());
         let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
         trading.trade(500);
