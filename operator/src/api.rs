@@ -78,11 +78,11 @@ pub const GROUP: &str = "exchange.dev";
         .message("metadata.name must be at most 40 characters: lower-case letters, digits and '-', starting with a letter and not ending with '-'"),
     validation = Rule::new("!self.metadata.name.endsWith('-blue') && !self.metadata.name.endsWith('-green')")
         .message("metadata.name must not end in -blue or -green: the operator adds the colour to it to name the services of a stack"),
-    validation = Rule::new("!has(oldSelf.status) || (!has(oldSelf.status.live) && (!has(oldSelf.status.phase) || oldSelf.status.phase != 'Promoting')) || self.spec.database.secretRef == oldSelf.spec.database.secretRef")
+    validation = Rule::new("!has(oldSelf.status) || (!has(oldSelf.status.live) && (!has(oldSelf.status.phase) || !(oldSelf.status.phase in ['Promoting', 'RollingBack']))) || self.spec.database.secretRef == oldSelf.spec.database.secretRef")
         .message("spec.database.secretRef cannot be changed while an exchange is live: change the content of the Secret to rotate a password, or create another ExchangeDeployment for another database"),
-    validation = Rule::new("!has(oldSelf.status) || (!has(oldSelf.status.live) && (!has(oldSelf.status.phase) || oldSelf.status.phase != 'Promoting')) || self.spec.queue.secretRef == oldSelf.spec.queue.secretRef")
+    validation = Rule::new("!has(oldSelf.status) || (!has(oldSelf.status.live) && (!has(oldSelf.status.phase) || !(oldSelf.status.phase in ['Promoting', 'RollingBack']))) || self.spec.queue.secretRef == oldSelf.spec.queue.secretRef")
         .message("spec.queue.secretRef cannot be changed while an exchange is live: change the content of the Secret instead"),
-    validation = Rule::new("!has(oldSelf.status) || (!has(oldSelf.status.live) && (!has(oldSelf.status.phase) || oldSelf.status.phase != 'Promoting')) || self.spec.marketData.secretRef == oldSelf.spec.marketData.secretRef")
+    validation = Rule::new("!has(oldSelf.status) || (!has(oldSelf.status.live) && (!has(oldSelf.status.phase) || !(oldSelf.status.phase in ['Promoting', 'RollingBack']))) || self.spec.marketData.secretRef == oldSelf.spec.marketData.secretRef")
         .message("spec.marketData.secretRef cannot be changed while an exchange is live: change the content of the Secret instead"),
 )]
 pub struct ExchangeDeploymentSpec {

@@ -98,9 +98,6 @@ impl Remembered {
     /// Keeps for the next look what could not be written, and whether it was a live Service.
     fn refuse(&mut self, error: &Error, traffic: bool) {
         let memory = &mut self.memory;
-        if let Error::Taken { kind, name } = error {
-            memory.taken.push(((**kind).clone(), name.clone()));
-        }
         let refused = error.refusal().map(|why| Refused { why, traffic });
         // What passes by itself may be told in other words each time, which would be a record each time.
         let about = |it: &Refused| it.why.split(": ").next().map(ToOwned::to_owned);
@@ -234,6 +231,9 @@ impl Context {
                 }
                 // The rest is looked at anew, and what was refused before it is told.
                 break;
+            }
+            if let Error::Taken { kind, name } = &error {
+                remembered.memory.taken.add(kind, name);
             }
             failed.push(action);
             refused.get_or_insert_with(|| (error, action.is_about_traffic()));

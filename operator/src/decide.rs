@@ -221,8 +221,11 @@ impl Turn<'_> {
     }
 
     pub(crate) fn rejects(&self, declared: &Declared) -> bool {
+        let live = self.next.live.as_ref().map(|live| &live.stack);
         self.next.rejected.as_ref().is_some_and(|rejected| {
             rejected.stack.revision == declared.revision
+                // In another colour it is live.
+                && !(self.reached(declared) && live != Some(&rejected.stack))
                 // Of what was adopted nobody knows the gates.
                 && (rejected.gates.is_empty() || declared.has_gates(&rejected.gates))
                 && self
@@ -318,8 +321,8 @@ impl Turn<'_> {
             abort,
             rollback,
             retry,
+            pause,
             by,
-            ..
         } = &self.seen.requests;
         let asked = &mut self.next.asked;
         let mut news: Vec<_> = [
@@ -327,12 +330,13 @@ impl Turn<'_> {
             (abort, &mut asked.abort),
             (rollback, &mut asked.rollback),
             (retry, &mut asked.retry),
+            (pause, &mut asked.pause),
         ]
         .into_iter()
         .filter(|(heard, asked)| heard.as_ref() != asked.as_ref().map(|it| &it.value))
         .collect();
         // Of several that have come since the last look, whoever wrote last has signed: for all of them, as it would seem.
-        let signed = news.iter().filter(|(heard, _)| heard.is_some()).count() == 1;
+        let signed = news.len() == 1;
         for (heard, asked) in &mut news {
             **asked = heard.clone().map(|value| Request {
                 value,
@@ -389,7 +393,8 @@ impl Turn<'_> {
             let (Some(live), Some(previous)) = (self.next.live.take(), self.next.previous.take()) else {
                 return;
             };
-            self.next.rejected = None;
+            // Somebody who goes back has not asked for what was given up before: that is still declared.
+            let given_up = why.is_some() && self.declared().is_some_and(|it| self.rejects(it));
             let left = self.left(live);
             self.remember(
                 named(&left),
@@ -397,8 +402,11 @@ impl Turn<'_> {
                 why.as_ref().map(|(reason, _)| *reason),
                 by,
             );
-            if let Some((reason, message)) = why {
-                self.reject(left.clone(), reason, message);
+            if !given_up {
+                self.next.rejected = None;
+                if let Some((reason, message)) = why {
+                    self.reject(left.clone(), reason, message);
+                }
             }
             self.next.candidate = Some(left);
             self.next.live = Some(Live {

@@ -175,7 +175,7 @@ impl Turn<'_> {
         let free = live_colour.map_or(Colour::Blue, Colour::other);
         let colour = self.spec.rollout.colour.fixed().unwrap_or(free);
         if live_colour == Some(colour) {
-            self.next.candidate = None;
+            self.drop_unwanted();
             self.enter(Phase::Pending);
             return;
         }
@@ -212,13 +212,7 @@ impl Turn<'_> {
 
     /// What is declared is live; but it may have become so without having been verified.
     pub(crate) fn arrive(&mut self) {
-        if let Some(candidate) = self.next.candidate.take() {
-            self.tell(
-                false,
-                "Reverted",
-                format!("{} is not wanted any more", candidate.version),
-            );
-        }
+        self.drop_unwanted();
         if self.next.live.as_ref().is_some_and(|live| live.verified) {
             return self.enter(Phase::Live);
         }
@@ -229,6 +223,13 @@ impl Turn<'_> {
             live.smoke_passed = false;
         }
         self.enter(Phase::Verifying);
+    }
+
+    fn drop_unwanted(&mut self) {
+        if let Some(candidate) = self.next.candidate.take() {
+            let note = format!("{} is not wanted any more", candidate.version);
+            self.tell(false, "Reverted", note);
+        }
     }
 
     pub(crate) fn begin(&mut self, stack: Stack, gates: String, superseded: Option<&Candidate>) {
@@ -408,7 +409,8 @@ impl Turn<'_> {
         // Somebody may have sent clients there, and what they reach is kept.
         let reached = self.seen.reaches(&previous.stack);
         let needed = phase == Phase::Pending && self.next.candidate.is_some();
-        let settled = matches!(phase, Phase::Live | Phase::Held | Phase::Failed);
+        // Nor is anything under way while the declared colour is in use.
+        let settled = !needed && matches!(phase, Phase::Live | Phase::Held | Phase::Failed | Phase::Pending);
         if previous.state == PreviousState::Retained
             && !stopped
             && !reached

@@ -452,6 +452,9 @@ pub struct Asked {
     /// `exchange.dev/retry`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry: Option<Request>,
+    /// `exchange.dev/pause`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause: Option<Request>,
 }
 
 impl Asked {

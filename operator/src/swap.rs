@@ -96,7 +96,8 @@ impl Turn<'_> {
         let scale = if declared == Some(&candidate.stack.revision) {
             Some(Scale::declared(self.spec))
         } else {
-            old.as_ref().and_then(|old| old.scale.clone())
+            let as_before = || old.as_ref().and_then(|old| old.scale.clone());
+            candidate.scale.clone().or_else(as_before)
         };
         self.next.previous = old.map(|old| self.leaves(old, !forced));
         self.next.live = Some(Live {

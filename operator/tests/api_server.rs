@@ -1471,6 +1471,44 @@ async fn a_child_whose_name_belongs_to_somebody_else_is_told_until_it_is_free() 
     assert_eq!(world.get(&path)["metadata"]["ownerReferences"][0]["uid"], UID);
 }
 
+/// Of what is live each name is tried again, and told once.
+#[tokio::test]
+async fn a_name_that_is_taken_of_what_is_live_is_told_once_and_while_it_is_needed() {
+    let world = World::converged().await;
+    let budgets = world.names("poddisruptionbudgets");
+    for name in &budgets {
+        let own = name.rsplit('/').next().unwrap();
+        let foreign = json!({"metadata": {"name": own, "labels": {"app": "other"}}, "spec": {}});
+        world.server.lock().unwrap().put(name, foreign);
+    }
+    for _ in 0..4 {
+        _ = world.pass().await;
+    }
+    let message = world.condition("Stalled")["message"].clone();
+    assert_eq!(world.condition("Stalled")["reason"], "NameTaken");
+    for name in &budgets {
+        let name = name.rsplit('/').next().unwrap();
+        assert_eq!(message.as_str().unwrap().matches(name).count(), 1, "{message}");
+    }
+    let mut reads = None;
+    for _ in 0..4 {
+        let before = world.server.lock().unwrap().reads;
+        let writes = paths(&world.pass().await.1);
+        let now = world.server.lock().unwrap().reads - before;
+        assert_eq!(*reads.get_or_insert(now), now, "it is looked at once");
+        assert_eq!(writes, ["POST poddisruptionbudgets"; 3]);
+        assert_eq!(world.condition("Stalled")["message"], message);
+    }
+    // Another version needs other names.
+    world.change(OBJECT, |object| {
+        object["spec"]["version"] = json!("2.0.0");
+        object["metadata"]["generation"] = json!(2);
+    });
+    _ = world.pass().await;
+    _ = world.pass().await;
+    assert!(!world.get(OBJECT)["status"]["candidate"].is_null());
+}
+
 #[tokio::test]
 async fn pods_that_a_quota_forbids_are_told() {
     let world = World::new();

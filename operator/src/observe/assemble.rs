@@ -127,7 +127,10 @@ pub(super) fn note_taken(meta: &ObjectMeta, kind: &str, builder: &Builder<'_>, s
     } else {
         &mut seen.taken
     };
-    names.push(format!("{kind}/{}", meta.name.as_deref().unwrap_or_default()));
+    let name = format!("{kind}/{}", meta.name.as_deref().unwrap_or_default());
+    if !names.contains(&name) {
+        names.push(name);
+    }
 }
 
 fn fence(meta: &ObjectMeta) -> Fence {

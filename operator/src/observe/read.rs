@@ -3,7 +3,10 @@
 //! Everything is found by its labels, so that it does not matter who has created it, or when. The object itself is read
 //! last; if it turns out to be another than the one for which the rest was read, the rest is read again.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
 
 use futures::future::try_join_all;
 use k8s_openapi::{
@@ -92,11 +95,11 @@ pub struct Memory {
     /// What could not be written of that which was to be done then.
     pub refused: Option<Refused>,
     /// Names that were needed and belonged to somebody else.
-    pub taken: Vec<(ApiResource, String)>,
+    pub taken: Taken,
     /// Where the counters of pods stood when a verification began.
     pub baselines: Baselines,
-    /// What a migration has said last.
-    pub heard: Option<Heard>,
+    /// What migrations that run have said last, by the uids of their pods.
+    pub heard: HashMap<String, Heard>,
 }
 
 impl Memory {
@@ -107,11 +110,50 @@ impl Memory {
     }
 }
 
+/// Names that belonged to somebody else, each once.
+#[derive(Clone, Debug, Default)]
+pub struct Taken {
+    /// What they were needed for. For something else other names are needed, or none.
+    by: Needs,
+    names: Vec<(ApiResource, String)>,
+}
+
+/// What the names of objects follow from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Needs {
+    generation: Option<i64>,
+    revision: Option<String>,
+    /// What is live, what is the candidate, and the attempt.
+    recorded: (Option<Stack>, Option<Stack>, u32),
+}
+
+impl Taken {
+    /// Another one.
+    pub fn add(&mut self, kind: &ApiResource, name: &str) {
+        if !self.names.iter().any(|(of, it)| of == kind && it == name) {
+            self.names.push((kind.clone(), name.to_owned()));
+        }
+    }
+}
+
+impl Needs {
+    fn of(look: &Look) -> Self {
+        let status = look.object.status.as_ref();
+        Self {
+            generation: look.object.metadata.generation,
+            revision: look.seen.declared.as_ref().ok().map(|it| it.revision.clone()),
+            recorded: (
+                status.and_then(|it| Some(it.live.as_ref()?.stack.clone())),
+                status.and_then(|it| Some(it.candidate.as_ref()?.stack.clone())),
+                status.map_or(0, |it| it.attempt),
+            ),
+        }
+    }
+}
+
 /// What the pod of a migration has said.
 #[derive(Clone, Debug)]
 pub struct Heard {
-    /// Uid of the pod.
-    of: String,
     /// When it was asked last.
     at: Instant,
     /// Its last line that could be read.
@@ -433,11 +475,17 @@ impl Reader {
             look.material.services.insert(name, there);
             see_live(&builder, look.material.services.values(), &mut look.seen);
         }
-        for (kind, name) in std::mem::take(&mut memory.taken) {
+        let needs = Needs::of(look);
+        let known = std::mem::take(&mut memory.taken);
+        memory.taken.by = needs;
+        if known.by != memory.taken.by {
+            return Ok(());
+        }
+        for (kind, name) in known.names {
             let there = self.named(&kind, &namespace, &name).await?;
             if let Some(there) = there.filter(|it| !is_ours(&it.metadata, builder.uid)) {
                 note_taken(&there.metadata, &kind.kind, &builder, &mut look.seen);
-                memory.taken.push((kind, name));
+                memory.taken.add(&kind, &name);
             }
         }
         Ok(())
@@ -495,6 +543,7 @@ impl Reader {
     /// How far a migration is: the last line of its log. A line that cannot be read holds nothing up, and the one before
     /// stands.
     async fn listen_to_migrations(&self, look: &mut Look, children: &Children, memory: &mut Memory) {
+        let mut before = std::mem::take(&mut memory.heard);
         for (job, seen) in &mut look.seen.jobs {
             if !job.kind.migrates() || seen.state != JobState::Running {
                 continue;
@@ -505,12 +554,10 @@ impl Reader {
             let Some((pod, uid)) = running.and_then(|pod| Some((pod, pod.uid()?))) else {
                 continue;
             };
-            let heard = memory.heard.take().filter(|heard| heard.of == uid);
             let recent = |heard: &Heard| heard.at.elapsed() < LISTEN_EVERY;
-            let heard = match heard {
+            let heard = match before.remove(&uid) {
                 Some(heard) if recent(&heard) => heard,
                 before => Heard {
-                    of: uid,
                     at: Instant::now(),
                     said: self
                         .last_line(builder(&look.object).namespace, &pod.name_any())
@@ -519,7 +566,7 @@ impl Reader {
                 },
             };
             seen.progress.clone_from(&heard.said);
-            memory.heard = Some(heard);
+            memory.heard.insert(uid, heard);
         }
     }
 

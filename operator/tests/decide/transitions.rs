@@ -155,6 +155,70 @@ fn roll_back(world: &mut World) {
     world.ask(|requests, names| requests.rollback = names.live);
 }
 
+/// What one does when the present version turns out to be bad while the next one is already waiting.
+#[test]
+fn what_was_given_up_does_not_begin_by_itself_when_what_is_live_is_left() {
+    let mut world = after_a_release();
+    // The next one waits: clients are still on the old stack.
+    let now = world.now;
+    let previous = world.status.previous.as_mut().unwrap();
+    (previous.state, previous.since, previous.idle_since) = (PreviousState::Draining, now, None);
+    world.release(2);
+    world.until(0, Pending);
+    abort(&mut world);
+    world.until(0, Failed);
+    let aborted = world.status.rejected.clone().unwrap();
+    roll_back(&mut world);
+    world.journey = vec![Failed];
+    world.settle(Wakes::Clock).unwrap();
+    assert_eq!(world.journey, [Failed, RollingBack, Held], "{:#?}", world.trace);
+    let rejected = world.status.rejected.clone().unwrap();
+    assert_eq!(
+        (rejected.stack, rejected.reason),
+        (aborted.stack, Reason::Aborted)
+    );
+    // Until somebody asks.
+    world.ask(|requests, names| requests.retry = names.rejected);
+    world.settle(Wakes::Clock).unwrap();
+    assert_eq!(world.status.phase, Live, "{:#?}", world.trace);
+    assert_eq!(world.status.live.unwrap().stack.revision, "r2");
+}
+
+#[test]
+fn what_was_given_up_in_the_other_colour_is_forgotten_where_it_is_live() {
+    let mut world = at(Live);
+    world.release(0);
+    world.settle(Wakes::Clock).unwrap();
+    world.colour(ColourChoice::Green);
+    world.until(0, Testing);
+    abort(&mut world);
+    world.settle(Wakes::Clock).unwrap();
+    assert_eq!(world.status.phase, Failed);
+    world.colour(ColourChoice::Auto);
+    world.settle(Wakes::Clock).unwrap();
+    assert_eq!(world.status.phase, Live, "{:#?}", world.trace);
+    assert_eq!(condition(&world.status, "Ready").status, "True");
+}
+
+/// Retention goes on while nothing can be begun, and what was on its way is told to have gone.
+#[test]
+fn a_colour_in_use_holds_the_old_stack_no_longer_than_declared() {
+    let mut world = at(Testing);
+    world.colour(ColourChoice::Blue);
+    let events = decide(&world.spec, &world.observe(), world.now).events;
+    assert!(events.iter().any(|it| it.reason == "Reverted"), "{events:?}");
+
+    let mut world = after_a_release();
+    world.colour(ColourChoice::Green);
+    world.release(2);
+    world.settle(Wakes::Clock).unwrap();
+    assert_eq!(
+        (world.status.phase, world.status.previous.as_ref()),
+        (Pending, None)
+    );
+    assert!(!world.has("r0"), "{:#?}", world.trace);
+}
+
 /// The deadline passes while an operator looks on, and nothing else happens.
 fn time_passes(world: &mut World) {
     world.finish(0);
@@ -1431,6 +1495,16 @@ fn autoscaling_that_came_with_a_release_waits_for_its_promotion() {
     world.release(2);
     world.settle(Wakes::Clock).unwrap();
     assert!(autoscaler(&world), "it is live with what it came with");
+    // So it is with one that is swapped while a newer one is declared already.
+    let mut superseded = at(Live);
+    superseded.release(0);
+    superseded.autoscale(true);
+    superseded.release(2);
+    superseded.until(0, Promoting);
+    superseded.release(5);
+    superseded.settle(Wakes::Clock).unwrap();
+    assert_eq!(superseded.status.phase, Failed);
+    assert!(autoscaler(&superseded), "{:#?}", superseded.trace);
     // What comes back has what it had.
     world.autoscale(false);
     world.release(6);
@@ -2435,6 +2509,21 @@ fn history_names_who_approved_and_who_tried_again() {
     });
     world.settle(Wakes::Clock).unwrap();
     assert_eq!(by(&world, Outcome::Failed), "unverified");
+    // To pause is something to sign, too, and to go on again.
+    for paused in [true, false] {
+        let mut world = at(AwaitingPromotion);
+        if !paused {
+            world.ask(|requests, names| requests.pause = names.candidate);
+            world.settle(Wakes::Clock).unwrap();
+        }
+        world.ask(|requests, names| {
+            requests.abort.clone_from(&names.candidate);
+            requests.by = Some("alice".to_owned());
+            requests.pause = names.candidate.filter(|_| paused);
+        });
+        world.settle(Wakes::Clock).unwrap();
+        assert_eq!(by(&world, Outcome::Failed), "unverified");
+    }
 
     let mut world = releasing(5, Failed);
     assert_eq!(by(&world, Outcome::Promoted), "operator");

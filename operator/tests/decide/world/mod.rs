@@ -825,10 +825,12 @@ impl World {
         if self.status.live.is_some() || self.status.epoch > 0 {
             self.orphaned = false;
         }
-        if new.rejected.is_some() && new.rejected != old.rejected {
-            self.given_up = self.declarations;
-        }
-        if let (Some(was), None) = (&old.rejected, &new.rejected)
+        // What is forgotten for the sake of another one begins as soon as that one has had its turn.
+        if let Some(was) = &old.rejected
+            && new
+                .rejected
+                .as_ref()
+                .is_none_or(|now| now.stack.revision != was.stack.revision)
             && matches!(old.phase, Phase::Failed | Phase::Held)
             && was.stack.revision == self.revision
             && self
@@ -838,12 +840,22 @@ impl World {
                 .fixed()
                 .is_none_or(|colour| colour == was.stack.colour)
             && self.given_up == self.declarations
+            // In the other colour it may be live.
+            && new.live.as_ref().is_none_or(|live| {
+                let fixed = self.spec.rollout.colour.fixed();
+                live.stack == was.stack
+                    || live.stack.revision != self.revision
+                    || fixed.is_some_and(|colour| colour != live.stack.colour)
+            })
             && self.requests.retry != Some(token(&was.stack, was.attempt))
         {
             return Err(format!(
                 "P3: {} was given up and is tried again by itself",
                 was.stack
             ));
+        }
+        if new.rejected.is_some() && new.rejected != old.rejected {
+            self.given_up = self.declarations;
         }
         if new.phase == Phase::RollingBack
             && old
