@@ -561,7 +561,9 @@ type Jobs = Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Job>>>;
 async fn work(run: Arc<Run>, link: Arc<Link>, jobs: Jobs, idles: bool) {
     loop {
         let job = jobs.lock().await.recv().await;
-        let Some(job) = job else { return };
+        let Some(job) = job else {
+            return link.end().await;
+        };
         run.carry_out(&link, job, idles).await;
         if idles {
             sleep(Duration::from_millis(rand::random_range(2_000..8_000))).await;
@@ -679,24 +681,49 @@ async fn gather(
     }
     if let Some(url) = args.database_url.as_ref().filter(|_| !args.no_ledger) {
         let lane = args.lane.clone().unwrap_or_else(Lane::live);
-        let audited = audit_ledger(url, &lane).await;
+        let orders = evidence.traders.iter().flat_map(|it| &it.acknowledged.orders);
+        let orders: Vec<&str> = orders.map(String::as_str).collect();
+        let audited = audit_ledger(url, &lane, &orders).await;
         evidence.ledger = Some(audited.context("the ledger's own audit failed")?);
     }
     Ok(())
 }
 
-/// What the ledger's own audit finds.
-async fn audit_ledger(url: &SecretString, lane: &Lane) -> Result<Vec<String>, sqlx::Error> {
+/// What the ledger's own audit finds, and what clients cannot see: orders that were acknowledged and are gone, users who were
+/// told of a release twice, and events that have not come to all who consume them.
+const PROBLEMS: &str = "
+    select problem || ': ' || subject from audit_ledger_v1($1)
+    union all
+    select 'order was acknowledged and is gone: ' || id from unnest($2) as id
+    where not exists (select from orders where orders.id = id::uuid)
+    union all
+    select 'user was told of a release more than once: ' || user_id from notifications
+    where lane = $1 and kind = 'release' group by user_id, data ->> 'revision' having count(*) > 1";
+const UNDER_WAY: &str = "select count(*) from outbox where lane = $1 and done_at is null";
+
+/// What the database knows of the lane. Waits for events that are under way.
+async fn audit_ledger(url: &SecretString, lane: &Lane, orders: &[&str]) -> Result<Vec<String>, sqlx::Error> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let audited = async {
             let db = sqlx::PgPool::connect(url.expose_secret()).await?;
-            let problems = sqlx::query_scalar("select problem || ': ' || subject from audit_ledger_v1($1)");
-            problems.bind(lane).fetch_all(&db).await
+            let under_way: i64 = sqlx::query_scalar(UNDER_WAY).bind(lane).fetch_one(&db).await?;
+            let problems = sqlx::query_scalar(PROBLEMS).bind(lane).bind(orders);
+            Ok((under_way, problems.fetch_all(&db).await?))
         };
+        let in_time = Instant::now() < deadline;
         match audited.await {
-            Err(error) if db::is_unavailable(&error) && Instant::now() < deadline => sleep(RETRY).await,
-            result => return result,
+            Err(error) if db::is_unavailable(&error) && in_time => sleep(RETRY).await,
+            Ok((1.., _)) if in_time => sleep(RETRY).await,
+            Ok((under_way, mut problems)) => {
+                if under_way > 0 {
+                    problems.push(format!(
+                        "{under_way} events have not come to all who consume them"
+                    ));
+                }
+                return Ok(problems);
+            }
+            Err(error) => return Err(error),
         }
     }
 }

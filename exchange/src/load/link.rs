@@ -364,6 +364,15 @@ impl Link {
         None
     }
 
+    /// No more requests: what has become of the connection since the last one counts, too.
+    pub(crate) async fn end(&self) {
+        match self.sender.lock().await.take() {
+            Some(Sender::Http1(sender, _)) if sender.is_closed() => self.closed_without_notice(),
+            Some(Sender::Http2(kept)) => drop(self.still_open(&kept)),
+            _ => {}
+        }
+    }
+
     /// A connection is only kept after an answer that did not announce its end.
     fn closed_without_notice(&self) {
         self.events.closed_without_notice.fetch_add(1, Ordering::Relaxed);
@@ -611,7 +620,12 @@ mod tests {
     #[tokio::test]
     async fn a_connection_that_ends_idle_has_to_be_announced() {
         for protocol in [Protocol::Http1, Protocol::Http2] {
-            for (announces, expected) in [(true, 0), (false, 1)] {
+            for (announces, expected, is_last) in [
+                (true, 0, false),
+                (false, 1, false),
+                (true, 0, true),
+                (false, 1, true),
+            ] {
                 let (events, part) = (Arc::new(Events::default()), Arc::new(Notify::new()));
                 let authority = server(protocol, announces, Arc::clone(&part)).await;
                 let link = Link::new(authority.clone(), protocol, Arc::clone(&events));
@@ -624,18 +638,22 @@ mod tests {
                 while !has_ended(&link).await {
                     sleep(Duration::from_millis(1)).await;
                 }
-                let again = link.send(&request).await;
-                assert!(
-                    again.is_ok(),
-                    "{protocol:?}, announced: {announces}: {:?}",
-                    again.err()
-                );
+                if is_last {
+                    link.end().await;
+                } else {
+                    let again = link.send(&request).await;
+                    assert!(
+                        again.is_ok(),
+                        "{protocol:?}, announced: {announces}: {:?}",
+                        again.err()
+                    );
+                }
                 let closed = events.closed_without_notice.load(Ordering::Relaxed);
                 let connects = events.connects.load(Ordering::Relaxed);
                 assert_eq!(
                     (closed, connects),
-                    (expected, 2),
-                    "{protocol:?}, announced: {announces}"
+                    (expected, if is_last { 1 } else { 2 }),
+                    "{protocol:?}, announced: {announces}, last: {is_last}"
                 );
             }
         }

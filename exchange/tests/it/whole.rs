@@ -640,6 +640,51 @@ async fn the_load_test_finds_a_trade_that_nobody_was_told_of() {
     );
 }
 
+/// As a database would leave it that has forgotten what it had acknowledged, and a service that tells everybody twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_load_test_finds_what_only_the_database_knows() {
+    let stores = Stores::start().await;
+    let stack = Stack::start(&stores, &["--role", "live"]).await;
+    let (mut flags, _treasury) = treasury(&stores, &stack.user).await;
+    flags.extend(["--rate", "30", "--duration", "6s", "--traders", "2"].map(str::to_owned));
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let meanwhile = async {
+        let mut owner = stores.owner.acquire().await.unwrap();
+        let (order, user): (Uuid, Uuid) = eventually("an order is filled", || async {
+            sqlx::query_as("select id, user_id from orders where status = 'filled' limit 1")
+                .fetch_optional(&stores.owner)
+                .await
+                .unwrap()
+        })
+        .await;
+        for damage in [
+            "set session_replication_role = replica".to_owned(),
+            format!("delete from orders where id = '{order}'"),
+            format!(
+                "insert into notifications (user_id, seq, lane, kind, title, data)
+                 select '{user}', 1000000 + n, 'live', 'release', 'twice', '{{\"revision\": \"abc\"}}'
+                 from generate_series(1, 2) as n"
+            ),
+            "reset session_replication_role".to_owned(),
+        ] {
+            sqlx::query(sqlx::AssertSqlSafe(damage))
+                .execute(&mut *owner)
+                .await
+                .unwrap();
+        }
+        (order, user)
+    };
+    let (output, (order, user)) = tokio::join!(stack.run("load", &flags), meanwhile);
+    let said = text(&output);
+    assert!(!output.status.success(), "{said}");
+    for finding in [
+        format!("order was acknowledged and is gone: {order}"),
+        format!("user was told of a release more than once: {user}"),
+    ] {
+        assert!(said.contains(&finding), "{finding}: {said}");
+    }
+}
+
 /// An audit that cannot be made takes nothing along of what the load has seen.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_load_test_tells_what_it_knows_and_does_not_call_it_ok() {
