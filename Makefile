@@ -216,14 +216,14 @@ else
 endif
 
 .PHONY: images
-images: deps $(TESTBED) ## Build the images and load them into the test cluster
+images: deps $(TESTBED) ## Build the images and load them into the test cluster; RELEASE=2.0.1 makes one more of the exchange
 ifeq ($(CLUSTER),existing)
 	@echo "CLUSTER=existing: build and push with docker, as the Dockerfile says; see docs/architecture.md, Images"
 	cargo build --workspace --locked --bins
 else
 	@$(TESTBED) status >/dev/null
 	cargo build --workspace --profile $(PROFILE) --locked --bins
-	archives=$$($(TESTBED) images --binaries $(BINARIES) --tag $(TAG)) && $(TESTBED) load $$archives
+	archives=$$($(TESTBED) images --binaries $(BINARIES) --tag $(TAG) $(RELEASE:%=--release %)) && $(TESTBED) load $$archives
 endif
 
 .PHONY: crds

@@ -10,7 +10,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::statvfs::statvfs;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -145,8 +145,22 @@ const RELEASES: [(&str, &str, Option<&str>); 7] = [
 /// there, made of the same, is not built again.
 ///
 /// # Errors
-/// If a binary is missing or an image cannot be built.
-pub fn services(tools: &Tools, repository: &Path, binaries: &Path, tag: &str) -> Result<Vec<Archive>> {
+/// If a binary is missing or an image cannot be built, or if `own`, one more release, has the tag of another.
+pub fn services(
+    tools: &Tools,
+    repository: &Path,
+    binaries: &Path,
+    tag: &str,
+    own: Option<&str>,
+) -> Result<Vec<Archive>> {
+    let others = || RELEASES.iter().map(|(version, ..)| *version).chain([tag]);
+    if let Some(own) = own.filter(|own| others().any(|it| it == *own)) {
+        bail!("RELEASE={own}: there is an image of this version already, take another");
+    }
+    let releases: Vec<_> = RELEASES
+        .into_iter()
+        .chain(own.map(|own| (own, "exchange-2", None)))
+        .collect();
     // Alone: another build would find half a binary in `dist`, and the cleaning at the end would take its unnamed stages.
     let _lock = lock_images(&cache_dir()?.join("images"))?;
     let out = built_in(repository);
@@ -178,7 +192,7 @@ pub fn services(tools: &Tools, repository: &Path, binaries: &Path, tag: &str) ->
     let base = format!("BASE={}", base_image(tools.dir())?);
     let common = ["--build-arg", &base, "--build-arg", "BINARIES=prebuilt"];
     let mut archives = Vec::new();
-    let all = 1 + TARGETS.len() + RELEASES.len();
+    let all = 1 + TARGETS.len() + releases.len();
     // The image's name and tag, its Dockerfile, the context and the binary that goes into it, arguments of its build.
     let mut make = |name: &str, tag: &str, file: &Path, context: &Path, binary: &str, args: &[&str]| {
         let image = format!("{PREFIX}/{name}:{tag}");
@@ -210,7 +224,7 @@ pub fn services(tools: &Tools, repository: &Path, binaries: &Path, tag: &str) ->
         };
         make(target, tag, &root, repository, binary, &["--target", target])?;
     }
-    for (version, binary, fault) in RELEASES {
+    for (version, binary, fault) in releases {
         let target = fault.map_or("exchange", |_| "exchange-faulty");
         let arguments = [
             format!("BINARY={binary}"),

@@ -85,6 +85,9 @@ enum Action {
         /// The tag of the exchange's and the operator's images.
         #[arg(long, default_value = "dev")]
         tag: String,
+        /// One more release of the exchange, under this tag, of what the sources of version 2 are now.
+        #[arg(long)]
+        release: Option<String>,
     },
     /// Show a release, a failed one and a rollback, under load, on the cluster.
     Demo {
@@ -195,6 +198,7 @@ fn act(cluster: Cluster, action: &Action) -> Result<()> {
             repository,
             binaries,
             tag,
+            release,
         } => {
             let tools = Tools::ensure()?;
             let mut archives = vec![images::helper(&tools)?];
@@ -205,6 +209,7 @@ fn act(cluster: Cluster, action: &Action) -> Result<()> {
                     &repository.canonicalize()?,
                     binaries,
                     tag,
+                    release.as_deref(),
                 )?);
             }
             archives
