@@ -61,7 +61,7 @@ impl Ground {
     }
 
     /// From now on beside one other story. What is deployed already stays while this waits.
-    pub fn widen(&self) {
+    pub fn beside_one(&self) {
         self.resize(room::WHOLE - 1);
     }
 
@@ -71,12 +71,18 @@ impl Ground {
         self.resize(room::WHOLE);
     }
 
-    /// While no other story goes on, and without the operator of all namespaces: for several operators that each look after
-    /// one.
+    /// Beside other stories, whether the operator is there or not.
+    pub fn any() -> Self {
+        Self::of(1)
+    }
+
+    /// While no other story goes on but one that [does not need it](Self::any), without the operator of all namespaces: for
+    /// several operators that each look after one.
     pub fn without_operator() -> Self {
         // What it has brought for the whole cluster stays.
         let ground = Self::of(room::WHOLE);
         Operator::of_all().uninstall(&ground.session).unwrap();
+        ground.beside_one();
         ground
     }
 

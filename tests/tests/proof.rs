@@ -750,88 +750,6 @@ fn serving(ground: &Ground, namespace: &Namespace<'_>, revision: &str, service: 
     ready.split_whitespace().filter(|ready| *ready == "true").count()
 }
 
-/// No promise of ours: what the same images lose without the operator, for comparison.
-#[test]
-#[ignore = "needs a cluster: make e2e"]
-fn case_9_a_rolling_update_for_comparison() {
-    let ground = Ground::shared();
-    let namespace = case(&ground, 9, "rolling");
-    let exchange = Exchange::install(&ground.session, &namespace.name, &ground.images).unwrap();
-    let plain = |file: &str, version: &str| {
-        let path = format!("{}/../examples/plain/{file}.yaml", env!("CARGO_MANIFEST_DIR"));
-        let manifest = std::fs::read_to_string(path).unwrap();
-        let image = format!("{}/exchange:{version}", ground.images.prefix);
-        let manifest = manifest.replace("ghcr.io/acme/exchange:1.0.0", &image);
-        let manifest = manifest.replace("value: r1", &format!("value: r{}", &version[..1]));
-        // A node of two processors has no room for three pods of what trading should have, beside everything else.
-        let manifest = manifest.replace("cpu: 500m", "cpu: 100m");
-        ground.session.apply_manifest(&namespace.name, &manifest).unwrap();
-    };
-    let release = |version: &str| {
-        let migrated = [
-            "delete",
-            "job",
-            "exchange-expand",
-            "--ignore-not-found",
-            "--wait",
-            "--namespace",
-            &namespace.name,
-        ];
-        ground.session.kubectl(&migrated).unwrap();
-        plain("migrate", version);
-        ground
-            .session
-            .wait(
-                &namespace.name,
-                "job/exchange-expand",
-                "condition=Complete",
-                PATIENCE,
-            )
-            .unwrap();
-        for service in SERVICES {
-            plain(service, version);
-        }
-        for service in SERVICES {
-            let deployment = format!("deployment/exchange-{service}");
-            let status = [
-                "rollout",
-                "status",
-                &deployment,
-                "--timeout=240s",
-                "--namespace",
-                &namespace.name,
-            ];
-            ground.session.kubectl(&status).unwrap();
-        }
-    };
-    plain("settings", "1.0.0");
-    release("1.0.0");
-    exchange.make_treasury().unwrap();
-    // As in the case that most is made of: with connections that idle, too.
-    let load = exchange.start_clients(RATE, 4, 1).unwrap();
-    let trade = |requests: u64| {
-        let goal = load.progress().requests + requests;
-        wait_until("trading", PATIENCE, || load.progress().requests >= goal).unwrap();
-    };
-    trade(100);
-    // Back and forth: an expand leaves the older version at work.
-    for version in ["2.0.0", "1.0.0"] {
-        release(version);
-        trade(150);
-    }
-    let (table, report) = load.end().unwrap();
-    say(&table);
-    let mut figures = Figures::default();
-    figures.add_report(&report);
-    figures.note(&namespace);
-    namespace.note("failures", report["summary"]["failures"].clone());
-    namespace.note(
-        "connections_closed_without_notice",
-        report["closed_without_notice"].clone(),
-    );
-    assert_eq!(report["audit"]["findings"], json!([]), "{table}");
-}
-
 /// The longest of those that share the machine: it begins before them, so that none runs on alone for long.
 mod at_first {
     use super::*;
@@ -978,7 +896,7 @@ mod abreast {
         let ground = Ground::shared();
         let namespace = case(&ground, 1, "releases");
         let mut trading = Trading::deploy(&ground, &namespace, |exchange| declaration(exchange, "1.0.0"));
-        ground.widen();
+        ground.beside_one();
         trading.load = Some(trading.exchange.start_load(FULL_RATE).unwrap());
         let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
         trading.trade(500);
@@ -1394,8 +1312,8 @@ mod abreast {
     }
 }
 
-/// A case that does without the operator of all, so that no other one goes on beside it. It comes before those that share the
-/// machine, so that none waits for them later.
+/// A case that does without the operator of all, so that none goes on beside it but the one that never needs it. They come
+/// before those that share the machine, so that none waits for them later.
 mod alone {
     use super::*;
 
@@ -1817,5 +1735,89 @@ mod alone {
             plan.unanswered.len()
         );
         assert_eq!(kills, plan.wanted, "not reached: {:?}", plan.waiting);
+    }
+
+    /// No promise of ours: what the same images lose without the operator, for comparison.
+    #[test]
+    #[ignore = "needs a cluster: make e2e"]
+    fn case_9_a_rolling_update_for_comparison() {
+        let ground = Ground::any();
+        let namespace = case(&ground, 9, "rolling");
+        let exchange = Exchange::install(&ground.session, &namespace.name, &ground.images).unwrap();
+        let plain = |file: &str, version: &str| {
+            let path = format!("{}/../examples/plain/{file}.yaml", env!("CARGO_MANIFEST_DIR"));
+            let manifest = std::fs::read_to_string(path).unwrap();
+            let image = format!("{}/exchange:{version}", ground.images.prefix);
+            let manifest = manifest.replace("ghcr.io/acme/exchange:1.0.0", &image);
+            let manifest = manifest.replace("value: r1", &format!("value: r{}", &version[..1]));
+            // A node of two processors has no room for three pods of what trading should have, beside everything else.
+            let manifest = manifest.replace("cpu: 500m", "cpu: 100m");
+            ground.session.apply_manifest(&namespace.name, &manifest).unwrap();
+        };
+        let release = |version: &str| {
+            let migrated = [
+                "delete",
+                "job",
+                "exchange-expand",
+                "--ignore-not-found",
+                "--wait",
+                "--namespace",
+                &namespace.name,
+            ];
+            ground.session.kubectl(&migrated).unwrap();
+            plain("migrate", version);
+            ground
+                .session
+                .wait(
+                    &namespace.name,
+                    "job/exchange-expand",
+                    "condition=Complete",
+                    PATIENCE,
+                )
+                .unwrap();
+            for service in SERVICES {
+                plain(service, version);
+            }
+            for service in SERVICES {
+                let deployment = format!("deployment/exchange-{service}");
+                let status = [
+                    "rollout",
+                    "status",
+                    &deployment,
+                    "--timeout=240s",
+                    "--namespace",
+                    &namespace.name,
+                ];
+                ground.session.kubectl(&status).unwrap();
+            }
+        };
+        plain("settings", "1.0.0");
+        release("1.0.0");
+        exchange.make_treasury().unwrap();
+        // As in the case that most is made of: with connections that idle, too.
+        let load = exchange.start_clients(RATE, 4, 1).unwrap();
+        let trade = |requests: u64| {
+            let goal = load.progress().requests + requests;
+            wait_until("trading", PATIENCE, || load.progress().requests >= goal).unwrap();
+        };
+        trade(100);
+        // Back and forth: an expand leaves the older version at work.
+        for version in ["2.0.0", "1.0.0"] {
+            release(version);
+            trade(150);
+        }
+        let (table, report) = load.end().unwrap();
+        say(&table);
+        let mut figures = Figures::default();
+        figures.add_report(&report);
+        figures.note(&namespace);
+        namespace.note("failures", report["summary"]["failures"].clone());
+        namespace.note(
+            "connections_closed_without_notice",
+            report["closed_without_notice"].clone(),
+        );
+        assert_eq!(report["audit"]["findings"], json!([]), "{table}");
+        // Whoever comes next needs the operator, which is away until case 4 has ended.
+        ground.clear();
     }
 }
