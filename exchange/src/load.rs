@@ -694,7 +694,7 @@ async fn gather(
 const PROBLEMS: &str = "
     select problem || ': ' || subject from audit_ledger_v1($1)
     union all
-    select 'order was acknowledged and is gone: ' || id from unnest($2) as id
+    select 'order was acknowledged and is gone: ' || id from unnest($2::text[]) as id
     where not exists (select from orders where orders.id = id::uuid)
     union all
     select 'user was told of a release more than once: ' || user_id from notifications
