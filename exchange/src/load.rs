@@ -690,26 +690,27 @@ async fn gather(
 }
 
 /// What the ledger's own audit finds, and what clients cannot see: orders that were acknowledged and are gone, users who were
-/// told of a release twice, and events that have not come to all who consume them.
-const PROBLEMS: &str = "
-    select problem || ': ' || subject from audit_ledger_v1($1)
-    union all
-    select 'order was acknowledged and is gone: ' || id from unnest($2::text[]) as id
-    where not exists (select from orders where orders.id = id::uuid)
-    union all
-    select 'user was told of a release more than once: ' || user_id from notifications
-    where lane = $1 and kind = 'release' group by user_id, data ->> 'revision' having count(*) > 1";
-const UNDER_WAY: &str = "select count(*) from outbox where lane = $1 and done_at is null";
-
-/// What the database knows of the lane. Waits for events that are under way.
+/// told of a release twice, and events that have not come to all who consume them. Waits for those that are under way.
 async fn audit_ledger(url: &SecretString, lane: &Lane, orders: &[&str]) -> Result<Vec<String>, sqlx::Error> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let audited = async {
             let db = sqlx::PgPool::connect(url.expose_secret()).await?;
-            let under_way: i64 = sqlx::query_scalar(UNDER_WAY).bind(lane).fetch_one(&db).await?;
-            let problems = sqlx::query_scalar(PROBLEMS).bind(lane).bind(orders);
-            Ok((under_way, problems.fetch_all(&db).await?))
+            let under_way: i64 =
+                sqlx::query_scalar("select count(*) from outbox where lane = $1 and done_at is null")
+                    .bind(lane)
+                    .fetch_one(&db)
+                    .await?;
+            let problems = sqlx::query_scalar(
+                "select problem || ': ' || subject from audit_ledger_v1($1)
+                 union all
+                 select 'order was acknowledged and is gone: ' || known.id from unnest($2::text[]) as known (id)
+                 where not exists (select from orders where orders.id = known.id::uuid)
+                 union all
+                 select 'user was told of a release more than once: ' || user_id from notifications
+                 where lane = $1 and kind = 'release' group by user_id, data ->> 'revision' having count(*) > 1",
+            );
+            Ok((under_way, problems.bind(lane).bind(orders).fetch_all(&db).await?))
         };
         let in_time = Instant::now() < deadline;
         match audited.await {

@@ -662,7 +662,7 @@ async fn the_load_test_finds_what_only_the_database_knows() {
             format!("delete from orders where id = '{order}'"),
             format!(
                 "insert into notifications (user_id, seq, lane, kind, title, data)
-                 select '{user}', 1000000 + n, 'live', 'release', 'twice', '{{\"revision\": \"abc\"}}'
+                 select '{user}', -n, 'live', 'release', 'twice', '{{\"revision\": \"abc\"}}'
                  from generate_series(1, 2) as n"
             ),
             "reset session_replication_role".to_owned(),
