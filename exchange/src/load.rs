@@ -694,6 +694,7 @@ async fn gather(
 async fn audit_ledger(url: &SecretString, lane: &Lane, orders: &[&str]) -> Result<Vec<String>, sqlx::Error> {
     let deadline = Instant::now() + PATIENCE;
     loop {
+        let in_time = Instant::now() < deadline;
         let audited = async {
             let db = sqlx::PgPool::connect(url.expose_secret()).await?;
             let under_way: i64 =
@@ -701,6 +702,9 @@ async fn audit_ledger(url: &SecretString, lane: &Lane, orders: &[&str]) -> Resul
                     .bind(lane)
                     .fetch_one(&db)
                     .await?;
+            if under_way > 0 && in_time {
+                return Ok(None);
+            }
             let problems = sqlx::query_scalar(
                 "select problem || ': ' || subject from audit_ledger_v1($1)
                  union all
@@ -710,21 +714,17 @@ async fn audit_ledger(url: &SecretString, lane: &Lane, orders: &[&str]) -> Resul
                  select 'user was told of a release more than once: ' || user_id from notifications
                  where lane = $1 and kind = 'release' group by user_id, data ->> 'revision' having count(*) > 1",
             );
-            Ok((under_way, problems.bind(lane).bind(orders).fetch_all(&db).await?))
-        };
-        let in_time = Instant::now() < deadline;
-        match audited.await {
-            Err(error) if db::is_unavailable(&error) && in_time => sleep(RETRY).await,
-            Ok((1.., _)) if in_time => sleep(RETRY).await,
-            Ok((under_way, mut problems)) => {
-                if under_way > 0 {
-                    problems.push(format!(
-                        "{under_way} events have not come to all who consume them"
-                    ));
-                }
-                return Ok(problems);
+            let mut problems: Vec<String> = problems.bind(lane).bind(orders).fetch_all(&db).await?;
+            if under_way > 0 {
+                let problem = format!("{under_way} events have not come to all who consume them");
+                problems.push(problem);
             }
-            Err(error) => return Err(error),
+            Ok(Some(problems))
+        };
+        match audited.await {
+            Ok(Some(problems)) => return Ok(problems),
+            Err(error) if !(db::is_unavailable(&error) && in_time) => return Err(error),
+            _ => sleep(RETRY).await,
         }
     }
 }
