@@ -225,7 +225,8 @@ impl Turn<'_> {
         if let Some(candidate) = &self.next.candidate {
             match self.next.phase {
                 Phase::Migrating => run(JobKind::Expand, &candidate.stack, candidate.attempt),
-                Phase::Testing => self
+                // While some of its pods are others, nobody knows which of them would be tested.
+                Phase::Testing if self.ready(&candidate.stack) => self
                     .tests()
                     .for_each(|kind| run(kind, &candidate.stack, candidate.attempt)),
                 _ => {}

@@ -35,13 +35,13 @@ use crate::{
     guard,
     metrics::Metrics,
     observe::{
-        Fence, Job, Part, as_rendered,
+        Fence, Job, JobKind, Part, as_rendered,
         intact::OF_NODE,
         is_nobodys, is_ours,
         read::{Look, Reader, builder, selector},
     },
     plan::Action,
-    resources::{ATTEMPT, COLOUR, MANAGER, REVISION},
+    resources::{ATTEMPT, COLOUR, MANAGER, REVISION, TEMPLATES},
     revision::{Source, hex},
     status::{ExchangeDeploymentStatus as Status, Stack},
 };
@@ -239,7 +239,14 @@ impl Writer {
         let rendered = look.material.rendered.get(&job.stack);
         let database = look.material.database.as_deref();
         let object = builder.job(&look.object.spec, rendered, job, database);
-        let object = object.ok_or_else(|| Error::Lost(job.stack.clone()))?;
+        let mut object = object.ok_or_else(|| Error::Lost(job.stack.clone()))?;
+        if let (JobKind::Smoke | JobKind::Test(_), Some(stack)) =
+            (&job.kind, look.seen.stacks.get(&job.stack))
+            && let Some(Value::Object(metadata)) = object.get_mut("metadata")
+        {
+            // Its verdict is about these pods, and counts for no others.
+            metadata.insert("annotations".to_owned(), json!({TEMPLATES: stack.templates()}));
+        }
         self.create::<BatchJob>(look, object).await
     }
 
@@ -341,6 +348,9 @@ impl Writer {
             for field in OF_NODE {
                 pod.entry(field).or_insert(Value::Null);
             }
+        }
+        if let Some(Value::Object(spec)) = object.get_mut("spec") {
+            spec.insert("paused".to_owned(), Value::Null);
         }
         let written = self.merged(&kind(Part::Workload), look, &name, &object).await?;
         as_built(&written, &object, "Deployment")

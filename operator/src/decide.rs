@@ -15,7 +15,7 @@ use kube::core::Duration;
 
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
-    observe::{Declared, Job, JobKind, JobState, Observed, Part, Requests, StackSeen},
+    observe::{Declared, Job, JobKind, JobSeen, JobState, Observed, Part, Requests, StackSeen},
     plan::{AT_LEAST_EVERY, Event, Plan},
     release::Found,
     status::{
@@ -110,7 +110,15 @@ impl Turn<'_> {
                     .as_ref()
                     .map(|live| token(&live.stack, live.attempt))
             });
-        meant.is_some() && meant == self.seen.requests.pause
+        // Who has paused it and goes back from it does not want what is declared next to begin by that.
+        let left = self
+            .next
+            .rejected
+            .as_ref()
+            .filter(|_| self.next.phase == Phase::Held);
+        let left = left.map(|left| token(&left.stack, left.attempt));
+        let asked = &self.seen.requests.pause;
+        asked.is_some() && (*asked == meant || *asked == left)
     }
 
     pub(crate) fn stopped(&self) -> bool {
@@ -192,15 +200,16 @@ impl Turn<'_> {
         self.seen.stacks.get(stack)
     }
 
+    pub(crate) fn job(&self, kind: JobKind, stack: &Stack, attempt: u32) -> Option<&JobSeen> {
+        self.seen.jobs.get(&Job {
+            kind,
+            stack: stack.clone(),
+            attempt,
+        })
+    }
+
     pub(crate) fn state(&self, kind: JobKind, stack: &Stack, attempt: u32) -> Option<&JobState> {
-        self.seen
-            .jobs
-            .get(&Job {
-                kind,
-                stack: stack.clone(),
-                attempt,
-            })
-            .map(|job| &job.state)
+        self.job(kind, stack, attempt).map(|job| &job.state)
     }
 
     pub(crate) fn declared(&self) -> Option<&Declared> {
@@ -261,6 +270,7 @@ impl Turn<'_> {
                     let parts = seen.service(*service).map(|seen| &seen.parts);
                     let intact = |part| parts.and_then(|it| it.get(&part)).is_some_and(|it| it.intact);
                     seen.ready(*service) >= self.wanted(stack, *service)
+                        && seen.service(*service).is_some_and(|it| it.current)
                         && [Part::ColourService, Part::Budget, Part::Workload]
                             .into_iter()
                             .all(intact)

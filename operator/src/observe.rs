@@ -215,6 +215,13 @@ impl StackSeen {
         self.services.values().map(|seen| seen.pods).sum()
     }
 
+    /// What the pods of all services are made of.
+    pub fn templates(&self) -> String {
+        let of_each =
+            Service::ALL.map(|service| self.service(service).map_or("", |seen| seen.template.as_str()));
+        of_each.join(".")
+    }
+
     /// Whether every service has at least one ready endpoint.
     pub fn serves(&self) -> bool {
         Service::ALL.iter().all(|service| self.ready(*service) > 0)
@@ -249,6 +256,10 @@ pub struct ServiceSeen {
     pub parts: BTreeMap<Part, PartSeen>,
     /// Replicas of the workload, 0 without one.
     pub replicas: u32,
+    /// What the workload makes its pods of, as a hash; empty without one.
+    pub template: String,
+    /// Whether all its pods are made of that, as far as the workload's controller has told.
+    pub current: bool,
     /// Ready endpoints with this revision in the slices of the colour Service.
     pub ready: u32,
     /// Pods, terminating ones included.
@@ -310,6 +321,8 @@ pub struct JobSeen {
     pub trouble: Option<String>,
     /// How far a migration is that runs: what it has said last.
     pub progress: Option<String>,
+    /// Of a test: what the pods were made of for which it was begun ([`StackSeen::templates`]).
+    pub of: Option<String>,
 }
 
 impl JobSeen {

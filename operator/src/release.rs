@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Promotion},
     decide::{QUIET, Turn, asker, signed, somebody},
-    observe::{Declared, Job, JobKind, JobSeen, JobState, Observed, StackSeen, Target},
+    observe::{Declared, JobKind, JobSeen, JobState, Observed, StackSeen, Target},
     resources::job_word,
     status::{
         Candidate, Colour, Contract, Live, Outcome, Phase, Previous, PreviousState, Reason, Scale, Stack,
@@ -236,6 +236,9 @@ impl Turn<'_> {
         self.next.attempt = self.highest_attempt() + 1;
         let (version, attempt) = (self.spec.version.clone(), self.next.attempt);
         let note = match superseded {
+            Some(old) if old.stack == stack && old.gates == gates => {
+                format!("{version} is begun anew (attempt {attempt}): it is not what was tested any more")
+            }
             Some(old) => format!("{version} takes the place of {} (attempt {attempt})", old.version),
             None => format!("{version} is to become live (attempt {attempt})"),
         };
@@ -263,8 +266,8 @@ impl Turn<'_> {
             return;
         }
         let past_pods = matches!(self.next.phase, Phase::Testing | Phase::AwaitingPromotion);
-        if past_pods && self.stack(stack).is_none_or(|seen| seen.rendered.is_none()) {
-            // What has been tested is gone. What takes its place is not what was tested.
+        if past_pods && !self.is_as_tested(stack, attempt) {
+            // What takes its place is not what was tested.
             return self.begin(stack.clone(), candidate.gates.clone(), Some(candidate));
         }
         match self.state(JobKind::Expand, stack, attempt) {
@@ -341,24 +344,29 @@ impl Turn<'_> {
         );
     }
 
+    /// Whether a stack is there and its pods are made of what they were when its tests were begun.
+    fn is_as_tested(&self, stack: &Stack, attempt: u32) -> bool {
+        let Some(seen) = self.stack(stack).filter(|seen| seen.rendered.is_some()) else {
+            return false;
+        };
+        let templates = seen.templates();
+        let mut tests = self.tests().filter_map(|kind| self.job(kind, stack, attempt));
+        tests.all(|test| test.of.as_ref() == Some(&templates))
+    }
+
     /// Which pods are late, and what keeps them.
     fn missing(&self, stack: &Stack) -> String {
-        let missing = crate::report::missing(self.seen, stack);
-        if missing.is_empty() {
+        let lacking = crate::report::lacking(self.seen, stack);
+        if lacking.is_empty() {
             "the pods were not ready in time".to_owned()
         } else {
-            format!("the pods were not ready in time: {}", missing.join(", "))
+            format!("the pods were not ready in time: {}", lacking.join(", "))
         }
     }
 
     /// What is late, and what keeps it, as far as that is known.
     pub(crate) fn late(&self, what: &str, kind: JobKind, (stack, attempt): (&Stack, u32)) -> String {
-        let job = Job {
-            kind,
-            stack: stack.clone(),
-            attempt,
-        };
-        let told = self.seen.jobs.get(&job).and_then(JobSeen::told);
+        let told = self.job(kind, stack, attempt).and_then(JobSeen::told);
         told.map_or_else(|| what.to_owned(), |told| format!("{what}: {told}"))
     }
 

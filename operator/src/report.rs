@@ -47,7 +47,19 @@ pub fn report(spec: &Spec, seen: &Observed, undecided: Option<&str>, status: &mu
     let arrived = arrived(spec, seen, status);
     let waiting = !arrived && !matches!(status.phase, Phase::Failed | Phase::Held);
     let ready = arrived && stalled.is_none();
-    let reconciling = waiting && stalled.is_none();
+    let available = available(seen, status);
+    // Also what is live may have been made bigger, or have lost pods: tools that wait for a change to be done look here.
+    let unmet = if !arrived || stalled.is_some() {
+        None
+    } else if !available.is {
+        Some(verdict(true, &available.reason, &available.message))
+    } else if !lacks(seen, status).is_empty() {
+        Some(verdict(true, "PodsNotReady", &story))
+    } else {
+        None
+    };
+    let reconciling =
+        unmet.unwrap_or_else(|| verdict(waiting && stalled.is_none(), word(status, arrived), &story));
     let reason = stalled
         .as_ref()
         .map_or_else(|| word(status, arrived), |stalled| stalled.reason.clone());
@@ -60,12 +72,12 @@ pub fn report(spec: &Spec, seen: &Observed, undecided: Option<&str>, status: &mu
                 stalled.as_ref().map_or(&story, |stalled| &stalled.message),
             ),
         ),
-        ("Reconciling", verdict(reconciling, word(status, arrived), &story)),
+        ("Reconciling", reconciling),
         (
             "Stalled",
             stalled.unwrap_or_else(|| verdict(false, "Progressing", "nothing is in the way")),
         ),
-        ("Available", available(seen, status)),
+        ("Available", available),
         ("CandidateReady", candidate_ready(seen, status)),
         ("SchemaReady", schema_ready(seen, status)),
         ("SmokeTestsPassed", tests_passed(spec, seen, status)),
@@ -351,11 +363,11 @@ fn second(time: Timestamp) -> Timestamp {
 
 /// Which pods are awaited, and what keeps them.
 fn pods(seen: &Observed, stack: &Stack, what: &str) -> String {
-    let missing = missing(seen, stack);
-    if missing.is_empty() {
+    let lacking = lacking(seen, stack);
+    if lacking.is_empty() {
         format!("the candidate {what}")
     } else {
-        format!("waiting for {}", missing.join(", "))
+        format!("waiting for {}", lacking.join(", "))
     }
 }
 
@@ -416,7 +428,7 @@ fn not_whole(stack: &Stack) -> String {
 }
 
 /// The pods that a stack lacks, and what keeps them, per service.
-pub(crate) fn missing(seen: &Observed, stack: &Stack) -> Vec<String> {
+fn missing(seen: &Observed, stack: &Stack) -> Vec<String> {
     let stack = seen.stacks.get(stack);
     let mut missing = Vec::new();
     for service in Service::ALL {
@@ -428,6 +440,27 @@ pub(crate) fn missing(seen: &Observed, stack: &Stack) -> Vec<String> {
         }
     }
     missing
+}
+
+/// What a candidate lacks to be tested: pods, or that these are all of what its workloads say now.
+pub(crate) fn lacking(seen: &Observed, stack: &Stack) -> Vec<String> {
+    let mut lacking = missing(seen, stack);
+    let there = seen.stacks.get(stack);
+    let others = |service: &Service| {
+        there
+            .and_then(|it| it.service(*service))
+            .is_some_and(|it| !it.current)
+    };
+    if let Some(service) = Service::ALL
+        .into_iter()
+        .find(others)
+        .filter(|_| lacking.is_empty())
+    {
+        lacking.push(format!(
+            "the last {service} pods of another template to be replaced"
+        ));
+    }
+    lacking
 }
 
 /// What a release waits for before it begins.
@@ -552,7 +585,7 @@ fn elsewhere(seen: &Observed, status: &Status, service: Service) -> Option<Strin
 fn candidate_ready(seen: &Observed, status: &Status) -> Verdict {
     match &status.candidate {
         None => verdict(false, "NoCandidate", "there is no candidate"),
-        Some(candidate) if seen.stacks.get(&candidate.stack).is_some_and(StackSeen::complete) => {
+        Some(candidate) if lacking(seen, &candidate.stack).is_empty() => {
             verdict(true, "PodsReady", "all pods of the candidate are ready")
         }
         Some(candidate) => verdict(

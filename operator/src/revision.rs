@@ -172,7 +172,7 @@ fn changed<T: Serialize + Default>(value: &T) -> Value {
 }
 
 /// The first 40 bits of the hash of a value whose keys are sorted.
-fn short(value: &Value) -> String {
+pub fn short(value: &Value) -> String {
     hex(Sha256::digest(value.to_string().as_bytes())
         .get(..5)
         .unwrap_or_default())

@@ -361,6 +361,11 @@ impl World {
     /// A pod for each Deployment, and slices that list it.
     fn start_pods(&self) {
         for name in self.names("deployments") {
+            self.change(&name, |deployment| {
+                let generation = &deployment["metadata"]["generation"];
+                deployment["status"] =
+                    json!({"observedGeneration": generation, "replicas": 1, "updatedReplicas": 1});
+            });
             let deployment = self.get(&name);
             let template = &deployment["spec"]["template"]["metadata"]["labels"];
             let service = template["app.kubernetes.io/component"].as_str().unwrap();
@@ -552,6 +557,36 @@ async fn the_swap_is_one_record_and_three_fenced_writes() {
     // What others have set stays.
     assert_eq!(writes[2].body["spec"]["clusterIP"], "10.0.0.1");
     assert_eq!(writes[2].body["metadata"]["annotations"]["team"], "trading");
+}
+
+/// What the operator lets be is another pod all the same: the Jobs that have passed were about those before.
+#[tokio::test]
+async fn a_test_says_for_which_pods_it_was_begun_and_counts_for_no_others() {
+    let world = World::tested().await;
+    let smoke = world.names("jobs").into_iter().find(|it| it.contains("-smoke-"));
+    let smoke = world.get(&smoke.unwrap());
+    let templates = smoke["metadata"]["annotations"]["exchange.dev/templates"].as_str();
+    assert_eq!(
+        templates.unwrap().split('.').filter(|it| it.len() == 10).count(),
+        3,
+        "{smoke:#}"
+    );
+
+    let trade = world
+        .names("deployments")
+        .into_iter()
+        .find(|it| it.contains("-trade-"));
+    world.change(&trade.unwrap(), |deployment| {
+        deployment["spec"]["template"]["metadata"]["annotations"] = json!({"restartedAt": "now"});
+    });
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    let recorded = &writes[0].body["status"];
+    assert_eq!(
+        (&recorded["phase"], &recorded["attempt"]),
+        (&json!("Pending"), &json!(2))
+    );
+    assert!(!paths(&writes).contains(&"PUT services/exchange-trade".to_owned()));
 }
 
 #[tokio::test]

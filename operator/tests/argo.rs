@@ -147,9 +147,15 @@ fn argo_and_kstatus_do_not_contradict_each_other() {
         let object = object(&path);
         let argo = health["status"].as_str().unwrap();
         let agree: &[&str] = match kstatus(&object) {
-            "InProgress" => &["Progressing", "Suspended"],
             "Failed" => &["Degraded"],
-            _ if condition(&object, "Available") == Some(false) => &["Degraded"],
+            // Of a release that is under way, what is live before it may still be served by nobody.
+            "InProgress" if condition(&object, "Ready") == Some(true) => {
+                match condition(&object, "Available") {
+                    Some(false) => &["Degraded"],
+                    _ => &["Progressing"],
+                }
+            }
+            "InProgress" => &["Progressing", "Suspended"],
             _ if object["spec"]["suspend"] == true => &["Suspended"],
             _ => &["Healthy"],
         };

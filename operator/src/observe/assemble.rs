@@ -32,8 +32,8 @@ use super::{
 };
 use crate::{
     api::{ExchangeDeployment, Service},
-    resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, job_word, other_store},
-    revision::Source,
+    resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, TEMPLATES, job_word, other_store},
+    revision::{Source, short},
     status::{Colour, Live, Stack},
 };
 
@@ -236,8 +236,7 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
     }
     for deployment in &children.deployments {
         if let Some(service) = parts.see(deployment, Part::Workload) {
-            let replicas = deployment.spec.as_ref().and_then(|spec| spec.replicas);
-            service.replicas = replicas.and_then(|it| u32::try_from(it).ok()).unwrap_or(1);
+            see_workload(deployment, service);
             service.trouble = pods::replica_failure(deployment);
         }
     }
@@ -381,6 +380,18 @@ pub(super) fn see_live<'a>(
     }
 }
 
+/// How many pods a workload wants, what it makes them of, and whether there are others of it.
+pub(super) fn see_workload(deployment: &Deployment, seen: &mut ServiceSeen) {
+    let spec = deployment.spec.as_ref();
+    let replicas = spec.and_then(|spec| spec.replicas);
+    seen.replicas = replicas.and_then(|it| u32::try_from(it).ok()).unwrap_or(1);
+    seen.template = spec.map_or_else(String::new, |spec| short(&json!(spec.template)));
+    let status = deployment.status.as_ref();
+    seen.current = status.is_some_and(|it| {
+        it.observed_generation == deployment.metadata.generation && it.updated_replicas == it.replicas
+    });
+}
+
 /// Sees an object of ours that has lost the labels by which it is found: it is put right as whatever is not as rendered.
 pub(super) fn see_lost<'a>(
     meta: &ObjectMeta,
@@ -507,6 +518,7 @@ fn see_jobs(children: &Children, builder: &Builder<'_>, seen: &mut Observed) {
                 .or_else(|| pods::of(object, &children.pods).find_map(pods::trouble))
                 .or_else(|| pods::tried(object, &children.pods)),
             progress: None,
+            of: object.annotations().get(TEMPLATES).cloned(),
         };
         let job = Job { kind, stack, attempt };
         seen.jobs.insert(job, seen_job);

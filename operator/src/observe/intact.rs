@@ -71,11 +71,12 @@ fn has_more(wanted: &Value, there: &Value) -> bool {
     there.as_object().is_some_and(|there| there.iter().any(other))
 }
 
-/// Whether a container has been told something although nothing was rendered, a pod been given what is the node's, or a
-/// Service been made to choose.
+/// Whether a container has been told something although nothing was rendered, a pod been given what is the node's, a
+/// Service been made to choose, or a Deployment to leave its pods as they are.
 fn is_told_more(wanted: &Map<String, Value>, there: &Map<String, Value>) -> bool {
     let (container, pod) = (wanted.contains_key("image"), wanted.contains_key("containers"));
     let service = wanted.contains_key("selector") && wanted.contains_key("ports");
+    let workload = wanted.contains_key("selector") && wanted.contains_key("template");
     let mut others = there
         .iter()
         .filter(|(key, value)| !wanted.contains_key(*key) && !is_empty(value));
@@ -85,6 +86,7 @@ fn is_told_more(wanted: &Map<String, Value>, there: &Map<String, Value>) -> bool
         container && TOLD.contains(&key)
             || pod && OF_NODE.contains(&key)
             || service && OF_SERVICE.iter().any(chooses)
+            || workload && key == "paused"
     })
 }
 
@@ -200,6 +202,12 @@ mod tests {
                 "a Service with pods that are not ready",
                 json!({"selector": {"a": "b"}, "ports": []}),
                 json!({"selector": {"a": "b"}, "publishNotReadyAddresses": true}),
+                false,
+            ),
+            (
+                "a Deployment that is paused",
+                json!({"selector": {"a": "b"}, "template": {}}),
+                json!({"selector": {"a": "b"}, "template": {}, "paused": true}),
                 false,
             ),
             (

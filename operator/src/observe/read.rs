@@ -33,7 +33,7 @@ use super::{
     Declared, Job, JobKind, JobState, Observed, Part, Piece, Refused, Requests,
     assemble::{
         Children, References, addresses, all_moved, assemble, is_ours, note_taken, retake, see_live,
-        see_lost, see_pods, see_slices, selected, without_workload,
+        see_lost, see_pods, see_slices, see_workload, selected, without_workload,
     },
     pods::{self, Baselines, Pods},
 };
@@ -506,8 +506,7 @@ impl Reader {
             if let Some(there) = list.items.into_iter().find(ours) {
                 let place = (&stack, service);
                 let seen = see_lost(&there.metadata, place, Part::Workload, &mut look.seen);
-                let replicas = there.spec.and_then(|spec| spec.replicas);
-                seen.replicas = replicas.and_then(|it| u32::try_from(it).ok()).unwrap_or(1);
+                see_workload(&there, seen);
             }
         }
         Ok(())

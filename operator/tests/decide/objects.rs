@@ -91,6 +91,20 @@ fn sees(mut world: World, change: fn(&mut Observed)) -> World {
     world
 }
 
+/// What is live has been made bigger than there is room for.
+fn lacks_a_pod(seen: &mut Observed) {
+    let live = seen.status.live.clone().unwrap().stack;
+    let trade = seen
+        .stacks
+        .get_mut(&live)
+        .unwrap()
+        .services
+        .get_mut(&Service::Trade);
+    let trade = trade.unwrap();
+    trade.replicas += 1;
+    trade.trouble = Some("no node for it".to_owned());
+}
+
 fn objects() -> Vec<(&'static str, Value)> {
     let mut first = World::new(false);
     first.until(0, Provisioning);
@@ -175,6 +189,7 @@ fn objects() -> Vec<(&'static str, Value)> {
                 seen.refused = Some(transitions::refused("update Service exchange-trade", true));
             }),
         ),
+        ("short_of_pods", sees(live(), lacks_a_pod)),
         ("no_endpoints", sees(live(), nobody_serves)),
         (
             "suspended_no_endpoints",

@@ -7,7 +7,7 @@ use exchange_operator::{
     api::{ColourChoice, ExchangeDeploymentSpec as Spec, Promotion, Service},
     decide::decide,
     guard::{self, Refusal},
-    observe::{Figures, JobKind, Observed, Part, Refused, StackSeen, Target},
+    observe::{Figures, JobKind, JobState, Observed, Part, Refused, ServiceSeen, StackSeen, Target},
     plan::{Action, Intent},
     status::{
         Candidate, Colour, Contract, ExchangeDeploymentStatus as Status, Outcome,
@@ -792,16 +792,93 @@ fn a_candidate_has_as_many_pods_as_are_declared_and_as_the_live_stack_has() {
     world.slices();
     let candidate = world.status.candidate.clone().unwrap().stack;
     let live = world.status.live.clone().unwrap().stack;
-    let trade =
-        |seen: &mut Observed, stack: &Stack, set: fn(&mut exchange_operator::observe::ServiceSeen)| {
-            let stack = seen.stacks.get_mut(stack).unwrap();
-            set(stack.services.get_mut(&Service::Trade).unwrap());
-        };
+    let trade = |seen: &mut Observed, stack: &Stack, set: fn(&mut ServiceSeen)| {
+        let stack = seen.stacks.get_mut(stack).unwrap();
+        set(stack.services.get_mut(&Service::Trade).unwrap());
+    };
     assert_eq!(records(&world, |_| {}).phase, Testing);
     let one_short = records(&world, |seen| trade(seen, &candidate, |it| it.ready -= 1));
     assert_eq!(one_short.phase, Provisioning);
     let more_are_live = records(&world, |seen| trade(seen, &live, |it| it.replicas += 1));
     assert_eq!(more_are_live.phase, Provisioning);
+}
+
+/// Whether the operator lets it be, as a sidecar, or puts it right: what was tested are other pods.
+#[test]
+fn a_candidate_whose_pods_come_to_be_made_of_something_else_is_tested_anew() {
+    for phase in [Testing, AwaitingPromotion] {
+        let mut world = at(phase);
+        world.finish(0);
+        let candidate = world.status.candidate.clone().unwrap();
+        let trade = |seen: &mut Observed, set: fn(&mut ServiceSeen)| {
+            let stack = seen.stacks.get_mut(&candidate.stack).unwrap();
+            set(stack.services.get_mut(&Service::Trade).unwrap());
+        };
+        assert_eq!(records(&world, |_| {}).phase, phase);
+        let lets_be = records(&world, |seen| {
+            trade(seen, |it| "another".clone_into(&mut it.template));
+        });
+        assert_eq!((lets_be.phase, lets_be.attempt), (Pending, candidate.attempt + 1));
+        // The one before may have been one of these pods.
+        let being_replaced = records(&world, |seen| {
+            trade(seen, |it| it.current = false);
+            seen.requests.promote = Some(token(&candidate.stack, candidate.attempt));
+            for job in seen.jobs.values_mut() {
+                job.state = JobState::Passed;
+            }
+        });
+        assert_eq!(being_replaced.phase, phase);
+
+        world.spoil_part(1, Service::Trade, Part::Workload, false);
+        world.until(0, Pending);
+        assert_eq!(world.status.attempt, candidate.attempt + 1);
+        world.until(0, phase);
+        let renewed = world.status.candidate.clone().unwrap();
+        assert_eq!(
+            (renewed.stack, renewed.attempt),
+            (candidate.stack, candidate.attempt + 1)
+        );
+    }
+}
+
+/// What was changed before the tests is put right, and they wait for the last pod of that.
+#[test]
+fn tests_wait_for_pods_that_are_replaced() {
+    let mut world = at(Provisioning);
+    world.finish(0);
+    for _ in 0..3 {
+        world.kubelet();
+    }
+    world.slices();
+    let candidate = world.status.candidate.clone().unwrap().stack;
+    let waits = records(&world, |seen| {
+        let stack = seen.stacks.get_mut(&candidate).unwrap();
+        stack.services.get_mut(&Service::Trade).unwrap().current = false;
+    });
+    assert_eq!(waits.phase, Provisioning);
+    let message = &condition(&waits, "Ready").message;
+    assert!(
+        message.contains("the last trade pods of another template to be replaced"),
+        "{message}"
+    );
+    assert_eq!(records(&world, |_| {}).phase, Testing);
+}
+
+/// Who goes back from what they have paused, does not want another version to begin by that.
+#[test]
+fn a_pause_outlasts_the_rollback_from_what_is_paused() {
+    let mut world = after_a_release();
+    world.ask(|requests, names| requests.pause = names.live);
+    world.settle(Wakes::Clock).unwrap();
+    world.release(2);
+    world.ask(|requests, names| requests.rollback = names.live);
+    world.settle(Wakes::Clock).unwrap();
+    assert_eq!(world.status.phase, Held, "{:#?}", world.trace);
+    assert_eq!(world.status.live.as_ref().unwrap().version, "r0");
+    assert!(world.status.stopped_since.is_some());
+    world.ask(|requests, _| requests.pause = None);
+    world.settle(Wakes::Clock).unwrap();
+    assert_eq!(world.status.live.as_ref().unwrap().version, "r2");
 }
 
 #[test]

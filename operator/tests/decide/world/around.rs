@@ -34,6 +34,11 @@ impl World {
                 } else {
                     0
                 } as usize;
+                // One is replaced at a time, by one that is ready as soon as it was.
+                if service.others > 0 {
+                    service.others -= 1;
+                    there.replaced += 1;
+                }
                 while service.pods.len() < wanted {
                     service.pods.push(Pod::Starting);
                 }
@@ -335,12 +340,14 @@ impl World {
         if delete {
             there.stripped.remove(&part);
             if there.parts.remove(&part).is_some() && part == Part::Workload {
-                there.pods.fill(Pod::Terminating);
-                there.replicas = 0;
+                there.end();
             }
         } else if let Some(object) = there.parts.get_mut(&part) {
             object.intact = false;
             Self::touch(&mut object.fence, &mut self.counter);
+            if part == Part::Workload {
+                there.edit(Some(self.counter));
+            }
         }
         self.forget_empty();
     }
@@ -811,7 +818,7 @@ impl World {
                     return Err(format!("P7: live {service} is left with {} pods", there.replicas));
                 }
                 let dead = self.is_lost(live) && !status.live.as_ref().is_some_and(|it| it.verified);
-                if (ready == 0 && !dead) || !intact {
+                if (ready == 0 && !dead) || !intact || there.others > 0 {
                     return Err(format!("P7: live {service}: {ready} pods, intact {intact}"));
                 }
             }

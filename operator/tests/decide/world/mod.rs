@@ -123,6 +123,35 @@ struct Workload {
     stripped: BTreeSet<Part>,
     replicas: u32,
     pods: Vec<Pod>,
+    /// Somebody else has changed what its pods are made of: which change of anybody's it was.
+    edited: Option<u64>,
+    /// So many of its pods are not made of that yet, or still.
+    others: usize,
+}
+
+impl Workload {
+    /// What its pods are made of from now on: what was rendered, or something else.
+    fn edit(&mut self, to: Option<u64>) {
+        if self.edited != to {
+            self.edited = to;
+            self.others = self.pods.len();
+        }
+    }
+
+    /// It is deleted.
+    fn end(&mut self) {
+        self.replicas = 0;
+        self.pods.fill(Pod::Terminating);
+        (self.edited, self.others) = (None, 0);
+    }
+
+    fn template(&self) -> String {
+        match self.edited {
+            _ if !self.parts.contains_key(&Part::Workload) => String::new(),
+            None => "rendered".to_owned(),
+            Some(change) => format!("change {change}"),
+        }
+    }
 }
 
 #[derive(Clone, Debug, Default)]
@@ -138,6 +167,8 @@ struct StackThere {
     version: String,
     services: BTreeMap<Service, Workload>,
     open: u64,
+    /// How often one of its pods has been replaced by one that is made of something else.
+    replaced: u32,
 }
 
 #[derive(Clone, Debug)]
@@ -154,9 +185,12 @@ struct LiveThere {
 #[derive(Clone, Debug)]
 struct JobThere {
     seen: JobSeen,
-    /// The rendered stack for which it runs.
-    of: Option<Fence>,
+    /// What it is about.
+    of: Tested,
 }
+
+/// The rendered stack for which a Job runs, and how often its pods had been replaced by others.
+type Tested = (Option<Fence>, u32);
 
 /// How an operator sees the world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -215,8 +249,18 @@ pub(crate) struct Operator {
     /// What could not be written, in this pass and in the last whole one.
     refusing: Option<Refused>,
     refused: Option<Refused>,
-    /// What it has seen of the stacks: whether they are rendered, and their pieces.
-    stacks: BTreeMap<Stack, (bool, Option<Fence>)>,
+    /// What it has seen of the stacks.
+    stacks: BTreeMap<Stack, Beside>,
+}
+
+/// What is seen of a stack beside what is observed.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Beside {
+    rendered: bool,
+    pieces: Option<Fence>,
+    /// What its pods are made of, and how often one had been replaced by another then.
+    templates: String,
+    replaced: u32,
 }
 
 impl Operator {
@@ -259,8 +303,8 @@ pub(crate) struct World {
     jobs: BTreeMap<Job, JobThere>,
     slices: BTreeMap<(Stack, Service), u32>,
     live_slices: BTreeMap<Service, Vec<Stack>>,
-    /// Jobs that have passed, and the rendered stack for which they ran.
-    passed: BTreeMap<Job, Option<Fence>>,
+    /// Jobs that have passed, and what they were about.
+    passed: BTreeMap<Job, Tested>,
     /// Rendered stacks that have passed all their gates.
     proven: BTreeSet<(Stack, Fence)>,
     /// Stacks of which nothing is rendered, and which people have declared to be right all the same.
@@ -324,7 +368,7 @@ pub(crate) const UNREADABLE: &str =
     "the figures of the trade service cannot be read at 192.0.2.1:9090: no connection";
 
 /// A state of the world as operators may be shown it: what is seen, the object's version, and what is there of stacks.
-type Past = (Observed, u64, BTreeMap<Stack, (bool, Option<Fence>)>);
+type Past = (Observed, u64, BTreeMap<Stack, Beside>);
 
 pub(crate) fn spec() -> Spec {
     let value = serde_json::json!({
@@ -508,6 +552,8 @@ impl World {
                         0
                     },
                     parts,
+                    template: workload.template(),
+                    current: workload.others == 0,
                     ready: self.slices.get(&(stack.clone(), *service)).copied().unwrap_or(0),
                     pods: u32::try_from(workload.pods.len()).unwrap(),
                     trouble: None,
@@ -690,11 +736,26 @@ impl World {
         Ok(())
     }
 
-    pub(crate) fn pieces(&self) -> BTreeMap<Stack, (bool, Option<Fence>)> {
+    fn pieces(&self) -> BTreeMap<Stack, Beside> {
+        let seen = self.observe_stacks();
         let stacks = self.stacks.iter();
         stacks
-            .map(|(stack, it)| (stack.clone(), (it.rendered.is_some(), it.pieces.clone())))
+            .map(|(stack, it)| {
+                let pieces = Beside {
+                    rendered: it.rendered.is_some(),
+                    pieces: it.pieces.clone(),
+                    templates: seen.get(stack).map(StackSeen::templates).unwrap_or_default(),
+                    replaced: it.replaced,
+                };
+                (stack.clone(), pieces)
+            })
             .collect()
+    }
+
+    /// What a test is about that begins now.
+    fn to_be_tested(&self, stack: &Stack) -> Tested {
+        let there = self.stacks.get(stack);
+        there.map_or((None, 0), |it| (it.origin.clone(), it.replaced))
     }
 
     /// Who has just seen everything as it is plans no move that its own guard refuses: it would try it for ever.
@@ -789,10 +850,10 @@ impl World {
             self.status.epoch
         );
         self.end_pass(who);
-        self.after_record(&old)
+        self.after_record(who, &old)
     }
 
-    fn after_record(&mut self, old: &Status) -> Result<(), String> {
+    fn after_record(&mut self, who: usize, old: &Status) -> Result<(), String> {
         let new = self.status.clone();
         if new.attempt < old.attempt || new.epoch < old.epoch {
             return Err("P7: an attempt or a move was counted twice".to_owned());
@@ -802,7 +863,7 @@ impl World {
             return Err("P7: a move that has been is counted again".to_owned());
         }
         if new.phase == Phase::Promoting && old.phase != Phase::Promoting && old.phase != Phase::RollingBack {
-            self.may_promote(&new)?;
+            self.may_promote(who, &new)?;
         }
         let verified = old.phase == Phase::Verifying && new.phase == Phase::Live;
         if verified && !self.read.contains(&(old.epoch, old.attempt)) {
@@ -920,10 +981,16 @@ impl World {
     }
 
     /// Every gate, for exactly this stack and attempt, as it truly is.
-    fn may_promote(&mut self, status: &Status) -> Result<(), String> {
+    fn may_promote(&mut self, who: usize, status: &Status) -> Result<(), String> {
         let candidate = status.candidate.clone().ok_or("promotes nothing")?;
         let rendered = self.stacks.get(&candidate.stack).and_then(|it| it.origin.clone());
         let rendered = rendered.ok_or("P3: promotes a stack that does not exist")?;
+        // What has become of its pods since it has looked, nobody can know.
+        let replaced = self.operators[who]
+            .stacks
+            .get(&candidate.stack)
+            .map_or(0, |it| it.replaced);
+        let tested = (Some(rendered.clone()), replaced);
         let mut kinds = vec![JobKind::Expand, JobKind::Smoke];
         kinds.extend(
             self.spec
@@ -942,8 +1009,10 @@ impl World {
                 .passed
                 .get(&job)
                 .ok_or_else(|| format!("P3: {job:?} has not passed"))?;
-            if job.kind != JobKind::Expand && of.as_ref() != Some(&rendered) {
-                return Err(format!("P3: {job:?} was about another stack of this name"));
+            if job.kind != JobKind::Expand && *of != tested {
+                return Err(format!(
+                    "P3: {job:?} was about another stack of this name, or other pods"
+                ));
             }
         }
         let name = token(&candidate.stack, candidate.attempt);
@@ -1039,7 +1108,10 @@ impl World {
                 attempt,
                 version,
             } => {
-                let known = self.operators[who].stacks.get(stack).is_some_and(|it| it.0);
+                let known = self.operators[who]
+                    .stacks
+                    .get(stack)
+                    .is_some_and(|it| it.rendered);
                 if known || self.operators[who].half {
                     let fence = self.fence();
                     // Made also for a stack that somebody else has removed meanwhile: then nobody sees it.
@@ -1102,15 +1174,17 @@ impl World {
                 there.parts.remove(part);
                 there.stripped.remove(part);
                 if *part == Part::Workload {
-                    there.replicas = 0;
-                    there.pods.fill(Pod::Terminating);
+                    there.end();
                 }
                 self.after_delete(who, stack, *service, *part)?;
                 self.forget_empty();
                 Ok(Done::Yes)
             }
             Action::Unrender { stack, .. } if !self.operators[who].half => {
-                let seen = self.operators[who].stacks.get(stack).and_then(|it| it.1.clone());
+                let seen = self.operators[who]
+                    .stacks
+                    .get(stack)
+                    .and_then(|it| it.pieces.clone());
                 let Some(there) = self.stacks.get_mut(stack).filter(|_| seen.is_some()) else {
                     return Ok(Done::Half);
                 };
@@ -1144,8 +1218,15 @@ impl World {
                     state: JobState::Running,
                     trouble: None,
                     progress: job.kind.migrates().then(|| "batch 1 of 2".to_owned()),
+                    of: matches!(job.kind, JobKind::Smoke | JobKind::Test(_)).then(|| {
+                        self.operators[who]
+                            .stacks
+                            .get(&job.stack)
+                            .map(|it| it.templates.clone())
+                            .unwrap_or_default()
+                    }),
                 };
-                let of = self.stacks.get(&job.stack).and_then(|it| it.origin.clone());
+                let of = self.to_be_tested(&job.stack);
                 self.jobs.insert(job.clone(), JobThere { seen, of });
                 Ok(Done::Yes)
             }
@@ -1207,6 +1288,7 @@ impl World {
         );
         if part == Part::Workload {
             there.replicas = replicas;
+            there.edit(None);
             let live = self.status.live.as_ref().is_some_and(|live| live.stack == *stack);
             let declared = u32::try_from(self.declared_at_guard[who].services.get(service).replicas).unwrap();
             if replicas == 0 || (live && replicas < before.min(declared)) {
