@@ -30,7 +30,7 @@ fn a_newcomer_releases_an_image_and_goes_back() {
     let namespace = Namespace::new(&ground.session, "newcomer").unwrap();
     let page = fs::read_to_string(format!("{ROOT}/examples/README.md")).unwrap();
     let blocks = commands(&page);
-    let [images, operator, stores, first, release, back] = blocks.as_slice() else {
+    let [images, operator, stores, first, release, back, own] = blocks.as_slice() else {
         panic!("the page has another number of blocks: {blocks:#?}")
     };
     assert!(images.contains("docker build"), "{images}");
@@ -69,4 +69,17 @@ fn a_newcomer_releases_an_image_and_goes_back() {
     .unwrap();
     let history = shell("kubectl exchange history exchange --namespace prod");
     assert!(history.contains("RolledBack"), "{history}");
+
+    let (pushed, released): (Vec<&str>, Vec<&str>) =
+        own.lines().partition(|line| line.starts_with("docker "));
+    assert_eq!(pushed.len(), 2, "{own}");
+    // Who brings a cluster has no image of it there.
+    if ground.session.cluster.is_some() {
+        let testbed = env!("CARGO_BIN_EXE_testbed");
+        shell(&format!(
+            "archives=$({testbed} images --binaries \"$BINARIES\" --tag $tag --release 2.0.1)\n{testbed} load $archives"
+        ));
+        shell(&released.join("\n"));
+        assert_eq!(get("{.status.phase} {.status.live.version}"), "Live 2.0.1");
+    }
 }
