@@ -12,10 +12,11 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
 /// What the table of an end-to-end run shows of a case, if the case has it.
-const COLUMNS: [(&str, &str); 6] = [
+const COLUMNS: [(&str, &str); 7] = [
     ("seconds", "SECONDS"),
     ("requests", "REQUESTS"),
     ("requests_failed", "FAILED"),
+    ("connections_cut_off", "CUT OFF"),
     ("swap_milliseconds", "SWAP MS"),
     ("rollback_milliseconds", "BACK MS"),
     ("drain_seconds", "DRAIN S"),

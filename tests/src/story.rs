@@ -71,18 +71,16 @@ impl Ground {
         self.resize(room::WHOLE);
     }
 
-    /// Beside other stories, whether the operator is there or not.
-    pub fn any() -> Self {
-        Self::of(1)
+    /// From now on beside other stories, as if this had begun [so](Self::shared).
+    pub fn beside_others(&self) {
+        self.resize(1);
     }
 
-    /// While no other story goes on but one that [does not need it](Self::any), without the operator of all namespaces: for
-    /// several operators that each look after one.
+    /// While no other story goes on, without the operator of all namespaces: for several operators that each look after one.
     pub fn without_operator() -> Self {
         // What it has brought for the whole cluster stays.
         let ground = Self::of(room::WHOLE);
         Operator::of_all().uninstall(&ground.session).unwrap();
-        ground.beside_one();
         ground
     }
 

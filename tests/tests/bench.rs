@@ -528,9 +528,15 @@ fn releases() {
         let declared = objects
             .first(begun, |object| generation(object) > before)
             .unwrap();
+        let moved = moved(&services, begun, &to);
         Move {
-            declared,
-            moved: moved(&services, declared, &to),
+            // Each watch is a process, and one may be told late: then it counts from the start of `kubectl apply`.
+            declared: if moved.iter().all(|at| *at >= declared) {
+                declared
+            } else {
+                begun
+            },
+            moved,
             from,
             to,
         }

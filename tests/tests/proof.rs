@@ -254,6 +254,8 @@ struct Figures {
     requests: u64,
     failed: u64,
     never_sent: u64,
+    /// Connections that were closed without notice, and event streams between two events.
+    cut_off: u64,
     trades: u64,
     swaps_ms: Vec<u64>,
     ways_back_ms: Vec<u64>,
@@ -266,6 +268,7 @@ impl Figures {
         self.requests += number("/summary/requests");
         self.failed += number("/summary/failed");
         self.never_sent += number("/never_sent");
+        self.cut_off += number("/closed_without_notice") + number("/streams_cut_off");
         self.trades += number("/audit/trades");
     }
 
@@ -284,6 +287,7 @@ impl Figures {
         self.requests += other.requests;
         self.failed += other.failed;
         self.never_sent += other.never_sent;
+        self.cut_off += other.cut_off;
         self.trades += other.trades;
         self.swaps_ms.extend(other.swaps_ms);
         self.ways_back_ms.extend(other.ways_back_ms);
@@ -294,6 +298,7 @@ impl Figures {
         namespace.note("requests", self.requests);
         namespace.note("requests_failed", self.failed);
         namespace.note("requests_never_sent", self.never_sent);
+        namespace.note("connections_cut_off", self.cut_off);
         namespace.note("trades_audited", self.trades);
         let middle = |times: &[u64]| sorted(times.iter().copied()).get(times.len() / 2).copied();
         if let Some(time) = middle(&self.swaps_ms) {
@@ -750,6 +755,84 @@ fn serving(ground: &Ground, namespace: &Namespace<'_>, revision: &str, service: 
     ready.split_whitespace().filter(|ready| *ready == "true").count()
 }
 
+/// No promise of ours: what the same images lose without the operator, for comparison.
+#[test]
+#[ignore = "needs a cluster: make e2e"]
+fn case_9_a_rolling_update_for_comparison() {
+    let ground = Ground::shared();
+    let namespace = case(&ground, 9, "rolling");
+    let exchange = Exchange::install(&ground.session, &namespace.name, &ground.images).unwrap();
+    let plain = |file: &str, version: &str| {
+        let path = format!("{}/../examples/plain/{file}.yaml", env!("CARGO_MANIFEST_DIR"));
+        let manifest = std::fs::read_to_string(path).unwrap();
+        let image = format!("{}/exchange:{version}", ground.images.prefix);
+        let manifest = manifest.replace("ghcr.io/acme/exchange:1.0.0", &image);
+        let manifest = manifest.replace("value: r1", &format!("value: r{}", &version[..1]));
+        // A node of two processors has no room for three pods of what trading should have, beside everything else.
+        let manifest = manifest.replace("cpu: 500m", "cpu: 100m");
+        ground.session.apply_manifest(&namespace.name, &manifest).unwrap();
+    };
+    let release = |version: &str| {
+        let migrated = [
+            "delete",
+            "job",
+            "exchange-expand",
+            "--ignore-not-found",
+            "--wait",
+            "--namespace",
+            &namespace.name,
+        ];
+        ground.session.kubectl(&migrated).unwrap();
+        plain("migrate", version);
+        ground
+            .session
+            .wait(
+                &namespace.name,
+                "job/exchange-expand",
+                "condition=Complete",
+                PATIENCE,
+            )
+            .unwrap();
+        for service in SERVICES {
+            plain(service, version);
+        }
+        for service in SERVICES {
+            let deployment = format!("deployment/exchange-{service}");
+            let status = [
+                "rollout",
+                "status",
+                &deployment,
+                "--timeout=240s",
+                "--namespace",
+                &namespace.name,
+            ];
+            ground.session.kubectl(&status).unwrap();
+        }
+    };
+    plain("settings", "1.0.0");
+    release("1.0.0");
+    exchange.make_treasury().unwrap();
+    // As in the case that most is made of: with connections that idle, too.
+    let load = exchange.start_clients(RATE, 4, 1).unwrap();
+    let trade = |requests: u64| {
+        let goal = load.progress().requests + requests;
+        wait_until("trading", PATIENCE, || load.progress().requests >= goal).unwrap();
+    };
+    trade(100);
+    // Back and forth: an expand leaves the older version at work.
+    for version in ["2.0.0", "1.0.0"] {
+        release(version);
+        trade(150);
+    }
+    let (table, report) = load.end().unwrap();
+    say(&table);
+    let mut figures = Figures::default();
+    figures.add_report(&report);
+    figures.note(&namespace);
+    namespace.note("failures", report["summary"]["failures"].clone());
+    assert_eq!(report["audit"]["findings"], json!([]), "{table}");
+}
+
 /// The longest of those that share the machine: it begins before them, so that none runs on alone for long.
 mod at_first {
     use super::*;
@@ -764,7 +847,7 @@ mod at_first {
         ];
         // The same in both, down to the revisions: only the namespaces tell them apart.
         let declare =
-            |exchange: &Exchange<'_>, value: &str| with_setting(exchange.declaration("1.0.0"), value);
+            |exchange: &Exchange<'_>, value: &str| with_setting(declaration(exchange, "1.0.0"), value);
         let mut both = thread::scope(|scope| {
             let deployments = [0, 1].map(|whose| {
                 let (ground, namespace) = (&ground, &namespaces[whose]);
@@ -1079,6 +1162,11 @@ mod abreast {
         fn has(self, begun: u64, ended: u64) -> bool {
             ended >= self.from && begun <= self.to
         }
+
+        /// Waits until it is over: what goes wrong later is the fault of what is done then.
+        fn pass(self) {
+            wait_until("the disturbance to be over", PATIENCE, || now_ms() > self.to).unwrap();
+        }
     }
 
     /// Pods that were killed.
@@ -1165,18 +1253,6 @@ mod abreast {
             }
         }
 
-        // What the database's absence makes of the new stack's first answers is no fault of it.
-        let release = stopped(&mut trading, "database", "100%");
-        let from = now_ms();
-        restart_store(&ground, &namespace, "postgres", "postgres");
-        let database = Window {
-            from,
-            to: now_ms() + SETTLING,
-        };
-        assert!(trading.is_promoting());
-        gate.decide(true).unwrap();
-        ends_well(&mut trading, &release);
-
         let release = stopped(&mut trading, "pods", "1%");
         assert_eq!(
             so_far(&trading).closed_without_notice,
@@ -1184,10 +1260,25 @@ mod abreast {
             "no pod has been killed yet"
         );
         let pods = kill_one_of_each(&trading, &release.0);
+        pods.window.pass();
         assert!(trading.is_promoting());
         gate.decide(true).unwrap();
         ends_well(&mut trading, &release);
         assert_recovered(&trading);
+
+        // What the database's absence makes of the new stack's first answers is no fault of it. Nobody else needs that database.
+        ground.beside_others();
+        let release = stopped(&mut trading, "database", "100%");
+        let from = now_ms();
+        restart_store(&ground, &namespace, "postgres", "postgres");
+        let database = Window {
+            from,
+            to: now_ms() + SETTLING,
+        };
+        database.pass();
+        assert!(trading.is_promoting());
+        gate.decide(true).unwrap();
+        ends_well(&mut trading, &release);
 
         let (table, report) = trading.load.take().unwrap().end().unwrap();
         say(&table);
@@ -1312,9 +1403,8 @@ mod abreast {
     }
 }
 
-/// A case that does without the operator of all, so that none goes on beside it but the one that never needs it. They come
-/// before those that share the machine, so that none waits for them later.
-mod alone {
+/// A case that does without the operator of all, so that none goes on beside it: the last one.
+mod without_operator {
     use super::*;
 
     /// Kinds of everything that the operator makes.
@@ -1735,89 +1825,5 @@ mod alone {
             plan.unanswered.len()
         );
         assert_eq!(kills, plan.wanted, "not reached: {:?}", plan.waiting);
-    }
-
-    /// No promise of ours: what the same images lose without the operator, for comparison.
-    #[test]
-    #[ignore = "needs a cluster: make e2e"]
-    fn case_9_a_rolling_update_for_comparison() {
-        let ground = Ground::any();
-        let namespace = case(&ground, 9, "rolling");
-        let exchange = Exchange::install(&ground.session, &namespace.name, &ground.images).unwrap();
-        let plain = |file: &str, version: &str| {
-            let path = format!("{}/../examples/plain/{file}.yaml", env!("CARGO_MANIFEST_DIR"));
-            let manifest = std::fs::read_to_string(path).unwrap();
-            let image = format!("{}/exchange:{version}", ground.images.prefix);
-            let manifest = manifest.replace("ghcr.io/acme/exchange:1.0.0", &image);
-            let manifest = manifest.replace("value: r1", &format!("value: r{}", &version[..1]));
-            // A node of two processors has no room for three pods of what trading should have, beside everything else.
-            let manifest = manifest.replace("cpu: 500m", "cpu: 100m");
-            ground.session.apply_manifest(&namespace.name, &manifest).unwrap();
-        };
-        let release = |version: &str| {
-            let migrated = [
-                "delete",
-                "job",
-                "exchange-expand",
-                "--ignore-not-found",
-                "--wait",
-                "--namespace",
-                &namespace.name,
-            ];
-            ground.session.kubectl(&migrated).unwrap();
-            plain("migrate", version);
-            ground
-                .session
-                .wait(
-                    &namespace.name,
-                    "job/exchange-expand",
-                    "condition=Complete",
-                    PATIENCE,
-                )
-                .unwrap();
-            for service in SERVICES {
-                plain(service, version);
-            }
-            for service in SERVICES {
-                let deployment = format!("deployment/exchange-{service}");
-                let status = [
-                    "rollout",
-                    "status",
-                    &deployment,
-                    "--timeout=240s",
-                    "--namespace",
-                    &namespace.name,
-                ];
-                ground.session.kubectl(&status).unwrap();
-            }
-        };
-        plain("settings", "1.0.0");
-        release("1.0.0");
-        exchange.make_treasury().unwrap();
-        // As in the case that most is made of: with connections that idle, too.
-        let load = exchange.start_clients(RATE, 4, 1).unwrap();
-        let trade = |requests: u64| {
-            let goal = load.progress().requests + requests;
-            wait_until("trading", PATIENCE, || load.progress().requests >= goal).unwrap();
-        };
-        trade(100);
-        // Back and forth: an expand leaves the older version at work.
-        for version in ["2.0.0", "1.0.0"] {
-            release(version);
-            trade(150);
-        }
-        let (table, report) = load.end().unwrap();
-        say(&table);
-        let mut figures = Figures::default();
-        figures.add_report(&report);
-        figures.note(&namespace);
-        namespace.note("failures", report["summary"]["failures"].clone());
-        namespace.note(
-            "connections_closed_without_notice",
-            report["closed_without_notice"].clone(),
-        );
-        assert_eq!(report["audit"]["findings"], json!([]), "{table}");
-        // Whoever comes next needs the operator, which is away until case 4 has ended.
-        ground.clear();
     }
 }
