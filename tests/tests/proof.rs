@@ -1695,7 +1695,7 @@ mod without_operator {
             while !settled(self.trading.last()) {
                 let status = &self.trading.last()["status"];
                 assert!(Instant::now() < deadline, "{name}: {status:#}");
-                self.trading.watch.next(Duration::from_millis(20)).unwrap();
+                self.trading.watch.next(Duration::from_millis(100)).unwrap();
                 meanwhile(&self.gate);
             }
         }
