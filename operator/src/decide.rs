@@ -110,15 +110,7 @@ impl Turn<'_> {
                     .as_ref()
                     .map(|live| token(&live.stack, live.attempt))
             });
-        // Who has paused it and goes back from it does not want what is declared next to begin by that.
-        let left = self
-            .next
-            .rejected
-            .as_ref()
-            .filter(|_| self.next.phase == Phase::Held);
-        let left = left.map(|left| token(&left.stack, left.attempt));
-        let asked = &self.seen.requests.pause;
-        asked.is_some() && (*asked == meant || *asked == left)
+        meant.is_some() && meant == self.seen.requests.pause
     }
 
     pub(crate) fn stopped(&self) -> bool {

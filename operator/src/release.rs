@@ -237,7 +237,9 @@ impl Turn<'_> {
         let (version, attempt) = (self.spec.version.clone(), self.next.attempt);
         let note = match superseded {
             Some(old) if old.stack == stack && old.gates == gates => {
-                format!("{version} is begun anew (attempt {attempt}): it is not what was tested any more")
+                format!(
+                    "{version} is begun anew (attempt {attempt}): its pods may not be those that were tested"
+                )
             }
             Some(old) => format!("{version} takes the place of {} (attempt {attempt})", old.version),
             None => format!("{version} is to become live (attempt {attempt})"),

@@ -53,7 +53,7 @@ pub fn report(spec: &Spec, seen: &Observed, undecided: Option<&str>, status: &mu
         None
     } else if !available.is {
         Some(verdict(true, &available.reason, &available.message))
-    } else if !lacks(seen, status).is_empty() {
+    } else if !lacks(seen, status).is_empty() || !is_sized(spec, seen, status) {
         Some(verdict(true, "PodsNotReady", &story))
     } else {
         None
@@ -222,6 +222,18 @@ fn colour_in_use(spec: &Spec, seen: &Observed, status: &Status) -> Option<Verdic
             live.version, live.stack.colour, spec.version
         );
         verdict(true, "ColourInUse", message)
+    })
+}
+
+/// Whether what is live has been made as big as is declared, which is recorded before it is done.
+fn is_sized(spec: &Spec, seen: &Observed, status: &Status) -> bool {
+    let live = status.live.as_ref().and_then(|live| seen.stacks.get(&live.stack));
+    Service::ALL.into_iter().all(|service| {
+        let declared = spec.services.get(service);
+        let replicas = live
+            .and_then(|live| live.service(service))
+            .map(|it| i64::from(it.replicas));
+        declared.autoscaling.is_some() || replicas == Some(i64::from(declared.replicas))
     })
 }
 

@@ -864,23 +864,6 @@ fn tests_wait_for_pods_that_are_replaced() {
     assert_eq!(records(&world, |_| {}).phase, Testing);
 }
 
-/// Who goes back from what they have paused, does not want another version to begin by that.
-#[test]
-fn a_pause_outlasts_the_rollback_from_what_is_paused() {
-    let mut world = after_a_release();
-    world.ask(|requests, names| requests.pause = names.live);
-    world.settle(Wakes::Clock).unwrap();
-    world.release(2);
-    world.ask(|requests, names| requests.rollback = names.live);
-    world.settle(Wakes::Clock).unwrap();
-    assert_eq!(world.status.phase, Held, "{:#?}", world.trace);
-    assert_eq!(world.status.live.as_ref().unwrap().version, "r0");
-    assert!(world.status.stopped_since.is_some());
-    world.ask(|requests, _| requests.pause = None);
-    world.settle(Wakes::Clock).unwrap();
-    assert_eq!(world.status.live.as_ref().unwrap().version, "r2");
-}
-
 #[test]
 fn while_time_stands_still_nothing_is_started_and_no_deadline_passes() {
     let mut world = at(Testing);

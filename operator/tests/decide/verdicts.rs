@@ -10,7 +10,7 @@ use exchange_operator::{
 
 use crate::{
     transitions::{at, releasing},
-    world::{View, World},
+    world::{View, Wakes, World},
 };
 
 #[derive(Debug, PartialEq, Eq)]
@@ -93,6 +93,22 @@ fn a_changed_spec_is_in_progress_before_anybody_has_looked() {
     assert_eq!(verdict(&world), Verdict::Current);
     world.release(2);
     assert_eq!(verdict(&world), Verdict::InProgress);
+}
+
+/// It is recorded as looked at before the Deployment is made bigger.
+#[test]
+fn a_changed_size_is_in_progress_until_the_pods_are_there() {
+    let mut world = reached(Live);
+    world.settle(Wakes::Clock).unwrap();
+    assert_eq!(verdict(&world), Verdict::Current);
+    world.declare(|spec| spec.services.trade.replicas += 3);
+    let generation = world.observe().generation;
+    while world.status.observed_generation != Some(generation) {
+        world.step(0, View::Fresh).unwrap();
+    }
+    assert_eq!(verdict(&world), Verdict::InProgress);
+    world.settle(Wakes::Clock).unwrap();
+    assert_eq!(verdict(&world), Verdict::Current);
 }
 
 #[test]
