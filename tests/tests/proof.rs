@@ -140,9 +140,7 @@ impl<'a> Trading<'a> {
 
     /// Lets the clients trade until they have made so many requests more.
     fn trade(&self, requests: u64) {
-        let load = self.load.as_ref().unwrap();
-        let goal = load.progress().requests + requests;
-        wait_until("trading", PATIENCE, || load.progress().requests >= goal).unwrap();
+        trade(self.load.as_ref().unwrap(), requests);
     }
 
     /// Declares the same version with another setting: a release without a migration.
@@ -200,6 +198,12 @@ impl<'a> Trading<'a> {
             revision(object, "previous") == old && text(object, "/status/previous/state") == "Retained"
         })
     }
+}
+
+/// Lets clients trade until they have made so many requests more.
+fn trade(load: &Load<'_>, requests: u64) {
+    let goal = load.progress().requests + requests;
+    wait_until("trading", PATIENCE, || load.progress().requests >= goal).unwrap();
 }
 
 fn assert_audited(table: &str, report: &Value) {
@@ -814,15 +818,11 @@ fn case_9_a_rolling_update_for_comparison() {
     exchange.make_treasury().unwrap();
     // As in the case that most is made of: with connections that idle, too.
     let load = exchange.start_clients(RATE, 4, 1).unwrap();
-    let trade = |requests: u64| {
-        let goal = load.progress().requests + requests;
-        wait_until("trading", PATIENCE, || load.progress().requests >= goal).unwrap();
-    };
-    trade(100);
+    trade(&load, 100);
     // Back and forth: an expand leaves the older version at work.
     for version in ["2.0.0", "1.0.0"] {
         release(version);
-        trade(150);
+        trade(&load, 150);
     }
     let (table, report) = load.end().unwrap();
     say(&table);

@@ -94,13 +94,7 @@ fn sees(mut world: World, change: fn(&mut Observed)) -> World {
 /// What is live has been made bigger than there is room for.
 fn lacks_a_pod(seen: &mut Observed) {
     let live = seen.status.live.clone().unwrap().stack;
-    let trade = seen
-        .stacks
-        .get_mut(&live)
-        .unwrap()
-        .services
-        .get_mut(&Service::Trade);
-    let trade = trade.unwrap();
+    let trade = transitions::trade_of(seen, &live);
     trade.replicas += 1;
     trade.trouble = Some("no node for it".to_owned());
 }

@@ -88,6 +88,23 @@ fn records(world: &World, change: impl FnOnce(&mut Observed)) -> Status {
     plan.status.unwrap_or(seen.status)
 }
 
+/// The candidate's pods have become ready, and nobody has looked since.
+fn with_ready_pods() -> World {
+    let mut world = at(Provisioning);
+    world.finish(0);
+    for _ in 0..3 {
+        world.kubelet();
+    }
+    world.slices();
+    world
+}
+
+/// What is seen of the trade service of a stack.
+pub(crate) fn trade_of<'s>(seen: &'s mut Observed, stack: &Stack) -> &'s mut ServiceSeen {
+    let stack = seen.stacks.get_mut(stack).unwrap();
+    stack.services.get_mut(&Service::Trade).unwrap()
+}
+
 /// Of two trade pods of each stack one is ready, and something keeps the other.
 fn lacks_pods(seen: &mut Observed) {
     for stack in seen.stacks.values_mut() {
@@ -784,22 +801,13 @@ fn a_release_begins_when_nothing_else_is_left_and_the_live_schema_is_contracted(
 
 #[test]
 fn a_candidate_has_as_many_pods_as_are_declared_and_as_the_live_stack_has() {
-    let mut world = at(Provisioning);
-    world.finish(0);
-    for _ in 0..3 {
-        world.kubelet();
-    }
-    world.slices();
+    let world = with_ready_pods();
     let candidate = world.status.candidate.clone().unwrap().stack;
     let live = world.status.live.clone().unwrap().stack;
-    let trade = |seen: &mut Observed, stack: &Stack, set: fn(&mut ServiceSeen)| {
-        let stack = seen.stacks.get_mut(stack).unwrap();
-        set(stack.services.get_mut(&Service::Trade).unwrap());
-    };
     assert_eq!(records(&world, |_| {}).phase, Testing);
-    let one_short = records(&world, |seen| trade(seen, &candidate, |it| it.ready -= 1));
+    let one_short = records(&world, |seen| trade_of(seen, &candidate).ready -= 1);
     assert_eq!(one_short.phase, Provisioning);
-    let more_are_live = records(&world, |seen| trade(seen, &live, |it| it.replicas += 1));
+    let more_are_live = records(&world, |seen| trade_of(seen, &live).replicas += 1);
     assert_eq!(more_are_live.phase, Provisioning);
 }
 
@@ -810,18 +818,14 @@ fn a_candidate_whose_pods_come_to_be_made_of_something_else_is_tested_anew() {
         let mut world = at(phase);
         world.finish(0);
         let candidate = world.status.candidate.clone().unwrap();
-        let trade = |seen: &mut Observed, set: fn(&mut ServiceSeen)| {
-            let stack = seen.stacks.get_mut(&candidate.stack).unwrap();
-            set(stack.services.get_mut(&Service::Trade).unwrap());
-        };
         assert_eq!(records(&world, |_| {}).phase, phase);
         let lets_be = records(&world, |seen| {
-            trade(seen, |it| "another".clone_into(&mut it.template));
+            "another".clone_into(&mut trade_of(seen, &candidate.stack).template);
         });
         assert_eq!((lets_be.phase, lets_be.attempt), (Pending, candidate.attempt + 1));
         // The one before may have been one of these pods.
         let being_replaced = records(&world, |seen| {
-            trade(seen, |it| it.current = false);
+            trade_of(seen, &candidate.stack).current = false;
             seen.requests.promote = Some(token(&candidate.stack, candidate.attempt));
             for job in seen.jobs.values_mut() {
                 job.state = JobState::Passed;
@@ -844,16 +848,10 @@ fn a_candidate_whose_pods_come_to_be_made_of_something_else_is_tested_anew() {
 /// What was changed before the tests is put right, and they wait for the last pod of that.
 #[test]
 fn tests_wait_for_pods_that_are_replaced() {
-    let mut world = at(Provisioning);
-    world.finish(0);
-    for _ in 0..3 {
-        world.kubelet();
-    }
-    world.slices();
+    let world = with_ready_pods();
     let candidate = world.status.candidate.clone().unwrap().stack;
     let waits = records(&world, |seen| {
-        let stack = seen.stacks.get_mut(&candidate).unwrap();
-        stack.services.get_mut(&Service::Trade).unwrap().current = false;
+        trade_of(seen, &candidate).current = false;
     });
     assert_eq!(waits.phase, Provisioning);
     let message = &condition(&waits, "Ready").message;
