@@ -518,7 +518,8 @@ impl Turn<'_> {
             _ if self.stopped() => None,
             // Its colour is in use.
             Phase::Pending if self.next.candidate.is_none() => None,
-            _ => Some(1),
+            // What it waits for is watched. Why it waits is not: that is for people.
+            _ => Some(2),
         };
         if let Some(seconds) = seconds {
             return time::Duration::from_secs(seconds);

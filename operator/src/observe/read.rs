@@ -4,7 +4,7 @@
 //! last; if it turns out to be another than the one for which the rest was read, the rest is read again.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     time::Duration,
 };
 
@@ -392,18 +392,13 @@ impl Reader {
             };
             Ok::<_, Error>(content.map(|content| (source, content)))
         });
-        let stores = stores(spec).map(async |(field, key)| {
-            let there = self.get::<Secret>(namespace, &key.name).await?;
-            let problem = match there {
-                None => Some(format!("the Secret {} of {field} does not exist", key.name)),
-                Some(secret) => {
-                    let has = secret.data.is_some_and(|data| data.contains_key(&key.key));
-                    (!has).then(|| format!("the Secret {} of {field} has no key {}", key.name, key.key))
-                }
-            };
-            Ok::<_, Error>(problem)
-        });
-        let (read, problems) = try_join!(try_join_all(read), try_join_all(stores))?;
+        // Several keys of one Secret are one read.
+        let names: BTreeSet<&str> = stores(spec).map(|(_, key)| key.name.as_str()).collect();
+        let secrets = names
+            .into_iter()
+            .map(async |name| Ok::<_, Error>((name, self.get::<Secret>(namespace, name).await?)));
+        let (read, secrets) = try_join!(try_join_all(read), try_join_all(secrets))?;
+        let secrets: BTreeMap<&str, Option<Secret>> = secrets.into_iter().collect();
         let (mut content, mut copies) = (Content::new(), BTreeMap::new());
         for (source, (keys, copy)) in read.into_iter().flatten() {
             content.insert(source.clone(), keys);
@@ -416,7 +411,16 @@ impl Reader {
             });
             names.collect::<Vec<_>>().join(", ")
         });
-        let problem = problems.into_iter().flatten().next();
+        let problem = stores(spec).find_map(|(field, key)| match secrets.get(key.name.as_str())? {
+            None => Some(format!("the Secret {} of {field} does not exist", key.name)),
+            Some(secret) => {
+                let has = secret
+                    .data
+                    .as_ref()
+                    .is_some_and(|data| data.contains_key(&key.key));
+                (!has).then(|| format!("the Secret {} of {field} has no key {}", key.name, key.key))
+            }
+        });
         let declared = match problem {
             Some(problem) => Err(problem),
             None => declared,

@@ -1428,6 +1428,8 @@ fn an_object_that_waits_for_somebody_is_not_looked_at_every_second() {
     let mut colour_needed = after_a_release();
     colour_needed.release(2);
     colour_needed.until(0, Pending);
+    let mut tested = at(Testing);
+    tested.finish(0);
     let rows = vec![
         ("live", live, 60),
         ("its colour is in use", in_use, 60),
@@ -1455,7 +1457,8 @@ fn an_object_that_waits_for_somebody_is_not_looked_at_every_second() {
             1,
         ),
         ("the old stack is removed", colour_needed, 1),
-        ("tested", at(Testing), 1),
+        ("its tests are begun", at(Testing), 1),
+        ("tested", tested, 2),
     ];
     for (name, world, expected) in rows {
         let mut seen = world.observe();
