@@ -284,6 +284,8 @@ impl Parts<'_> {
                     "TMPDIR".into(),
                     self.cluster.home().join("tmp").display().to_string(),
                 ),
+                // Processors are scarcer than memory: garbage is collected a third as often as by default.
+                ("GOGC".into(), "300".into()),
             ],
             after,
             kubeconfig: self.cluster.kubeconfig(),
