@@ -288,7 +288,9 @@ impl Turn<'_> {
         // What is being adopted changes: it is looked at again before it is removed.
         let adopted = |stack| kept.contains(stack) && self.stack(stack).is_some_and(|it| !it.owned);
         for (job, seen) in self.seen.jobs.iter().filter(|(job, _)| !adopted(&job.stack)) {
-            if !self.needs(job) && seen.state != JobState::Running {
+            // A test that nobody waits for would go on to test what comes next at its address. A migration is never stopped.
+            let may_go = seen.state != JobState::Running || !job.kind.migrates();
+            if !self.needs(job) && may_go {
                 actions.push(Action::DeleteJob(job.clone(), seen.fence.clone()));
             }
         }

@@ -19,11 +19,11 @@ use k8s_openapi::{
     apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
 };
 use kube::{CustomResource, CustomResourceExt, KubeSchema, core::Duration};
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::status::{Colour, ExchangeDeploymentStatus};
+use crate::status::{Colour, ExchangeDeploymentStatus, Outcome, Phase, PreviousState, Reason};
 
 /// API group of the resource, and prefix of every label and annotation of the operator.
 pub const GROUP: &str = "exchange.dev";
@@ -95,8 +95,8 @@ pub struct ExchangeDeploymentSpec {
 
     /// Repository of the image, without tag or digest, for example `ghcr.io/acme/exchange`.
     #[schemars(length(min = 1, max = 255))]
-    #[x_kube(validation = Rule::new("!self.contains('@') && !self.matches(':[^/]*$') && self.matches('^[a-z0-9][a-zA-Z0-9._:/-]*$')")
-        .message("image must be a repository without tag or digest, for example ghcr.io/acme/exchange: the tag is spec.version, a digest goes into imageDigest"))]
+    #[x_kube(validation = Rule::new("self.matches('^([a-zA-Z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*$')")
+        .message("image must be a repository, in lower case, without tag or digest, for example ghcr.io/acme/exchange: the tag is spec.version, a digest goes into imageDigest"))]
     pub image: String,
 
     /// Digest of the image, `sha256:…`. When given it is pulled by digest, and the version is only a name.
@@ -223,8 +223,8 @@ pub struct ServiceSpec {
     /// Repository of the image for this service, instead of `spec.image`; the version is the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 255))]
-    #[x_kube(validation = Rule::new("!self.contains('@') && !self.matches(':[^/]*$') && self.matches('^[a-z0-9][a-zA-Z0-9._:/-]*$')")
-        .message("image must be a repository without tag or digest, for example ghcr.io/acme/exchange-trade: the tag is spec.version, a digest goes into imageDigest"))]
+    #[x_kube(validation = Rule::new("self.matches('^([a-zA-Z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*$')")
+        .message("image must be a repository, in lower case, without tag or digest, for example ghcr.io/acme/exchange-trade: the tag is spec.version, a digest goes into imageDigest"))]
     pub image: Option<String>,
 
     /// Digest of the image of this service.
@@ -246,6 +246,8 @@ pub struct ServiceSpec {
         merge_strategy = ListMerge::Map(vec!["name".into()]),
         validation = Rule::new("self.all(e, e.name.matches('^[-._a-zA-Z][-._a-zA-Z0-9]*$'))")
             .message("the name of an environment variable consists of letters, digits, '_', '-' and '.', and does not start with a digit"),
+        validation = Rule::new("self.all(e, !has(e.value) || e.value == '' || !has(e.valueFrom))")
+            .message("an environment variable has a value or a valueFrom, not both"),
         validation = Rule::new("self.all(e, !e.name.startsWith('EXCHANGE_STACK_') && !(e.name in ['EXCHANGE_COLOUR', 'EXCHANGE_REVISION', 'EXCHANGE_ROLE', 'EXCHANGE_LIVE_URL', 'EXCHANGE_DRAIN_TIMEOUT', 'EXCHANGE_DATABASE_URL', 'EXCHANGE_DATABASE_URL_FILE', 'EXCHANGE_QUEUE_URL', 'EXCHANGE_QUEUE_URL_FILE', 'EXCHANGE_MARKET_DATA_URL', 'EXCHANGE_MARKET_DATA_URL_FILE', 'EXCHANGE_LANE_SECRET', 'EXCHANGE_LANE_SECRET_FILE', 'EXCHANGE_PUBLIC_ADDRESS', 'EXCHANGE_ADMIN_ADDRESS']))")
             .message("the operator itself sets EXCHANGE_STACK_…, and the colour, revision, role, addresses, stores and lane of a pod: leave them out of env"),
     )]
@@ -353,8 +355,8 @@ const fn default_cpu() -> i32 {
 pub struct FileSource {
     /// Folder in the container; each key of the source is a file in it.
     #[schemars(length(min = 2, max = 255))]
-    #[x_kube(validation = Rule::new("self.startsWith('/') && !self.contains('..') && !self.contains(':')")
-        .message("mountPath must be an absolute path without '..' and ':'"))]
+    #[x_kube(validation = Rule::new("self.startsWith('/') && !self.contains('..') && !self.contains(':') && !self.matches('/[.](/|$)')")
+        .message("mountPath must be an absolute path without '.' and '..' as folders and without ':'"))]
     #[x_kube(validation = Rule::new("!self.matches('^/+etc/+exchange(/.*)?$')")
         .message("mountPath must not be below /etc/exchange: the operator mounts the stores there"))]
     #[x_kube(validation = Rule::new("!self.matches('^/+(tmp|etc)?/*$')")
@@ -414,7 +416,7 @@ pub struct Store {
 #[derive(Clone, Debug, PartialEq, KubeSchema, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Rollout {
-    /// Where this version runs. `Auto` takes the colour that is not live.
+    /// Where this version runs.
     #[serde(default)]
     pub colour: ColourChoice,
 
@@ -504,9 +506,9 @@ pub enum ColourChoice {
     /// The colour that is not live.
     #[default]
     Auto,
-    /// Blue. A new version cannot be declared for the colour that is live.
+    /// Blue, which no new version can be declared for while it is live.
     Blue,
-    /// Green. A new version cannot be declared for the colour that is live.
+    /// Green, likewise.
     Green,
 }
 
@@ -548,6 +550,8 @@ pub struct SmokeTest {
     /// Image of the test, with tag or digest. Without it: the image of the candidate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 400))]
+    #[x_kube(validation = Rule::new("self.matches('^([a-zA-Z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*(:[a-zA-Z0-9_][a-zA-Z0-9._-]*)?(@sha256:[0-9a-f]{64})?$')")
+        .message("image of a test must be a repository, in lower case, with a tag or a digest, for example ghcr.io/acme/exchange-tests:1.0.0"))]
     pub image: Option<String>,
     /// Command and arguments. The addresses of the candidate are in EXCHANGE_STACK_USER_URL,
     /// EXCHANGE_STACK_TRADE_URL and EXCHANGE_STACK_NOTIFICATION_URL, its name in EXCHANGE_STACK_NAME. The test
@@ -659,6 +663,17 @@ const fn default_min_requests() -> i32 {
 pub fn crd() -> Result<CustomResourceDefinition, serde_json::Error> {
     let mut value = serde_json::to_value(ExchangeDeployment::crd())?;
     clean(&mut value);
+    explain(
+        &mut value,
+        &[
+            meanings(&schema_for!(ColourChoice)),
+            meanings(&schema_for!(Promotion)),
+            meanings(&schema_for!(Phase)),
+            meanings(&schema_for!(PreviousState)),
+            meanings(&schema_for!(Reason)),
+            meanings(&schema_for!(Outcome)),
+        ],
+    );
     // A status from the first moment on: without one, kstatus, and with it `helm --wait`, takes a new object for done.
     let status = "/spec/versions/0/schema/openAPIV3Schema/properties/status";
     if let Some(Value::Object(status)) = value.pointer_mut(status) {
@@ -679,6 +694,44 @@ fn clean(value: &mut Value) {
         }
         Value::Array(items) => items.iter_mut().for_each(clean),
         _ => {}
+    }
+}
+
+/// The values of an enumeration, each with what it means.
+fn meanings(schema: &Schema) -> Vec<(Value, String)> {
+    let values = schema
+        .get("oneOf")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten();
+    let meaning = |value: &Value| {
+        let text = value.get("description")?.as_str()?;
+        Some((value.get("const")?.clone(), text.replace('\n', " ")))
+    };
+    values.filter_map(meaning).collect()
+}
+
+/// Says of each field that has values of one of these enumerations what they mean: a structural schema has no other place for that
+/// than the field's description.
+fn explain(value: &mut Value, enumerations: &[Vec<(Value, String)>]) {
+    if let Value::Object(map) = value {
+        let values = map.get("enum").and_then(Value::as_array);
+        let known = enumerations.iter().find(|meanings| {
+            values.is_some_and(|values| values.iter().eq(meanings.iter().map(|(value, _)| value)))
+        });
+        if let (Some(meanings), Some(Value::String(text))) = (known, map.get_mut("description")) {
+            for (value, meaning) in meanings {
+                let value = value.as_str().unwrap_or_default();
+                text.extend([" ", value, ": ", meaning]);
+            }
+        }
+        for value in map.values_mut() {
+            explain(value, enumerations);
+        }
+    } else if let Value::Array(items) = value {
+        for value in items {
+            explain(value, enumerations);
+        }
     }
 }
 

@@ -39,6 +39,7 @@ use crate::{
         intact::OF_NODE,
         is_nobodys, is_ours,
         read::{Look, Reader, builder, selector},
+        see_live,
     },
     plan::Action,
     resources::{ATTEMPT, COLOUR, MANAGER, REVISION, TEMPLATES},
@@ -46,6 +47,8 @@ use crate::{
     status::{ExchangeDeploymentStatus as Status, Stack},
 };
 
+/// Says of a load balancer whom it lets in. The API server refuses it for other Services.
+const SOURCE_RANGES: &str = "service.beta.kubernetes.io/load-balancer-source-ranges";
 /// For each write.
 pub(crate) const WRITE_LIMIT: Duration = Duration::from_secs(10);
 
@@ -97,6 +100,7 @@ impl Writer {
             } => {
                 let object = builder.live_service(*service, to.as_ref(), *epoch);
                 let written = self.replace_service(look, &object, fence).await?;
+                see_live(&builder, std::iter::once(&written), &mut look.seen);
                 let written = serde_json::to_value(written).unwrap_or_default();
                 let same = |path| written.pointer(path) == object.pointer(path);
                 // What else is changed of it is a matter of the repair that comes after the move.
@@ -403,6 +407,18 @@ impl Writer {
             spec.session_affinity_config = None;
             spec.publish_not_ready_addresses = None;
             spec.external_ips = None;
+            spec.traffic_distribution = None;
+            // What only another type may have: the API server would refuse the whole.
+            spec.external_name = None;
+            spec.external_traffic_policy = None;
+            spec.health_check_node_port = None;
+            spec.allocate_load_balancer_node_ports = None;
+            spec.load_balancer_class = None;
+            spec.load_balancer_ip = None;
+            spec.load_balancer_source_ranges = None;
+        }
+        if let Some(annotations) = &mut service.metadata.annotations {
+            annotations.remove(SOURCE_RANGES);
         }
         let api = Api::<CoreService>::namespaced(self.client.clone(), builder(&look.object).namespace);
         let params = post();

@@ -125,15 +125,8 @@ fn endpoints(
             .map_or(1, |there| there.replicas.max(1));
         there.map_or(0, |there| there.ready) < least
     };
-    let to_move = |other: Service| {
-        let moved = seen
-            .live
-            .get(&other)
-            .is_some_and(|live| live.epoch == epoch && live.target.is(Some(to)));
-        other == service || (intent != Intent::Repair && !moved)
-    };
     let gone = |service: Service| intent == Intent::Promote && !seen.live.contains_key(&service);
-    for service in Service::ALL.into_iter().filter(|other| to_move(*other)) {
+    for service in to_move(to, service, epoch, intent, seen) {
         if gone(service) {
             return Err(Refusal::NotThere(service));
         }
@@ -145,6 +138,23 @@ fn endpoints(
         }
     }
     Ok(())
+}
+
+/// The service whose live Service is written, and those that the same move has not written yet.
+pub(crate) fn to_move(
+    to: &Stack,
+    service: Service,
+    epoch: u32,
+    intent: Intent,
+    seen: &Observed,
+) -> impl Iterator<Item = Service> {
+    let moved = move |other: &Service| {
+        let live = seen.live.get(other);
+        live.is_some_and(|live| live.epoch == epoch && live.target.is(Some(to)))
+    };
+    Service::ALL
+        .into_iter()
+        .filter(move |other| *other == service || (intent != Intent::Repair && !moved(other)))
 }
 
 fn has_no_traffic(stack: &Stack, seen: &Observed) -> Result<(), Refusal> {

@@ -16,7 +16,7 @@ pub mod read;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 pub use assemble::Piece;
-pub(crate) use assemble::{as_rendered, is_nobodys, is_ours};
+pub(crate) use assemble::{as_rendered, is_nobodys, is_ours, see_live};
 
 use crate::{
     api::Service,

@@ -2,7 +2,7 @@
 //!
 //! `phase`, `live`, `candidate`, `previous`, `rejected`, `contract`, `attempt`, `epoch`, `asked` and `handled` are the
 //! operator's memory: each change of them is one update that carries the object's `resourceVersion`, and nothing
-//! is done before the record that allows it. Conditions, `message` and `history` are for the readers.
+//! is done before the record that allows it. Conditions and `history` are for the readers.
 
 #![expect(
     unreachable_pub,
@@ -54,7 +54,7 @@ impl fmt::Display for Colour {
     }
 }
 
-/// Where the release of the declared version stands. For people: the record itself is in the other fields.
+/// Where the release of the declared version stands.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema,
 )]
@@ -80,7 +80,7 @@ pub enum Phase {
     RollingBack,
     /// The declared version was given up before its swap; what was live still is.
     Failed,
-    /// The declared version was live and was given up; the version before it is live again.
+    /// The declared version was given up when traffic had been moved to it; what was live before is again, if it could serve.
     Held,
 }
 
@@ -505,7 +505,7 @@ pub enum Outcome {
     Promoted,
     /// It was verified.
     Verified,
-    /// It was given up before its swap.
+    /// It was given up before it had all the traffic.
     Failed,
     /// It was live and was left for the stack before it.
     RolledBack,
@@ -534,7 +534,7 @@ pub struct HistoryEntry {
     /// Why, if there is more to say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<Reason>,
-    /// Who asked for it or approved it: the value of the annotation `exchange.dev/by`; else `operator`, or `spec`.
+    /// Who asked for it or approved it: the value of the annotation `exchange.dev/by`, or `unverified` if nobody has signed; else `operator`, or `spec`.
     pub by: String,
 }
 

@@ -916,6 +916,37 @@ async fn a_size_that_something_changes_as_it_is_written_is_told() {
 }
 
 #[tokio::test]
+async fn a_live_service_that_was_made_a_load_balancer_is_put_right_whole() {
+    let world = World::converged().await;
+    let ranges = "service.beta.kubernetes.io/load-balancer-source-ranges";
+    let of_another_type = [
+        "loadBalancerSourceRanges",
+        "loadBalancerClass",
+        "externalTrafficPolicy",
+    ];
+    world.change("services/exchange-user", |service| {
+        service["metadata"]["annotations"][ranges] = json!("10.0.0.0/8");
+        service["spec"]["type"] = json!("LoadBalancer");
+        for (field, value) in of_another_type
+            .iter()
+            .zip([json!(["10.0.0.0/8"]), json!("a"), json!("Local")])
+        {
+            service["spec"][field] = value;
+        }
+    });
+    world.settle().await;
+    let service = world.get("services/exchange-user");
+    assert_eq!(service["spec"]["type"], "ClusterIP");
+    assert!(
+        service["metadata"]["annotations"][ranges].is_null(),
+        "{service:#}"
+    );
+    for field in of_another_type {
+        assert!(service["spec"][field].is_null(), "{service:#}");
+    }
+}
+
+#[tokio::test]
 async fn a_live_service_that_cannot_be_put_right_keeps_no_other_repair_from_being_done() {
     let world = World::converged().await;
     world.change("services/exchange-user", |service| {

@@ -152,6 +152,20 @@ fn the_definition_is_structural_and_documented() {
                 known || property.get("description").is_some(),
                 "{path} is not documented"
             );
+            // Two colours explain themselves; what the API server's own types allow, it says itself.
+            for value in property
+                .get("enum")
+                .and_then(Value::as_array)
+                .into_iter()
+                .flatten()
+            {
+                let meaning = format!("{}: ", value.as_str().unwrap());
+                let description = property["description"].as_str().unwrap();
+                assert!(
+                    path.ends_with(".colour") || description.contains(&meaning),
+                    "{path} does not say what {meaning} means"
+                );
+            }
             walk(property, &path);
         }
         if let Some(items) = schema.get("items") {

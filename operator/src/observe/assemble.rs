@@ -336,13 +336,12 @@ pub(crate) fn as_rendered<K: Serialize>(object: &K, rendered: &Value) -> bool {
     })
 }
 
-/// Sees the live Services among these.
-pub(super) fn see_live<'a>(
+/// Sees the live Services among these, beside those that were seen before.
+pub(crate) fn see_live<'a>(
     builder: &Builder<'_>,
     services: impl Iterator<Item = &'a CoreService>,
     seen: &mut Observed,
 ) {
-    let mut old = std::mem::take(&mut seen.live);
     for there in services {
         let name = there.name_any();
         let Some(service) = Service::ALL.into_iter().find(|it| builder.live_name(*it) == name) else {
@@ -369,12 +368,13 @@ pub(super) fn see_live<'a>(
             spec.insert("selector".to_owned(), selector);
         }
         let epoch = there.annotations().get(EPOCH).and_then(|it| it.parse().ok());
+        let before = seen.live.remove(&service);
         let live = LiveService {
             fence: fence(&there.metadata),
             target,
             epoch: epoch.unwrap_or(0),
             intact: as_rendered(there, &written),
-            endpoints: old.remove(&service).map_or_else(Vec::new, |old| old.endpoints),
+            endpoints: before.map_or_else(Vec::new, |before| before.endpoints),
         };
         seen.live.insert(service, live);
     }

@@ -12,11 +12,12 @@ const EXACT: [&str; 5] = ["selector", "matchLabels", "ports", "env", "envFrom"];
 pub const OF_NODE: [&str; 5] = ["hostNetwork", "hostPID", "hostIPC", "hostUsers", "hostAliases"];
 /// What decides who reaches a Service and which pods it has, beside its selector, with what the API server says if nobody does; empty
 /// if nothing.
-const OF_SERVICE: [(&str, &str); 4] = [
+const OF_SERVICE: [(&str, &str); 5] = [
     ("internalTrafficPolicy", "Cluster"),
     ("sessionAffinity", "None"),
     ("publishNotReadyAddresses", ""),
     ("externalIPs", ""),
+    ("trafficDistribution", ""),
 ];
 /// What a container is told, also if nothing was rendered.
 const TOLD: [&str; 4] = ["command", "args", "env", "envFrom"];

@@ -40,6 +40,7 @@ use super::{
 use crate::{
     api::{ExchangeDeployment, ExchangeDeploymentSpec as Spec, SecretKey, Service},
     error::Error,
+    guard,
     plan::Action,
     resources::{Builder, MANAGER, Rendered},
     revision::{self, Content, Source, gates, reserved, revision, sources},
@@ -228,30 +229,51 @@ impl Reader {
         let builder = builder(&look.object);
         let mut seen = look.seen.clone();
         // By name: one that has lost its labels has traffic all the same.
-        let names = Service::ALL.map(|service| builder.live_name(service));
-        let live = try_join_all(names.iter().map(|name| self.get::<CoreService>(&namespace, name)));
+        let live = |services: Vec<Service>| {
+            let builder = &builder;
+            let namespace = &namespace;
+            let read = services.into_iter().map(async move |service| {
+                let name = builder.live_name(service);
+                self.get::<CoreService>(namespace, &name).await
+            });
+            try_join_all(read)
+        };
         match action {
-            Action::Point { to, .. } => {
-                // In parallel: these reads lie between the decision and the swap.
-                let about = to.as_ref().map_or_else(
-                    || names.clone(),
-                    |to| Service::ALL.map(|service| builder.colour_name(to, service)),
-                );
-                let slices = about.iter().flat_map(|service| {
-                    let known = look.material.slices.get(service).into_iter().flatten();
+            Action::Point {
+                service,
+                to,
+                epoch,
+                intent,
+                ..
+            } => {
+                // In parallel, and only what the guard asks for: these reads lie between the decision and the swap. The Service that
+                // is written is not one of them: if it is another one by now, the write is refused.
+                let concerned: Vec<Service> = match to {
+                    Some(to) => guard::to_move(to, *service, *epoch, *intent, &seen).collect(),
+                    None => vec![*service],
+                };
+                let others: Vec<Service> = concerned.iter().copied().filter(|it| it != service).collect();
+                let slices = concerned.iter().flat_map(|service| {
+                    let about = match to {
+                        Some(to) => builder.colour_name(to, *service),
+                        None => builder.live_name(*service),
+                    };
+                    let known = look.material.slices.get(&about).into_iter().flatten();
                     known.map(|name| self.get::<EndpointSlice>(&namespace, name))
                 });
+                seen.live.retain(|service, _| !others.contains(service));
                 let (object, live, slices) =
-                    try_join!(self.object(&namespace, &name), live, try_join_all(slices))?;
+                    try_join!(self.object(&namespace, &name), live(others), try_join_all(slices))?;
                 retake(&mut seen, object);
                 see_live(&builder, live.iter().flatten(), &mut seen);
-                if to.is_none() {
-                    seen.live.values_mut().for_each(|live| live.endpoints.clear());
-                }
-                if let Some(stack) = to.as_ref().and_then(|to| seen.stacks.get_mut(to)) {
-                    for service in stack.services.values_mut() {
-                        service.ready = 0;
+                match to {
+                    Some(to) => {
+                        let services = seen.stacks.get_mut(to).map(|stack| &mut stack.services);
+                        for service in services.into_iter().flat_map(BTreeMap::values_mut) {
+                            service.ready = 0;
+                        }
                     }
+                    None => seen.live.values_mut().for_each(|live| live.endpoints.clear()),
                 }
                 let slices: Vec<EndpointSlice> = slices.into_iter().flatten().collect();
                 see_slices(&builder, &slices, &look.material.pods, &mut seen);
@@ -260,10 +282,11 @@ impl Reader {
                 let labels = selector(&name);
                 let (object, live, pods) = try_join!(
                     self.object(&namespace, &name),
-                    live,
+                    live(Service::ALL.to_vec()),
                     self.list::<Pod>(&namespace, &labels),
                 )?;
                 retake(&mut seen, object);
+                seen.live.clear();
                 see_live(&builder, live.iter().flatten(), &mut seen);
                 for service in seen.stacks.values_mut().flat_map(|it| it.services.values_mut()) {
                     service.pods = 0;

@@ -1385,6 +1385,31 @@ fn no_autoscaler_is_touched_while_traffic_moves() {
 }
 
 #[test]
+fn a_test_that_nobody_waits_for_is_ended() {
+    let mut world = at(Testing);
+    world.finish(0);
+    let superseded = world.status.candidate.clone().unwrap().stack;
+    let tests = |world: &World| {
+        let jobs = world.observe().jobs.into_keys();
+        jobs.filter(|job| job.stack == superseded && !job.kind.migrates())
+            .count()
+    };
+    assert!(tests(&world) > 0);
+    world.release(2);
+    while world
+        .status
+        .candidate
+        .as_ref()
+        .is_none_or(|it| it.stack == superseded)
+    {
+        world.step(0, View::Fresh).unwrap();
+        world.kubelet();
+    }
+    world.finish(0);
+    assert_eq!(tests(&world), 0, "{:#?}", world.trace);
+}
+
+#[test]
 fn a_new_object_removes_nothing_before_its_first_attempt() {
     let holds_up: [fn(&mut World); 2] = [
         |world| world.declare(|spec| spec.suspend = true),

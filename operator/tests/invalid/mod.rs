@@ -86,6 +86,16 @@ pub(crate) fn objects() -> Vec<Invalid> {
             "without tag or digest",
         ),
         (
+            "image in capitals",
+            json!({"spec": {"image": "acme/Exchange"}}),
+            "in lower case",
+        ),
+        (
+            "image that ends early",
+            json!({"spec": {"image": "acme/exchange/"}}),
+            "for example ghcr.io/acme/exchange",
+        ),
+        (
             "digest",
             json!({"spec": {"imageDigest": "sha256:xyz"}}),
             "64 hexadecimal digits",
@@ -198,6 +208,18 @@ pub(crate) fn objects() -> Vec<Invalid> {
             "exactly one configMap or secret",
         ),
         (
+            "variable with two values",
+            service(
+                json!({"env": [{"name": "A", "value": "x", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}]}),
+            ),
+            "a value or a valueFrom, not both",
+        ),
+        (
+            "path with a dot",
+            service(json!({"files": [{"mountPath": "/etc/./exchange/database", "configMap": "a"}]})),
+            "mountPath must be an absolute path",
+        ),
+        (
             "relative path",
             service(json!({"files": [{"mountPath": "etc/a", "configMap": "a"}]})),
             "mountPath must be an absolute path",
@@ -281,6 +303,11 @@ pub(crate) fn objects() -> Vec<Invalid> {
             "requests",
             rollout(json!({"verification": {"minRequests": 0}})),
             "should be greater than or equal to 1",
+        ),
+        (
+            "image of a test",
+            rollout(json!({"smokeTests": [{"name": "a", "command": ["a"], "image": "acme/My Tests:1"}]})),
+            "image of a test must be a repository",
         ),
         (
             "name of a test",
