@@ -934,7 +934,7 @@ mod abreast {
     use super::*;
 
     /// Requests a second; [`ANSWERED`] of them also count the time that the last ones take.
-    const FULL_RATE: u32 = 205;
+    const FULL_RATE: u32 = 210;
     /// Answers a second, from the first request to the last answer.
     const ANSWERED: f64 = 200.0;
 
