@@ -21,7 +21,7 @@ use k8s_openapi::{
 use kube::{CustomResource, CustomResourceExt, KubeSchema, core::Duration};
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::status::{Colour, ExchangeDeploymentStatus, Outcome, Phase, PreviousState, Reason};
 
@@ -662,18 +662,18 @@ const fn default_min_requests() -> i32 {
 /// explicit `null` past the defaults, the second makes the API server warn: both are taken out.
 pub fn crd() -> Result<CustomResourceDefinition, serde_json::Error> {
     let mut value = serde_json::to_value(ExchangeDeployment::crd())?;
-    clean(&mut value);
-    explain(
-        &mut value,
-        &[
-            meanings(&schema_for!(ColourChoice)),
-            meanings(&schema_for!(Promotion)),
-            meanings(&schema_for!(Phase)),
-            meanings(&schema_for!(PreviousState)),
-            meanings(&schema_for!(Reason)),
-            meanings(&schema_for!(Outcome)),
-        ],
-    );
+    let enumerations = [
+        meanings(&schema_for!(ColourChoice)),
+        meanings(&schema_for!(Promotion)),
+        meanings(&schema_for!(Phase)),
+        meanings(&schema_for!(PreviousState)),
+        meanings(&schema_for!(Reason)),
+        meanings(&schema_for!(Outcome)),
+    ];
+    each_object(&mut value, &|schema| {
+        clean(schema);
+        explain(schema, &enumerations);
+    });
     // A status from the first moment on: without one, kstatus, and with it `helm --wait`, takes a new object for done.
     let status = "/spec/versions/0/schema/openAPIV3Schema/properties/status";
     if let Some(Value::Object(status)) = value.pointer_mut(status) {
@@ -682,19 +682,23 @@ pub fn crd() -> Result<CustomResourceDefinition, serde_json::Error> {
     serde_json::from_value(value)
 }
 
-fn clean(value: &mut Value) {
+fn each_object(value: &mut Value, change: &impl Fn(&mut Map<String, Value>)) {
     match value {
         Value::Object(map) => {
-            map.retain(|key, value| match key.as_str() {
-                "nullable" => !value.is_boolean(),
-                "format" => !value.as_str().is_some_and(|format| format.starts_with("uint")),
-                _ => true,
-            });
-            map.values_mut().for_each(clean);
+            change(map);
+            map.values_mut().for_each(|value| each_object(value, change));
         }
-        Value::Array(items) => items.iter_mut().for_each(clean),
+        Value::Array(items) => items.iter_mut().for_each(|value| each_object(value, change)),
         _ => {}
     }
+}
+
+fn clean(schema: &mut Map<String, Value>) {
+    schema.retain(|key, value| match key.as_str() {
+        "nullable" => !value.is_boolean(),
+        "format" => !value.as_str().is_some_and(|format| format.starts_with("uint")),
+        _ => true,
+    });
 }
 
 /// The values of an enumeration, each with what it means.
@@ -711,26 +715,17 @@ fn meanings(schema: &Schema) -> Vec<(Value, String)> {
     values.filter_map(meaning).collect()
 }
 
-/// Says of each field that has values of one of these enumerations what they mean: a structural schema has no other place for that
+/// Says of a field that has values of one of these enumerations what they mean: a structural schema has no other place for that
 /// than the field's description.
-fn explain(value: &mut Value, enumerations: &[Vec<(Value, String)>]) {
-    if let Value::Object(map) = value {
-        let values = map.get("enum").and_then(Value::as_array);
-        let known = enumerations.iter().find(|meanings| {
-            values.is_some_and(|values| values.iter().eq(meanings.iter().map(|(value, _)| value)))
-        });
-        if let (Some(meanings), Some(Value::String(text))) = (known, map.get_mut("description")) {
-            for (value, meaning) in meanings {
-                let value = value.as_str().unwrap_or_default();
-                text.extend([" ", value, ": ", meaning]);
-            }
-        }
-        for value in map.values_mut() {
-            explain(value, enumerations);
-        }
-    } else if let Value::Array(items) = value {
-        for value in items {
-            explain(value, enumerations);
+fn explain(schema: &mut Map<String, Value>, enumerations: &[Vec<(Value, String)>]) {
+    let values = schema.get("enum").and_then(Value::as_array);
+    let known = enumerations.iter().find(|meanings| {
+        values.is_some_and(|values| values.iter().eq(meanings.iter().map(|(value, _)| value)))
+    });
+    if let (Some(meanings), Some(Value::String(text))) = (known, schema.get_mut("description")) {
+        for (value, meaning) in meanings {
+            let value = value.as_str().unwrap_or_default();
+            text.extend([" ", value, ": ", meaning]);
         }
     }
 }

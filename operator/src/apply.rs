@@ -13,7 +13,7 @@ use k8s_openapi::{
         apps::v1::{ControllerRevision, Deployment},
         autoscaling::v2::HorizontalPodAutoscaler,
         batch::v1::Job as BatchJob,
-        core::v1::{ConfigMap, Secret, Service as CoreService, ServiceAccount},
+        core::v1::{ConfigMap, Secret, Service as CoreService, ServiceAccount, ServiceSpec},
         policy::v1::PodDisruptionBudget,
     },
     apimachinery::pkg::apis::meta::v1::OwnerReference,
@@ -398,24 +398,15 @@ impl Writer {
         service.metadata.uid = Some(fence.uid.to_string());
         service.metadata.resource_version = Some(fence.resource_version.to_string());
         if let (Some(spec), Some(built)) = (&mut service.spec, built.spec) {
-            spec.type_ = built.type_;
-            spec.selector = built.selector;
-            spec.ports = built.ports;
-            // Whoever has added these chooses who gets the traffic.
-            spec.internal_traffic_policy = None;
-            spec.session_affinity = None;
-            spec.session_affinity_config = None;
-            spec.publish_not_ready_addresses = None;
-            spec.external_ips = None;
-            spec.traffic_distribution = None;
-            // What only another type may have: the API server would refuse the whole.
-            spec.external_name = None;
-            spec.external_traffic_policy = None;
-            spec.health_check_node_port = None;
-            spec.allocate_load_balancer_node_ports = None;
-            spec.load_balancer_class = None;
-            spec.load_balancer_ip = None;
-            spec.load_balancer_source_ranges = None;
+            // Whoever has added anything else chooses who gets the traffic, or has given it another type, whose fields the API server
+            // would refuse.
+            *spec = ServiceSpec {
+                cluster_ip: spec.cluster_ip.take(),
+                cluster_ips: spec.cluster_ips.take(),
+                ip_families: spec.ip_families.take(),
+                ip_family_policy: spec.ip_family_policy.take(),
+                ..built
+            };
         }
         if let Some(annotations) = &mut service.metadata.annotations {
             annotations.remove(SOURCE_RANGES);

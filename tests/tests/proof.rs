@@ -1244,12 +1244,14 @@ mod abreast {
                 );
             }
         }
-        assert_eq!(harm(&trading), recovered, "failed, and closed without notice");
-
-        // Nobody else needs the database of this one, and what its absence makes of the new stack's first answers is no fault of
-        // that.
+        // What comes now disturbs nobody else.
         ground.beside_others();
         trading.until_drained(&release.0);
+        // Every connection has had its turn once more.
+        trading.trade(ROUND);
+        assert_eq!(harm(&trading), recovered, "failed, and closed without notice");
+
+        // What the database's absence makes of the new stack's first answers is no fault of it.
         let release = stopped(&mut trading, "database", "100%");
         let from = now_ms();
         restart_store(&ground, &namespace, "postgres", "postgres");
