@@ -249,7 +249,11 @@ impl Context {
         if refused.is_some() {
             return Ok(refused);
         }
-        if let (Some((_, intent)), Some((_, since))) = (moves, remembered.moving) {
+        if let (Some((epoch, intent)), Some((_, since))) = (moves, remembered.moving)
+            // A pass may move only what can be moved already.
+            && look.seen.missing_live().is_none()
+            && look.seen.live.values().all(|it| it.epoch == epoch)
+        {
             self.metrics.swapped(intent, since.elapsed());
         }
         Ok(None)

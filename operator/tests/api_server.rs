@@ -225,6 +225,7 @@ fn refusal(status: StatusCode) -> (StatusCode, Value) {
 struct World {
     server: Arc<Mutex<Server>>,
     context: Context,
+    metrics: Metrics,
 }
 
 impl World {
@@ -262,8 +263,13 @@ impl World {
             }
         });
         let client = Client::new(service, "prod");
-        let context = Context::new(&client, Pods::new().unwrap(), "test", Metrics::new());
-        let world = Self { server, context };
+        let metrics = Metrics::new();
+        let context = Context::new(&client, Pods::new().unwrap(), "test", metrics.clone());
+        let world = Self {
+            server,
+            context,
+            metrics,
+        };
         let mut server = world.server.lock().unwrap();
         for (name, keys) in [
             ("db", json!({"url": ""})),
@@ -622,6 +628,40 @@ async fn a_swap_that_loses_its_endpoints_stops_before_the_write() {
             "PUT services/exchange-notification"
         ]
     );
+}
+
+/// A live Service that is missing is made by one pass, and moved by the next one.
+#[tokio::test]
+async fn a_way_back_in_two_passes_is_measured_once() {
+    let world = World::converged().await;
+    world.change(OBJECT, |object| {
+        object["status"]["phase"] = json!("RollingBack");
+        object["status"]["epoch"] = json!(2);
+    });
+    let gone = "services/exchange-trade";
+    world.server.lock().unwrap().objects.remove(gone);
+    let measured = || {
+        let page = world.metrics.encode().unwrap();
+        let of_back = r#"swap_duration_seconds_count{direction="back"} "#;
+        let count = page.lines().find_map(|line| line.split_once(of_back));
+        count.map(|(_, count)| count.to_owned())
+    };
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert!(
+        paths(&writes).contains(&"PUT services/exchange-user".to_owned()),
+        "{writes:#?}"
+    );
+    assert_eq!(
+        world.get(gone)["metadata"]["name"],
+        "exchange-trade",
+        "{writes:#?}"
+    );
+    assert_eq!(measured(), None);
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert!(paths(&writes).contains(&format!("PUT {gone}")), "{writes:#?}");
+    assert_eq!(measured().as_deref(), Some("1"));
 }
 
 #[tokio::test]
