@@ -363,7 +363,6 @@ fn configuration(cluster: &Cluster, tools: &Tools) -> Result<Vec<(&'static str, 
             // hairpinMode: a pod that reaches itself through its own Service needs its packet back.
             {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false, "hairpinMode": true,
              "ipam": {"type": "host-local", "ranges": [[{"subnet": POD_CIDR}]], "routes": [{"dst": "0.0.0.0/0"}]}},
-            {"type": "portmap", "capabilities": {"portMappings": true}},
         ],
     });
     let containerd = format!(
@@ -378,8 +377,12 @@ disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.
   restrict_oom_score_adj = true
   # A profile would be the whole machine's, and stay.
   disable_apparmor = true
+  # The kubelet measures containers itself. Unasked, containerd does so as well, every second.
+  stats_collect_period = "10m"
 
 [plugins.'io.containerd.cri.v1.runtime'.cni]
+  # Else by a program, for each pod.
+  use_internal_loopback = true
   bin_dirs = ["{bin}"]
   conf_dir = "{conf}/cni"
 "#,

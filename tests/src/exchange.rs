@@ -200,22 +200,13 @@ impl<'a> Exchange<'a> {
                 .get(self.namespace, "secret/treasury", "{.data.password}")?;
             String::from_utf8(STANDARD.decode(known)?)?
         };
-        let body = json!({"email": TREASURY, "password": password, "display_name": "Treasury"}).to_string();
-        let url = format!("http://{NAME}-user/register");
-        let post = [
-            "wget",
-            "-qO-",
-            "--header=content-type: application/json",
-            "--post-data",
-            &body,
-            &url,
-        ];
-        let mut pod = restricted_pod("treasury", &busybox_image(self.session));
-        set(&mut pod, "/spec/containers/0/command", json!(post));
-        self.session.apply(self.namespace, &pod)?;
-        let done = "jsonpath={.status.phase}=Succeeded";
-        self.session
-            .wait(self.namespace, "pod/treasury", done, Duration::from_mins(1))?;
+        let treasury = json!({"email": TREASURY, "password": password, "display_name": "Treasury"});
+        // An answer says nothing of whether there was one before.
+        let registered = self.api()?.user(Method::POST, "/register", &treasury)?;
+        ensure!(
+            registered.status == 202,
+            "the treasury was not registered: {registered:?}"
+        );
         let grant = format!("update users set scopes = '{{treasury}}' where email = '{TREASURY}'");
         let answer = self.sql(&grant)?;
         ensure!(
