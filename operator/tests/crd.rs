@@ -4,7 +4,7 @@
 
 mod invalid;
 
-use std::fs;
+use std::{collections::BTreeSet, fs};
 
 use exchange_operator::{
     api::{self, ExchangeDeployment},
@@ -244,6 +244,43 @@ fn every_invalid_object_gets_a_message_for_people() {
             case.name
         );
     }
+}
+
+/// What the rules of a schema say, at any depth.
+fn rules<'v>(schema: &'v Value, found: &mut BTreeSet<&'v str>) {
+    let own = schema.get("x-kubernetes-validations").and_then(Value::as_array);
+    found.extend(
+        own.into_iter()
+            .flatten()
+            .filter_map(|rule| rule["message"].as_str()),
+    );
+    match schema {
+        Value::Array(items) => items.iter().for_each(|item| rules(item, found)),
+        Value::Object(fields) => fields.values().for_each(|field| rules(field, found)),
+        _ => {}
+    }
+}
+
+/// A rule without a row in the tables could be one that never complains, and nobody would know.
+#[test]
+fn every_rule_refuses_something() {
+    let schema = schema();
+    let mut told: Vec<String> = Vec::new();
+    for case in invalid::objects() {
+        told.extend(complaints(&schema, &case.object, None));
+    }
+    let mut live = apply_defaults(&schema, &example("minimal.yaml"));
+    merge(&mut live, &invalid::live());
+    for (patch, _) in invalid::changes() {
+        let mut changed = live.clone();
+        merge(&mut changed, &patch);
+        told.extend(complaints(&schema, &changed, Some(&live)));
+    }
+    let mut silent = BTreeSet::new();
+    rules(&schema, &mut silent);
+    assert!(silent.len() > 30, "{silent:#?}");
+    silent.retain(|rule| !told.iter().any(|complaint| complaint.contains(rule)));
+    assert_eq!(silent, BTreeSet::new());
 }
 
 /// The status of an exchange whose first version is about to be live.

@@ -265,6 +265,36 @@ pub(crate) fn objects() -> Vec<Invalid> {
             "must be a duration such as",
         ),
         (
+            "retention in words",
+            rollout(json!({"retention": "an hour"})),
+            "retention must be a duration such as",
+        ),
+        (
+            "retention in days",
+            rollout(json!({"retention": "1d"})),
+            "retention must be a duration such as",
+        ),
+        (
+            "drain with a space",
+            rollout(json!({"drainTimeout": "5 m"})),
+            "drainTimeout must be a duration such as",
+        ),
+        (
+            "verified for nothing",
+            rollout(json!({"verification": {"duration": ""}})),
+            "duration must be a duration such as",
+        ),
+        (
+            "latency without unit",
+            rollout(json!({"verification": {"maxLatencyP99": "0.5"}})),
+            "maxLatencyP99 must be a duration such as",
+        ),
+        (
+            "time for a test in capitals",
+            rollout(json!({"smokeTests": [{"name": "a", "command": ["a"], "timeout": "5M"}]})),
+            "timeout must be a duration such as",
+        ),
+        (
             "short deadline",
             rollout(json!({"progressDeadline": "9s"})),
             "must lie between 10s and 24h",
