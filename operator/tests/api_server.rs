@@ -714,6 +714,44 @@ async fn a_swap_that_is_refused_for_one_service_moves_none_of_the_others() {
     );
 }
 
+/// What has been moved stays for the time that the phase has, because the refusal may pass, and is then taken back.
+#[tokio::test]
+async fn a_swap_that_is_refused_halfway_goes_back_when_its_time_is_over() {
+    let world = World::tested().await;
+    let of = |service: &str| format!("services/exchange-{service}");
+    let trade = format!("PUT {}", of("trade"));
+    world.server.lock().unwrap().broken = Some((trade.clone(), StatusCode::FORBIDDEN));
+    let (result, writes) = world.pass().await;
+    assert_eq!(result.unwrap_err().class(), Class::Forbidden);
+    let moved = format!("PUT {}", of("user"));
+    assert_eq!(paths(&writes)[1..], [moved.clone(), trade.clone()]);
+    for _ in 0..3 {
+        let (result, writes) = world.pass().await;
+        assert_eq!(result.unwrap_err().class(), Class::Forbidden);
+        let all = paths(&writes);
+        assert!(
+            all.contains(&trade) && !all.iter().any(|it| it.ends_with("-notification")),
+            "{all:?}"
+        );
+    }
+    let told = world.condition("Reconciling")["message"].clone();
+    assert!(
+        told.as_str().unwrap().contains("update Service exchange-trade"),
+        "{told}"
+    );
+    world.change(OBJECT, |object| {
+        object["status"]["phaseSince"] = json!("2026-01-01T00:00:00Z");
+    });
+    let (_, writes) = world.pass().await;
+    assert!(paths(&writes).contains(&moved), "{writes:#?}");
+    let selector = world.get(&of("user"))["spec"]["selector"].clone();
+    assert_eq!(selector["exchange.dev/colour"], "none", "a first version");
+    assert_eq!(
+        world.get(OBJECT)["status"]["rejected"]["reason"],
+        "PromotionFailed"
+    );
+}
+
 #[tokio::test]
 async fn a_converged_object_costs_no_write() {
     let world = World::converged().await;
