@@ -1538,6 +1538,9 @@ mod without_operator {
     /// Exchanges that are released side by side, each by an operator of its own, which is killed. A third one has made each kill
     /// take longer by more than half on two cores.
     const SIDE_BY_SIDE: usize = 2;
+    /// Releases that are recorded when every write is wanted. The shortest counts: the status may be recorded once or twice more
+    /// in one release than in another, and who is killed at a write that seldom comes has to wait for it.
+    const RECORDED: usize = 3;
     /// Releases after which clients are replaced: the audit at their end stays small.
     const AT_A_TIME: u32 = 30;
 
@@ -1702,10 +1705,14 @@ mod without_operator {
             for number in 0..before {
                 self.release_and_settle(&format!("the one before, {number}"), |_| {});
             }
-            self.gate.record().unwrap();
-            self.release_and_settle("undisturbed", |_| {});
-            let writes = self.gate.seen().unwrap().writes;
-            (writes.len(), end_state(self.ground, &self.namespace.name))
+            let recorded = if every_write() { RECORDED } else { 1 };
+            let writes = (0..recorded).map(|number| {
+                self.gate.record().unwrap();
+                self.release_and_settle(&format!("undisturbed, {number}"), |_| {});
+                self.gate.seen().unwrap().writes.len()
+            });
+            let writes = writes.min().unwrap();
+            (writes, end_state(self.ground, &self.namespace.name))
         }
 
         /// A release with the operator killed at one of its writes, if that comes. It has to end as the undisturbed one did.
