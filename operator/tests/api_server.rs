@@ -345,6 +345,13 @@ impl World {
         self.server.lock().unwrap().meanwhile = Some((request, path.to_owned(), change));
     }
 
+    /// Whatever the phase may take, it has taken.
+    fn phase_began_long_ago(&self) {
+        self.change(OBJECT, |object| {
+            object["status"]["phaseSince"] = json!("2026-01-01T00:00:00Z");
+        });
+    }
+
     fn names(&self, kind: &str) -> Vec<String> {
         let server = self.server.lock().unwrap();
         let prefix = format!("{kind}/");
@@ -739,9 +746,7 @@ async fn a_swap_that_is_refused_halfway_goes_back_when_its_time_is_over() {
         told.as_str().unwrap().contains("update Service exchange-trade"),
         "{told}"
     );
-    world.change(OBJECT, |object| {
-        object["status"]["phaseSince"] = json!("2026-01-01T00:00:00Z");
-    });
+    world.phase_began_long_ago();
     let (_, writes) = world.pass().await;
     assert!(paths(&writes).contains(&moved), "{writes:#?}");
     let selector = world.get(&of("user"))["spec"]["selector"].clone();
@@ -1421,9 +1426,7 @@ async fn cannot_be_done(status: StatusCode, class: Class, does: &str) {
     }
     let wait = world.context.after("prod", "exchange", &error);
     assert!(wait <= Duration::from_secs(5), "{wait:?}");
-    world.change(OBJECT, |object| {
-        object["status"]["phaseSince"] = json!("2026-01-01T00:00:00Z");
-    });
+    world.phase_began_long_ago();
     _ = world.pass().await;
     assert_eq!(world.get(OBJECT)["status"]["phase"], "Failed");
     let rejected = world.get(OBJECT)["status"]["rejected"].clone();
@@ -1498,9 +1501,7 @@ async fn a_contract_that_comes_from_nothing_says_so() {
         passes += 1;
         assert!(passes < 10, "{:#}", world.get(OBJECT)["status"]);
     }
-    world.change(OBJECT, |object| {
-        object["status"]["phaseSince"] = json!("2026-01-01T00:00:00Z");
-    });
+    world.phase_began_long_ago();
     _ = world.pass().await;
     let stalled = world.condition("Stalled");
     assert_eq!(stalled["reason"], "WriteRefused");
