@@ -63,7 +63,7 @@ endif
 # none, before anything is started for them: with the target that has one of that name, by what its `ignore` says.
 find-tests = cargo test --workspace --locked $(1) --no-run; \
 	  cargo test --workspace --locked $(1) -- $(2) --list 2>/dev/null | grep ': test$$' >/dev/null || { \
-	  there=$$(sed -n '/^\#\[ignore/{N;s/.*\(make [a-z0-9-]*\)"\]\n.*fn [a-z0-9_]*$(TEST).*/; \1 has one/p}' tests/tests/*.rs | sort -u); \
+	  there=$$(sed -n '/^ *\#\[ignore/{N;s/.*\(make [a-z0-9-]*\)"\]\n.*fn [a-z0-9_]*$(TEST).*/; \1 has one/p}' tests/tests/*.rs | sort -u); \
 	  echo "error: no test is named like $(if $(CASE),CASE=$(CASE),TEST=$(TEST))$$there." \
 	    'To list those of this target: cargo test --workspace $(1) -- --list' >&2; exit 1; }
 # The same, and runs them; and the second half alone, for who had to start something in between.

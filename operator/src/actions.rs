@@ -119,9 +119,10 @@ impl Turn<'_> {
             let declared = self
                 .declared()
                 .is_some_and(|declared| declared.revision == stack.revision);
-            // What takes the place of something that is being tested is another attempt, also while time stands still.
-            let testing = matches!(self.next.phase, Phase::Testing | Phase::AwaitingPromotion);
-            let tested = testing && live.is_none() && seen.is_none_or(|seen| seen.rendered.is_none());
+            // Also while time stands still.
+            let candidate = self.next.candidate.as_ref().filter(|it| it.stack == *stack);
+            let tested = candidate.is_some_and(|it| self.is_being_tested(it))
+                && seen.is_none_or(|seen| seen.rendered.is_none());
             if let Some((attempt, version)) = known.filter(|_| declared && !tested) {
                 actions.push(Action::Render {
                     stack: stack.clone(),

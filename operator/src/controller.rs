@@ -78,6 +78,8 @@ struct Remembered {
     failures: u32,
     /// Writes in a row that failed although they might have gone well.
     transient: u32,
+    /// When what was refused last was put into these words.
+    worded: Option<Instant>,
     /// When the last plan wants the next look.
     due: Duration,
     /// The move that is under way, and since when.
@@ -99,12 +101,12 @@ impl Remembered {
     fn refuse(&mut self, error: &Error, traffic: bool) {
         let memory = &mut self.memory;
         let refused = error.refusal().map(|why| Refused { why, traffic });
-        // What passes by itself may be told in other words each time, which would be a record each time.
+        // The same may be told in other words each time, with the number of a request in them, which would be a record each time.
         let about = |it: &Refused| it.why.split(": ").next().map(ToOwned::to_owned);
-        let again = error.class() == Class::Transient
-            && memory.refused.as_ref().map(about) == refused.as_ref().map(about);
-        if !again {
+        let same = memory.refused.as_ref().map(about) == refused.as_ref().map(about);
+        if !same || self.worded.is_none_or(|at| at.elapsed() >= AT_LEAST_EVERY) {
             memory.refused = refused;
+            self.worded = Some(Instant::now());
         }
     }
 }

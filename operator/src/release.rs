@@ -267,8 +267,7 @@ impl Turn<'_> {
             }
             return;
         }
-        let past_pods = matches!(self.next.phase, Phase::Testing | Phase::AwaitingPromotion);
-        if past_pods && !self.is_as_tested(stack, attempt) {
+        if self.is_being_tested(candidate) && !self.is_as_tested(stack, attempt) {
             // What takes its place is not what was tested.
             return self.begin(stack.clone(), candidate.gates.clone(), Some(candidate));
         }
@@ -344,6 +343,13 @@ impl Turn<'_> {
             "Promoting",
             format!("the traffic goes to {}", candidate.version),
         );
+    }
+
+    /// Whether the tests of a candidate have begun, in this phase or before its gates had to be climbed again: what takes the place
+    /// of its pods from now on is another attempt.
+    pub(crate) fn is_being_tested(&self, candidate: &Candidate) -> bool {
+        let begun = |kind| self.job(kind, &candidate.stack, candidate.attempt).is_some();
+        matches!(self.next.phase, Phase::Testing | Phase::AwaitingPromotion) || self.tests().any(begun)
     }
 
     /// Whether a stack is there and its pods are made of what they were when its tests were begun.

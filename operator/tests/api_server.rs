@@ -24,6 +24,7 @@ use exchange_operator::{
     guard::Refusal,
     metrics::Metrics,
     observe::pods::Pods,
+    plan::AT_LEAST_EVERY,
 };
 use http::{Method, Request, Response, StatusCode};
 use kube::{Client, client::Body, runtime::controller::Action};
@@ -98,11 +99,9 @@ impl Server {
             && called.starts_with(broken)
         {
             let (status, mut body) = refusal(*status);
-            // A failure may have its time or its port in what is said.
-            if status.is_server_error() {
-                self.version += 1;
-                body["message"] = json!(format!("as the test wants, {}", self.version));
-            }
+            // What is said may have a time, a port, or the number of the request in it.
+            self.version += 1;
+            body["message"] = json!(format!("as the test wants, {}", self.version));
             return (status, body);
         }
         if let Some((_, taken)) = self.takes.take_if(|(write, _)| write == path) {
@@ -1435,6 +1434,25 @@ async fn cannot_be_done(status: StatusCode, class: Class, does: &str) {
         rejected["message"].as_str().unwrap().contains(&cause),
         "{rejected}"
     );
+}
+
+/// It may be about something else by now.
+#[tokio::test(start_paused = true)]
+async fn what_is_said_of_the_same_refusal_is_recorded_once_a_minute() {
+    let world = World::without_a_budget().await;
+    let mut said = Vec::new();
+    for _ in 0..3 {
+        let mut records = 0;
+        for _ in 0..5 {
+            let (_, writes) = world.pass().await;
+            records += paths(&writes).iter().filter(|it| it.starts_with("PUT")).count();
+        }
+        assert_eq!(records, 1, "{said:?}");
+        said.push(world.condition("Ready")["message"].clone());
+        tokio::time::advance(AT_LEAST_EVERY).await;
+    }
+    said.dedup();
+    assert_eq!(said.len(), 3, "{said:?}");
 }
 
 #[tokio::test]

@@ -140,25 +140,20 @@ impl Operator {
     /// # Errors
     /// If it does not become ready.
     pub fn install_as(&self, installer: &str, session: &Session, images: &Images) -> Result<()> {
-        let pull;
-        let mut pulls = Vec::new();
-        if let Some(secret) = session.pull_secret() {
+        if session.pull_secret().is_some() {
             let object =
                 json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": self.namespace}});
             session.apply(&self.namespace, &object)?;
             session.let_pull(&self.namespace)?;
-            pull = format!("imagePullSecrets[0].name={secret}");
-            pulls.extend(["--set", &pull]);
         }
+        let values = values(installer, session);
         let repository = format!("image.repository={}/exchange-operator", images.prefix);
         let tag = format!("image.tag={}", images.tag);
         let chart = chart("exchange-operator");
         let mut args = vec!["upgrade", "--install", OPERATOR, &chart];
         args.extend(["--namespace", &self.namespace, "--create-namespace"]);
-        let signed = format!("podAnnotations.{}={installer}", INSTALLED_BY.replace('.', "\\."));
-        args.extend(["--set-string", &signed]);
+        args.extend(values.iter().map(String::as_str));
         args.extend(["--set", &repository, "--set", &tag, "--wait", "--timeout", "180s"]);
-        args.extend(pulls);
         let loaded;
         if session.cluster.is_some() {
             // The tag is always the same: pods of an image that was loaded earlier would go on.
@@ -230,6 +225,21 @@ impl Operator {
     pub fn recovers(&self, session: &Session) -> Result<()> {
         rolled_out(session, &self.namespace, OPERATOR)
     }
+}
+
+/// What whoever upgrades an installation of the tests has to say again, as arguments of helm, which keeps nothing that was said
+/// before: their signature, without which the next test takes it for somebody else's, and how its image is pulled.
+pub fn values_of_tests(session: &Session) -> Vec<String> {
+    values(TESTS, session)
+}
+
+fn values(installer: &str, session: &Session) -> Vec<String> {
+    let signed = format!("podAnnotations.{}={installer}", INSTALLED_BY.replace('.', "\\."));
+    let mut values = vec!["--set-string".to_owned(), signed];
+    if let Some(secret) = session.pull_secret() {
+        values.extend(["--set".to_owned(), format!("imagePullSecrets[0].name={secret}")]);
+    }
+    values
 }
 
 fn rolled_out(session: &Session, namespace: &str, name: &str) -> Result<()> {

@@ -8,6 +8,7 @@ use std::fs;
 use testbed::{
     exchange::PATIENCE,
     kubectl::{Namespace, plugin_directory},
+    operator::values_of_tests,
     progress::say,
     sandbox::wait_until,
     story::Ground,
@@ -50,14 +51,21 @@ fn a_newcomer_releases_an_image_and_goes_back() {
     };
     {
         let _alone = Ground::installation();
-        shell(operator);
+        let ours = values_of_tests(&ground.session).join("' '");
+        let chart = "charts/exchange-operator";
+        shell(&operator.replace(chart, &format!("{chart} '{ours}'")));
     }
     let values = ground.session.stores_values().join(" ");
     shell(&stores.replace(
         "charts/exchange-stores",
         &format!("charts/exchange-stores {values}"),
     ));
-    let shown = shell(first);
+    // As the page says of registries that ask who pulls.
+    let pulls = ground.session.pull_secret().map_or_else(String::new, |secret| {
+        format!(" | sed 's/^spec:$/&\\n  imagePullSecrets: [{{name: {secret}}}]/'")
+    });
+    let manifest = "examples/minimal.yaml";
+    let shown = shell(&first.replace(manifest, &format!("{manifest}{pulls}")));
     assert!(shown.contains("Live") && shown.contains("1.0.0"), "{shown}");
     shell(release);
     let get = |path: &str| ground.session.get(&namespace.name, "exd/exchange", path).unwrap();

@@ -30,7 +30,7 @@ use testbed::{
         token,
     },
     gate::{Gate, Hold, Moment},
-    kubectl::Namespace,
+    kubectl::{Namespace, Session},
     operator::Operator,
     progress::say,
     rights::{self, audit_log},
@@ -1541,6 +1541,8 @@ mod without_operator {
     /// Releases that are recorded when every write is wanted. The shortest counts: the status may be recorded once or twice more
     /// in one release than in another, and who is killed at a write that seldom comes has to wait for it.
     const RECORDED: usize = 3;
+    /// More writes than any release has.
+    const WRITES_AT_MOST: usize = 1000;
     /// Releases after which clients are replaced: the audit at their end stays small.
     const AT_A_TIME: u32 = 30;
 
@@ -1584,8 +1586,10 @@ mod without_operator {
                 say(format!(
                     "SEED={seed} chooses the same writes again, WRITES=3,17 those of these numbers"
                 ));
-                let mut numbers: Vec<usize> = (0..writes).collect();
+                // Of more than a release has: that the next one has a write more or less does not draw others.
+                let mut numbers: Vec<usize> = (0..WRITES_AT_MOST).collect();
                 numbers.shuffle(&mut StdRng::seed_from_u64(seed));
+                numbers.retain(|number| *number < writes);
                 waiting.extend(numbers.into_iter().zip(Moment::ALL.into_iter().cycle()));
                 6
             };
@@ -1791,10 +1795,10 @@ mod without_operator {
     #[test]
     #[ignore = "needs a cluster: make e2e"]
     fn case_4_the_operator_is_killed() {
-        let ground = Ground::without_operator();
-        if ground.session.own_nodes().is_none() {
+        if Session::from_environment().unwrap().own_nodes().is_none() {
             return;
         }
+        let ground = Ground::without_operator();
         let namespace = case(&ground, 4, "killed");
         let others: Vec<Namespace<'_>> = (2..=SIDE_BY_SIDE)
             .map(|number| Namespace::beside(&ground.session, &format!("killed-{number}")).unwrap())

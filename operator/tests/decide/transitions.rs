@@ -751,6 +751,86 @@ fn what_is_not_what_was_tested_is_tested_again() {
     assert_eq!(world.observe().stacks[&candidate].rendered, None);
 }
 
+/// Somebody deletes the Job of the candidate's expand, which has passed.
+fn lose_expand(world: &mut World) {
+    let stack = world.status.candidate.clone().unwrap().stack;
+    let seen = world.observe();
+    let mut jobs = seen.jobs.keys().filter(|job| job.kind != JobKind::Contract);
+    let expand = jobs.position(|job| job.kind == JobKind::Expand && job.stack == stack);
+    world.delete_job(expand.unwrap());
+}
+
+/// The tests of this attempt have begun, and what they say stands while its gates are climbed again: for the pods that they are
+/// about, and no others.
+#[test]
+fn a_candidate_that_climbs_again_is_what_was_tested_or_is_begun_anew() {
+    type Happens = fn(&mut World);
+    let rows: [(&str, Happens, u32); 4] = [
+        ("nothing else", |_| {}, 0),
+        (
+            "somebody changes what its pods are made of",
+            |world| world.spoil_part(1, Service::Trade, Part::Workload, false),
+            1,
+        ),
+        (
+            "a Deployment is lost",
+            |world| world.spoil_part(1, Service::Trade, Part::Workload, true),
+            1,
+        ),
+        ("what was rendered is lost", |world| world.lose_rendered("r1"), 1),
+    ];
+    for begun in [Testing, AwaitingPromotion] {
+        for climbed in [Migrating, Provisioning] {
+            for (name, happens, anew) in rows {
+                let mut world = at(begun);
+                world.finish(0);
+                world.ask(|requests, names| requests.promote = names.candidate);
+                let attempt = world.status.attempt;
+                lose_expand(&mut world);
+                if climbed == Provisioning {
+                    world.crowd("r1", Service::User);
+                }
+                world.until(0, climbed);
+                world.finish(0);
+                happens(&mut world);
+                world.crowded.clear();
+                let told = |world: &World| format!("{name}, {begun} to {climbed}: {:#?}", world.trace);
+                world
+                    .settle(Wakes::Clock)
+                    .unwrap_or_else(|why| panic!("{why}: {}", told(&world)));
+                let arrives = if begun == Testing || anew == 0 {
+                    Live
+                } else {
+                    AwaitingPromotion
+                };
+                assert_eq!(
+                    (world.status.phase, world.status.attempt),
+                    (arrives, attempt + anew),
+                    "{}",
+                    told(&world)
+                );
+            }
+        }
+    }
+}
+
+/// A test whose Job is gone is run once more, for the same pods.
+#[test]
+fn a_test_whose_job_is_gone_is_run_again() {
+    let mut world = at(AwaitingPromotion);
+    world.finish(0);
+    let attempt = world.status.attempt;
+    let jobs = world.observe().jobs;
+    let mut jobs = jobs.keys().filter(|job| job.kind != JobKind::Contract);
+    world.delete_job(
+        jobs.position(|job| job.kind == JobKind::Smoke && job.attempt == attempt)
+            .unwrap(),
+    );
+    world.settle(Wakes::Clock).unwrap();
+    assert_eq!(world.journey, [AwaitingPromotion, Testing, AwaitingPromotion]);
+    assert_eq!(world.status.attempt, attempt);
+}
+
 #[test]
 fn a_release_begins_when_nothing_else_is_left_and_the_live_schema_is_contracted() {
     let world = at(Pending);
