@@ -56,7 +56,7 @@ const HURRY: Duration = Duration::from_secs(1);
 const MENDED: Duration = Duration::from_secs(1);
 /// What cannot be written is tried as often at the most once its backoff has come to that.
 const TRIED_EVERY: Duration = Duration::from_secs(5);
-/// The longest note of an event.
+/// The longest note of an event, in bytes: the API server takes 1024.
 const NOTE: usize = 1000;
 
 type Trigger = PartialObjectMeta<ExchangeDeployment>;
@@ -284,6 +284,7 @@ impl Context {
     async fn tell(&self, look: &Look, events: &[plan::Event]) {
         for event in events {
             info!(labels.reason = event.reason, "{}", event.note);
+            let (note, _) = event.note.split_at(event.note.floor_char_boundary(NOTE));
             let event = Event {
                 type_: if event.warning {
                     EventType::Warning
@@ -291,7 +292,7 @@ impl Context {
                     EventType::Normal
                 },
                 reason: event.reason.to_owned(),
-                note: Some(event.note.chars().take(NOTE).collect()),
+                note: Some(note.to_owned()),
                 action: "Release".to_owned(),
                 secondary: None,
             };

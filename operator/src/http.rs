@@ -36,9 +36,7 @@ pub async fn serve(listener: TcpListener, health: Health, stop: CancellationToke
 }
 
 async fn metrics(State(health): State<Health>) -> Response {
-    for (kind, age) in health.heard.ages() {
-        health.metrics.watch_age(kind, age);
-    }
+    health.metrics.watch_ages(&health.heard.ages());
     match health.metrics.encode() {
         Ok(page) => {
             let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";

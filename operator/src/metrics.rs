@@ -147,10 +147,13 @@ impl Metrics {
             .observe(took.as_secs_f64());
     }
 
-    /// How long nothing has been heard of a watch.
-    pub fn watch_age(&self, kind: &'static str, age: Duration) {
-        let seconds = i64::try_from(age.as_secs()).unwrap_or(i64::MAX);
-        self.watch_ages.get_or_create(&WatchLabels { kind }).set(seconds);
+    /// How long nothing has been heard of each watch that there is.
+    pub fn watch_ages(&self, ages: &[(&'static str, Duration)]) {
+        self.watch_ages.clear();
+        for &(kind, age) in ages {
+            let seconds = i64::try_from(age.as_secs()).unwrap_or(i64::MAX);
+            self.watch_ages.get_or_create(&WatchLabels { kind }).set(seconds);
+        }
     }
 
     /// A watch has failed and is begun anew.
@@ -191,7 +194,7 @@ mod tests {
         metrics.swapped(Intent::Promote, Duration::from_millis(30));
         metrics.swapped(Intent::RollBack, Duration::from_millis(40));
         metrics.swapped(Intent::Repair, Duration::from_millis(50));
-        metrics.watch_age("Job", Duration::from_secs(3));
+        metrics.watch_ages(&[("Job", Duration::from_secs(3))]);
         metrics.watch_failed("Job");
         metrics.leads(true);
         let page = metrics.encode().unwrap();
@@ -209,5 +212,9 @@ mod tests {
             assert!(page.lines().any(|it| it == line), "{line} is missing in {page}");
         }
         assert_eq!(page.matches("swap_duration_seconds_count").count(), 2, "{page}");
+        // Who does not lead any more watches nothing.
+        metrics.watch_ages(&[]);
+        let page = metrics.encode().unwrap();
+        assert!(!page.contains("watch_age_seconds{"), "{page}");
     }
 }

@@ -9,7 +9,7 @@ use std::{collections::BTreeSet, env, sync::Mutex, thread};
 use crate::world::{Ban, NATURES, Nature, View, Wakes, World, nature};
 use exchange_operator::{
     api::{ColourChoice, Promotion, Service},
-    observe::Part,
+    observe::{JobKind, Part},
     status::Phase,
 };
 use proptest::{
@@ -66,6 +66,12 @@ enum Step {
     },
     LoseCandidate,
     DeleteJob(usize),
+    /// The Job of the expand is deleted, and when that was seen, what the candidate's pods are made of is changed or deleted.
+    ClimbAgain {
+        who: usize,
+        service: Service,
+        delete: bool,
+    },
     FailJobs,
     Scale(u32),
     Strip {
@@ -99,6 +105,8 @@ enum Kind {
     Failing,
     /// Pods have nowhere to run, and somebody suspends and goes back.
     Suspended,
+    /// Candidates have to climb their gates again, and are changed meanwhile.
+    Climbing,
     /// Pods die one by one, and connections follow late.
     Fine,
     /// The same, and at last the object is deleted in the middle of everything.
@@ -110,6 +118,7 @@ impl Kind {
         match seed % 16 {
             3 => Self::Pages,
             5 => Self::Failing,
+            6 => Self::Climbing,
             7 => Self::Suspended,
             11 | 13 => Self::Fine,
             15 => Self::Deleted,
@@ -187,6 +196,11 @@ fn steps(kind: Kind) -> impl Strategy<Value = Vec<Step>> {
                 (0..3_usize, service).prop_map(|(revision, service)| Step::Crowd { revision, service });
             prop_oneof![20 => step, 1 => crowd].boxed()
         }
+        Kind::Climbing => {
+            let again = (0..2_usize, service, any::<bool>())
+                .prop_map(|(who, service, delete)| Step::ClimbAgain { who, service, delete });
+            prop_oneof![10 => step, 1 => again].boxed()
+        }
         Kind::Fine | Kind::Deleted => {
             let one = (0..2_usize, service).prop_map(|(stack, service)| Step::KillOnePod { stack, service });
             prop_oneof![20 => step, 3 => one, 1 => any::<bool>().prop_map(Step::Lag)].boxed()
@@ -242,6 +256,13 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
         } => world.spoil_part(stack, service, part, delete),
         Step::LoseCandidate => world.lose_candidate(),
         Step::DeleteJob(index) => world.delete_job(index),
+        Step::ClimbAgain { who, service, delete } => {
+            world.delete_job_of_candidate(&JobKind::Expand);
+            for _ in 0..3 {
+                world.step(who, View::Fresh)?;
+            }
+            world.spoil_candidate(service, delete);
+        }
         Step::FailJobs => world.fail_jobs(),
         Step::Scale(replicas) => world.scale_by_hand(replicas),
         Step::Strip { stack, service, part } => world.strip(stack, service, part),

@@ -79,6 +79,16 @@ fn first_and_not_verified() -> World {
     world
 }
 
+/// The first version is live and was never verified; another one is declared and has come as far as this phase.
+fn over_what_is_not_verified(index: usize, phase: Phase) -> World {
+    let mut world = first_and_not_verified();
+    world.release(index);
+    world.until(0, phase);
+    world.finish(0);
+    world.journey = vec![phase];
+    world
+}
+
 /// What an operator that has seen the phase before records, if it sees the world with this change.
 fn records(world: &World, change: impl FnOnce(&mut Observed)) -> Status {
     let mut seen = world.observe();
@@ -703,6 +713,42 @@ fn every_phase_is_left_as_the_design_says() {
             &[Failed, Live],
         ),
         row(
+            "reverted after a failure to what was never verified",
+            over_what_is_not_verified(5, Failed),
+            revert,
+            &[Failed, Verifying, Live],
+        ),
+        row(
+            "reverted before the swap to what was never verified",
+            over_what_is_not_verified(1, Testing),
+            revert,
+            &[Testing, Verifying, Live],
+        ),
+        row(
+            "the Job of the expand is gone while pods start",
+            at(Provisioning),
+            lose_expand,
+            &[Provisioning, Migrating, Testing, Promoting, Verifying, Live],
+        ),
+        row(
+            "the Job of the expand is gone while tests run",
+            at(Testing),
+            lose_expand,
+            &[Testing, Migrating, Promoting, Verifying, Live],
+        ),
+        row(
+            "the Job of the expand is gone while people are asked",
+            at(AwaitingPromotion),
+            lose_expand,
+            &[AwaitingPromotion, Migrating, AwaitingPromotion],
+        ),
+        row(
+            "the Job of a test is gone while people are asked",
+            at(AwaitingPromotion),
+            |world| world.delete_job_of_candidate(&JobKind::Smoke),
+            &[AwaitingPromotion, Testing, AwaitingPromotion],
+        ),
+        row(
             "another version after a rollback",
             releasing(6, Held),
             |world| world.release(2),
@@ -751,13 +797,8 @@ fn what_is_not_what_was_tested_is_tested_again() {
     assert_eq!(world.observe().stacks[&candidate].rendered, None);
 }
 
-/// Somebody deletes the Job of the candidate's expand, which has passed.
 fn lose_expand(world: &mut World) {
-    let stack = world.status.candidate.clone().unwrap().stack;
-    let seen = world.observe();
-    let mut jobs = seen.jobs.keys().filter(|job| job.kind != JobKind::Contract);
-    let expand = jobs.position(|job| job.kind == JobKind::Expand && job.stack == stack);
-    world.delete_job(expand.unwrap());
+    world.delete_job_of_candidate(&JobKind::Expand);
 }
 
 /// The tests of this attempt have begun, and what they say stands while its gates are climbed again: for the pods that they are
@@ -812,23 +853,6 @@ fn a_candidate_that_climbs_again_is_what_was_tested_or_is_begun_anew() {
             }
         }
     }
-}
-
-/// A test whose Job is gone is run once more, for the same pods.
-#[test]
-fn a_test_whose_job_is_gone_is_run_again() {
-    let mut world = at(AwaitingPromotion);
-    world.finish(0);
-    let attempt = world.status.attempt;
-    let jobs = world.observe().jobs;
-    let mut jobs = jobs.keys().filter(|job| job.kind != JobKind::Contract);
-    world.delete_job(
-        jobs.position(|job| job.kind == JobKind::Smoke && job.attempt == attempt)
-            .unwrap(),
-    );
-    world.settle(Wakes::Clock).unwrap();
-    assert_eq!(world.journey, [AwaitingPromotion, Testing, AwaitingPromotion]);
-    assert_eq!(world.status.attempt, attempt);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use exchange_operator::{
     api::{Autoscaling, ColourChoice, ExchangeDeploymentSpec as Spec, Service},
-    observe::{JobKind, JobState, Observed, Part, Requests, Target},
+    observe::{Job, JobKind, JobState, Observed, Part, Requests, Target},
     plan::Action,
     status::{ExchangeDeploymentStatus as Status, Phase, Stack, token},
 };
@@ -352,6 +352,17 @@ impl World {
         self.forget_empty();
     }
 
+    pub(crate) fn spoil_candidate(&mut self, service: Service, delete: bool) {
+        let candidate = self.status.candidate.as_ref();
+        let index = self
+            .stacks
+            .keys()
+            .position(|stack| candidate.is_some_and(|it| it.stack == *stack));
+        if let Some(index) = index {
+            self.spoil_part(index, service, Part::Workload, delete);
+        }
+    }
+
     /// Somebody takes the labels from an object of a stack. Services are found by their names.
     pub(crate) fn strip(&mut self, stack: usize, service: Service, part: Part) {
         let there = self.stacks.values_mut().nth(stack);
@@ -396,6 +407,20 @@ impl World {
         if let Some(job) = found {
             note!(self, "chaos: {job:?} deleted");
             self.jobs.remove(&job);
+        }
+    }
+
+    pub(crate) fn delete_job_of_candidate(&mut self, kind: &JobKind) {
+        let Some(candidate) = &self.status.candidate else {
+            return;
+        };
+        let job = Job {
+            kind: kind.clone(),
+            stack: candidate.stack.clone(),
+            attempt: candidate.attempt,
+        };
+        if self.jobs.remove(&job).is_some() {
+            note!(self, "chaos: {job:?} deleted");
         }
     }
 
