@@ -32,7 +32,7 @@ use self::{
     audit::{Acknowledged, Audit, Evidence, TraderEvidence, judge},
     link::{Answered, Body, Events, Link, Protocol, body},
     record::{LOG_IN, Record, Summary, summarize},
-    streams::{End, Opening, Received, Streams},
+    streams::{Opening, Received, Streams},
 };
 use crate::{
     db,
@@ -353,8 +353,7 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
     streams.stop();
     followers.join_all().await;
     let openings = streams.openings();
-    let cut_off = |opening: &&Opening| matches!(opening.end, End::CutOff | End::NotOpened);
-    let streams_cut_off = openings.iter().filter(cut_off).count();
+    let streams_cut_off = openings.iter().filter(|it| it.failure.is_some()).count();
     let audit = judge(&evidence);
     let records = std::mem::take(&mut *locked(&run.records));
     let summary = summarize(&records);
@@ -782,6 +781,17 @@ fn table(outcome: &Outcome) -> String {
             .sum::<usize>(),
         outcome.streams_cut_off,
     );
+    let broken = outcome
+        .streams
+        .iter()
+        .filter_map(|it| Some((it, it.failure.as_ref()?)));
+    for (stream, failure) in broken.take(FAILED_SHOWN) {
+        let _ = writeln!(
+            text,
+            "            of trader {} at {:?}, asked for at {} ms, over at {} ms: {failure}",
+            stream.trader, stream.stack, stream.from_ms, stream.to_ms,
+        );
+    }
     let _ = writeln!(
         text,
         "\n{:<16}{:>9}{:>10}{:>10}{:>10}{:>10}{:>10}",
@@ -867,6 +877,18 @@ mod tests {
         );
     }
 
+    /// Of one trader, who has no token yet.
+    fn idle_run() -> Run {
+        Run {
+            start: Instant::now(),
+            authorities: <[String; 3]>::default(),
+            tokens: RwLock::new(vec![String::new()]),
+            records: Mutex::default(),
+            acknowledged: Mutex::default(),
+            unknown: Mutex::default(),
+        }
+    }
+
     #[tokio::test]
     async fn log_ins_are_answers_of_a_stack_too() {
         let login = async || {
@@ -902,14 +924,7 @@ mod tests {
                 trade_url: url.clone(),
                 notification_url: url,
             };
-            let run = Run {
-                start: Instant::now(),
-                authorities: <[String; 3]>::default(),
-                tokens: RwLock::new(vec![String::new()]),
-                records: Mutex::default(),
-                acknowledged: Mutex::default(),
-                unknown: Mutex::default(),
-            };
+            let run = idle_run();
             let _ = rustls::crypto::ring::default_provider().install_default();
             let client = Client::new(endpoints, None, None).unwrap();
             let mut traders = [Trader::known(String::new(), SecretString::from(""))];
@@ -920,6 +935,38 @@ mod tests {
             assert_eq!(records[0].failure().as_deref(), failure);
             assert_eq!(run.token(0), token);
         }
+    }
+
+    #[tokio::test]
+    async fn of_streams_that_break_is_told_why() {
+        let answers = Arc::new(Mutex::new(vec![
+            (StatusCode::SERVICE_UNAVAILABLE, ""),
+            (StatusCode::OK, "retry: 1\n\nid: 7\nda"),
+        ]));
+        let next = async move || {
+            let last = locked(&answers).pop();
+            last.map_or((StatusCode::GONE, ""), |answer| answer)
+        };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let router = axum::Router::new().route("/notifications/stream", axum::routing::get(next));
+        tokio::spawn(async { axum::serve(listener, router).await });
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let (streams, run) = (Streams::of(1), Arc::new(idle_run()));
+        let follower = tokio::spawn(Arc::clone(&streams).follow(0, url, run));
+        while streams.openings().len() < 3 {
+            tokio::task::yield_now().await;
+        }
+        streams.stop();
+        follower.await.unwrap();
+        let failures: Vec<_> = streams
+            .openings()
+            .into_iter()
+            .take(3)
+            .map(|it| it.failure)
+            .collect();
+        let told = ["ended within an event", "status 503", "status 410"].map(|it| Some(it.to_owned()));
+        assert_eq!(failures, told);
     }
 
     #[tokio::test]

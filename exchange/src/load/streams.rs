@@ -13,6 +13,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use super::{Run, locked};
+use crate::trader::chain;
 
 /// When to come back, until a server has said it.
 const RETRY: Duration = Duration::from_secs(1);
@@ -32,6 +33,9 @@ pub(crate) struct Opening {
     pub(crate) notifications: usize,
     /// How it ended.
     pub(crate) end: End,
+    /// And why, if it should not have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) failure: Option<String>,
 }
 
 /// How a stream ended.
@@ -105,7 +109,7 @@ impl Streams {
                 .header("last-event-id", reader.last)
                 .bearer_auth(run.token(trader));
             let before = reader.notifications;
-            let (stack, end) = self.read(trader, request, &mut reader).await;
+            let (stack, end, failure) = self.read(trader, request, &mut reader).await;
             locked(&self.openings).push(Opening {
                 trader,
                 stack,
@@ -113,6 +117,7 @@ impl Streams {
                 to_ms: milliseconds(run.start.elapsed()),
                 notifications: reader.notifications - before,
                 end,
+                failure,
             });
             self.stop.run_until_cancelled(sleep(reader.retry)).await;
         }
@@ -123,13 +128,13 @@ impl Streams {
         trader: usize,
         request: reqwest::RequestBuilder,
         reader: &mut Reader,
-    ) -> (String, End) {
+    ) -> (String, End, Option<String>) {
         let Some(answer) = self.stop.run_until_cancelled(request.send()).await else {
-            return (String::new(), End::Left);
+            return (String::new(), End::Left, None);
         };
         let mut response = match answer {
-            Ok(response) if response.status() == http::StatusCode::OK => response,
-            _ => return (String::new(), End::NotOpened),
+            Ok(response) => response,
+            Err(error) => return (String::new(), End::NotOpened, Some(chain(&error))),
         };
         let stack = response
             .headers()
@@ -138,10 +143,14 @@ impl Streams {
             .and_then(|stack| stack.to_str().ok())
             .unwrap_or_default()
             .to_owned();
+        if response.status() != http::StatusCode::OK {
+            let failure = format!("status {}", response.status().as_u16());
+            return (stack, End::NotOpened, Some(failure));
+        }
         reader.rest.clear();
         loop {
-            let end = match self.stop.run_until_cancelled(response.chunk()).await {
-                None => End::Left,
+            let (end, failure) = match self.stop.run_until_cancelled(response.chunk()).await {
+                None => (End::Left, None),
                 Some(Ok(Some(bytes))) => {
                     let news = reader.feed(&bytes);
                     if let Some(received) = self.received.get(trader) {
@@ -149,10 +158,11 @@ impl Streams {
                     }
                     continue;
                 }
-                Some(Ok(None)) if reader.rest.is_empty() => End::BetweenEvents,
-                Some(Ok(None) | Err(_)) => End::CutOff,
+                Some(Ok(None)) if reader.rest.is_empty() => (End::BetweenEvents, None),
+                Some(Ok(None)) => (End::CutOff, Some("ended within an event".to_owned())),
+                Some(Err(error)) => (End::CutOff, Some(chain(&error))),
             };
-            return (stack, end);
+            return (stack, end, failure);
         }
     }
 }
