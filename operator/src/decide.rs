@@ -95,6 +95,28 @@ pub(crate) struct Turn<'a> {
     pub(crate) events: Vec<Event>,
 }
 
+/// Whether what is declared is the live stack.
+fn reached(spec: &Spec, status: &Status, declared: &Declared) -> bool {
+    let colour = spec.rollout.colour.fixed();
+    status.live.as_ref().is_some_and(|live| {
+        live.stack.revision == declared.revision && colour.is_none_or(|colour| colour == live.stack.colour)
+    })
+}
+
+/// Whether what is declared is what was given up.
+pub(crate) fn rejects(spec: &Spec, status: &Status, declared: &Declared) -> bool {
+    let live = status.live.as_ref().map(|live| &live.stack);
+    let colour = spec.rollout.colour.fixed();
+    status.rejected.as_ref().is_some_and(|rejected| {
+        rejected.stack.revision == declared.revision
+            // In another colour it is live.
+            && !(reached(spec, status, declared) && live != Some(&rejected.stack))
+            // Of what was adopted nobody knows the gates.
+            && (rejected.gates.is_empty() || declared.has_gates(&rejected.gates))
+            && colour.is_none_or(|colour| colour == rejected.stack.colour)
+    })
+}
+
 impl Turn<'_> {
     // ---- time -------------------------------------------------------------------------------------------------
 
@@ -208,34 +230,12 @@ impl Turn<'_> {
         self.seen.declared.as_ref().ok()
     }
 
-    /// Whether what is declared is the live stack.
     pub(crate) fn reached(&self, declared: &Declared) -> bool {
-        self.next.live.as_ref().is_some_and(|live| {
-            live.stack.revision == declared.revision
-                && self
-                    .spec
-                    .rollout
-                    .colour
-                    .fixed()
-                    .is_none_or(|colour| colour == live.stack.colour)
-        })
+        reached(self.spec, &self.next, declared)
     }
 
     pub(crate) fn rejects(&self, declared: &Declared) -> bool {
-        let live = self.next.live.as_ref().map(|live| &live.stack);
-        self.next.rejected.as_ref().is_some_and(|rejected| {
-            rejected.stack.revision == declared.revision
-                // In another colour it is live.
-                && !(self.reached(declared) && live != Some(&rejected.stack))
-                // Of what was adopted nobody knows the gates.
-                && (rejected.gates.is_empty() || declared.has_gates(&rejected.gates))
-                && self
-                    .spec
-                    .rollout
-                    .colour
-                    .fixed()
-                    .is_none_or(|colour| colour == rejected.stack.colour)
-        })
+        rejects(self.spec, &self.next, declared)
     }
 
     /// Replicas that a stack needs to take over: as many as are declared, as the live stack has, and as it has already.

@@ -10,7 +10,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
-    decide::{later, signed, time_for},
+    decide::{later, rejects, signed, time_for},
     observe::{Job, JobKind, JobState, Observed, ServiceSeen, StackSeen, Target},
     status::{ExchangeDeploymentStatus as Status, Phase, Previous, PreviousState, Stack, token},
 };
@@ -45,7 +45,7 @@ pub fn report(spec: &Spec, seen: &Observed, undecided: Option<&str>, status: &mu
     status.rollback_until = way_back.map(|it| second(it.until));
     let stalled = stalled(spec, seen, undecided, status, now);
     let arrived = arrived(spec, seen, status);
-    let waiting = !arrived && !matches!(status.phase, Phase::Failed | Phase::Held);
+    let waiting = !arrived && !given_up(spec, seen, status);
     let ready = arrived && stalled.is_none();
     let available = available(seen, status);
     // Also what is live may have been made bigger, or have lost pods: tools that wait for a change to be done look here.
@@ -113,6 +113,15 @@ fn arrived(spec: &Spec, seen: &Observed, status: &Status) -> bool {
     status.phase == Phase::Live && declared
 }
 
+/// Whether nothing goes on with what is declared. Stopped, the phase may still be about what was declared before.
+fn given_up(spec: &Spec, seen: &Observed, status: &Status) -> bool {
+    let declared = seen.declared.as_ref();
+    matches!(status.phase, Phase::Failed | Phase::Held)
+        && declared.map_or(true, |declared| {
+            status.stopped_since.is_none() || rejects(spec, status, declared)
+        })
+}
+
 /// Paused or suspended, all but a move of the traffic stands still.
 fn stands_still(status: &Status) -> bool {
     status.stopped_since.is_some() && !status.phase.moves()
@@ -157,11 +166,7 @@ fn stalled(
     if let Err(missing) = &seen.declared {
         return Some(verdict(true, "ReferenceMissing", missing.clone()));
     }
-    if let Some(rejected) = status
-        .rejected
-        .as_ref()
-        .filter(|_| matches!(status.phase, Phase::Failed | Phase::Held))
-    {
+    if let Some(rejected) = status.rejected.as_ref().filter(|_| given_up(spec, seen, status)) {
         let retry = token(&rejected.stack, rejected.attempt);
         let live = status
             .live
@@ -262,7 +267,8 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
             ("paused", "remove the annotation exchange.dev/pause")
         };
         let end = format!("{how} since {}: to go on, {on}; {live} is live", second(since));
-        if status.phase != Phase::Live {
+        let left = status.phase == Phase::Live || matches!(status.phase, Phase::Failed | Phase::Held);
+        if !left || given_up(spec, seen, status) {
             return format!("{version} is {} and {end}", status.phase);
         }
         if !arrived(spec, seen, status) {

@@ -113,6 +113,8 @@ fn objects() -> Vec<(&'static str, Value)> {
     let mut suspended_other = live();
     suspended_other.declare(|spec| spec.suspend = true);
     suspended_other.release(2);
+    let mut suspended_failed_other = declares(releasing(5, Failed), |spec| spec.suspend = true);
+    suspended_failed_other.release(2);
     let mut in_use = live();
     in_use.settle(Wakes::Clock).unwrap();
     in_use.colour(ColourChoice::Green);
@@ -159,6 +161,7 @@ fn objects() -> Vec<(&'static str, Value)> {
             "suspended_failed",
             declares(settled(releasing(5, Failed)), |spec| spec.suspend = true),
         ),
+        ("suspended_failed_other", settled(suspended_failed_other)),
         (
             "reference_missing",
             sees(live(), |seen| {

@@ -435,6 +435,8 @@ mod tests {
             ("testing", None),
             ("awaiting_promotion", None),
             ("suspended_other", None),
+            ("suspended_failed", Some(2)),
+            ("suspended_failed_other", None),
         ] {
             let view = view::view(&view::tests::object(object), &[], &[], &[]);
             assert_eq!(verdict(&view), expected, "{object}");
