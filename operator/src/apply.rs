@@ -42,7 +42,7 @@ use crate::{
         see_live,
     },
     plan::Action,
-    resources::{ATTEMPT, COLOUR, MANAGER, REVISION, TEMPLATES},
+    resources::{ATTEMPT, Builder, COLOUR, MANAGER, REVISION, Rendered, TEMPLATES},
     revision::{Source, hex},
     status::{ExchangeDeploymentStatus as Status, Stack},
 };
@@ -149,7 +149,11 @@ impl Writer {
     async fn render(&self, look: &mut Look, stack: &Stack, attempt: u32) -> Result<(), Error> {
         if !look.material.rendered.contains_key(stack) {
             let builder = builder(&look.object);
-            let rendered = builder.render(&look.object.spec, stack, look.material.content.keys());
+            let mut rendered = builder.render(&look.object.spec, stack, look.material.content.keys());
+            let live = look.seen.status.live.as_ref();
+            if live.is_some_and(|live| live.stack == *stack) {
+                self.keep_templates(&builder, stack, &mut rendered).await?;
+            }
             let revision = builder.controller_revision(stack, attempt, &rendered);
             self.create::<ControllerRevision>(look, revision).await?;
             look.material.rendered.insert(stack.clone(), rendered);
@@ -169,6 +173,25 @@ impl Writer {
             match source {
                 Source::ConfigMap(_) => self.create_missing::<ConfigMap>(look, copy).await?,
                 Source::Secret(_) => self.create_missing::<Secret>(look, copy).await?,
+            }
+        }
+        Ok(())
+    }
+
+    /// What has the traffic is rendered again as it runs. Pods are told things that are in no revision, as the time to drain: by
+    /// what is declared of these now, all of them would be replaced.
+    async fn keep_templates(
+        &self,
+        builder: &Builder<'_>,
+        stack: &Stack,
+        rendered: &mut Rendered,
+    ) -> Result<(), Error> {
+        for service in Service::ALL {
+            let name = builder.part_name(stack, service, Part::Workload);
+            let runs = self.reader.template(builder.namespace, &name).await?;
+            let built = rendered.objects.get_mut(&(service, Part::Workload));
+            if let (Some(runs), Some(built)) = (runs, built.and_then(|it| it.pointer_mut("/spec/template"))) {
+                *built = runs;
             }
         }
         Ok(())

@@ -1436,6 +1436,31 @@ async fn cannot_be_done(status: StatusCode, class: Class, does: &str) {
     );
 }
 
+/// What pods are told is no part of a revision: what has the traffic is not replaced for it.
+#[tokio::test]
+async fn a_live_stack_whose_rendering_is_lost_is_rendered_as_it_runs() {
+    let world = World::converged().await;
+    let rendered = world.names("controllerrevisions").remove(0);
+    let workloads = || -> Vec<Value> {
+        world
+            .names("deployments")
+            .iter()
+            .map(|it| world.get(it))
+            .collect()
+    };
+    let before = workloads();
+    world.change(OBJECT, |object| {
+        object["spec"]["rollout"]["drainTimeout"] = json!("17m");
+        let generation = object["metadata"]["generation"].as_i64().unwrap();
+        object["metadata"]["generation"] = json!(generation + 1);
+    });
+    world.settle().await;
+    world.server.lock().unwrap().objects.remove(&rendered);
+    world.settle().await;
+    assert_eq!(world.names("controllerrevisions"), [rendered]);
+    assert_eq!(workloads(), before);
+}
+
 /// It may be about something else by now.
 #[tokio::test(start_paused = true)]
 async fn what_is_said_of_the_same_refusal_is_recorded_once_a_minute() {

@@ -349,6 +349,17 @@ impl Reader {
             .map_err(Error::api(format!("read {} {name}", kind.kind)))
     }
 
+    /// What the workload of this name makes its pods of. A list of one, as [`Self::named`].
+    pub async fn template(&self, namespace: &str, name: &str) -> Result<Option<Value>, Error> {
+        let api = Api::<Deployment>::namespaced(self.client.clone(), namespace);
+        let list = api
+            .list(&ListParams::default().fields(&format!("metadata.name={name}")))
+            .await;
+        let list = list.map_err(Error::api(format!("read Deployment {name}")))?;
+        let spec = list.items.into_iter().next().and_then(|it| it.spec);
+        Ok(spec.map(|spec| json!(spec.template)))
+    }
+
     /// Pieces of stacks of one kind.
     async fn pieces<K>(&self, namespace: &str, labels: &str) -> Result<Vec<Piece>, Error>
     where
