@@ -76,8 +76,9 @@ impl Turn<'_> {
                     .filter(|service| !self.is_moved(**service, Some(to)));
                 self.seen.missing_live().is_none()
                     && to_move.all(|service| {
-                        let replicas = seen.service(*service).map_or(1, |seen| seen.replicas.max(1));
-                        seen.ready(*service) >= replicas
+                        seen.service(*service).is_some_and(|there| {
+                            there.ready >= there.replicas.max(1) && (there.current || self.is_forced(to))
+                        })
                     })
             }
             Intent::RollBack => seen.complete() || (seen.serves() && self.elapsed() >= SHORT_OF_ENDPOINTS),

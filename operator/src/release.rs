@@ -353,7 +353,7 @@ impl Turn<'_> {
     }
 
     /// Whether a stack is there and its pods are made of what they were when its tests were begun.
-    fn is_as_tested(&self, stack: &Stack, attempt: u32) -> bool {
+    pub(crate) fn is_as_tested(&self, stack: &Stack, attempt: u32) -> bool {
         let Some(seen) = self.stack(stack).filter(|seen| seen.rendered.is_some()) else {
             return false;
         };

@@ -22,6 +22,9 @@ impl Turn<'_> {
             self.roll_back_as_asked();
         } else if self.moved(Some(&candidate.stack)) && self.arrived(&candidate.stack) {
             self.swapped(candidate);
+        } else if !self.is_still_tested(&candidate) {
+            let message = "its pods are not those that were tested any more".to_owned();
+            self.roll_back(Some((Reason::PromotionFailed, message)), "operator");
         } else if let Some(service) = self.lost(&candidate.stack) {
             let message =
                 format!("the {service} service of the new stack lost its endpoints during the swap");
@@ -35,9 +38,15 @@ impl Turn<'_> {
 
     /// Whether a stack is given up and gets the traffic all the same, because the one before it cannot serve: there is no
     /// way back from this move.
-    fn is_forced(&self, stack: &Stack) -> bool {
+    pub(crate) fn is_forced(&self, stack: &Stack) -> bool {
         let rejected = self.next.rejected.as_ref();
         rejected.is_some_and(|rejected| rejected.stack == *stack)
+    }
+
+    /// Whether what is being swapped in is what its tests were about. Once all Services point at it, it is kept as what is live is.
+    fn is_still_tested(&self, candidate: &Candidate) -> bool {
+        let stack = &candidate.stack;
+        self.is_forced(stack) || self.moved(Some(stack)) || self.is_as_tested(stack, candidate.attempt)
     }
 
     /// Whether all live Services have been written by the present move.

@@ -4,7 +4,7 @@
 //! Each history has a number, its seed. `make unit` lives through the first 10,000, `make simulate` through `HISTORIES` from
 //! `FIRST` on; `make simulate SEED=…` replays one.
 
-use std::{collections::BTreeSet, env, sync::Mutex, thread};
+use std::{collections::BTreeSet, env, fs, sync::Mutex, thread};
 
 use crate::world::{Ban, NATURES, Nature, View, Wakes, World, nature};
 use exchange_operator::{
@@ -16,6 +16,7 @@ use proptest::{
     prelude::*,
     test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner},
 };
+use serde_json::json;
 
 /// One thing that happens.
 #[derive(Clone, Debug)]
@@ -361,7 +362,7 @@ fn ends_well(world: &World) -> Result<(), String> {
     Ok(())
 }
 
-fn history(seed: u64) -> Result<BTreeSet<Phase>, String> {
+fn history(seed: u64) -> Result<Arrows, String> {
     let mut bytes = [0_u8; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
     let config = Config {
@@ -373,17 +374,20 @@ fn history(seed: u64) -> Result<BTreeSet<Phase>, String> {
         ..Config::default()
     };
     let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
-    let phases = Mutex::new(BTreeSet::new());
+    let gone = Mutex::new(Arrows::new());
     let kind = Kind::of(seed);
     let outcome = runner.run(&steps(kind), |steps| match live_through(&steps, kind, false) {
         Ok(world) => {
-            phases.lock().unwrap().extend(world.journey);
+            // A record that is lost is no way from one phase to another.
+            let lost = steps.iter().any(|step| matches!(step, Step::LoseStatus));
+            let journey = world.journey.iter().copied().filter(|_| !lost);
+            gone.lock().unwrap().extend(journey.clone().zip(journey.skip(1)));
             Ok(())
         }
         Err(why) => Err(TestCaseError::fail(why)),
     });
     match outcome {
-        Ok(()) => Ok(phases.into_inner().unwrap()),
+        Ok(()) => Ok(gone.into_inner().unwrap()),
         Err(TestError::Fail(_, steps)) => {
             let why = live_through(&steps, kind, true).err().unwrap_or_default();
             Err(format!("make simulate SEED={seed} after {steps:?}\n{why}"))
@@ -412,18 +416,18 @@ fn histories() {
         number("SIMULATION_HISTORIES").unwrap_or(10_000),
     );
     let workers = thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
-    let seen = Mutex::new(BTreeSet::new());
+    let gone = Mutex::new(Arrows::new());
     let broken: Mutex<Option<String>> = Mutex::new(None);
     thread::scope(|scope| {
         for worker in 0..workers {
-            let (seen, broken) = (&seen, &broken);
+            let (gone, broken) = (&gone, &broken);
             scope.spawn(move || {
                 for seed in (first + worker..first + count).step_by(usize::try_from(workers).unwrap()) {
                     if broken.lock().unwrap().is_some() {
                         return;
                     }
                     match history(seed) {
-                        Ok(phases) => seen.lock().unwrap().extend(phases),
+                        Ok(arrows) => gone.lock().unwrap().extend(arrows),
                         Err(why) => _ = broken.lock().unwrap().get_or_insert(why),
                     }
                 }
@@ -433,9 +437,54 @@ fn histories() {
     if let Some(why) = broken.into_inner().unwrap() {
         panic!("{why}");
     }
+    let gone = gone.into_inner().unwrap();
+    let picture = picture();
+    let missing: Vec<_> = gone.difference(&picture).collect();
+    assert!(
+        missing.is_empty(),
+        "the picture in docs/architecture.md has no such ways: {missing:?}"
+    );
     // A world in which nothing happens would keep every promise.
-    let phases = seen.into_inner().unwrap();
+    let phases: BTreeSet<_> = gone.iter().map(|(_, to)| to).collect();
     assert!(phases.len() == 11 || count < 1000, "only {phases:?} were reached");
+}
+
+/// Ways from one phase to another.
+type Arrows = BTreeSet<(Phase, Phase)>;
+
+/// Those of the picture in `docs/architecture.md`, its note about all phases before the swap included.
+fn picture() -> Arrows {
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/architecture.md");
+    let page = fs::read_to_string(page).unwrap();
+    let (_, picture) = page.split_once("```mermaid\nstateDiagram-v2\n").unwrap();
+    let (picture, _) = picture.split_once("```").unwrap();
+    let phase = |name: &str| serde_json::from_value::<Phase>(json!(name.trim())).ok();
+    let mut arrows = Arrows::new();
+    for line in picture.lines() {
+        let (way, _) = line.split_once(": ").unwrap_or((line, ""));
+        if let Some((from, to)) = way.split_once(" --> ") {
+            // What begins or ends there is no phase.
+            arrows.extend(phase(from).zip(phase(to)));
+        }
+        if let Some((_, to)) = line.split_once(" → ") {
+            let to: Vec<_> = to.split([',', ' ']).filter_map(phase).collect();
+            let before = [
+                Phase::Pending,
+                Phase::Migrating,
+                Phase::Provisioning,
+                Phase::Testing,
+                Phase::AwaitingPromotion,
+            ];
+            arrows.extend(
+                before
+                    .into_iter()
+                    .flat_map(|from| to.iter().map(move |to| (from, *to))),
+            );
+        }
+    }
+    // Another attempt of what waits in it already.
+    arrows.retain(|(from, to)| from != to);
+    arrows
 }
 
 #[test]

@@ -1051,6 +1051,45 @@ fn a_verification_goes_by_what_was_declared_with_the_version() {
     assert_eq!(world.journey, [Verifying, Live]);
 }
 
+/// Endpoints are there all the while if somebody restarts a Deployment, or adds to it what the operator lets be.
+#[test]
+fn a_swap_is_taken_back_if_the_candidate_is_not_what_was_tested_any_more() {
+    let mut world = at(Promoting);
+    let candidate = world.status.candidate.clone().unwrap().stack;
+    let changed = |seen: &mut Observed| "another".clone_into(&mut trade_of(seen, &candidate).template);
+    let taken_back = records(&world, changed);
+    assert_eq!(taken_back.phase, RollingBack);
+    assert_eq!(taken_back.rejected.unwrap().reason, Reason::PromotionFailed);
+    let moves = |change: fn(&mut ServiceSeen)| {
+        let mut seen = world.observe();
+        change(trade_of(&mut seen, &candidate));
+        let plan = decide(&world.spec, &seen, world.now);
+        plan.actions.iter().filter(|action| action.is_move()).count()
+    };
+    assert_eq!(moves(|_| {}), 3);
+    // Changed and changed back: of either some pods may be there.
+    assert_eq!(moves(|trade| trade.current = false), 0);
+    until_one_is_moved(&mut world);
+    assert_eq!(records(&world, changed).phase, RollingBack);
+    // What has all the traffic is kept as what is live is.
+    while world.targets().iter().flatten().any(|it| *it != candidate) {
+        world.step(0, View::Fresh).unwrap();
+    }
+    world.finish(0);
+    assert_eq!(records(&world, changed).phase, Promoting);
+
+    let mut world = at(Promoting);
+    world.operators[0].crash();
+    world.spoil_part(1, Service::Trade, Part::Workload, false);
+    world.settle(Wakes::Clock).unwrap();
+    assert_eq!(
+        world.journey,
+        [Promoting, RollingBack, Held],
+        "{:#?}",
+        world.trace
+    );
+}
+
 #[test]
 fn a_swap_is_given_up_for_missing_pods_only_by_who_has_seen_them_missing() {
     let mut world = at(Promoting);

@@ -535,7 +535,7 @@ impl World {
     fn vouch(&mut self) {
         for stack in self.targets().into_iter().flatten() {
             match self.stacks.get(&stack).and_then(|it| it.origin.clone()) {
-                Some(origin) => drop(self.proven.insert((stack, origin))),
+                Some(origin) => _ = self.proven.insert((stack, origin), u32::MAX),
                 None => drop(self.vouched.insert(stack)),
             }
         }

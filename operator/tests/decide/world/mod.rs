@@ -305,8 +305,8 @@ pub(crate) struct World {
     live_slices: BTreeMap<Service, Vec<Stack>>,
     /// Jobs that have passed, and what they were about.
     passed: BTreeMap<Job, Tested>,
-    /// Rendered stacks that have passed all their gates.
-    proven: BTreeSet<(Stack, Fence)>,
+    /// Rendered stacks that have passed all their gates, and how often one of their pods had been replaced by another then.
+    proven: BTreeMap<(Stack, Fence), u32>,
     /// Stacks of which nothing is rendered, and which people have declared to be right all the same.
     vouched: BTreeSet<Stack>,
     /// Endpoints at the time of the last guard, per operator.
@@ -399,7 +399,7 @@ impl World {
             slices: BTreeMap::new(),
             live_slices: BTreeMap::new(),
             passed: BTreeMap::new(),
-            proven: BTreeSet::new(),
+            proven: BTreeMap::new(),
             vouched: BTreeSet::new(),
             at_guard: [BTreeMap::new(), BTreeMap::new()],
             pointed_at_guard: [BTreeSet::new(), BTreeSet::new()],
@@ -1028,13 +1028,21 @@ impl World {
         if self.spec.suspend || self.requests.pause.as_ref() == Some(&name) {
             return Err("promotes while paused or suspended".to_owned());
         }
-        self.proven.insert((candidate.stack, rendered));
+        self.proven.insert((candidate.stack, rendered), replaced);
         Ok(())
     }
 
     fn is_proven(&self, stack: &Stack) -> bool {
         let origin = self.stacks.get(stack).and_then(|it| it.origin.clone());
-        origin.is_some_and(|rendered| self.proven.contains(&(stack.clone(), rendered)))
+        origin.is_some_and(|rendered| self.proven.contains_key(&(stack.clone(), rendered)))
+    }
+
+    /// Whether a stack, as this operator has seen it, has other pods than passed its gates.
+    fn has_been_changed(&self, who: usize, stack: &Stack) -> bool {
+        let origin = self.stacks.get(stack).and_then(|it| it.origin.clone());
+        let proven = origin.and_then(|rendered| self.proven.get(&(stack.clone(), rendered)));
+        let seen = self.operators[who].stacks.get(stack).map(|it| it.replaced);
+        seen.is_some_and(|seen| proven.is_some_and(|proven| seen > *proven))
     }
 
     /// What is not recorded to be live gets no autoscaler, and the live addresses are not tested for it.
@@ -1127,7 +1135,7 @@ impl World {
                 let fence = self.fence();
                 // What is lost of a stack that has passed its gates is made again of the same.
                 if self.is_proven(stack) || self.vouched.remove(stack) {
-                    self.proven.insert((stack.clone(), fence.clone()));
+                    self.proven.insert((stack.clone(), fence.clone()), u32::MAX);
                 }
                 let there = self.stacks.entry(stack.clone()).or_default();
                 there.origin = Some(fence.clone());
@@ -1320,6 +1328,13 @@ impl World {
         if let Some(to) = to {
             if !self.is_proven(to) {
                 return Err(format!("P3: {service} points at {to}, which is not proven"));
+            }
+            // What is given up and swapped in all the same has been live before.
+            let given_up = self.status.rejected.as_ref().is_some_and(|it| it.stack == *to);
+            if intent == Intent::Promote && !given_up && self.has_been_changed(who, to) {
+                return Err(format!(
+                    "P3: {service} points at {to}, of which other pods have been tested"
+                ));
             }
             // All services or none: each that has not been moved has to have somewhere to go.
             let to_move = self
