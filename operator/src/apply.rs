@@ -42,7 +42,7 @@ use crate::{
         see_live,
     },
     plan::Action,
-    resources::{ATTEMPT, Builder, COLOUR, MANAGER, REVISION, Rendered, TEMPLATES},
+    resources::{ATTEMPT, Builder, COLOUR, MANAGER, REVISION, Rendered, TEMPLATES, keep_told},
     revision::{Source, hex},
     status::{ExchangeDeploymentStatus as Status, Stack},
 };
@@ -152,7 +152,7 @@ impl Writer {
             let mut rendered = builder.render(&look.object.spec, stack, look.material.content.keys());
             let live = look.seen.status.live.as_ref();
             if live.is_some_and(|live| live.stack == *stack) {
-                self.keep_templates(&builder, stack, &mut rendered).await?;
+                self.keep_told(&builder, stack, &mut rendered).await?;
             }
             let revision = builder.controller_revision(stack, attempt, &rendered);
             self.create::<ControllerRevision>(look, revision).await?;
@@ -178,9 +178,8 @@ impl Writer {
         Ok(())
     }
 
-    /// What has the traffic is rendered again as it runs. Pods are told things that are in no revision, as the time to drain: by
-    /// what is declared of these now, all of them would be replaced.
-    async fn keep_templates(
+    /// What has the traffic goes on being told what it was told: else all its pods would be replaced.
+    async fn keep_told(
         &self,
         builder: &Builder<'_>,
         stack: &Stack,
@@ -191,7 +190,7 @@ impl Writer {
             let runs = self.reader.template(builder.namespace, &name).await?;
             let built = rendered.objects.get_mut(&(service, Part::Workload));
             if let (Some(runs), Some(built)) = (runs, built.and_then(|it| it.pointer_mut("/spec/template"))) {
-                *built = runs;
+                keep_told(built, &runs);
             }
         }
         Ok(())

@@ -44,6 +44,8 @@ const ADMIN: u16 = 9090;
 const LANE_SECRET: &str = "/etc/exchange/lane/secret";
 /// Where pods and migrations find the database's URL.
 const DATABASE_URL: &str = "/etc/exchange/database/url";
+/// How long a stack may drain.
+const DRAIN_TIMEOUT: &str = "EXCHANGE_DRAIN_TIMEOUT";
 /// How long a stack is live before its users are told of it.
 const NOTICE_DELAY: &str = "EXCHANGE_NOTICE_DELAY";
 /// Connections that a pod opens to PostgreSQL unless its environment says otherwise; the exchange's own default.
@@ -458,7 +460,7 @@ impl Builder<'_> {
             var("EXCHANGE_MARKET_DATA_URL_FILE", "/etc/exchange/market-data/url"),
             var("EXCHANGE_LANE_SECRET_FILE", LANE_SECRET),
             var("EXCHANGE_LIVE_URL", &live),
-            var("EXCHANGE_DRAIN_TIMEOUT", &format!("{drain}s")),
+            var(DRAIN_TIMEOUT, &format!("{drain}s")),
         ];
         env.extend(Self::addresses(stack, |service| self.colour_name(stack, service)));
         let own = &spec.services.get(service).env;
@@ -804,6 +806,37 @@ fn pod_security() -> Value {
         "fsGroup": 65532,
         "seccompProfile": {"type": "RuntimeDefault"},
     })
+}
+
+/// Has the pods of a template told what those of another are told, of that which is in no revision.
+pub(crate) fn keep_told(built: &mut Value, runs: &Value) {
+    let Some(built) = built.pointer_mut("/spec/containers/0") else {
+        return;
+    };
+    let is_same = |other: &&Value| other.get("name") == built.get("name");
+    let containers = runs.pointer("/spec/containers").and_then(Value::as_array);
+    let runs = containers.into_iter().flatten().find(is_same);
+    let told = runs
+        .and_then(|it| it.get("env")?.as_array())
+        .cloned()
+        .unwrap_or_default();
+    for variable in built
+        .get_mut("env")
+        .and_then(Value::as_array_mut)
+        .into_iter()
+        .flatten()
+    {
+        let name = variable.get("name").cloned();
+        let in_no_revision = [DRAIN_TIMEOUT, NOTICE_DELAY]
+            .iter()
+            .any(|it| name == Some(json!(it)));
+        if let Some(told) = told
+            .iter()
+            .find(|it| in_no_revision && it.get("name") == name.as_ref())
+        {
+            variable.clone_from(told);
+        }
+    }
 }
 
 fn var(name: &str, value: &str) -> Value {

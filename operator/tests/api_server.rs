@@ -1436,29 +1436,96 @@ async fn cannot_be_done(status: StatusCode, class: Class, does: &str) {
     );
 }
 
-/// What pods are told is no part of a revision: what has the traffic is not replaced for it.
+/// The time to drain, which pods are told, is in no revision: what has the traffic is not replaced for it. What else somebody has
+/// changed of it is put right.
 #[tokio::test]
-async fn a_live_stack_whose_rendering_is_lost_is_rendered_as_it_runs() {
+async fn a_live_stack_whose_rendering_is_lost_goes_on_being_told_what_it_was() {
     let world = World::converged().await;
     let rendered = world.names("controllerrevisions").remove(0);
     let workloads = || -> Vec<Value> {
-        world
-            .names("deployments")
-            .iter()
-            .map(|it| world.get(it))
-            .collect()
+        let names = world.names("deployments");
+        names.iter().map(|name| world.get(name)["spec"].clone()).collect()
     };
     let before = workloads();
     world.change(OBJECT, |object| {
         object["spec"]["rollout"]["drainTimeout"] = json!("17m");
+        object["spec"]["rollout"]["verification"] = json!({"duration": "17m"});
         let generation = object["metadata"]["generation"].as_i64().unwrap();
         object["metadata"]["generation"] = json!(generation + 1);
     });
     world.settle().await;
     world.server.lock().unwrap().objects.remove(&rendered);
     world.settle().await;
-    assert_eq!(world.names("controllerrevisions"), [rendered]);
+    assert_eq!(
+        world.names("controllerrevisions"),
+        std::slice::from_ref(&rendered)
+    );
     assert_eq!(workloads(), before);
+
+    world.server.lock().unwrap().objects.remove(&rendered);
+    let edited = world.names("deployments").remove(0);
+    world.change(&edited, |deployment| {
+        deployment["spec"]["template"]["spec"]["containers"][0]["image"] = json!("evil");
+    });
+    world.settle().await;
+    assert_eq!(workloads(), before);
+}
+
+/// `kubectl expose` gives a Service the labels of what it exposes, and nobody owns it.
+#[tokio::test]
+async fn what_has_our_labels_and_another_name_is_nothing_of_ours() {
+    let world = World::converged().await;
+    let kinds = [
+        "services",
+        "deployments",
+        "poddisruptionbudgets",
+        "controllerrevisions",
+    ];
+    for kind in kinds {
+        let name = world
+            .names(kind)
+            .into_iter()
+            .find(|it| it.contains("-blue"))
+            .unwrap();
+        let mut object = world.get(&name);
+        let metadata = object["metadata"].as_object_mut().unwrap();
+        metadata.remove("ownerReferences");
+        metadata.insert("uid".to_owned(), json!(format!("of another {kind}")));
+        // One is read before ours, and one after it.
+        for other in ["a".to_owned(), format!("{name}-z")] {
+            let other = other.rsplit('/').next().unwrap();
+            object["metadata"]["name"] = json!(other);
+            object["spec"]["other"] = json!(true);
+            world
+                .server
+                .lock()
+                .unwrap()
+                .put(&format!("{kind}/{other}"), object.clone());
+        }
+    }
+    for _ in 0..3 {
+        let (result, writes) = world.pass().await;
+        result.unwrap();
+        assert_eq!(paths(&writes), Vec::<String>::new());
+    }
+}
+
+/// A test whose Job somebody runs once more, under another name, has passed when its own Job has.
+#[tokio::test]
+async fn a_copy_of_a_job_says_nothing() {
+    let world = World::new().passes_tests().await;
+    let smoke = world
+        .names("jobs")
+        .into_iter()
+        .find(|it| it.contains("-smoke-"))
+        .unwrap();
+    let mut copy = world.get(&smoke);
+    copy["metadata"]["name"] = json!("zzz");
+    copy["metadata"]["uid"] = json!("of another Job");
+    copy["status"] = json!({"conditions": [{"type": "Failed", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}]});
+    world.server.lock().unwrap().put("jobs/zzz", copy);
+    world.settle().await;
+    assert_eq!(world.get(OBJECT)["status"]["rejected"], Value::Null);
 }
 
 /// It may be about something else by now.

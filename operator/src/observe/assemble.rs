@@ -194,7 +194,9 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
         }
     }
     for revision in &children.revisions {
-        let Some(stack) = stack_of(&revision.metadata).filter(|_| mine(revision, &builder, &mut seen)) else {
+        let stack = stack_of(&revision.metadata);
+        let stack = stack.filter(|stack| revision.name_any() == builder.stack_name(stack));
+        let Some(stack) = stack.filter(|_| mine(revision, &builder, &mut seen)) else {
             continue;
         };
         let data = revision.data.as_ref().map(|data| &data.0);
@@ -301,7 +303,9 @@ impl Parts<'_> {
         K: Resource<DynamicType = ()> + Serialize,
     {
         let (stack, service) = (stack_of(object.meta())?, service_of(object.meta())?);
-        if !mine(object, &self.builder, self.seen) {
+        // Others may have taken over the labels, as `kubectl expose` does.
+        let name = self.builder.part_name(&stack, service, part);
+        if object.name_any() != name || !mine(object, &self.builder, self.seen) {
             return None;
         }
         let rendered = match part {
@@ -500,9 +504,6 @@ fn see_jobs(children: &Children, builder: &Builder<'_>, seen: &mut Observed) {
         ) else {
             continue;
         };
-        if !mine(object, builder, seen) {
-            continue;
-        }
         let own = [
             JobKind::Expand,
             JobKind::Smoke,
@@ -511,16 +512,19 @@ fn see_jobs(children: &Children, builder: &Builder<'_>, seen: &mut Observed) {
         ];
         let kind = own.into_iter().find(|kind| job_word(kind) == word);
         let kind = kind.unwrap_or_else(|| JobKind::Test(word.to_owned()));
+        let job = Job { kind, stack, attempt };
+        if object.name_any() != builder.job_name(&job) || !mine(object, builder, seen) {
+            continue;
+        }
         let seen_job = JobSeen {
             fence: fence(meta),
-            state: pods::job_state(&kind, object, &children.pods),
+            state: pods::job_state(&job.kind, object, &children.pods),
             trouble: pods::suspended(object)
                 .or_else(|| pods::of(object, &children.pods).find_map(pods::trouble))
                 .or_else(|| pods::tried(object, &children.pods)),
             progress: None,
             of: object.annotations().get(TEMPLATES).cloned(),
         };
-        let job = Job { kind, stack, attempt };
         seen.jobs.insert(job, seen_job);
     }
 }
