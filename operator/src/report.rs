@@ -267,8 +267,8 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
             ("paused", "remove the annotation exchange.dev/pause")
         };
         let end = format!("{how} since {}: to go on, {on}; {live} is live", second(since));
-        let left = status.phase == Phase::Live || matches!(status.phase, Phase::Failed | Phase::Held);
-        if !left || given_up(spec, seen, status) {
+        let at_rest = matches!(status.phase, Phase::Live | Phase::Failed | Phase::Held);
+        if !at_rest || given_up(spec, seen, status) {
             return format!("{version} is {} and {end}", status.phase);
         }
         if !arrived(spec, seen, status) {
