@@ -951,6 +951,7 @@ mod tests {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let router = axum::Router::new().route("/notifications/stream", axum::routing::get(next));
         tokio::spawn(async { axum::serve(listener, router).await });
+        // Another test may have been first.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let (streams, run) = (Streams::of(1), Arc::new(idle_run()));
         let follower = tokio::spawn(Arc::clone(&streams).follow(0, url, run));

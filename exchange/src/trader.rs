@@ -114,6 +114,7 @@ impl CallError {
     }
 }
 
+/// An error with all its causes, as one line.
 pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

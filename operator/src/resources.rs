@@ -814,29 +814,24 @@ pub(crate) fn keep_told(built: &mut Value, runs: &Value) {
         return;
     };
     let is_same = |other: &&Value| other.get("name") == built.get("name");
-    let containers = runs.pointer("/spec/containers").and_then(Value::as_array);
-    let runs = containers.into_iter().flatten().find(is_same);
-    let told = runs
-        .and_then(|it| it.get("env")?.as_array())
-        .cloned()
-        .unwrap_or_default();
-    for variable in built
-        .get_mut("env")
-        .and_then(Value::as_array_mut)
-        .into_iter()
-        .flatten()
-    {
-        let name = variable.get("name").cloned();
-        let in_no_revision = [DRAIN_TIMEOUT, NOTICE_DELAY]
-            .iter()
-            .any(|it| name == Some(json!(it)));
-        if let Some(told) = told
-            .iter()
-            .find(|it| in_no_revision && it.get("name") == name.as_ref())
-        {
+    let runs = items(runs.pointer("/spec/containers")).find(is_same);
+    let in_no_revision = |it: &&Value| {
+        it.get("name")
+            .is_some_and(|name| name == DRAIN_TIMEOUT || name == NOTICE_DELAY)
+    };
+    let told: Vec<&Value> = items(runs.and_then(|it| it.get("env")))
+        .filter(in_no_revision)
+        .collect();
+    let variables = built.get_mut("env").and_then(Value::as_array_mut);
+    for variable in variables.into_iter().flatten() {
+        if let Some(told) = told.iter().find(|it| it.get("name") == variable.get("name")) {
             variable.clone_from(told);
         }
     }
+}
+
+fn items(list: Option<&Value>) -> impl Iterator<Item = &Value> {
+    list.and_then(Value::as_array).into_iter().flatten()
 }
 
 fn var(name: &str, value: &str) -> Value {

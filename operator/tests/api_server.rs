@@ -322,6 +322,15 @@ impl World {
         panic!("it does not come to rest");
     }
 
+    /// Whoever looks writes nothing, however often.
+    async fn is_at_rest(&self) {
+        for _ in 0..3 {
+            let (result, writes) = self.pass().await;
+            result.unwrap();
+            assert_eq!(paths(&writes), Vec::<String>::new());
+        }
+    }
+
     fn get(&self, path: &str) -> Value {
         self.server
             .lock()
@@ -759,11 +768,7 @@ async fn a_swap_that_is_refused_halfway_goes_back_when_its_time_is_over() {
 #[tokio::test]
 async fn a_converged_object_costs_no_write() {
     let world = World::converged().await;
-    for _ in 0..3 {
-        let (result, writes) = world.pass().await;
-        result.unwrap();
-        assert_eq!(paths(&writes), Vec::<String>::new());
-    }
+    world.is_at_rest().await;
     let before = world.server.lock().unwrap().reads;
     world.pass().await.0.unwrap();
     let reads = world.server.lock().unwrap().reads - before;
@@ -797,11 +802,7 @@ async fn a_reference_that_need_not_exist_costs_no_write_while_it_does_not() {
         ]);
     });
     let world = world.converges().await;
-    for _ in 0..3 {
-        let (result, writes) = world.pass().await;
-        result.unwrap();
-        assert_eq!(paths(&writes), Vec::<String>::new());
-    }
+    world.is_at_rest().await;
 }
 
 #[tokio::test]
@@ -1503,11 +1504,7 @@ async fn what_has_our_labels_and_another_name_is_nothing_of_ours() {
                 .put(&format!("{kind}/{other}"), object.clone());
         }
     }
-    for _ in 0..3 {
-        let (result, writes) = world.pass().await;
-        result.unwrap();
-        assert_eq!(paths(&writes), Vec::<String>::new());
-    }
+    world.is_at_rest().await;
 }
 
 /// A test whose Job somebody runs once more, under another name, has passed when its own Job has.

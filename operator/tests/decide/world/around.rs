@@ -352,6 +352,7 @@ impl World {
         self.forget_empty();
     }
 
+    /// Somebody changes or deletes what the candidate's pods of a service are made of.
     pub(crate) fn spoil_candidate(&mut self, service: Service, delete: bool) {
         let candidate = self.status.candidate.as_ref();
         let index = self
@@ -410,6 +411,7 @@ impl World {
         }
     }
 
+    /// Somebody deletes a Job of the candidate's attempt.
     pub(crate) fn delete_job_of_candidate(&mut self, kind: &JobKind) {
         let Some(candidate) = &self.status.candidate else {
             return;

@@ -1329,7 +1329,7 @@ impl World {
             if !self.is_proven(to) {
                 return Err(format!("P3: {service} points at {to}, which is not proven"));
             }
-            // What is given up and swapped in all the same has been live before.
+            // What is given up and swapped in all the same: what was before it cannot serve.
             let given_up = self.status.rejected.as_ref().is_some_and(|it| it.stack == *to);
             if intent == Intent::Promote && !given_up && self.has_been_changed(who, to) {
                 return Err(format!(
