@@ -20,6 +20,7 @@ use async_nats::{
 use futures::StreamExt;
 use percent_encoding::percent_decode_str;
 use secrecy::ExposeSecret;
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{
@@ -40,6 +41,8 @@ const LIVE_MAX_AGE: Duration = Duration::from_hours(24);
 const TEST_MAX_AGE: Duration = Duration::from_hours(1);
 /// A test consumer that nobody has read from for this long is removed by the broker.
 const TEST_INACTIVE: Duration = Duration::from_mins(10);
+/// Until a test stream is so old, its stack may not have made its consumers yet.
+const TEST_BEGINNING: Duration = Duration::from_secs(15);
 /// The header that names an event's lane.
 pub const LANE_HEADER: &str = "exchange-lane";
 /// The header that names an event's topic.
@@ -351,7 +354,8 @@ impl Bus {
         Ok(())
     }
 
-    /// Removes the test streams of other stacks that are empty and that nobody has read from for a while.
+    /// Removes the test streams of other stacks that are empty and that nobody has read from for a while. Not those that have
+    /// only been made, whose stacks are about to read.
     pub async fn remove_abandoned(&self, own: &Scope) -> Result<(), BusError> {
         if !self.connected() {
             return Ok(());
@@ -361,7 +365,8 @@ impl Bus {
             let stream = stream.map_err(|error| BusError::api("list the streams")(&error))?;
             let is_test = stream.config.name.starts_with(&format!("{STREAM_PREFIX}test-"));
             let is_idle = stream.state.consumer_count == 0 && stream.state.messages == 0;
-            if is_test && is_idle && stream.config.name != own.stream() {
+            let is_new = OffsetDateTime::now_utc() - stream.created < TEST_BEGINNING;
+            if is_test && is_idle && !is_new && stream.config.name != own.stream() {
                 self.jetstream
                     .delete_stream(&stream.config.name)
                     .await

@@ -145,7 +145,9 @@ impl Worker {
         Ok(())
     }
 
-    /// Handles what one request to the broker brings. False: the consumer should be looked up again.
+    /// Handles what one request to the broker brings. False if that was nothing, and the consumer should be looked up: it may have
+    /// been removed, and of that a broker tells only those who ask at that moment. Who asks later is told since NATS 2.11 that
+    /// nobody answers, unless somebody listens to what is asked.
     async fn pull(&self, consumer: &PullConsumer, stop: &CancellationToken) -> Result<bool, BusError> {
         let mut pulled = consumer
             .batch()
@@ -157,14 +159,16 @@ impl Worker {
                 action: "pull messages",
                 reason: error.to_string(),
             })?;
+        let mut brought = false;
         loop {
             let first = tokio::select! {
                 () = stop.cancelled() => return Ok(true),
                 first = pulled.next() => first,
             };
             let Some(first) = first else {
-                return Ok(self.bus.connected());
+                return Ok(brought);
             };
+            brought = true;
             let first = first.map_err(|error| BusError::Api {
                 action: "pull messages",
                 reason: error.to_string(),

@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use exchange::market::Interval;
+use futures::StreamExt as _;
 use redis::AsyncCommands as _;
 use rust_decimal::Decimal;
 use serde_json::{Value, json};
@@ -420,6 +421,64 @@ async fn clients_read_the_candles_that_follow_from_the_trades() {
         );
     }
     drop(notification);
+}
+
+/// Listens to what the broker is asked from now on: it tells nobody any more that a request finds no answer.
+async fn listen(stores: &Stores) -> (async_nats::Client, async_nats::Subscriber) {
+    let client = stores.nats.jetstream().await.client();
+    let asked = client.subscribe("$JS.API.>").await.unwrap();
+    // The broker knows of the subscription.
+    client.flush().await.unwrap();
+    (client, asked)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_consumer_that_disappears_between_two_requests_is_made_anew() {
+    let stores = Stores::start().await;
+    let (ann, bob) = (stores.user("live").await, stores.user("live").await);
+    let service = stores.notification(&LIVE).ready().await;
+    stores.trade("live", ann, bob, 100, "1").await;
+    stores.settled("live").await;
+    let _listening = listen(&stores).await;
+
+    service.signal("STOP");
+    eventually("nobody waits for a message", || async {
+        let stream = stores.nats.stream("exchange-live").await?;
+        let waiting = |consumer: &Value| consumer["num_waiting"].as_u64().unwrap_or(0);
+        let all: u64 = stream["consumer_detail"].as_array()?.iter().map(waiting).sum();
+        (all == 0).then_some(())
+    })
+    .await;
+    stores.deliver_again().await;
+    service.signal("CONT");
+    stores.trade("live", ann, bob, 101, "1").await;
+    stores.settled("live").await;
+    stores.assert_told_once("live").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_test_stream_without_a_reader_is_left_alone_at_first() {
+    const FOREIGN: &str = "exchange-test-blue-abc";
+    let stores = Stores::start().await;
+    let jetstream = stores.nats.jetstream().await;
+    let (_client, mut asked) = listen(&stores).await;
+    let service = stores.notification(&LIVE).ready().await;
+    let made = jetstream.create_stream(async_nats::jetstream::stream::Config {
+        name: FOREIGN.to_owned(),
+        subjects: vec!["exchange.test-blue-abc.>".to_owned()],
+        ..Default::default()
+    });
+    made.await.unwrap();
+    // It is looked at, and looked at again, which it would not have been with nothing left to do.
+    for _ in 0..3 {
+        while asked.next().await.unwrap().subject.as_str() != "$JS.API.STREAM.LIST" {}
+    }
+    assert!(stores.nats.stream(FOREIGN).await.is_some());
+    eventually("it is removed", || async {
+        stores.nats.stream(FOREIGN).await.is_none().then_some(())
+    })
+    .await;
+    drop(service);
 }
 
 #[tokio::test(flavor = "multi_thread")]
