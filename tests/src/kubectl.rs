@@ -396,6 +396,9 @@ fn locked(watched: &Mutex<Watched>) -> MutexGuard<'_, Watched> {
     watched.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// So many lines of what pods complained of are shown of a test that has failed.
+const COMPLAINTS: usize = 50;
+
 /// A namespace of one test, deleted (without waiting) when the test ends. The test is then a case in the figures of the
 /// end-to-end run.
 #[derive(Debug)]
@@ -462,17 +465,34 @@ impl<'a> Namespace<'a> {
             figures.insert(key.to_owned(), value.into());
         }
     }
+
+    /// Prints what the exchange's pods have complained of, as long as they are there: soon they are not.
+    fn show_complaints(&self) {
+        let asked = format!(
+            "logs --selector app.kubernetes.io/name=exchange --prefix --tail=-1 --ignore-errors --max-log-requests=50 -n {}",
+            self.name
+        );
+        let asked: Vec<&str> = asked.split(' ').collect();
+        let Ok(logs) = self.session.kubectl(&asked) else {
+            return;
+        };
+        let complains = |line: &&str| line.contains(r#""warn""#) || line.contains(r#""error""#);
+        let complaints: Vec<&str> = logs.lines().filter(complains).collect();
+        let last = complaints.len().saturating_sub(COMPLAINTS);
+        for line in complaints.get(last..).unwrap_or_default() {
+            println!("{line}");
+        }
+    }
 }
 
 impl Drop for Namespace<'_> {
     fn drop(&mut self) {
         if let Some(line) = &self.line {
-            let verdict = if std::thread::panicking() {
-                "failed"
-            } else {
-                "passed"
-            };
-            self.note("verdict", verdict);
+            let failed = std::thread::panicking();
+            if failed {
+                self.show_complaints();
+            }
+            self.note("verdict", if failed { "failed" } else { "passed" });
             self.note("seconds", line.started.elapsed().as_secs());
             if let Ok(figures) = line.figures.lock() {
                 let _ = results::add_case(&line.case, figures.clone());

@@ -591,9 +591,15 @@ fn case_3_the_queue_has_one_colour_of_readers() {
     trading.trade(100);
     stands_by();
     gate.decide(true).unwrap();
-    trading.until("the tests to have passed", |object| {
-        phase_of(object) == "AwaitingPromotion"
+    trading.until("the tests to have ended", |object| {
+        phase_of(object) == "AwaitingPromotion" || is_given_up(object)
     });
+    assert_eq!(
+        phase_of(trading.last()),
+        "AwaitingPromotion",
+        "{:#}",
+        trading.last()["status"]
+    );
     stands_by();
     trading.trade(250);
     stands_by();
