@@ -42,7 +42,7 @@ use crate::{
         see_live,
     },
     plan::Action,
-    resources::{ATTEMPT, Builder, COLOUR, MANAGER, REVISION, Rendered, TEMPLATES, keep_told},
+    resources::{ATTEMPT, Builder, COLOUR, MANAGER, REVISION, Rendered, keep_told},
     revision::{Source, hex},
     status::{ExchangeDeploymentStatus as Status, Stack},
 };
@@ -265,14 +265,7 @@ impl Writer {
         let rendered = look.material.rendered.get(&job.stack);
         let database = look.material.database.as_deref();
         let object = builder.job(&look.object.spec, rendered, job, database);
-        let mut object = object.ok_or_else(|| Error::Lost(job.stack.clone()))?;
-        if let (JobKind::Smoke | JobKind::Test(_), Some(stack)) =
-            (&job.kind, look.seen.stacks.get(&job.stack))
-            && let Some(Value::Object(metadata)) = object.get_mut("metadata")
-        {
-            // Its verdict is about these pods, and counts for no others.
-            metadata.insert("annotations".to_owned(), json!({TEMPLATES: stack.templates()}));
-        }
+        let object = object.ok_or_else(|| Error::Lost(job.stack.clone()))?;
         self.create::<BatchJob>(look, object).await
     }
 

@@ -436,6 +436,7 @@ impl Turn<'_> {
             attempt: live.attempt,
             gates: self.next.gates.clone(),
             scale: None,
+            tested: None,
             approved_by: None,
         }
     }

@@ -215,7 +215,7 @@ impl StackSeen {
         self.services.values().map(|seen| seen.pods).sum()
     }
 
-    /// What the pods of all services are made of.
+    /// What the pods of all services are made of, as hashes.
     pub fn templates(&self) -> String {
         let of_each =
             Service::ALL.map(|service| self.service(service).map_or("", |seen| seen.template.as_str()));
@@ -321,8 +321,6 @@ pub struct JobSeen {
     pub trouble: Option<String>,
     /// How far a migration is that runs: what it has said last.
     pub progress: Option<String>,
-    /// Of a test: what the pods were made of for which it was begun ([`StackSeen::templates`]).
-    pub of: Option<String>,
 }
 
 impl JobSeen {

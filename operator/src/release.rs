@@ -251,6 +251,7 @@ impl Turn<'_> {
             attempt,
             gates,
             scale: Some(Scale::declared(self.spec)),
+            tested: None,
             approved_by: None,
         });
         self.next.verification = Some(self.spec.rollout.verification.clone());
@@ -267,7 +268,7 @@ impl Turn<'_> {
             }
             return;
         }
-        if self.is_being_tested(candidate) && !self.is_as_tested(stack, attempt) {
+        if self.is_being_tested(candidate) && !self.is_as_tested(candidate) {
             // What takes its place is not what was tested.
             return self.begin(stack.clone(), candidate.gates.clone(), Some(candidate));
         }
@@ -291,6 +292,10 @@ impl Turn<'_> {
             self.enter(Phase::Provisioning);
             let message = self.missing(stack);
             return self.in_time(Reason::ProgressDeadlineExceeded, &message);
+        }
+        let templates = self.stack(stack).map(StackSeen::templates);
+        if let Some(candidate) = &mut self.next.candidate {
+            candidate.tested = candidate.tested.take().or(templates);
         }
         let tests: Vec<JobKind> = self.tests().collect();
         for kind in tests {
@@ -348,18 +353,13 @@ impl Turn<'_> {
     /// Whether the tests of a candidate have begun, in this phase or before its gates had to be climbed again: what takes the place
     /// of its pods from now on is another attempt.
     pub(crate) fn is_being_tested(&self, candidate: &Candidate) -> bool {
-        let begun = |kind| self.job(kind, &candidate.stack, candidate.attempt).is_some();
-        matches!(self.next.phase, Phase::Testing | Phase::AwaitingPromotion) || self.tests().any(begun)
+        matches!(self.next.phase, Phase::Testing | Phase::AwaitingPromotion) || candidate.tested.is_some()
     }
 
-    /// Whether a stack is there and its pods are made of what they were when its tests were begun.
-    pub(crate) fn is_as_tested(&self, stack: &Stack, attempt: u32) -> bool {
-        let Some(seen) = self.stack(stack).filter(|seen| seen.rendered.is_some()) else {
-            return false;
-        };
-        let templates = seen.templates();
-        let mut tests = self.tests().filter_map(|kind| self.job(kind, stack, attempt));
-        tests.all(|test| test.of.as_ref() == Some(&templates))
+    /// Whether a stack is there and its pods are made of what they were when its tests began.
+    pub(crate) fn is_as_tested(&self, candidate: &Candidate) -> bool {
+        let seen = self.stack(&candidate.stack).filter(|seen| seen.rendered.is_some());
+        seen.is_some_and(|seen| candidate.tested.as_ref() == Some(&seen.templates()))
     }
 
     /// Which pods are late, and what keeps them.

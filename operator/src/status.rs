@@ -252,6 +252,10 @@ pub struct Candidate {
     /// then applies to the stack that is live, too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scale: Option<Scale>,
+    /// What the pods of its services were made of when its tests began, as hashes of their templates. Other pods are another attempt:
+    /// no test was about them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tested: Option<String>,
     /// Who approved it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approved_by: Option<String>,

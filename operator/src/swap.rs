@@ -46,7 +46,7 @@ impl Turn<'_> {
     /// Whether what is being swapped in is what its tests were about. Once all Services point at it, it is kept as what is live is.
     fn is_still_tested(&self, candidate: &Candidate) -> bool {
         let stack = &candidate.stack;
-        self.is_forced(stack) || self.moved(Some(stack)) || self.is_as_tested(stack, candidate.attempt)
+        self.is_forced(stack) || self.moved(Some(stack)) || self.is_as_tested(candidate)
     }
 
     /// Whether all live Services have been written by the present move.

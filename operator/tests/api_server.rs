@@ -582,15 +582,14 @@ async fn the_swap_is_one_record_and_three_fenced_writes() {
 
 /// What the operator lets be is another pod all the same: the Jobs that have passed were about those before.
 #[tokio::test]
-async fn a_test_says_for_which_pods_it_was_begun_and_counts_for_no_others() {
+async fn tests_are_about_the_pods_that_are_recorded_and_count_for_no_others() {
     let world = World::tested().await;
-    let smoke = world.names("jobs").into_iter().find(|it| it.contains("-smoke-"));
-    let smoke = world.get(&smoke.unwrap());
-    let templates = smoke["metadata"]["annotations"]["exchange.dev/templates"].as_str();
+    let object = world.get("exchangedeployments/exchange");
+    let tested = object["status"]["candidate"]["tested"].as_str();
     assert_eq!(
-        templates.unwrap().split('.').filter(|it| it.len() == 10).count(),
+        tested.unwrap().split('.').filter(|it| it.len() == 10).count(),
         3,
-        "{smoke:#}"
+        "{object:#}"
     );
 
     let trade = world

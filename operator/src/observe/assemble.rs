@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{
     api::{ExchangeDeployment, Service},
-    resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, TEMPLATES, job_word, other_store},
+    resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, job_word, other_store},
     revision::{Source, short},
     status::{Colour, Live, Stack},
 };
@@ -523,7 +523,6 @@ fn see_jobs(children: &Children, builder: &Builder<'_>, seen: &mut Observed) {
                 .or_else(|| pods::of(object, &children.pods).find_map(pods::trouble))
                 .or_else(|| pods::tried(object, &children.pods)),
             progress: None,
-            of: object.annotations().get(TEMPLATES).cloned(),
         };
         seen.jobs.insert(job, seen_job);
     }
