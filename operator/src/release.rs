@@ -358,7 +358,9 @@ impl Turn<'_> {
 
     /// Whether a stack is there and its pods are made of what they were when its tests began.
     pub(crate) fn is_as_tested(&self, candidate: &Candidate) -> bool {
-        let seen = self.stack(&candidate.stack).filter(|seen| seen.rendered.is_some());
+        let seen = self
+            .stack(&candidate.stack)
+            .filter(|seen| seen.rendered.is_some());
         seen.is_some_and(|seen| candidate.tested.as_ref() == Some(&seen.templates()))
     }
 
