@@ -35,7 +35,7 @@ use crate::{
     guard,
     metrics::Metrics,
     observe::{
-        Fence, Job, JobKind, Part, as_rendered,
+        Fence, Job, Part, as_rendered,
         intact::OF_NODE,
         is_nobodys, is_ours,
         read::{Look, Reader, builder, selector},
@@ -313,10 +313,11 @@ impl Writer {
         let Some(there) = self.reader.named(kind, namespace, &name).await? else {
             return Err(refusal);
         };
-        // The rest of an attempt before may be there.
+        // The rest of an attempt before may be there. The name of a Job says the attempt.
+        let may_differ = |key: &str| key == ATTEMPT && kind.kind != "Job";
         let has = |(key, value): (&String, &String)| {
             let there = there.labels().get(key);
-            there == Some(value) || (key == ATTEMPT && there.is_some())
+            there == Some(value) || (may_differ(key) && there.is_some())
         };
         let ours = is_ours(&there.metadata, builder(&look.object).uid);
         let labelled = object.labels().iter().all(has);

@@ -168,6 +168,14 @@ impl ExchangeDeploymentStatus {
     pub fn verification<'a>(&'a self, spec: &'a ExchangeDeploymentSpec) -> &'a Verification {
         self.verification.as_ref().unwrap_or(&spec.rollout.verification)
     }
+
+    /// The stacks that are recorded: what is live, the candidate, and what was live before.
+    pub fn stacks(&self) -> impl Iterator<Item = &Stack> {
+        let live = self.live.as_ref().map(|it| &it.stack);
+        let candidate = self.candidate.as_ref().map(|it| &it.stack);
+        let previous = self.previous.as_ref().map(|it| &it.stack);
+        [live, candidate, previous].into_iter().flatten()
+    }
 }
 
 /// A stack: all services of one revision in one colour.

@@ -1,8 +1,9 @@
 //! Watches that only say which object to look at.
 //!
 //! Each has its own backoff, and its errors are counted here and go no further: a controller that sees an error of one
-//! watch holds back all of them. A watch that is silent for long is begun anew, which is also how a connection that
-//! died without a word is found out.
+//! watch holds back all of them. The API server ends each watch after some minutes, and what it answers to the request by
+//! which it goes on is a sign of life where nothing changes. A watch without one for long is begun anew, which is how a
+//! connection that died without a word is found out.
 
 use std::{
     collections::BTreeMap,
@@ -24,11 +25,14 @@ use kube::{
     },
 };
 use serde::de::DeserializeOwned;
+use tower::service_fn;
 use tracing::warn;
 
 use crate::{api::ExchangeDeployment, metrics::Metrics};
 
-/// Silence after which a watch is begun anew.
+/// How long the API server keeps a watch, in seconds: where nothing changes it is heard of as often.
+const KEPT: u32 = 240;
+/// Silence after which a watch is begun anew: everything is listed, and looked at.
 const SILENCE: Duration = Duration::from_mins(5);
 /// Silence after which the process is not alive: beginning anew has not helped.
 const WEDGED: Duration = Duration::from_mins(12);
@@ -63,6 +67,30 @@ impl Heard {
 
     fn now(&self, kind: &'static str) {
         self.last().insert(kind, Instant::now());
+    }
+
+    /// How much longer a watch that was begun then may be silent.
+    fn patience(&self, kind: &'static str, begun: Instant) -> Duration {
+        let heard = self.last().get(kind).copied();
+        let since = heard.map_or(begun, |heard| heard.max(begun));
+        self.silence.saturating_sub(since.elapsed())
+    }
+
+    /// A client whose answers are signs of life of a watch.
+    fn listening(&self, kind: &'static str, client: &Client) -> Client {
+        let (heard, client) = (self.clone(), client.clone());
+        let namespace = client.default_namespace().to_owned();
+        let noted = service_fn(move |request| {
+            let (heard, client) = (heard.clone(), client.clone());
+            async move {
+                let answer = client.send(request).await;
+                if answer.is_ok() {
+                    heard.now(kind);
+                }
+                answer
+            }
+        });
+        Client::new(noted, namespace)
     }
 
     /// How long each has been silent.
@@ -100,6 +128,9 @@ pub struct Watches {
 
 type Events<K> = Pin<Box<dyn Stream<Item = watcher::Result<Event<PartialObjectMeta<K>>>> + Send>>;
 
+/// A watch that runs, and since when.
+type Running<K> = Option<(Events<K>, Instant)>;
+
 impl Watches {
     /// The metadata of all objects of a kind with these labels, for ever and without errors.
     pub fn events<K>(
@@ -116,22 +147,28 @@ impl Watches {
             + Sync
             + 'static,
     {
-        let (this, config) = (self.clone(), watcher::Config::default().labels(labels));
+        let config = watcher::Config::default().timeout(KEPT).labels(labels);
+        let this = Self {
+            client: self.heard.listening(kind, &self.client),
+            ..self.clone()
+        };
         this.heard.now(kind);
-        stream::unfold(None, move |running: Option<Events<K>>| {
+        stream::unfold(None, move |running: Running<K>| {
             let (this, config) = (this.clone(), config.clone());
             async move {
                 let mut running = running;
                 loop {
-                    let events = running.get_or_insert_with(|| {
+                    let (events, begun) = running.get_or_insert_with(|| {
                         let (client, namespace) = (this.client.clone(), this.namespace.as_deref());
                         let api = namespace.map_or_else(
                             || Api::all(client.clone()),
                             |namespace| Api::namespaced(client.clone(), namespace),
                         );
-                        answered(watcher(api, config.clone())).default_backoff().boxed()
+                        let events = answered(watcher(api, config.clone())).default_backoff();
+                        (events.boxed(), Instant::now())
                     });
-                    match tokio::time::timeout(this.heard.silence, events.next()).await {
+                    let begun = *begun;
+                    match tokio::time::timeout(this.heard.patience(kind, begun), events.next()).await {
                         Ok(Some(Ok(event))) => {
                             this.heard.now(kind);
                             return Some((event, running));
@@ -142,6 +179,8 @@ impl Watches {
                             this.metrics.watch_failed(kind);
                             warn!(error.message = %error, labels.kind = kind, "the watch of {kind} failed and is begun anew");
                         }
+                        // It was heard of meanwhile, of nothing that is new.
+                        Err(_) if !this.heard.patience(kind, begun).is_zero() => {}
                         Ok(None) | Err(_) => running = None,
                     }
                 }
@@ -263,6 +302,28 @@ mod tests {
         assert_eq!(heard.wedged().unwrap().0, "Service");
         heard.forget();
         assert_eq!(heard.wedged(), None, "who does not lead watches nothing");
+    }
+
+    /// It is listed once: the API server ends its watch again and again, and answers each time that it goes on.
+    #[tokio::test]
+    async fn a_watch_of_what_does_not_change_goes_on() {
+        let heard = Heard::with_patience(Duration::from_millis(100), Duration::from_millis(350));
+        let (watches, asked) = watches(heard.clone(), |asks| {
+            let version = json!({"resourceVersion": "1"});
+            let object = json!({"apiVersion": "v1", "kind": "Service", "metadata": version});
+            let bookmark = json!({"type": "BOOKMARK", "object": object});
+            let list = json!({"metadata": version, "items": []});
+            Some((200, if asks.contains("watch=") { bookmark } else { list }))
+        });
+        follow(&watches, "Service");
+        let listed = || {
+            let asked = asked.lock().unwrap();
+            asked.iter().filter(|(asks, _)| !asks.contains("watch=")).count()
+        };
+        let begun = Instant::now();
+        until("a while", || begun.elapsed() > Duration::from_millis(500)).await;
+        assert_eq!((listed(), heard.wedged()), (1, None));
+        assert!(asked.lock().unwrap().len() > 3);
     }
 
     #[tokio::test]

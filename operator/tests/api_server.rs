@@ -1672,6 +1672,72 @@ async fn a_child_that_lost_its_labels_gets_them_back() {
     }
 }
 
+/// One label that is gone, or says something else, is as good as none; but for labels of objects without a spec by which nobody
+/// finds them.
+#[tokio::test]
+async fn a_child_of_which_somebody_changes_a_label_gets_it_back() {
+    let world = World::converged().await;
+    let mut wrong = Vec::new();
+    for kind in [
+        "deployments",
+        "poddisruptionbudgets",
+        "controllerrevisions",
+        "serviceaccounts",
+        "secrets",
+        "services",
+    ] {
+        let ours = |name: &String| world.get(name)["metadata"]["ownerReferences"].is_array();
+        for name in world.names(kind).into_iter().filter(ours) {
+            let before = world.get(&name);
+            let labels = before["metadata"]["labels"].as_object().unwrap();
+            let finds = |label: &&String| {
+                before["spec"].is_object()
+                    || !["/name", "/component", "/attempt"]
+                        .iter()
+                        .any(|it| label.ends_with(it))
+            };
+            for label in labels.keys().filter(finds) {
+                for changed in [None, Some("another"), Some("green")] {
+                    world.change(&name, |object| {
+                        let labels = object["metadata"]["labels"].as_object_mut().unwrap();
+                        labels.remove(label);
+                        labels.extend(changed.map(|changed| (label.clone(), json!(changed))));
+                    });
+                    let mut ends = Vec::new();
+                    for _ in 0..4 {
+                        let (result, writes) = world.pass().await;
+                        ends.push(result.map(|_| paths(&writes)).map_err(|error| error.to_string()));
+                    }
+                    let after = world.get(&name);
+                    let labels = ["/metadata/labels", "/metadata/uid"];
+                    let same = labels
+                        .iter()
+                        .all(|path| after.pointer(path) == before.pointer(path));
+                    if !same || ends.last() != Some(&Ok(Vec::new())) {
+                        wrong.push(format!("{name}: {label}={changed:?}: {ends:?}"));
+                        world.change(&name, |object| *object = before.clone());
+                    }
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[tokio::test]
+async fn a_job_of_which_somebody_changes_the_attempt_gets_it_back() {
+    let world = World::new();
+    world.settle().await;
+    let job = world.names("jobs").remove(0);
+    world.change(&job, |job| {
+        job["metadata"]["labels"]["exchange.dev/attempt"] = json!("7");
+    });
+    let (result, _) = world.pass().await;
+    result.unwrap();
+    assert_eq!(world.get(&job)["metadata"]["labels"]["exchange.dev/attempt"], "1");
+    world.settle().await;
+}
+
 #[tokio::test]
 async fn a_job_that_lost_its_labels_gets_them_back() {
     let world = World::new();

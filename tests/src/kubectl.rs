@@ -3,7 +3,7 @@
 
 use std::{
     env, fs,
-    io::{BufReader, Write},
+    io::{self, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -476,12 +476,11 @@ impl<'a> Namespace<'a> {
         let Ok(logs) = self.session.kubectl(&asked) else {
             return;
         };
-        let complains = |line: &&str| line.contains(r#""warn""#) || line.contains(r#""error""#);
-        let complaints: Vec<&str> = logs.lines().filter(complains).collect();
+        let counts = |line: &&str| line.contains(r#""warn""#) || line.contains(r#""error""#);
+        let complaints: Vec<&str> = logs.lines().filter(counts).collect();
         let last = complaints.len().saturating_sub(COMPLAINTS);
-        for line in complaints.get(last..).unwrap_or_default() {
-            println!("{line}");
-        }
+        let last = complaints.get(last..).unwrap_or_default().join("\n");
+        let _ = writeln!(io::stderr(), "{last}");
     }
 }
 

@@ -217,18 +217,19 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
     let services = children.services.iter();
     let services = services.filter(|it| mine(*it, &builder, &mut seen));
     material.services = services.map(|it| (it.name_any(), it.clone())).collect();
+    let colour_services: Vec<_> = material
+        .services
+        .values()
+        .filter_map(|it| Some((it, colour_service(it, &builder, &seen, children)?)))
+        .collect();
     let mut parts = Parts {
         builder,
         live: object.status.as_ref().and_then(|status| status.live.as_ref()),
         rendered: &material.rendered,
         seen: &mut seen,
     };
-    for service in material
-        .services
-        .values()
-        .filter(|it| stack_of(&it.metadata).is_some())
-    {
-        parts.see(service, Part::ColourService);
+    for (there, (stack, service)) in colour_services {
+        parts.see_of(stack, service, there, Part::ColourService);
     }
     for budget in &children.budgets {
         parts.see(budget, Part::Budget);
@@ -277,12 +278,40 @@ where
     mine
 }
 
+/// The stack and the service of a colour Service. Its name says only the colour, so that one whose labels or selector somebody has
+/// changed is still that of a stack that there is, of which it is put right.
+fn colour_service(
+    there: &CoreService,
+    builder: &Builder<'_>,
+    seen: &Observed,
+    children: &Children,
+) -> Option<(Stack, Service)> {
+    let is_of = |stack: &Stack| {
+        let mut all = Service::ALL.into_iter();
+        all.find(|service| builder.colour_name(stack, *service) == there.name_any())
+    };
+    let exists = |stack: &Stack| {
+        let pods = children.pods.iter().map(|it| &it.metadata);
+        let mut metas = children.deployments.iter().map(|it| &it.metadata).chain(pods);
+        seen.stacks.contains_key(stack) || metas.any(|meta| stack_of(meta).as_ref() == Some(stack))
+    };
+    let said = [stack_of(&there.metadata), selected(there)];
+    let said: Vec<Stack> = said.into_iter().flatten().collect();
+    let recorded: Vec<Stack> = seen.status.stacks().cloned().collect();
+    let existing = said.iter().chain(&recorded).filter(|stack| exists(stack));
+    let mut whose = existing.chain(&recorded).chain(&said);
+    whose.find_map(|stack| Some((stack.clone(), is_of(stack)?)))
+}
+
 /// Whether all that a stack's pods need is there.
 fn is_whole(builder: &Builder<'_>, stack: &Stack, mut needed: BTreeSet<String>, pieces: &[Piece]) -> bool {
     let accounts = Service::ALL.map(|service| builder.workload_name(stack, service));
     needed.extend(accounts.map(|name| format!("ServiceAccount/{name}")));
     needed.insert(format!("Secret/{}", builder.stack_name(stack)));
-    let there = pieces.iter().filter(|piece| !piece.going);
+    // One that is labelled as another's would be left behind by this one.
+    let there = pieces
+        .iter()
+        .filter(|piece| !piece.going && piece.stack.as_ref() == Some(stack));
     let there: BTreeSet<String> = there
         .map(|piece| format!("{}/{}", piece.kind.kind, piece.name))
         .collect();
@@ -302,7 +331,19 @@ impl Parts<'_> {
     where
         K: Resource<DynamicType = ()> + Serialize,
     {
-        let (stack, service) = (stack_of(object.meta())?, service_of(object.meta())?);
+        self.see_of(stack_of(object.meta())?, service_of(object.meta())?, object, part)
+    }
+
+    fn see_of<K>(
+        &mut self,
+        stack: Stack,
+        service: Service,
+        object: &K,
+        part: Part,
+    ) -> Option<&mut ServiceSeen>
+    where
+        K: Resource<DynamicType = ()> + Serialize,
+    {
         // Others may have taken over the labels, as `kubectl expose` does.
         let name = self.builder.part_name(&stack, service, part);
         if object.name_any() != name || !mine(object, &self.builder, self.seen) {

@@ -101,17 +101,17 @@ struct Said {
 }
 
 impl Baselines {
-    /// Begins a verification, unless it is the one under way. The pods of a stack that has just been swapped in have
-    /// counted nothing before: all that they have counted belongs to it, also for an operator that has been started
-    /// since. Those of a stack that is verified once more start from where they are first seen.
+    /// Begins a verification, unless it is the one under way. Pods that are seen for the first time from now on, and are `fresh`,
+    /// belong to a stack that has just been swapped in, and all that they have counted belongs to it, also for an operator that has
+    /// been started since. Others count from where they are first seen.
     pub fn begin(&mut self, verification: (u32, u32), fresh: bool) {
         if self.of != Some(verification) {
             *self = Self {
                 of: Some(verification),
-                fresh,
                 ..Self::default()
             };
         }
+        self.fresh = fresh;
     }
 
     /// A container that was started anew counts from nothing; what the one before it has said is kept.
@@ -699,6 +699,25 @@ http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/logi
         assert_eq!(counted(false, &[("a", 0, 100, 10)]), (0, 0));
         assert_eq!(counted(false, &[("a", 0, 100, 10), ("a", 0, 130, 12)]), (30, 2));
         assert_eq!(counted(false, &[("a", 0, 100, 10), ("a", 1, 20, 1)]), (20, 1));
+    }
+
+    /// Before its swap somebody may have looked at it, or a test have provoked errors.
+    #[test]
+    fn what_a_candidate_was_asked_before_its_swap_does_not_count() {
+        let page = |requests, errors| Counters {
+            requests,
+            errors,
+            ..Counters::default()
+        };
+        let mut baselines = Baselines::default();
+        baselines.begin((3, 2), false);
+        baselines.said(&pod("a", 0), page(20_000, 50));
+        baselines.begin((3, 2), true);
+        baselines.said(&pod("a", 0), page(20_100, 55));
+        // It has been started since.
+        baselines.said(&pod("b", 0), page(10, 1));
+        let figures = baselines.figures()[&Service::Trade];
+        assert_eq!((figures.requests, figures.errors), (110, 6));
     }
 
     #[test]

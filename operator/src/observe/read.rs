@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use futures::future::try_join_all;
+use futures::future::{join, try_join_all};
 use k8s_openapi::{
     NamespaceResourceScope,
     api::{
@@ -477,12 +477,7 @@ impl Reader {
         let namespace = look.object.namespace().unwrap_or_default();
         let builder = builder(&look.object);
         let status = &look.seen.status;
-        let stacks = [
-            status.live.as_ref().map(|it| &it.stack),
-            status.candidate.as_ref().map(|it| &it.stack),
-            status.previous.as_ref().map(|it| &it.stack),
-        ];
-        let colour = stacks.into_iter().flatten().flat_map(|stack| {
+        let colour = status.stacks().flat_map(|stack| {
             Service::ALL.map(|service| {
                 let name = builder.colour_name(stack, service);
                 (name, Some((stack.clone(), service)))
@@ -628,7 +623,10 @@ impl Reader {
     async fn ask_pods(&self, look: &mut Look, children: &Children, memory: &mut Memory) {
         let status = &look.seen.status;
         let addresses = |stack: &Stack| addresses(stack, children);
+        // Nothing that they say matters to a way back that is asked for, and a version that hangs would hold it up.
+        let leaves = matches!(status.phase, Phase::Promoting | Phase::Verifying) && look.seen.is_to_leave();
         match status.phase {
+            _ if leaves => {}
             Phase::Promoting if all_moved(&look.seen) => {
                 let ips = Service::ALL.iter().map(|service| {
                     let there = look
@@ -639,7 +637,12 @@ impl Reader {
                 });
                 let ips: Option<Vec<(Service, String)>> = ips.collect();
                 if let (Some(candidate), Some(ips)) = (&status.candidate, ips) {
-                    match self.pods.answers(&candidate.stack, &ips).await {
+                    // What somebody has asked the candidate for before its swap says nothing of what clients get from it.
+                    memory.baselines.begin((status.epoch, candidate.attempt), false);
+                    let pods = addresses(&candidate.stack);
+                    let figures = self.pods.figures(&pods, &mut memory.baselines);
+                    let answers = self.pods.answers(&candidate.stack, &ips);
+                    match join(answers, figures).await.0 {
                         Ok(()) => look.seen.answers = Some(candidate.stack.clone()),
                         Err(why) => look.seen.unheard = Some(why),
                     }
@@ -647,8 +650,9 @@ impl Reader {
             }
             Phase::Verifying => {
                 if let Some(live) = &status.live {
-                    // Before its swap a stack has no live traffic; before another verification, or when it is adopted, it
-                    // may have had. That is another attempt than the one that it was tested in.
+                    // What was not heard of during the swap has counted since then what clients have asked it; before another
+                    // verification, or when it is adopted, it may have served others. That is another attempt than the one
+                    // that it was tested in.
                     let fresh = look.seen.jobs.contains_key(&Job {
                         kind: JobKind::Smoke,
                         stack: live.stack.clone(),
@@ -680,6 +684,7 @@ impl Reader {
         }
         if let Some(previous) = &status.previous
             && previous.state == PreviousState::Draining
+            && !leaves
         {
             let open = self.pods.open(&addresses(&previous.stack)).await;
             if let Some(seen) = look.seen.stacks.get_mut(&previous.stack) {

@@ -148,14 +148,7 @@ pub(crate) fn view(object: &ExchangeDeployment, pods: &[Pod], jobs: &[Job], told
         };
         add("previous", &it.version, &it.stack, it.attempt, note);
     }
-    let known = |stack: &Stack| {
-        [
-            status.live.as_ref().map(|it| &it.stack),
-            status.candidate.as_ref().map(|it| &it.stack),
-            status.previous.as_ref().map(|it| &it.stack),
-        ]
-        .contains(&Some(stack))
-    };
+    let known = |stack: &Stack| status.stacks().any(|it| it == stack);
     if let Some(it) = status.rejected.as_ref().filter(|it| !known(&it.stack)) {
         add(
             "given up",
