@@ -338,7 +338,9 @@ impl Turn<'_> {
         .filter(|(heard, asked)| heard.as_ref() != asked.as_ref().map(|it| &it.value))
         .collect();
         // Of several that have come since the last look, whoever wrote last has signed: for all of them, as it would seem.
-        let signed = news.len() == 1;
+        // And what is there at the first look may have come with the object, of which nobody checks who has signed.
+        let is_first = self.seen.status.observed_generation.is_none();
+        let signed = news.len() == 1 && !is_first;
         for (heard, asked) in &mut news {
             **asked = heard.clone().map(|value| Request {
                 value,

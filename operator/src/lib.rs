@@ -19,6 +19,7 @@ pub mod metrics;
 pub mod observe;
 #[deny(clippy::disallowed_methods)]
 pub mod plan;
+pub mod proxy;
 #[deny(clippy::disallowed_methods)]
 mod release;
 #[deny(clippy::disallowed_methods)]

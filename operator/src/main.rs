@@ -11,7 +11,7 @@ use exchange_operator::{
     lease::Contender,
     metrics::Metrics,
     observe::pods::Pods,
-    telemetry,
+    proxy, telemetry,
     watch::{Heard, Watches},
 };
 use kube::{Api, Client, Config};
@@ -90,7 +90,8 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         .identity
         .or_else(|| std::env::var("HOSTNAME").ok())
         .context("--identity is needed where there is no HOSTNAME")?;
-    let mut config = Config::infer().await.context("no cluster is configured")?;
+    let config = Config::infer().await.context("no cluster is configured")?;
+    let mut config = proxy::as_kubectl_does(config);
     // A pass that fails is the retry: it is counted, limited in time, and looks again first.
     config.default_retry = false;
     config.connect_timeout = Some(Duration::from_secs(5));

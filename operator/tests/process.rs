@@ -122,6 +122,9 @@ impl World {
             .args(["run", "--identity", "me", "--lease-namespace", "ns"])
             .args(["--listen", &format!("127.0.0.1:{port}")])
             .env("KUBECONFIG", &file)
+            // Where nobody is. The API server is beside it: kube alone would take it nevertheless.
+            .env("HTTPS_PROXY", "http://127.0.0.2:1")
+            .env("NO_PROXY", "127.0.0.1")
             .env_remove("RUST_LOG")
             .stdout(Stdio::piped())
             .spawn()
@@ -137,9 +140,10 @@ impl World {
 
     /// What a probe is told; nothing while nobody listens.
     async fn probe(&self, path: &str) -> Option<(u16, String)> {
-        let answer = reqwest::get(format!("http://127.0.0.1:{}{path}", self.port))
-            .await
-            .ok()?;
+        // The tests' own environment may have a proxy, too.
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let request = client.get(format!("http://127.0.0.1:{}{path}", self.port));
+        let answer = request.send().await.ok()?;
         Some((answer.status().as_u16(), answer.text().await.ok()?))
     }
 

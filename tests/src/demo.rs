@@ -11,8 +11,7 @@ use serde_json::{Value, json};
 
 use crate::{
     exchange::{
-        Exchange, Images, Load, NAME, PATIENCE, Watch, busybox_image, is_current, is_given_up, phase_of,
-        text, token,
+        Exchange, Images, Load, NAME, PATIENCE, Watch, is_current, is_given_up, phase_of, text, token,
     },
     kubectl::{Session, plugin_directory},
     operator::{Found, INSTALLED_BY, Operator, signature},
@@ -40,7 +39,7 @@ pub fn run(session: &Session) -> Result<()> {
     let images = Images::from_environment()?;
     let exchange = part(3, "The operator and the stores, with Helm", || {
         if session.cluster.is_none() {
-            say(needed(session, &images));
+            say(needed(&images));
         }
         // What an earlier demonstration has left is at version 2, and version 1 does not work on its contracted schema.
         step("an earlier demonstration is removed", || remove(session))?;
@@ -230,15 +229,13 @@ fn operator_for_all(found: &[Found]) -> Result<Option<&Found>> {
 }
 
 /// What a cluster that is not ours has to be able to pull.
-fn needed(session: &Session, images: &Images) -> String {
+fn needed(images: &Images) -> String {
     let Images { prefix, tag } = images;
     format!(
         "It pulls {prefix}/exchange:1.0.0, {prefix}/exchange:2.0.0, {prefix}/exchange:2.0.1-fails-smoke, \
          {prefix}/exchange-operator:{tag} unless it has an operator (AGENT_IMAGE={prefix}/testbed-agent:{tag} says so: \
-         another prefix and tag are taken from it), {} (BUSYBOX_IMAGE=… changes that) and what the stores' chart names \
-         (STORES_VALUES=… changes that). Where that needs a password, PULL_SECRET=… names a Secret of the kubeconfig's \
-         namespace.",
-        busybox_image(session)
+         another prefix and tag are taken from it) and what the stores' chart names (STORES_VALUES=… changes that). Where \
+         that needs a password, PULL_SECRET=… names a Secret of the kubeconfig's namespace."
     )
 }
 

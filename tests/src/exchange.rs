@@ -289,6 +289,8 @@ impl<'a> Exchange<'a> {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = reqwest::Client::builder()
             .timeout(REQUEST_LIMIT)
+            // A tunnel begins on this machine.
+            .no_proxy()
             // A connection that is kept would keep a stack from being drained.
             .pool_max_idle_per_host(0)
             .build()?;

@@ -175,7 +175,8 @@ impl<'a> Gate<'a> {
             namespace: namespace.to_owned(),
             operator,
             tunnel: Mutex::new(tunnel(session, namespace)?),
-            client: reqwest::Client::builder().timeout(PATIENCE).build()?,
+            // A tunnel begins on this machine.
+            client: reqwest::Client::builder().timeout(PATIENCE).no_proxy().build()?,
             runtime: Runtime::new()?,
         };
         session.apply(namespace, &gate.webhook(&certificate))?;

@@ -940,6 +940,16 @@ fn nobody_signs_for_somebody_else() {
         .unwrap_err()
         .to_string();
     assert!(refusal.contains("it is bob who asks"), "{refusal}");
+    // What a backup has kept is not asked for now: whoever restores it need not be who asked then.
+    let mut restored = story.declaration.clone();
+    restored["metadata"] = json!({"name": "restored", "annotations": {
+        "exchange.dev/rollback": "0.1", "exchange.dev/by": "carol"}});
+    let create = "kubectl create --dry-run=server --filename -";
+    let create = format!(
+        "{create} --namespace {} <<'END'\n{restored}\nEND",
+        story.namespace
+    );
+    story.session.shell(&create).unwrap();
 }
 
 /// The operator of the whole cluster, at rest while this lives.

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::servers::{Database, Port, Server, Service, binary, eventually, temporary_directory};
+use crate::servers::{Database, Port, Server, Service, binary, client, eventually, temporary_directory};
 
 /// Files for TLS: a certificate for `localhost`, its key, and the authority to trust.
 pub(crate) struct Certificates {
@@ -111,7 +111,8 @@ impl Nats {
             "http://127.0.0.1:{}/jsz?consumers=true&streams=true",
             self.monitor
         );
-        let report: Value = reqwest::get(url).await.unwrap().json().await.unwrap();
+        let answer = client().get(url).send().await.unwrap();
+        let report: Value = answer.json().await.unwrap();
         let streams = report["account_details"][0]["stream_detail"]
             .as_array()
             .cloned()

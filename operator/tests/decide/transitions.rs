@@ -2757,6 +2757,21 @@ fn history_names_who_approved_and_who_tried_again() {
         assert_eq!(by(&world, Outcome::Failed), "unverified");
     }
 
+    // An object that is restored has come with its annotations: nobody knows whether alice has signed this one.
+    let mut world = World::new(true);
+    world.declare(|spec| spec.rollout.promotion = Promotion::Manual);
+    world.ask(|requests, _| {
+        requests.by = Some("alice".to_owned());
+        requests.promote = Some("r0.1".to_owned());
+    });
+    world.settle(Wakes::Clock).unwrap();
+    assert_eq!(world.status.phase, Live, "{:#?}", world.trace);
+    assert_eq!(by(&world, Outcome::Promoted), "unverified");
+    // What she asks for once it has been seen she has signed.
+    world.ask(|requests, names| requests.pause = names.live);
+    let asked = records(&world, |_| {}).asked;
+    assert_eq!(asked.pause.unwrap().by.as_deref(), Some("alice"));
+
     let mut world = releasing(5, Failed);
     assert_eq!(by(&world, Outcome::Promoted), "operator");
     world.ask(|requests, names| {

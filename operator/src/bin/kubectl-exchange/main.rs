@@ -17,6 +17,7 @@ use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use exchange_operator::{
     api::{ExchangeDeployment, GROUP},
+    proxy,
     resources::MANAGER,
 };
 use futures::{StreamExt as _, stream};
@@ -214,7 +215,7 @@ impl Cluster {
             .namespace
             .clone()
             .unwrap_or_else(|| config.default_namespace.clone());
-        let client = Client::try_from(config)?;
+        let client = Client::try_from(proxy::as_kubectl_does(config))?;
         Ok(Self {
             objects: Api::namespaced(client.clone(), &namespace),
             client,

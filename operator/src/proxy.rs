@@ -1,0 +1,96 @@
+//! The proxy on the way to the API server, as kubectl takes it.
+
+use std::{env, net::IpAddr};
+
+use axum::http::Uri;
+use hyper_util::client::proxy::matcher::Matcher;
+use kube::Config;
+
+/// What `HTTPS_PROXY` says goes for every API server but those that `NO_PROXY` names, and those on this machine. kube asks
+/// whether `NO_PROXY` names the proxy instead. A `proxy-url` of the kubeconfig stands.
+pub fn as_kubectl_does(config: Config) -> Config {
+    let https = variable(["HTTPS_PROXY", "https_proxy"]);
+    taken(config, &https, &variable(["NO_PROXY", "no_proxy"]))
+}
+
+/// The first that is set: what is empty is not.
+fn variable(names: [&str; 2]) -> String {
+    let mut values = names.into_iter().filter_map(|name| env::var(name).ok());
+    values.find(|value| !value.is_empty()).unwrap_or_default()
+}
+
+fn taken(mut config: Config, https: &str, no: &str) -> Config {
+    let proxy = https.parse::<Uri>().ok();
+    let is_declared = config.proxy_url.is_some() && config.proxy_url != proxy;
+    // By its own network the cluster reaches its API server, and kube takes no proxy there.
+    let in_cluster = config.root_cert_file.is_some();
+    if !is_declared && !in_cluster {
+        let server = &config.cluster_url;
+        let direct = no.split(',').any(|name| name.trim() == "*") || server.host().is_none_or(is_here);
+        // A name that begins with a star and a dot means the same as with the dot alone, which is what is known here.
+        let matcher = Matcher::builder().https(https).no(no.replace("*.", ".")).build();
+        config.proxy_url = proxy.filter(|_| !direct && matcher.intercept(server).is_some());
+    }
+    config
+}
+
+fn is_here(host: &str) -> bool {
+    let address = host.trim_matches(['[', ']']).parse::<IpAddr>();
+    host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PROXY: &str = "http://10.0.0.5:3128";
+
+    /// The proxy for this API server, where kube has taken that one.
+    fn proxy(server: &str, of_kube: Option<&str>, https: &str, no: &str) -> Option<Uri> {
+        let mut config = Config::new(server.parse().unwrap());
+        config.proxy_url = of_kube.map(|proxy| proxy.parse().unwrap());
+        taken(config, https, no).proxy_url
+    }
+
+    #[test]
+    fn a_proxy_of_the_environment_is_for_api_servers_that_no_proxy_does_not_name() {
+        for (server, no, is_used) in [
+            ("https://api.example.com", "", true),
+            ("https://api.example.com", "example.org, ample.com", true),
+            // This names the proxy, and not the API server.
+            ("https://api.example.com", "localhost,10.0.0.0/8", true),
+            ("https://10.1.2.3:6443", "localhost,10.0.0.0/8", false),
+            ("https://api.example.com", "example.org, example.com", false),
+            ("https://api.example.com", ".example.com", false),
+            ("https://api.example.com", "*.example.com", false),
+            ("https://api.example.com", "*", false),
+            ("https://203.0.113.1:6443", "*", false),
+            // What is on this machine needs no naming.
+            ("https://127.0.0.1:6443", "", false),
+            ("https://[::1]:6443", "", false),
+            ("https://localhost:6443", "", false),
+        ] {
+            // kube has taken it, or has not because NO_PROXY names it.
+            for of_kube in [Some(PROXY), None] {
+                let used = proxy(server, of_kube, PROXY, no).is_some();
+                assert_eq!(used, is_used, "{server}, {of_kube:?}, NO_PROXY={no}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_proxy_of_the_kubeconfig_stands() {
+        for https in ["", PROXY] {
+            let own = proxy("https://api.example.com", Some("socks5://gate:1080"), https, "*");
+            assert_eq!(own.unwrap(), "socks5://gate:1080");
+        }
+        assert_eq!(proxy("https://api.example.com", None, "", ""), None);
+    }
+
+    #[test]
+    fn in_a_cluster_no_proxy_is_taken() {
+        let mut config = Config::new("https://10.96.0.1".parse().unwrap());
+        config.root_cert_file = Some("ca.crt".into());
+        assert_eq!(taken(config, PROXY, "").proxy_url, None);
+    }
+}
