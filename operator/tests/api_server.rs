@@ -1706,7 +1706,7 @@ async fn a_child_of_which_somebody_changes_a_label_gets_it_back() {
                     let mut ends = Vec::new();
                     for _ in 0..4 {
                         let (result, writes) = world.pass().await;
-                        ends.push(result.map(|_| paths(&writes)).map_err(|error| error.to_string()));
+                        ends.push(result.map(|()| paths(&writes)).map_err(|error| error.to_string()));
                     }
                     let after = world.get(&name);
                     let labels = ["/metadata/labels", "/metadata/uid"];
