@@ -35,14 +35,14 @@ use crate::{
     guard,
     metrics::Metrics,
     observe::{
-        Fence, Job, Part, as_rendered,
+        Fence, Job, JobKind, Part, as_rendered,
         intact::OF_NODE,
         is_nobodys, is_ours,
         read::{Look, Reader, builder, selector},
         see_live,
     },
     plan::Action,
-    resources::{ATTEMPT, Builder, COLOUR, MANAGER, REVISION, Rendered, keep_told},
+    resources::{ATTEMPT, Builder, COLOUR, MANAGER, REVISION, Rendered, TEMPLATES, keep_told},
     revision::{Source, hex},
     status::{ExchangeDeploymentStatus as Status, Stack},
 };
@@ -265,7 +265,14 @@ impl Writer {
         let rendered = look.material.rendered.get(&job.stack);
         let database = look.material.database.as_deref();
         let object = builder.job(&look.object.spec, rendered, job, database);
-        let object = object.ok_or_else(|| Error::Lost(job.stack.clone()))?;
+        let mut object = object.ok_or_else(|| Error::Lost(job.stack.clone()))?;
+        if let (JobKind::Smoke | JobKind::Test(_), Some(stack)) =
+            (&job.kind, look.seen.stacks.get(&job.stack))
+            && let Some(Value::Object(metadata)) = object.get_mut("metadata")
+        {
+            // Its verdict is about these pods, and counts for no others.
+            metadata.insert("annotations".to_owned(), json!({TEMPLATES: stack.templates()}));
+        }
         self.create::<BatchJob>(look, object).await
     }
 

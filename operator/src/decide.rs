@@ -481,15 +481,11 @@ impl Turn<'_> {
 
     /// A rollback that somebody has asked for: of exactly the stack that is to be left.
     pub(crate) fn asked_to_leave(&mut self, stack: &Stack, attempt: u32) -> bool {
-        let meant = self
-            .seen
-            .requests
-            .asks_to_leave(stack, attempt, &self.next.handled);
+        let asked = self.seen.requests.rollback.clone();
+        let meant =
+            asked.is_some() && asked == Some(token(stack, attempt)) && asked != self.next.handled.rollback;
         if meant {
-            self.next
-                .handled
-                .rollback
-                .clone_from(&self.seen.requests.rollback);
+            self.next.handled.rollback = asked;
         }
         meant
     }

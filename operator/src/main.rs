@@ -14,7 +14,7 @@ use exchange_operator::{
     proxy, telemetry,
     watch::{Heard, Watches},
 };
-use kube::{Api, Client, Config};
+use kube::{Api, Client, Config, config::Kubeconfig};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -91,7 +91,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         .or_else(|| std::env::var("HOSTNAME").ok())
         .context("--identity is needed where there is no HOSTNAME")?;
     let config = Config::infer().await.context("no cluster is configured")?;
-    let mut config = proxy::as_kubectl_does(config);
+    let mut config = proxy::as_kubectl_does(config, Kubeconfig::read().ok().as_ref(), None);
     // A pass that fails is the retry: it is counted, limited in time, and looks again first.
     config.default_retry = false;
     config.connect_timeout = Some(Duration::from_secs(5));

@@ -20,7 +20,7 @@ pub(crate) use assemble::{as_rendered, is_nobodys, is_ours, see_live};
 
 use crate::{
     api::Service,
-    status::{ExchangeDeploymentStatus, Handled, Stack, token},
+    status::{ExchangeDeploymentStatus, Stack},
 };
 
 /// Identity and version of an object as it was seen. Every write to it and every deletion carries both, so that
@@ -85,14 +85,6 @@ impl Observed {
         live.any(|it| it.target.is(Some(stack)) || it.endpoints.contains(stack))
     }
 
-    /// Whether a way back from what has the traffic, or gets it, is asked for and nobody has acted upon it.
-    pub fn is_to_leave(&self) -> bool {
-        let live = self.status.live.as_ref().map(|it| (&it.stack, it.attempt));
-        let candidate = self.status.candidate.as_ref().map(|it| (&it.stack, it.attempt));
-        let mut both = [live, candidate].into_iter().flatten();
-        both.any(|(stack, attempt)| self.requests.asks_to_leave(stack, attempt, &self.status.handled))
-    }
-
     /// Names that are needed and are not ours.
     pub fn others(&self) -> impl Iterator<Item = &String> {
         self.taken.iter().chain(&self.remains)
@@ -126,13 +118,6 @@ pub struct Requests {
     pub pause: Option<String>,
     /// `exchange.dev/by`: who asks.
     pub by: Option<String>,
-}
-
-impl Requests {
-    /// Whether the way back from a stack is asked for, and nobody has acted upon it.
-    pub fn asks_to_leave(&self, stack: &Stack, attempt: u32, handled: &Handled) -> bool {
-        self.rollback == Some(token(stack, attempt)) && self.rollback != handled.rollback
-    }
 }
 
 /// What the spec amounts to.
@@ -230,7 +215,7 @@ impl StackSeen {
         self.services.values().map(|seen| seen.pods).sum()
     }
 
-    /// What the pods of all services are made of, as hashes.
+    /// What the pods of all services are made of.
     pub fn templates(&self) -> String {
         let of_each =
             Service::ALL.map(|service| self.service(service).map_or("", |seen| seen.template.as_str()));
@@ -336,6 +321,8 @@ pub struct JobSeen {
     pub trouble: Option<String>,
     /// How far a migration is that runs: what it has said last.
     pub progress: Option<String>,
+    /// Of a test: what the pods were made of for which it was begun ([`StackSeen::templates`]).
+    pub of: Option<String>,
 }
 
 impl JobSeen {

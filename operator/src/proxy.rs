@@ -4,13 +4,27 @@ use std::{env, net::IpAddr};
 
 use axum::http::Uri;
 use hyper_util::client::proxy::matcher::Matcher;
-use kube::Config;
+use kube::{Config, config::Kubeconfig};
 
-/// What `HTTPS_PROXY` says goes for every API server but those that `NO_PROXY` names, and those on this machine. kube asks
-/// whether `NO_PROXY` names the proxy instead. A `proxy-url` of the kubeconfig stands.
-pub fn as_kubectl_does(config: Config) -> Config {
+/// The `proxy-url` of the kubeconfig stands; beside it, what `HTTPS_PROXY` says goes for every API server but those that `NO_PROXY`
+/// names, and those on this machine. kube asks of either whether `NO_PROXY` names the proxy instead.
+pub fn as_kubectl_does(config: Config, file: Option<&Kubeconfig>, context: Option<&str>) -> Config {
+    let declared = file.and_then(|file| declared(file, context));
     let https = variable(["HTTPS_PROXY", "https_proxy"]);
-    taken(config, &https, &variable(["NO_PROXY", "no_proxy"]))
+    taken(config, declared, &https, &variable(["NO_PROXY", "no_proxy"]))
+}
+
+/// The proxy that a kubeconfig names for a context, or for the current one.
+fn declared(file: &Kubeconfig, context: Option<&str>) -> Option<Uri> {
+    let context = context.or(file.current_context.as_deref())?;
+    let context = file
+        .contexts
+        .iter()
+        .find(|it| it.name == context)?
+        .context
+        .as_ref()?;
+    let cluster = file.clusters.iter().find(|it| it.name == context.cluster)?;
+    cluster.cluster.as_ref()?.proxy_url.as_ref()?.parse().ok()
 }
 
 /// The first that is set: what is empty is not.
@@ -19,18 +33,22 @@ fn variable(names: [&str; 2]) -> String {
     values.find(|value| !value.is_empty()).unwrap_or_default()
 }
 
-fn taken(mut config: Config, https: &str, no: &str) -> Config {
-    let proxy = https.parse::<Uri>().ok();
-    let is_declared = config.proxy_url.is_some() && config.proxy_url != proxy;
+fn taken(mut config: Config, declared: Option<Uri>, https: &str, no: &str) -> Config {
     // By its own network the cluster reaches its API server, and kube takes no proxy there.
-    let in_cluster = config.root_cert_file.is_some();
-    if !is_declared && !in_cluster {
-        let server = &config.cluster_url;
-        let direct = no.split(',').any(|name| name.trim() == "*") || server.host().is_none_or(is_here);
-        // A name that begins with a star and a dot means the same as with the dot alone, which is what is known here.
-        let matcher = Matcher::builder().https(https).no(no.replace("*.", ".")).build();
-        config.proxy_url = proxy.filter(|_| !direct && matcher.intercept(server).is_some());
+    if config.root_cert_file.is_some() {
+        return config;
     }
+    let server = &config.cluster_url;
+    let direct = no.split(',').any(|name| name.trim() == "*") || server.host().is_none_or(is_here);
+    // A name that begins with a star and a dot means the same as with the dot alone, which is what is known here.
+    let matcher = Matcher::builder().https(https).no(no.replace("*.", ".")).build();
+    let of_environment = || {
+        https
+            .parse()
+            .ok()
+            .filter(|_| !direct && matcher.intercept(server).is_some())
+    };
+    config.proxy_url = declared.or_else(of_environment);
     config
 }
 
@@ -49,7 +67,7 @@ mod tests {
     fn proxy(server: &str, of_kube: Option<&str>, https: &str, no: &str) -> Option<Uri> {
         let mut config = Config::new(server.parse().unwrap());
         config.proxy_url = of_kube.map(|proxy| proxy.parse().unwrap());
-        taken(config, https, no).proxy_url
+        taken(config, None, https, no).proxy_url
     }
 
     #[test]
@@ -80,9 +98,18 @@ mod tests {
 
     #[test]
     fn a_proxy_of_the_kubeconfig_stands() {
+        let file =
+            "{clusters: [{name: far, cluster: {server: 'https://a', proxy-url: 'socks5://127.0.0.1:1080'}}],
+                    contexts: [{name: far, context: {cluster: far}}, {name: near, context: {cluster: near}}],
+                    current-context: far}";
+        let file = Kubeconfig::from_yaml(file).unwrap();
+        let own = declared(&file, None);
+        assert_eq!(own.as_ref().unwrap(), "socks5://127.0.0.1:1080");
+        assert_eq!(declared(&file, Some("near")), None);
         for https in ["", PROXY] {
-            let own = proxy("https://api.example.com", Some("socks5://gate:1080"), https, "*");
-            assert_eq!(own.unwrap(), "socks5://gate:1080");
+            // NO_PROXY names the proxy, so that kube has dropped it.
+            let config = Config::new("https://api.example.com".parse().unwrap());
+            assert_eq!(taken(config, own.clone(), https, "127.0.0.1,*").proxy_url, own);
         }
         assert_eq!(proxy("https://api.example.com", None, "", ""), None);
     }
@@ -91,6 +118,6 @@ mod tests {
     fn in_a_cluster_no_proxy_is_taken() {
         let mut config = Config::new("https://10.96.0.1".parse().unwrap());
         config.root_cert_file = Some("ca.crt".into());
-        assert_eq!(taken(config, PROXY, "").proxy_url, None);
+        assert_eq!(taken(config, None, PROXY, "").proxy_url, None);
     }
 }

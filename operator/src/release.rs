@@ -353,15 +353,29 @@ impl Turn<'_> {
     /// Whether the tests of a candidate have begun, in this phase or before its gates had to be climbed again: what takes the place
     /// of its pods from now on is another attempt.
     pub(crate) fn is_being_tested(&self, candidate: &Candidate) -> bool {
-        matches!(self.next.phase, Phase::Testing | Phase::AwaitingPromotion) || candidate.tested.is_some()
+        let begun = |kind| self.job(kind, &candidate.stack, candidate.attempt).is_some();
+        let recorded = candidate.tested.is_some();
+        matches!(self.next.phase, Phase::Testing | Phase::AwaitingPromotion)
+            || recorded
+            || self.tests().any(begun)
     }
 
-    /// Whether a stack is there and its pods are made of what they were when its tests began.
+    /// Whether a stack is there and its pods are made of what they were when its tests began: as it was recorded, which stays when
+    /// somebody deletes a Job, and as each Job says, which an older operator has begun or a CRD without that field has made.
     pub(crate) fn is_as_tested(&self, candidate: &Candidate) -> bool {
-        let seen = self
-            .stack(&candidate.stack)
-            .filter(|seen| seen.rendered.is_some());
-        seen.is_some_and(|seen| candidate.tested.as_ref() == Some(&seen.templates()))
+        let Candidate {
+            stack,
+            attempt,
+            tested,
+            ..
+        } = candidate;
+        let Some(seen) = self.stack(stack).filter(|seen| seen.rendered.is_some()) else {
+            return false;
+        };
+        let templates = seen.templates();
+        let mut jobs = self.tests().filter_map(|kind| self.job(kind, stack, *attempt));
+        tested.as_ref().is_none_or(|tested| *tested == templates)
+            && jobs.all(|test| test.of.as_ref() == Some(&templates))
     }
 
     /// Which pods are late, and what keeps them.

@@ -31,6 +31,8 @@ pub const ATTEMPT: &str = "exchange.dev/attempt";
 pub const JOB: &str = "exchange.dev/job";
 /// Annotation of a live Service: the number of the move that wrote its selector.
 pub const EPOCH: &str = "exchange.dev/epoch";
+/// Annotation of a test's Job: what the pods were made of for which it was begun.
+pub const TEMPLATES: &str = "exchange.dev/templates";
 /// Revision in the selector of a live Service that points at nothing.
 pub const NOTHING: &str = "none";
 

@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{
     api::{ExchangeDeployment, Service},
-    resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, job_word, other_store},
+    resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, TEMPLATES, job_word, other_store},
     revision::{Source, short},
     status::{Colour, Live, Stack},
 };
@@ -185,14 +185,9 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
     };
     let mut material = Material {
         content: references.content,
+        pieces: pieces(children, &builder),
         ..Material::default()
     };
-    for piece in &children.pieces {
-        if let Some(stack) = &piece.stack {
-            let of_stack = material.pieces.entry(stack.clone());
-            of_stack.or_default().push(piece.clone());
-        }
-    }
     for revision in &children.revisions {
         let stack = stack_of(&revision.metadata);
         let stack = stack.filter(|stack| revision.name_any() == builder.stack_name(stack));
@@ -303,15 +298,37 @@ fn colour_service(
     whose.find_map(|stack| Some((stack.clone(), is_of(stack)?)))
 }
 
+/// What the pods of each stack need. Not what somebody has labelled as another's: it would be removed with that.
+fn pieces(children: &Children, builder: &Builder<'_>) -> BTreeMap<Stack, Vec<Piece>> {
+    let mut pieces: BTreeMap<Stack, Vec<Piece>> = BTreeMap::new();
+    for piece in &children.pieces {
+        if let Some(stack) = piece
+            .stack
+            .as_ref()
+            .filter(|stack| is_named_after(piece, stack, builder))
+        {
+            pieces.entry(stack.clone()).or_default().push(piece.clone());
+        }
+    }
+    pieces
+}
+
+/// Whether an account, a secret or a copy has a name that one of this stack has.
+fn is_named_after(piece: &Piece, stack: &Stack, builder: &Builder<'_>) -> bool {
+    let own = builder.stack_name(stack);
+    let rest = piece.name.strip_prefix(&own);
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+        || Service::ALL
+            .into_iter()
+            .any(|service| builder.workload_name(stack, service) == piece.name)
+}
+
 /// Whether all that a stack's pods need is there.
 fn is_whole(builder: &Builder<'_>, stack: &Stack, mut needed: BTreeSet<String>, pieces: &[Piece]) -> bool {
     let accounts = Service::ALL.map(|service| builder.workload_name(stack, service));
     needed.extend(accounts.map(|name| format!("ServiceAccount/{name}")));
     needed.insert(format!("Secret/{}", builder.stack_name(stack)));
-    // One that is labelled as another's would be left behind by this one.
-    let there = pieces
-        .iter()
-        .filter(|piece| !piece.going && piece.stack.as_ref() == Some(stack));
+    let there = pieces.iter().filter(|piece| !piece.going);
     let there: BTreeSet<String> = there
         .map(|piece| format!("{}/{}", piece.kind.kind, piece.name))
         .collect();
@@ -564,6 +581,7 @@ fn see_jobs(children: &Children, builder: &Builder<'_>, seen: &mut Observed) {
                 .or_else(|| pods::of(object, &children.pods).find_map(pods::trouble))
                 .or_else(|| pods::tried(object, &children.pods)),
             progress: None,
+            of: object.annotations().get(TEMPLATES).cloned(),
         };
         seen.jobs.insert(job, seen_job);
     }

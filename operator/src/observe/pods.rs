@@ -101,17 +101,19 @@ struct Said {
 }
 
 impl Baselines {
-    /// Begins a verification, unless it is the one under way. Pods that are seen for the first time from now on, and are `fresh`,
+    /// Begins a verification, unless it is the one under way; whether it does. Pods that are seen for the first time from now on, and are `fresh`,
     /// belong to a stack that has just been swapped in, and all that they have counted belongs to it, also for an operator that has
     /// been started since. Others count from where they are first seen.
-    pub fn begin(&mut self, verification: (u32, u32), fresh: bool) {
-        if self.of != Some(verification) {
+    pub fn begin(&mut self, verification: (u32, u32), fresh: bool) -> bool {
+        let begins = self.of != Some(verification);
+        if begins {
             *self = Self {
                 of: Some(verification),
                 ..Self::default()
             };
         }
         self.fresh = fresh;
+        begins
     }
 
     /// A container that was started anew counts from nothing; what the one before it has said is kept.
@@ -710,9 +712,9 @@ http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/logi
             ..Counters::default()
         };
         let mut baselines = Baselines::default();
-        baselines.begin((3, 2), false);
+        assert!(baselines.begin((3, 2), false));
         baselines.said(&pod("a", 0), page(20_000, 50));
-        baselines.begin((3, 2), true);
+        assert!(!baselines.begin((3, 2), true));
         baselines.said(&pod("a", 0), page(20_100, 55));
         // It has been started since.
         baselines.said(&pod("b", 0), page(10, 1));

@@ -501,7 +501,8 @@ impl Reader {
                 continue;
             }
             if let Some((recorded, service)) = part {
-                let stack = selected(&there).unwrap_or(recorded);
+                let said = selected(&there).filter(|stack| look.seen.stacks.contains_key(stack));
+                let stack = said.unwrap_or(recorded);
                 let place = (&stack, service);
                 see_lost(&there.metadata, place, Part::ColourService, &mut look.seen);
             }
@@ -623,28 +624,26 @@ impl Reader {
     async fn ask_pods(&self, look: &mut Look, children: &Children, memory: &mut Memory) {
         let status = &look.seen.status;
         let addresses = |stack: &Stack| addresses(stack, children);
-        // Nothing that they say matters to a way back that is asked for, and a version that hangs would hold it up.
-        let leaves = matches!(status.phase, Phase::Promoting | Phase::Verifying) && look.seen.is_to_leave();
         match status.phase {
-            _ if leaves => {}
-            Phase::Promoting if all_moved(&look.seen) => {
-                let ips = Service::ALL.iter().map(|service| {
-                    let there = look
-                        .material
-                        .services
-                        .get(&builder(&look.object).live_name(*service))?;
-                    Some((*service, there.spec.as_ref()?.cluster_ip.clone()?))
-                });
-                let ips: Option<Vec<(Service, String)>> = ips.collect();
-                if let (Some(candidate), Some(ips)) = (&status.candidate, ips) {
-                    // What somebody has asked the candidate for before its swap says nothing of what clients get from it.
-                    memory.baselines.begin((status.epoch, candidate.attempt), false);
+            Phase::Promoting => {
+                if let Some(candidate) = &status.candidate {
                     let pods = addresses(&candidate.stack);
-                    let figures = self.pods.figures(&pods, &mut memory.baselines);
-                    let answers = self.pods.answers(&candidate.stack, &ips);
-                    match join(answers, figures).await.0 {
-                        Ok(()) => look.seen.answers = Some(candidate.stack.clone()),
-                        Err(why) => look.seen.unheard = Some(why),
+                    let verification = (status.epoch, candidate.attempt);
+                    // What somebody has asked the candidate for before its swap says nothing of what clients get from it.
+                    let baseline = async {
+                        if memory.baselines.begin(verification, false) {
+                            self.pods.figures(&pods, &mut memory.baselines).await;
+                        }
+                    };
+                    let answers = async {
+                        let ips = live_addresses(look)?;
+                        Some(self.pods.answers(&candidate.stack, &ips).await)
+                    };
+                    let ((), answers) = join(baseline, answers).await;
+                    match answers {
+                        Some(Ok(())) => look.seen.answers = Some(candidate.stack.clone()),
+                        Some(Err(why)) => look.seen.unheard = Some(why),
+                        None => {}
                     }
                 }
             }
@@ -684,7 +683,6 @@ impl Reader {
         }
         if let Some(previous) = &status.previous
             && previous.state == PreviousState::Draining
-            && !leaves
         {
             let open = self.pods.open(&addresses(&previous.stack)).await;
             if let Some(seen) = look.seen.stacks.get_mut(&previous.stack) {
@@ -695,6 +693,16 @@ impl Reader {
             }
         }
     }
+}
+
+/// Where the live Services are reached, if all have been moved.
+fn live_addresses(look: &Look) -> Option<Vec<(Service, String)>> {
+    let builder = builder(&look.object);
+    let ips = Service::ALL.iter().map(|service| {
+        let there = look.material.services.get(&builder.live_name(*service))?;
+        Some((*service, there.spec.as_ref()?.cluster_ip.clone()?))
+    });
+    all_moved(&look.seen).then(|| ips.collect()).flatten()
 }
 
 /// Whether a migration runs, or may be begun by a pass that records that its time has come.

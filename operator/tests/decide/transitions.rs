@@ -927,6 +927,14 @@ fn a_candidate_whose_pods_come_to_be_made_of_something_else_is_tested_anew() {
             "another".clone_into(&mut trade_of(seen, &candidate.stack).template);
         });
         assert_eq!((lets_be.phase, lets_be.attempt), (Pending, candidate.attempt + 1));
+        // An older operator has recorded nothing: its Jobs say it.
+        let unrecorded = |seen: &mut Observed| seen.status.candidate.as_mut().unwrap().tested = None;
+        assert_eq!(records(&world, unrecorded).phase, phase);
+        let lets_be = records(&world, |seen| {
+            unrecorded(seen);
+            "another".clone_into(&mut trade_of(seen, &candidate.stack).template);
+        });
+        assert_eq!((lets_be.phase, lets_be.attempt), (Pending, candidate.attempt + 1));
         // The one before may have been one of these pods.
         let being_replaced = records(&world, |seen| {
             trade_of(seen, &candidate.stack).current = false;

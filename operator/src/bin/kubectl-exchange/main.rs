@@ -203,19 +203,23 @@ impl Cluster {
             context: way.context.clone(),
             ..KubeConfigOptions::default()
         };
-        let config = match &way.kubeconfig {
-            Some(path) => {
-                let file = Kubeconfig::read_from(path).with_context(|| path.display().to_string())?;
-                Config::from_custom_kubeconfig(file, &options).await?
-            }
-            None if way.context.is_some() => Config::from_kubeconfig(&options).await?,
-            None => Config::infer().await.context("no cluster is configured")?,
+        let file = match &way.kubeconfig {
+            Some(path) => Some(Kubeconfig::read_from(path).with_context(|| path.display().to_string())?),
+            None => Kubeconfig::read().ok(),
         };
+        let config = match &file {
+            Some(file) if way.kubeconfig.is_some() => {
+                Config::from_custom_kubeconfig(file.clone(), &options).await?
+            }
+            _ if way.context.is_some() => Config::from_kubeconfig(&options).await?,
+            _ => Config::infer().await.context("no cluster is configured")?,
+        };
+        let config = proxy::as_kubectl_does(config, file.as_ref(), way.context.as_deref());
         let namespace = way
             .namespace
             .clone()
             .unwrap_or_else(|| config.default_namespace.clone());
-        let client = Client::try_from(proxy::as_kubectl_does(config))?;
+        let client = Client::try_from(config)?;
         Ok(Self {
             objects: Api::namespaced(client.clone(), &namespace),
             client,

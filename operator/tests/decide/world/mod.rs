@@ -258,7 +258,8 @@ pub(crate) struct Operator {
 struct Beside {
     rendered: bool,
     pieces: Option<Fence>,
-    /// How often one of its pods had been replaced by another then.
+    /// What its pods are made of, and how often one had been replaced by another then.
+    templates: String,
     replaced: u32,
 }
 
@@ -736,12 +737,14 @@ impl World {
     }
 
     fn pieces(&self) -> BTreeMap<Stack, Beside> {
+        let seen = self.observe_stacks();
         let stacks = self.stacks.iter();
         stacks
             .map(|(stack, it)| {
                 let pieces = Beside {
                     rendered: it.rendered.is_some(),
                     pieces: it.pieces.clone(),
+                    templates: seen.get(stack).map(StackSeen::templates).unwrap_or_default(),
                     replaced: it.replaced,
                 };
                 (stack.clone(), pieces)
@@ -1223,6 +1226,13 @@ impl World {
                     state: JobState::Running,
                     trouble: None,
                     progress: job.kind.migrates().then(|| "batch 1 of 2".to_owned()),
+                    of: matches!(job.kind, JobKind::Smoke | JobKind::Test(_)).then(|| {
+                        self.operators[who]
+                            .stacks
+                            .get(&job.stack)
+                            .map(|it| it.templates.clone())
+                            .unwrap_or_default()
+                    }),
                 };
                 let of = self.to_be_tested(&job.stack);
                 self.jobs.insert(job.clone(), JobThere { seen, of });
