@@ -728,6 +728,32 @@ async fn a_swap_that_is_refused_for_one_service_moves_none_of_the_others() {
     );
 }
 
+/// Whatever the API server answers to it: the next pass goes on where this one has ended.
+#[tokio::test]
+async fn a_swap_that_fails_at_a_write_goes_on_with_that() {
+    let moves = ["user", "trade", "notification"].map(|service| format!("PUT services/exchange-{service}"));
+    let record = "PUT exchangedeployments/exchange/status".to_owned();
+    for status in [
+        StatusCode::NOT_FOUND,
+        StatusCode::CONFLICT,
+        StatusCode::TOO_MANY_REQUESTS,
+        StatusCode::INTERNAL_SERVER_ERROR,
+    ] {
+        for failing in 0..moves.len() {
+            let world = World::tested().await;
+            world.server.lock().unwrap().broken = Some((moves[failing].clone(), status));
+            let (result, writes) = world.pass().await;
+            assert!(result.is_err(), "{status}");
+            let tried = [std::slice::from_ref(&record), &moves[..=failing]].concat();
+            assert_eq!(paths(&writes), tried, "{status}");
+            world.server.lock().unwrap().broken = None;
+            let (result, writes) = world.pass().await;
+            result.unwrap();
+            assert_eq!(paths(&writes), moves[failing..], "{status}");
+        }
+    }
+}
+
 /// What has been moved stays for the time that the phase has, because the refusal may pass, and is then taken back.
 #[tokio::test]
 async fn a_swap_that_is_refused_halfway_goes_back_when_its_time_is_over() {

@@ -227,6 +227,18 @@ impl<'a> Story<'a> {
         serde_json::from_str(&selector).unwrap()
     }
 
+    /// In which versions the live Services are: whoever writes one makes another.
+    pub fn versions_of_live(&self) -> [String; 3] {
+        let version = |service| {
+            let name = format!("service/{NAME}-{service}");
+            let version = self
+                .session
+                .get(self.namespace, &name, "{.metadata.resourceVersion}");
+            version.unwrap()
+        };
+        SERVICES.map(version)
+    }
+
     /// Asserts that the whole traffic goes to one stack.
     pub fn all_point_at(&self, revision: &str) {
         for service in SERVICES {
@@ -454,6 +466,15 @@ impl<'a> Prober<'a> {
         answers
     }
 
+    /// Asserts that no question has gone without an answer until now.
+    pub fn misses_nothing(&self) {
+        self.goes_on();
+        for service in SERVICES {
+            let answers = self.answers(service);
+            assert_eq!(answers.missed, 0, "the {service} service: {answers:?}");
+        }
+    }
+
     /// Waits until each service has answered some more, so that nothing of before is still to come.
     pub fn goes_on(&self) {
         let given = || SERVICES.map(|service| self.answers(service).given);
@@ -533,6 +554,7 @@ pub fn end_well(load: Load<'_>) -> Vec<String> {
     let (table, report) = load.end().unwrap();
     assert_eq!(report["summary"]["failed"], 0, "{table}");
     assert_eq!(report["closed_without_notice"], 0, "{table}");
+    assert_eq!(report["streams_cut_off"], 0, "{table}");
     assert_eq!(report["audit"]["findings"], json!([]), "{table}");
     assert!(report["summary"]["requests"].as_u64().unwrap() > 100, "{table}");
     report["summary"]["stacks"]

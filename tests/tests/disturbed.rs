@@ -22,7 +22,7 @@ use testbed::{
     operator::{self, Leader},
     rights::audit_log,
     sandbox::wait_until,
-    story::{Ground, RELEASED, SERVICES, Story, end_well, note, serves_again},
+    story::{Ground, RELEASED, Story, end_well, note, serves_again},
     supervisor,
 };
 
@@ -233,17 +233,7 @@ fn an_old_leader_wakes_up() {
             story.reaches("Held");
         }
 
-        let versions = |story: &Story<'_>| {
-            let version = |service| {
-                let name = format!("service/exchange-{service}");
-                story
-                    .session
-                    .get(story.namespace, &name, "{.metadata.resourceVersion}")
-                    .unwrap()
-            };
-            SERVICES.map(version)
-        };
-        let before = versions(&story);
+        let before = story.versions_of_live();
         let written = |since| accepted_writes(cluster, &old.pod, &namespace.name, since);
         assert!(
             !written(Timestamp::MIN).is_empty(),
@@ -264,7 +254,7 @@ fn an_old_leader_wakes_up() {
             noticed() > times || old.has_ended()
         })
         .unwrap();
-        assert_eq!(versions(&story), before, "the old leader has written");
+        assert_eq!(story.versions_of_live(), before, "the old leader has written");
         assert_eq!(written(woken), Vec::<String>::new(), "the old leader has written");
         operator::recovers(&ground.session).unwrap();
         story.told.forget();
