@@ -278,12 +278,13 @@ impl<'a> Exchange<'a> {
     /// If there are none.
     pub fn api(&self) -> Result<Api> {
         let tunnel = |service: &str| {
-            Tunnel::open(
-                self.session,
-                self.namespace,
-                &format!("service/{NAME}-{service}"),
-                80,
-            )
+            let name = format!("service/{NAME}-{service}");
+            // Who knows an exchange by another name than its own knows an alias, which has no pods.
+            let alias = self.session.get(self.namespace, &name, "{.spec.externalName}")?;
+            let name = alias
+                .split_once('.')
+                .map_or(name, |(own, _)| format!("service/{own}"));
+            Tunnel::open(self.session, self.namespace, &name, 80)
         };
         // Every client of reqwest has TLS, though this one does not need it.
         let _ = rustls::crypto::ring::default_provider().install_default();
