@@ -207,29 +207,7 @@ fn what_fails_before_the_swap_touches_nothing() {
     story.all_point_at(&good);
     story.told.course(&["ReleaseStarted", "ReleaseFailed"]);
 
-    // The built-in smoke test finds a version whose orders fail, before any client does.
-    let begun = story.watch.sightings().len();
-    story.declare(|spec| {
-        spec["version"] = json!("2.0.1-fails-smoke");
-        spec["rollout"]["smokeTests"] = json!([]);
-    });
-    story.reaches("Failed");
-    story.all_point_at(&good);
-    assert_eq!(text(story.last(), "/status/rejected/reason"), "SmokeTestFailed");
-    assert_eq!(
-        text(story.last(), "/status/rejected/version"),
-        "2.0.1-fails-smoke"
-    );
-    let stalled = story.condition("Stalled");
-    let message = text(&stalled, "/message");
-    assert!(
-        message.contains("the test smoke failed: FAIL") && message.contains("place an order"),
-        "{message}"
-    );
-    let phases = story.phases_since(begun);
-    assert!(phases.iter().any(|phase| phase == "Testing"), "{phases:?}");
-    assert!(!phases.iter().any(|phase| phase == "Promoting"), "{phases:?}");
-    story.told.course(&["ReleaseStarted", "ReleaseFailed"]);
+    fails_the_built_in_test(&mut story, &good);
 
     // Declared as it was, all is well. No client has ever been answered by what failed.
     story.declaration = story.exchange.declaration("1.0.0");
@@ -245,6 +223,32 @@ fn what_fails_before_the_swap_touches_nothing() {
         "nobody has written a live Service"
     );
     assert_eq!(end_well(load).len(), 1, "somebody else has answered");
+}
+
+/// The built-in smoke test finds a version whose orders fail, before any client does.
+fn fails_the_built_in_test(story: &mut Story<'_>, good: &str) {
+    let begun = story.watch.sightings().len();
+    story.declare(|spec| {
+        spec["version"] = json!("2.0.1-fails-smoke");
+        spec["rollout"]["smokeTests"] = json!([]);
+    });
+    story.reaches("Failed");
+    story.all_point_at(good);
+    assert_eq!(text(story.last(), "/status/rejected/reason"), "SmokeTestFailed");
+    assert_eq!(
+        text(story.last(), "/status/rejected/version"),
+        "2.0.1-fails-smoke"
+    );
+    let stalled = story.condition("Stalled");
+    let message = text(&stalled, "/message");
+    assert!(
+        message.contains("the test smoke failed: FAIL") && message.contains("place an order"),
+        "{message}"
+    );
+    let phases = story.phases_since(begun);
+    assert!(phases.iter().any(|phase| phase == "Testing"), "{phases:?}");
+    assert!(!phases.iter().any(|phase| phase == "Promoting"), "{phases:?}");
+    story.told.course(&["ReleaseStarted", "ReleaseFailed"]);
 }
 
 /// A version that answers everything, and too slowly.
