@@ -101,9 +101,9 @@ struct Said {
 }
 
 impl Baselines {
-    /// Begins a verification, unless it is the one under way; whether it does. Pods that are seen for the first time from now on, and are `fresh`,
-    /// belong to a stack that has just been swapped in, and all that they have counted belongs to it, also for an operator that has
-    /// been started since. Others count from where they are first seen.
+    /// Begins a verification, unless it is the one under way; whether it does. Pods that are seen for the first time from now
+    /// on, and are `fresh`, belong to a stack that has just been swapped in, and all that they have counted belongs to it, also for
+    /// an operator that has been started since. Others count from where they are first seen.
     pub fn begin(&mut self, verification: (u32, u32), fresh: bool) -> bool {
         let begins = self.of != Some(verification);
         if begins {
