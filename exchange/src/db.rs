@@ -16,6 +16,10 @@ use crate::config::StoreUrl;
 /// trip per request.
 const TRUSTED_IDLE: Duration = Duration::from_secs(5);
 
+/// How long a request waits for a connection: as long as a statement may take. What has waited for so long on a machine that
+/// has too much to do would have been answered a moment later; whoever gets 503 for it has to come again.
+const CONNECTION_IN: Duration = Duration::from_secs(10);
+
 /// How often the file with the URL is looked at: less than a request waits for a connection.
 const CREDENTIALS_POLL: Duration = Duration::from_secs(1);
 
@@ -24,7 +28,7 @@ pub fn pool(database: &StoreUrl, connections: u32, application_name: &str) -> an
     let options = connect_options(database, application_name)?;
     let pool = PgPoolOptions::new()
         .max_connections(connections)
-        .acquire_timeout(Duration::from_secs(3))
+        .acquire_timeout(CONNECTION_IN)
         .idle_timeout(Duration::from_mins(5))
         .test_before_acquire(false)
         .before_acquire(|connection, meta| {

@@ -192,6 +192,38 @@ async fn after_twenty_seconds_without_a_database_everything_is_as_before() {
     }
 }
 
+/// How long a database may be busy without a request failing.
+const BUSY: Duration = Duration::from_secs(4);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_wait_for_a_connection_while_the_database_is_busy() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let owner = database.owner().await;
+    let service = Service::live("user", &database, &["--database-connections", "1"])
+        .ready()
+        .await;
+    let mut tokens = owner.begin().await.unwrap();
+    sqlx::query("lock table refresh_tokens in access exclusive mode")
+        .execute(&mut *tokens)
+        .await
+        .unwrap();
+    let busy = async {
+        eventually("one has the connection", || async {
+            let waiting = sqlx::query_scalar(
+                "select count(*) from pg_locks where relation = 'refresh_tokens'::regclass and not granted",
+            );
+            let waiting: i64 = waiting.fetch_one(&owner).await.unwrap();
+            (waiting == 1).then_some(())
+        })
+        .await;
+        tokio::time::sleep(BUSY).await;
+        tokens.rollback().await.unwrap();
+    };
+    let statuses = async { tokio::join!(status(&service), status(&service), status(&service)) };
+    let (statuses, ()) = tokio::join!(statuses, busy);
+    assert_eq!(statuses, (401, 401, 401));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn old_events_are_removed_in_portions() {
     let database = Database::migrated(Postgres::shared()).await;
