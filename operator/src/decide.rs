@@ -339,8 +339,7 @@ impl Turn<'_> {
         .collect();
         // Of several that have come since the last look, whoever wrote last has signed: for all of them, as it would seem.
         // And what is there at the first look may have come with the object, of which nobody checks who has signed.
-        let is_first = self.seen.status.observed_generation.is_none();
-        let signed = news.len() == 1 && !is_first;
+        let signed = news.len() == 1 && !self.seen.status.is_unrecorded();
         for (heard, asked) in &mut news {
             **asked = heard.clone().map(|value| Request {
                 value,

@@ -164,6 +164,11 @@ pub struct ExchangeDeploymentStatus {
 }
 
 impl ExchangeDeploymentStatus {
+    /// Whether the operator has not recorded anything yet: what is there then are the schema's defaults.
+    pub fn is_unrecorded(&self) -> bool {
+        self.observed_generation.is_none_or(|generation| generation == 0)
+    }
+
     /// How the release under way is verified.
     pub fn verification<'a>(&'a self, spec: &'a ExchangeDeploymentSpec) -> &'a Verification {
         self.verification.as_ref().unwrap_or(&spec.rollout.verification)
@@ -293,7 +298,8 @@ pub struct Previous {
     pub attempt: u32,
     /// What becomes of it.
     pub state: PreviousState,
-    /// Whether it can be swapped back to. A stack that was rolled back from cannot.
+    /// Whether it can be swapped back to. What was rolled back from cannot, nor what could not serve when the traffic should have
+    /// gone back to it, nor what was found beside what is live.
     pub way_back: bool,
     /// Whether it had passed the verification after its swap.
     pub verified: bool,

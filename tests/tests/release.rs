@@ -805,10 +805,14 @@ fn what_others_break_is_put_right() {
 
     // Without its children, and created again as it was: it finds what is live, and releases from there.
     story.kubectl(&["delete", "exd", NAME, "--cascade=orphan", "--wait"]);
+    // Of what has come with it nobody knows whether carol has asked for it now.
+    story.declaration["metadata"]["annotations"] =
+        json!({"exchange.dev/retry": "0.1", "exchange.dev/by": "carol"});
     story.declare(nothing);
     story.watch = story.exchange.watch().unwrap();
     story.reaches("Live");
     assert_eq!(story.revision("live"), revision);
+    assert_eq!(story.last()["status"]["asked"]["retry"], json!({"value": "0.1"}));
     let new = get("exd/exchange", "{.metadata.uid}").unwrap();
     let copies = story_copies(&ground, &namespace.name);
     assert_eq!(copies.len(), 1, "{copies:?}");

@@ -6,11 +6,11 @@ use exchange_operator::{
     api::{Autoscaling, ColourChoice, ExchangeDeploymentSpec as Spec, Service},
     observe::{Job, JobKind, JobState, Observed, Part, Requests, Target},
     plan::Action,
-    status::{ExchangeDeploymentStatus as Status, Phase, Stack, token},
+    status::{Phase, Stack, token},
 };
 use jiff::SignedDuration;
 
-use super::{Ban, LiveThere, Names, Nature, Pod, View, Wakes, World, nature, with_object_of};
+use super::{Ban, LiveThere, Names, Nature, Pod, View, Wakes, World, nature, unrecorded, with_object_of};
 
 impl World {
     /// Controllers and kubelets do a bit of their work.
@@ -506,7 +506,7 @@ impl World {
             self,
             "people: the object is deleted without its children, and created again"
         );
-        self.status = Status::default();
+        self.status = unrecorded();
         self.requests = Requests::default();
         let targets = self.targets();
         self.orphaned = targets.iter().flatten().any(|it| self.stacks.contains_key(it));

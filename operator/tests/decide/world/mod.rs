@@ -381,6 +381,14 @@ pub(crate) fn spec() -> Spec {
     serde_json::from_value(value).unwrap()
 }
 
+/// The status of an object that nobody has looked at: what the schema's defaults make of none.
+pub(crate) fn unrecorded() -> Status {
+    Status {
+        observed_generation: Some(0),
+        ..Status::default()
+    }
+}
+
 impl World {
     pub(crate) fn new(traced: bool) -> Self {
         Self {
@@ -391,7 +399,7 @@ impl World {
             gates: 0,
             generation: 1,
             requests: Requests::default(),
-            status: Status::default(),
+            status: unrecorded(),
             version: 0,
             live: BTreeMap::new(),
             stacks: BTreeMap::new(),
