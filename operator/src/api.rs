@@ -424,7 +424,7 @@ pub struct Rollout {
     #[serde(default)]
     pub promotion: Promotion,
 
-    /// How long each phase before the swap, and the swap itself, may take; the tests as long as the longest of
+    /// How long each phase from `Migrating` on may take, up to the swap itself (`Pending` has no limit); the tests as long as the longest of
     /// their timeouts, if that is longer. Stands still while waiting for a person, and while paused or suspended,
     /// unless the traffic moves. The Jobs have it as their own deadline, from when each begins, which does not stand still.
     #[serde(default = "default_progress_deadline")]
@@ -449,7 +449,8 @@ pub struct Rollout {
     #[schemars(extend("default" = {}))]
     pub verification: Verification,
 
-    /// How long the old stack stays as the way back, if its colour is not needed before. Counted from the swap.
+    /// How long the old stack stays as the way back, if its colour is not needed before. Counted from the swap, at which it is
+    /// set: a change is for later swaps. `kubectl exchange pause` keeps what is there for longer.
     #[serde(default = "default_retention")]
     #[schemars(length(max = 32), extend("default" = "1h"))]
     #[x_kube(

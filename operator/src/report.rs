@@ -12,7 +12,7 @@ use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
     decide::{later, rejects, signed, time_for},
     observe::{Job, JobKind, JobState, Observed, ServiceSeen, StackSeen, Target},
-    status::{ExchangeDeploymentStatus as Status, Phase, Previous, PreviousState, Stack, token},
+    status::{ExchangeDeploymentStatus as Status, Live, Phase, Previous, PreviousState, Stack, token},
 };
 
 /// A verdict: true or false, one word, one sentence.
@@ -622,29 +622,41 @@ fn judged(status: &Status) -> Option<(&Stack, u32)> {
     candidate.or_else(|| rejected.map(|it| (&it.stack, it.attempt)))
 }
 
-fn schema_ready(seen: &Observed, status: &Status) -> Verdict {
-    let job = |kind: JobKind, (stack, attempt): (&Stack, u32)| {
-        let job = Job {
-            kind,
-            stack: stack.clone(),
-            attempt,
-        };
-        seen.jobs.get(&job).map(|seen| &seen.state)
+fn migration<'a>(seen: &'a Observed, kind: JobKind, (stack, attempt): (&Stack, u32)) -> Option<&'a JobState> {
+    let job = Job {
+        kind,
+        stack: stack.clone(),
+        attempt,
     };
+    seen.jobs.get(&job).map(|seen| &seen.state)
+}
+
+/// Why the contract migration of what is live has failed.
+fn not_contracted<'a>(seen: &'a Observed, live: &Live) -> Option<&'a str> {
+    match migration(seen, JobKind::Contract, (&live.stack, live.attempt)) {
+        Some(JobState::Failed(why)) => Some(why),
+        _ => None,
+    }
+}
+
+fn schema_ready(seen: &Observed, status: &Status) -> Verdict {
     let judged = judged(status);
-    let live = status.live.as_ref().map(|it| (&it.stack, it.attempt));
-    if let Some(JobState::Failed(why)) = live.and_then(|it| job(JobKind::Contract, it)) {
+    if let Some(why) = status.live.as_ref().and_then(|it| not_contracted(seen, it)) {
         return verdict(
             false,
             "ContractFailed",
             format!("the contract migration of the live version failed: {why}"),
         );
     }
+    let live = status.live.as_ref().map(|it| (&it.stack, it.attempt));
     if status.contract.is_some() && judged.is_none() {
         let message = format!("the contract migration runs{}", kept(seen, live));
         return verdict(true, "Contracting", message);
     }
-    match (judged.or(live).and_then(|it| job(JobKind::Expand, it)), judged) {
+    let expand = judged
+        .or(live)
+        .and_then(|it| migration(seen, JobKind::Expand, it));
+    match (expand, judged) {
         (Some(JobState::Passed), _) => verdict(true, "Expanded", "the schema is expanded"),
         (Some(JobState::Failed(why)), _) => verdict(false, "MigrationFailed", why.clone()),
         (Some(JobState::Running), _) => verdict(false, "Migrating", "the expand migration runs"),
@@ -699,10 +711,11 @@ fn rollback_available(seen: &Observed, status: &Status) -> Verdict {
         let live = status.live.as_ref().filter(|live| live.contracted);
         let because = live.map_or_else(String::new, |live| {
             let version = &live.version;
-            format!(
-                ", and the schema is contracted for {version}: an older version comes back by a release of its own, if it \
-                 bears that"
-            )
+            let schema = match not_contracted(seen, live) {
+                None => format!("the schema is contracted for {version}"),
+                Some(_) => format!("the contract migration of {version} has failed, perhaps halfway"),
+            };
+            format!(", and {schema}: an older version comes back by a release of its own, if it bears that")
         });
         let message = format!("there is no stack to go back to{because}");
         return verdict(false, "NoPrevious", message);
@@ -716,8 +729,8 @@ fn rollback_available(seen: &Observed, status: &Status) -> Verdict {
     if !previous.way_back {
         return verdict(
             false,
-            "RolledBack",
-            format!("{version} is what was rolled back from"),
+            "KeptForLogs",
+            format!("{version} is kept for its logs, and is no way back"),
         );
     }
     let there = seen.stacks.get(&previous.stack);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::world::{Ban, UNREADABLE, View, Wakes, World};
+use crate::world::{Ban, UNREADABLE, View, Wakes, World, unrecorded};
 use exchange_operator::{
     api::{ColourChoice, ExchangeDeploymentSpec as Spec, Promotion, Service},
     decide::decide,
@@ -1439,7 +1439,7 @@ fn nothing_is_taken_away_while_nothing_is_recorded() {
     let mut world = after_a_release();
     world.finish(0);
     world.round();
-    let nothing = Status::default();
+    let nothing = unrecorded();
     let seen = Observed {
         status: nothing.clone(),
         ..world.observe()
@@ -2156,11 +2156,27 @@ fn a_smoke_test_that_has_passed_stands_although_its_job_is_gone() {
 
 #[test]
 fn a_way_back_that_there_is_not_is_refused_and_told_once() {
-    let mut settled = World::new(true);
-    settled.settle(Wakes::Clock).unwrap();
+    let settled = || {
+        let mut world = World::new(true);
+        world.settle(Wakes::Clock).unwrap();
+        world
+    };
+    let not_contracted = |seen: &mut Observed| {
+        let contract = seen
+            .jobs
+            .iter_mut()
+            .find(|(job, _)| job.kind == JobKind::Contract);
+        contract.unwrap().1.state = JobState::Failed("no".to_owned());
+    };
     let rows: Vec<(World, Change<'_>, &str)> = vec![
         (
-            settled,
+            settled(),
+            Box::new(not_contracted),
+            "alice asked for the way back, but there is no stack to go back to, and the contract migration of r0 has failed, \
+             perhaps halfway: an older version comes back by a release of its own, if it bears that",
+        ),
+        (
+            settled(),
             Box::new(|_| {}),
             "alice asked for the way back, but there is no stack to go back to, and the schema is contracted for r0: an \
              older version comes back by a release of its own, if it bears that",
@@ -2173,7 +2189,7 @@ fn a_way_back_that_there_is_not_is_refused_and_told_once() {
         (
             releasing(6, Held),
             Box::new(|_| {}),
-            "alice asked for the way back, but r6 is what was rolled back from",
+            "alice asked for the way back, but r6 is kept for its logs, and is no way back",
         ),
     ];
     for (world, change, note) in rows {

@@ -288,7 +288,9 @@ mod tests {
             (
                 Action::Rollback,
                 "held",
-                Err("there is no way back in one step (RolledBack): r6 is what was rolled back from"),
+                Err(
+                    "there is no way back in one step (KeptForLogs): r6 is kept for its logs, and is no way back",
+                ),
             ),
             (
                 Action::Rollback,
