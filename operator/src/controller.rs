@@ -71,7 +71,6 @@ pub struct Context {
     memories: Mutex<HashMap<ObjectRef<Trigger>, Remembered>>,
 }
 
-#[derive(Default)]
 struct Remembered {
     memory: Memory,
     /// Passes in a row that failed.
@@ -84,6 +83,19 @@ struct Remembered {
     due: Duration,
     /// The move that is under way, and since when.
     moving: Option<(u32, Instant)>,
+}
+
+impl Default for Remembered {
+    fn default() -> Self {
+        Self {
+            memory: Memory::default(),
+            failures: 0,
+            transient: 0,
+            worded: None,
+            due: AT_LEAST_EVERY,
+            moving: None,
+        }
+    }
 }
 
 impl Remembered {
@@ -135,7 +147,6 @@ impl Context {
         // The same object is never worked on twice at once.
         let mut remembered = self.memories().remove(&key).unwrap_or_default();
         remembered.memory.forget_before(generation);
-        remembered.due = AT_LEAST_EVERY;
         let begun = Instant::now();
         let work = Box::pin(self.work(namespace, name, &mut remembered));
         let result = match timeout(PASS_LIMIT, work).await {
@@ -171,6 +182,7 @@ impl Context {
             return Ok(None);
         };
         let plan = decide(&look.object.spec, &look.seen, Timestamp::now());
+        remembered.due = plan.requeue;
         if let Some(status) = plan.status {
             let object = self.writer.record(&look, status).await?;
             let recorded = object.status.clone().unwrap_or_default();
@@ -181,7 +193,6 @@ impl Context {
         }
         let done = self.act(&mut look, &plan.actions, remembered).await;
         self.tell(&look, &plan.events).await;
-        remembered.due = plan.requeue;
         let refused = done?;
         let status = &look.seen.status;
         remembered.memory.known = Some((status.phase, status.attempt));

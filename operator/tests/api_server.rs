@@ -294,6 +294,8 @@ impl World {
                     "queue": {"secretRef": {"name": "queue"}},
                     "marketData": {"secretRef": {"name": "redis"}},
                 },
+                // What the schema's defaults make of no status.
+                "status": {"attempt": 0, "epoch": 0, "observedGeneration": 0, "phase": "Pending"},
             }),
         );
         drop(server);
@@ -1578,6 +1580,26 @@ async fn what_cannot_be_put_right_at_rest_is_tried_once_a_minute() {
     }
     let wait = world.context.after("prod", "exchange", &error.unwrap());
     assert!(wait > Duration::from_secs(20), "{wait:?}");
+}
+
+/// What is not written then are the Services: clients wait for it.
+#[tokio::test]
+async fn a_swap_that_cannot_be_read_or_recorded_is_looked_at_as_soon_as_one_that_can() {
+    let record = format!("PUT {OBJECT}/status");
+    for (passes, broken) in [(1, "GET services"), (0, record.as_str())] {
+        let world = World::tested().await;
+        for _ in 0..passes {
+            world.pass().await.0.unwrap();
+            assert_eq!(world.get(OBJECT)["status"]["phase"], "Promoting");
+        }
+        world.server.lock().unwrap().broken = Some((broken.to_owned(), StatusCode::INTERNAL_SERVER_ERROR));
+        let mut error = None;
+        for _ in 0..12 {
+            error = world.pass().await.0.err();
+        }
+        let wait = world.context.after("prod", "exchange", &error.unwrap());
+        assert!(wait <= Duration::from_secs(5), "{broken}: {wait:?}");
+    }
 }
 
 /// Once it counts as what cannot be written, the pass that waits for its answer in vain does the rest.
