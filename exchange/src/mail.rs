@@ -1,7 +1,8 @@
 //! E-mail: notifications of live users, sent by SMTP when it is configured.
 //!
 //! An e-mail cannot be taken back or sent in a transaction, so it is sent at least once: a crash between the
-//! server's answer and our mark sends it again, under the same `Message-ID`, by which mailboxes drop the second.
+//! server's answer and our mark sends it again, under the same `Message-ID`, by which mailboxes drop the second. So does a
+//! server that has not answered two seconds after its stack was told to stop.
 
 use std::{collections::VecDeque, fmt::Display, path::PathBuf, time::Duration};
 
@@ -20,7 +21,7 @@ use percent_encoding::percent_decode_str;
 use reqwest::Url;
 use secrecy::ExposeSecret;
 use sqlx::PgPool;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 use uuid::Uuid;
@@ -42,6 +43,8 @@ const MAX_ATTEMPTS: i32 = 8;
 /// For how long e-mails are taken: longer than sending a batch to the slowest server that is still waited for. Those of a process
 /// that has died are free again then.
 const TAKEN_FOR: Duration = Duration::from_mins(5);
+/// How long an e-mail that is under way when we are told to stop may take: given back, it would be sent twice.
+const UNDER_WAY: Duration = Duration::from_secs(2);
 
 /// How e-mail is sent.
 #[derive(Clone, Debug)]
@@ -116,7 +119,7 @@ async fn send_due(
         return Ok(0);
     }
     // Before any is taken: what the server has against us is nothing that an e-mail should be given up for.
-    let mut server = answer(stop, connect(config)).await??;
+    let mut server = answer(stop, Duration::ZERO, connect(config)).await??;
     // Taken by moving the due time: no transaction stays open while the mail server thinks.
     let mut due: VecDeque<Due> = sqlx::query_as(
         "with taken as (
@@ -144,11 +147,11 @@ async fn send_due(
     }
     sent?;
     // It has taken them, however it takes leave.
-    let _ = answer(stop, server.quit()).await;
+    let _ = answer(stop, Duration::ZERO, server.quit()).await;
     Ok(taken)
 }
 
-/// Sends e-mails. Those that are left have not been tried.
+/// Sends e-mails, until told to stop. Those that are left have not been sent, as far as we know.
 async fn send(
     db: &PgPool,
     config: &MailConfig,
@@ -158,6 +161,9 @@ async fn send(
     due: &mut VecDeque<Due>,
 ) -> Result<(), MailError> {
     while let Some(email) = due.front().cloned() {
+        if stop.is_cancelled() {
+            return Err(MailError::Stopped);
+        }
         // Only now: while others were sent the user may have gone.
         let address: Option<Option<String>> = sqlx::query_scalar("select email from users where id = $1")
             .bind(email.user_id)
@@ -173,10 +179,10 @@ async fn send(
             continue;
         };
         if server.has_broken() {
-            *server = answer(stop, connect(config)).await??;
+            *server = answer(stop, Duration::ZERO, connect(config)).await??;
         }
         let content = message.formatted();
-        let answered = answer(stop, server.send(message.envelope(), &content)).await;
+        let answered = answer(stop, UNDER_WAY, server.send(message.envelope(), &content)).await;
         if matches!(answered, Err(MailError::Silent(_))) {
             // Perhaps it is this one that it cannot take: others come first.
             if email.attempts + 1 >= MAX_ATTEMPTS {
@@ -222,7 +228,7 @@ async fn put_off(db: &PgPool, email: &Due) -> Result<(), sqlx::Error> {
     .map(|_| ())
 }
 
-/// Makes e-mails due again that have not been tried.
+/// Makes e-mails due again that have not been sent.
 async fn give_back(db: &PgPool, emails: &VecDeque<Due>) -> Result<(), sqlx::Error> {
     let (users, seqs): (Vec<Uuid>, Vec<i64>) = emails.iter().map(|email| (email.user_id, email.seq)).unzip();
     sqlx::query(
@@ -236,17 +242,24 @@ async fn give_back(db: &PgPool, emails: &VecDeque<Due>) -> Result<(), sqlx::Erro
     .map(|_| ())
 }
 
-/// What the mail server answers, unless it takes too long or we are told to stop. An e-mail that it takes meanwhile is sent
-/// once more.
+/// What the mail server answers, unless it takes too long, or longer than this after we are told to stop. An e-mail that it takes
+/// after that is sent once more.
 fn answer<T>(
     stop: &CancellationToken,
+    patience: Duration,
     call: impl Future<Output = T>,
 ) -> impl Future<Output = Result<T, MailError>> {
     // Not within the future: it is large.
     let call = Box::pin(call);
     async move {
-        let answer = stop.run_until_cancelled(timeout(TIMEOUT, call)).await;
-        Ok(answer.ok_or(MailError::Stopped)??)
+        let stopped = async {
+            stop.cancelled().await;
+            sleep(patience).await;
+        };
+        tokio::select! {
+            answer = timeout(TIMEOUT, call) => Ok(answer?),
+            () = stopped => Err(MailError::Stopped),
+        }
     }
 }
 

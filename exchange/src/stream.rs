@@ -282,6 +282,10 @@ impl Follower {
                 },
                 Next::Wait => {
                     let heartbeat = self.wait().await;
+                    // Whoever has to leave does not ask a database that may be away.
+                    if self.must_end() {
+                        continue;
+                    }
                     self.state = self.page().await;
                     if heartbeat {
                         return Some(Event::default().comment(""));

@@ -120,6 +120,14 @@ async fn say(connection: &mut (impl AsyncWrite + Unpin), line: &str) -> std::io:
 }
 
 impl Mailroom {
+    /// Waits as long as this is not answered.
+    async fn answers(&self, line: &str) {
+        let silent = |&(refused, words): &Refusal| words.is_empty() && line.starts_with(refused);
+        while self.refuses.lock().unwrap().as_ref().is_some_and(silent) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// Talks until the client leaves, or asks for encryption: then the connection is given back.
     async fn converse<C: AsyncRead + AsyncWrite + Unpin>(
         &self,
@@ -131,10 +139,7 @@ impl Mailroom {
             if connection.read_line(&mut line).await? == 0 {
                 return Ok(None);
             }
-            let silent = |&(refused, words): &Refusal| words.is_empty() && line.starts_with(refused);
-            while self.refuses.lock().unwrap().as_ref().is_some_and(silent) {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
+            self.answers(&line).await;
             let refusal = *self.refuses.lock().unwrap();
             let answer = match line.split([' ', '\r']).next().unwrap_or_default() {
                 word if refusal.is_some_and(|(refused, _)| refused == word) => refusal.unwrap().1,
@@ -165,6 +170,7 @@ impl Mailroom {
                         }
                     }
                     self.received.lock().unwrap().push(mail);
+                    self.answers(".").await;
                     "250 taken"
                 }
                 "QUIT" => "221 bye",
@@ -410,6 +416,27 @@ async fn who_is_told_to_stop_does_not_wait_for_a_silent_mail_server() {
     service.signal("TERM");
     let log = service.logged("no longer consuming live messages", 1).await;
     assert!(!log.contains("the mail server has not answered"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mail_that_is_under_way_when_its_stack_is_told_to_stop_is_not_sent_twice() {
+    let post = Post::new().await;
+    post.refuse((".", ""));
+    let service = post.service().await;
+    post.trade(100).await;
+    eventually("the server has a mail that it has not answered", || async {
+        (post.sink.received().len() == 1).then_some(())
+    })
+    .await;
+    service.signal("TERM");
+    service.logged("terminating", 1).await;
+    post.refuse(None);
+    service.logged("no longer consuming live messages", 1).await;
+    assert_eq!(post.sink.received().len(), 1);
+    // The other one is the successor's, and nothing else.
+    let _successor = post.service().await;
+    none_waits(&post.stores).await;
+    assert_eq!(post.sink.received().len(), 2, "{:?}", post.sink.received());
 }
 
 #[tokio::test(flavor = "multi_thread")]

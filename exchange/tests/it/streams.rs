@@ -196,6 +196,12 @@ async fn draining_ends_streams_at_an_event_and_stops_consuming() {
     assert_eq!(stream.notification().await["id"], 1);
     stores.settled("live").await;
 
+    // A database that does not answer keeps nobody.
+    let mut silent = stores.owner.begin().await.unwrap();
+    sqlx::query("lock table sessions in access exclusive mode")
+        .execute(&mut *silent)
+        .await
+        .unwrap();
     live.store(false, Ordering::Relaxed);
     eventually("the stack drains", || async {
         let stack: Value = service.admin("/stack").await.json().await.unwrap();
@@ -209,6 +215,7 @@ async fn draining_ends_streams_at_an_event_and_stops_consuming() {
         "{:?}",
         draining.elapsed()
     );
+    silent.rollback().await.unwrap();
 
     eventually("it consumes nothing", || async {
         let stack: Value = service.admin("/stack").await.json().await.unwrap();
