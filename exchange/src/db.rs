@@ -16,9 +16,10 @@ use crate::config::StoreUrl;
 /// trip per request.
 const TRUSTED_IDLE: Duration = Duration::from_secs(5);
 
-/// How long a request waits for a connection: as long as a statement may take. What has waited for so long on a machine that
-/// has too much to do would have been answered a moment later; whoever gets 503 for it has to come again.
-const CONNECTION_IN: Duration = Duration::from_secs(10);
+/// How long a request waits for a connection. On a machine that has too much to do it is answered a moment later, and would
+/// otherwise have to come again. Less than clients wait for an answer, such as those of the smoke test ([`crate::trader`]): they
+/// are told that the database is away.
+const CONNECTION_IN: Duration = Duration::from_secs(8);
 
 /// How often the file with the URL is looked at: less than a request waits for a connection.
 const CREDENTIALS_POLL: Duration = Duration::from_secs(1);
