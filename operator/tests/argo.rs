@@ -37,18 +37,20 @@ fn yaml(path: &str) -> Value {
     serde_yaml::from_str(&text(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// Runs a script as Argo CD does: the object is `obj`, and of Lua's libraries there are the base and `table` alone.
+/// Runs a script that ends well.
 fn run(script: &str, object: &Value) -> Value {
+    attempt(script, object).unwrap_or_else(|error| panic!("{script}: {error}"))
+}
+
+/// Runs a script as Argo CD does: the object is `obj`, and of Lua's libraries there are the base and `table` alone.
+fn attempt(script: &str, object: &Value) -> mlua::Result<Value> {
     let lua = Lua::new_with(StdLib::TABLE, LuaOptions::default()).unwrap();
     let absent = SerializeOptions::new().serialize_unit_to_null(false);
     lua.globals()
         .set("obj", lua.to_value_with(object, absent).unwrap())
         .unwrap();
-    let result: mlua::Value = lua
-        .load(text(script))
-        .eval()
-        .unwrap_or_else(|error| panic!("{script}: {error}"));
-    lua.from_value(result).unwrap()
+    let result: mlua::Value = lua.load(text(script)).eval()?;
+    Ok(lua.from_value(result).unwrap())
 }
 
 /// An object, checked to be one that the operator itself can read.
@@ -181,6 +183,29 @@ fn actions_are_offered_when_they_make_sense() {
             assert_eq!(&offered[name]["disabled"], disabled, "{path}: {name}");
         }
     }
+}
+
+/// Argo CD runs what is asked for, also what its menu does not offer.
+#[test]
+fn an_action_that_is_not_offered_is_refused() {
+    let mut refusals = BTreeSet::new();
+    for path in snapshots() {
+        let object = object(&path);
+        let offered = run("actions/discovery.lua", &object);
+        for (name, offered) in offered.as_object().unwrap() {
+            let done = attempt(&format!("actions/{name}/action.lua"), &object);
+            assert_eq!(done.is_err(), offered["disabled"] == true, "{name} {path}");
+            if let Err(error) = done {
+                let told = error.to_string();
+                assert!(
+                    told.contains(" now") || told.contains("paused"),
+                    "{name} {path}: {told}"
+                );
+                refusals.insert(name.clone());
+            }
+        }
+    }
+    assert_eq!(refusals.len(), 6, "{refusals:?}");
 }
 
 /// The whole object comes back with its annotations changed and nothing else.

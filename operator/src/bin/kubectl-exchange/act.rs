@@ -50,6 +50,19 @@ pub(crate) struct Request {
     pub(crate) effect: String,
 }
 
+impl Request {
+    /// The same, if it is about the stack and attempt that somebody means.
+    pub(crate) fn about(self, stack: Option<&str>) -> Result<Self, Refusal> {
+        match stack {
+            Some(stack) if stack != self.value => Err(format!(
+                "it would be about {}, and not {stack}: look again",
+                self.value
+            )),
+            _ => Ok(self),
+        }
+    }
+}
+
 /// Why there is nothing to ask for: a sentence.
 pub(crate) type Refusal = String;
 
@@ -328,6 +341,19 @@ mod tests {
                 expected.map(str::to_owned).map_err(str::to_owned),
                 "{action:?} {name}"
             );
+        }
+    }
+
+    #[test]
+    fn what_has_taken_the_place_of_what_somebody_means_is_not_hit() {
+        let approval =
+            |stack| request(Action::Promote, &object("awaiting_promotion")).and_then(|it| it.about(stack));
+        for stack in [None, Some("r1.2")] {
+            assert_eq!(approval(stack).map(|it| it.value), Ok("r1.2".to_owned()));
+        }
+        for other in ["r1.1", "r0.2", "r1"] {
+            let refusal = format!("it would be about r1.2, and not {other}: look again");
+            assert_eq!(approval(Some(other)), Err(refusal));
         }
     }
 

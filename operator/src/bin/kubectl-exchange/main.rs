@@ -87,15 +87,15 @@ enum Command {
     /// What was live when, how it ended, who acted.
     History(Name),
     /// Approve the candidate that has passed its gates.
-    Promote(Name),
+    Promote(Ask),
     /// Give the candidate up before its swap. What is live is not touched.
-    Abort(Name),
+    Abort(Ask),
     /// Go back to the stack that was live before.
-    Rollback(Name),
+    Rollback(Ask),
     /// Try again what was given up.
-    Retry(Name),
+    Retry(Ask),
     /// Start nothing new: deadlines and retention stand still.
-    Pause(Name),
+    Pause(Ask),
     /// End a pause.
     Resume(Name),
 }
@@ -104,6 +104,16 @@ enum Command {
 struct Name {
     /// Name of the ExchangeDeployment. Without it: the only one of the namespace.
     name: Option<String>,
+}
+
+#[derive(Args)]
+struct Ask {
+    #[command(flatten)]
+    name: Name,
+    /// The stack and attempt that you have looked at, `<revision>.<attempt>` as `status` shows it: refused if it would be about
+    /// another one by now. Without it: what is there at this moment.
+    #[arg(long)]
+    stack: Option<String>,
 }
 
 #[derive(Args)]
@@ -170,12 +180,12 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             print(&view::explain(&object, &view, Timestamp::now()))?;
         }
         Command::History(Name { name }) => print(&view::history(&cluster.object(name.as_deref()).await?))?,
-        Command::Promote(Name { name }) => cluster.ask(Action::Promote, name.as_deref()).await?,
-        Command::Abort(Name { name }) => cluster.ask(Action::Abort, name.as_deref()).await?,
-        Command::Rollback(Name { name }) => cluster.ask(Action::Rollback, name.as_deref()).await?,
-        Command::Retry(Name { name }) => cluster.ask(Action::Retry, name.as_deref()).await?,
-        Command::Pause(Name { name }) => cluster.ask(Action::Pause, name.as_deref()).await?,
-        Command::Resume(Name { name }) => cluster.ask(Action::Resume, name.as_deref()).await?,
+        Command::Promote(ask) => cluster.ask(Action::Promote, &ask).await?,
+        Command::Abort(ask) => cluster.ask(Action::Abort, &ask).await?,
+        Command::Rollback(ask) => cluster.ask(Action::Rollback, &ask).await?,
+        Command::Retry(ask) => cluster.ask(Action::Retry, &ask).await?,
+        Command::Pause(ask) => cluster.ask(Action::Pause, &ask).await?,
+        Command::Resume(name) => cluster.ask(Action::Resume, &Ask { name, stack: None }).await?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -334,10 +344,11 @@ impl Cluster {
 
     // ---- actions ----------------------------------------------------------------------------------------------
 
-    async fn ask(&self, action: Action, name: Option<&str>) -> anyhow::Result<()> {
-        let object = self.object(name).await?;
+    async fn ask(&self, action: Action, ask: &Ask) -> anyhow::Result<()> {
+        let object = self.object(ask.name.name.as_deref()).await?;
         let name = object.name_any();
-        let request = match act::request(action, &object) {
+        let request = act::request(action, &object);
+        let request = match request.and_then(|it| it.about(ask.stack.as_deref())) {
             Ok(request) => request,
             Err(refusal) => bail!("{} makes no sense now: {refusal}", action.word()),
         };

@@ -1,5 +1,11 @@
 -- Goes on after a pause. Emptied, not removed: Argo CD takes a table that has become empty for unchanged.
-obj.metadata.annotations["exchange.dev/pause"] = ""
+local status = obj.status or {}
+-- Argo CD does not ask discovery.lua before it runs this: the menu may be old, or there was none.
+local annotations = obj.metadata.annotations or {}
+if (annotations["exchange.dev/pause"] or "") == "" or status.stoppedSince == nil then
+  error("it is not paused")
+end
+annotations["exchange.dev/pause"] = ""
 -- Kubernetes sees Argo CD here, not the person: a signature would be somebody else's.
 obj.metadata.annotations["exchange.dev/by"] = nil
 return obj

@@ -1,8 +1,17 @@
 -- Leaves the stack that is live, or is just becoming so, for the one before it.
-local stack = obj.status.live
-if obj.status.phase == "Promoting" then
-  stack = obj.status.candidate
+local status = obj.status or {}
+-- Argo CD does not ask discovery.lua before it runs this: the menu may be old, or there was none.
+local turns = status.phase == "Promoting" and status.candidate ~= nil
+local way_back = turns
+for _, condition in ipairs(status.conditions or {}) do
+  if condition.type == "RollbackAvailable" and condition.status == "True" then
+    way_back = true
+  end
 end
+if not way_back then
+  error("there is no way back in one step now")
+end
+local stack = turns and status.candidate or status.live
 obj.metadata.annotations = obj.metadata.annotations or {}
 obj.metadata.annotations["exchange.dev/rollback"] = stack.revision .. "." .. stack.attempt
 -- Kubernetes sees Argo CD here, not the person: a signature would be somebody else's.
