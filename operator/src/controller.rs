@@ -16,7 +16,7 @@ use kube::{
     api::{ObjectMeta, PartialObjectMeta},
     runtime::{
         Controller, WatchStreamExt,
-        controller::{Action, Config},
+        controller::{self, Action, Config},
         events::{Event, EventType, Recorder, Reporter},
         reflector::{self, ObjectRef},
     },
@@ -191,6 +191,8 @@ impl Context {
             look.object = object;
             self.note(&old, &look.seen.status);
         }
+        let conditions = &look.seen.status.conditions;
+        self.metrics.conditions(namespace, name, conditions);
         let done = self.act(&mut look, &plan.actions, remembered).await;
         self.tell(&look, &plan.events).await;
         let refused = done?;
@@ -336,6 +338,12 @@ impl Context {
         wait.mul_f64(rand::random_range(0.5..1.0))
     }
 
+    /// There is no such object any more.
+    fn forget(&self, namespace: &str, name: &str) {
+        self.memories().remove(&ObjectRef::new(name).within(namespace));
+        self.metrics.forget(namespace, name);
+    }
+
     fn memories(&self) -> std::sync::MutexGuard<'_, HashMap<ObjectRef<Trigger>, Remembered>> {
         self.memories.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -359,7 +367,7 @@ fn complain(error: &Error, class: Class) {
 pub async fn run(watches: Watches, context: Arc<Context>, stop: CancellationToken) {
     let labels = format!("app.kubernetes.io/managed-by={MANAGER}");
     let (reader, writer) = reflector::store();
-    let (listed, stopped) = (reader.clone(), stop.clone());
+    let (listed, stopped, of_objects) = (reader.clone(), stop.clone(), Arc::clone(&context));
     let objects = watches
         .events::<ExchangeDeployment>("ExchangeDeployment", "")
         .map(Ok)
@@ -374,8 +382,13 @@ pub async fn run(watches: Watches, context: Arc<Context>, stop: CancellationToke
         .reconcile_on(watches.owners::<EndpointSlice>("EndpointSlice", &labels))
         .graceful_shutdown_on(stop.cancelled_owned())
         .run(reconcile, after, context)
-        // Each pass has said itself what was wrong; the rest is about objects that are gone.
-        .for_each(|_| future::ready(()));
+        // Each pass has said itself what was wrong.
+        .for_each(|passed| {
+            if let Err(controller::Error::ObjectNotFound(gone)) = passed {
+                of_objects.forget(gone.namespace.as_deref().unwrap_or_default(), &gone.name);
+            }
+            future::ready(())
+        });
     // Before the first list has come no pass is under way, and the controller would wait for the list.
     let before_its_begin = async {
         stopped.cancelled().await;

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use prometheus_client::{
     encoding::{EncodeLabelSet, text},
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
@@ -13,6 +14,9 @@ use prometheus_client::{
 };
 
 use crate::{error::Class, plan::Intent, status::Phase};
+
+/// The conditions of objects that are told.
+const TOLD: [&str; 3] = ["Ready", "Available", "Stalled"];
 
 /// The metrics of a process. Clones share them.
 #[derive(Clone, Debug)]
@@ -26,6 +30,7 @@ pub struct Metrics {
     watch_ages: Family<WatchLabels, Gauge>,
     watch_errors: Family<WatchLabels, Counter>,
     leader: Gauge,
+    conditions: Family<ConditionLabels, Gauge>,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -52,6 +57,13 @@ struct SwapLabels {
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct WatchLabels {
     kind: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ConditionLabels {
+    namespace: String,
+    name: String,
+    condition: &'static str,
 }
 
 impl Metrics {
@@ -91,6 +103,12 @@ impl Metrics {
         );
         registry.register("watch_errors", "Errors of watches", watch_errors.clone());
         registry.register("leader", "1 in the operator that works", leader.clone());
+        let conditions = Family::default();
+        registry.register(
+            "condition",
+            "1 while a condition of an ExchangeDeployment is true, 0 while it is not; of the operator that works",
+            conditions.clone(),
+        );
         Self {
             registry: Arc::new(Mutex::new(registry)),
             reconciles,
@@ -101,6 +119,7 @@ impl Metrics {
             watch_ages,
             watch_errors,
             leader,
+            conditions,
         }
     }
 
@@ -161,9 +180,41 @@ impl Metrics {
         self.watch_errors.get_or_create(&WatchLabels { kind }).inc();
     }
 
-    /// Whether this process works.
+    /// Whether this process works. Who does not any more knows of no object.
     pub fn leads(&self, leads: bool) {
         self.leader.set(i64::from(leads));
+        if !leads {
+            self.conditions.clear();
+        }
+    }
+
+    /// What an object's conditions say, of those that somebody may want to be woken for.
+    pub fn conditions(&self, namespace: &str, name: &str, conditions: &[Condition]) {
+        for Condition { type_, status, .. } in conditions {
+            if let Some(condition) = TOLD.into_iter().find(|told| told == type_) {
+                let labels = ConditionLabels::of(namespace, name, condition);
+                let is = i64::from(status == "True");
+                self.conditions.get_or_create(&labels).set(is);
+            }
+        }
+    }
+
+    /// An object is gone.
+    pub fn forget(&self, namespace: &str, name: &str) {
+        for condition in TOLD {
+            self.conditions
+                .remove(&ConditionLabels::of(namespace, name, condition));
+        }
+    }
+}
+
+impl ConditionLabels {
+    fn of(namespace: &str, name: &str, condition: &'static str) -> Self {
+        Self {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            condition,
+        }
     }
 }
 
@@ -183,6 +234,9 @@ fn minutes() -> Histogram {
 
 #[cfg(test)]
 mod tests {
+    use jiff::Timestamp;
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
     use super::*;
 
     #[test]
@@ -216,5 +270,49 @@ mod tests {
         metrics.watch_ages(&[]);
         let page = metrics.encode().unwrap();
         assert!(!page.contains("watch_age_seconds{"), "{page}");
+    }
+
+    #[test]
+    fn of_objects_that_are_gone_and_of_who_does_not_lead_nothing_is_told() {
+        let metrics = Metrics::new();
+        let told = || {
+            let page = metrics.encode().unwrap();
+            let lines = page.lines().filter(|line| line.contains("condition{"));
+            let mut lines: Vec<_> = lines.map(ToOwned::to_owned).collect();
+            lines.sort();
+            lines
+        };
+        let line = |name: &str, condition: &str, is: u8| {
+            format!(
+                "exchange_operator_condition{{namespace=\"prod\",name=\"{name}\",condition=\"{condition}\"}} {is}"
+            )
+        };
+        let condition = |kind: &str, status: &str| Condition {
+            type_: kind.to_owned(),
+            status: status.to_owned(),
+            last_transition_time: Time(Timestamp::UNIX_EPOCH),
+            message: String::new(),
+            observed_generation: None,
+            reason: String::new(),
+        };
+        metrics.conditions(
+            "prod",
+            "a",
+            &[
+                condition("Ready", "True"),
+                condition("Stalled", "False"),
+                condition("SchemaReady", "True"),
+            ],
+        );
+        metrics.conditions("prod", "b", &[condition("Available", "True")]);
+        let of_b = line("b", "Available", 1);
+        assert_eq!(
+            told(),
+            [line("a", "Ready", 1), line("a", "Stalled", 0), of_b.clone()]
+        );
+        metrics.forget("prod", "a");
+        assert_eq!(told(), [of_b]);
+        metrics.leads(false);
+        assert_eq!(told(), Vec::<String>::new());
     }
 }
