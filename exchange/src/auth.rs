@@ -400,11 +400,19 @@ impl Keys {
         if read_at.is_some_and(|at| at > asked) {
             return Ok(());
         }
+        // Nor does anybody try in vain after somebody who has: that takes as long as one waits for a connection.
+        if self.failed_at.lock().await.is_some_and(|at| at > asked) {
+            return Err(ApiError::unavailable("the signing keys could not be read"));
+        }
         if let Some(at) = read_at {
             tokio::time::sleep_until(at + REFETCH_AFTER).await;
         }
         let began = Instant::now();
-        self.store(read_keys(&self.db).await?, began).await
+        let rows = read_keys(&self.db).await;
+        if rows.is_err() {
+            *self.failed_at.lock().await = Some(Instant::now());
+        }
+        self.store(rows?, began).await
     }
 
     /// Keeps what a read that began then has found.

@@ -7,6 +7,7 @@ use sqlx::{
     Connection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -15,6 +16,9 @@ use crate::config::StoreUrl;
 /// How long a connection may idle in the pool before it is tried before use. Trying each time would cost a round
 /// trip per request.
 const TRUSTED_IDLE: Duration = Duration::from_secs(5);
+
+/// How long a connection may take to show that it is alive: from a database host that has gone without a word nothing comes.
+const TRIED_IN: Duration = Duration::from_secs(2);
 
 /// How long a request waits for a connection. On a machine that has too much to do it is answered a moment later, and would
 /// otherwise have to come again. Less than clients wait for an answer, such as those of the smoke test ([`crate::trader`]): they
@@ -33,7 +37,12 @@ pub fn pool(database: &StoreUrl, connections: u32, application_name: &str) -> an
         .idle_timeout(Duration::from_mins(5))
         .test_before_acquire(false)
         .before_acquire(|connection, meta| {
-            Box::pin(async move { Ok(meta.idle_for < TRUSTED_IDLE || connection.ping().await.is_ok()) })
+            Box::pin(async move {
+                if meta.idle_for < TRUSTED_IDLE {
+                    return Ok(true);
+                }
+                Ok(matches!(timeout(TRIED_IN, connection.ping()).await, Ok(Ok(()))))
+            })
         })
         .connect_lazy_with(options);
     Ok(pool)

@@ -33,8 +33,13 @@ impl Limit {
         }
     }
 
-    /// Begins an attempt.
+    /// Begins an attempt. In a task of its own: who hangs up meanwhile leaves none behind that nobody ends.
     pub async fn begin(self, db: &PgPool) -> Result<Attempt, ApiError> {
+        let beginning = tokio::spawn(self.begin_now(db.clone()));
+        beginning.await.map_err(ApiError::internal)?
+    }
+
+    async fn begin_now(self, db: PgPool) -> Result<Attempt, ApiError> {
         let window_ends_at = sqlx::query_scalar(
             "insert into rate_limits as known (key, attempts, window_ends_at)
              values ($1, 1, now() + make_interval(secs => $2))
@@ -48,13 +53,13 @@ impl Limit {
         .bind(&self.key)
         .bind(WINDOW.as_secs_f64())
         .bind(self.allowed)
-        .fetch_optional(db)
+        .fetch_optional(&db)
         .await?;
         if let Some(window_ends_at) = window_ends_at {
             return Ok(Attempt {
                 limit: self,
                 window_ends_at,
-                db: db.clone(),
+                db,
                 over: false,
             });
         }
@@ -66,7 +71,7 @@ impl Limit {
         .bind(&self.key)
         .bind(&self.counted)
         .bind(self.allowed)
-        .fetch_optional(db)
+        .fetch_optional(&db)
         .await?;
         let wait = seconds.map_or(SOON, |seconds| Duration::from_secs_f64(seconds.max(1.0).ceil()));
         Err(ApiError::from(TOO_MANY_REQUESTS).retry_after(wait))

@@ -1,8 +1,8 @@
 //! E-mail: notifications of live users, sent by SMTP when it is configured.
 //!
 //! An e-mail cannot be taken back or sent in a transaction, so it is sent at least once: a crash between the
-//! server's answer and our mark sends it again, under the same `Message-ID`, by which mailboxes drop the second. So does a
-//! server that has not answered two seconds after its stack was told to stop.
+//! server's answer and our mark, or a database that breaks there, sends it again, under the same `Message-ID`, by which
+//! mailboxes drop the second. So does a server that has not answered two seconds after its stack was told to stop.
 
 use std::{collections::VecDeque, fmt::Display, path::PathBuf, time::Duration};
 
@@ -196,8 +196,11 @@ async fn send(
         }
         match answered? {
             Ok(_) => {
-                forget(db, &email).await?;
+                // Whatever becomes of the mark, it is not given back.
+                due.pop_front();
                 metrics.emails_sent.inc();
+                forget(db, &email).await?;
+                continue;
             }
             Err(cause) if is_final(&cause) || email.attempts + 1 >= MAX_ATTEMPTS => {
                 error!(user.id = %email.user_id, error.message = reason(&cause), "an e-mail was given up");

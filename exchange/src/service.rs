@@ -51,6 +51,9 @@ const CHECK_EVERY: Duration = migrate::ANNOUNCE_EVERY;
 /// The same while it is not as this process needs it.
 const RETRY_EVERY: Duration = Duration::from_millis(500);
 
+/// How long a look may take: longer than PostgreSQL lets it.
+const LOOK: Duration = Duration::from_secs(20);
+
 /// Whether the stores beside the database can be reached; the message says which cannot.
 pub type Reach = Box<dyn Fn() -> BoxFuture<'static, anyhow::Result<()>> + Send + Sync>;
 
@@ -227,6 +230,9 @@ async fn watch_stores(
                 }
                 Ok::<_, sqlx::Error>(verdict)
             };
+            // A database host that has gone without a word never answers.
+            let seen = tokio::time::timeout(LOOK, seen);
+            let seen = async { seen.await.map_err(|late| sqlx::Error::Io(late.into()))? };
             let others = async {
                 if reached {
                     return Ok(());

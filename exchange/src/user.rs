@@ -1,7 +1,7 @@
 //! The user service: registration, passwords and test lanes; `session` and `personal` have the rest.
 //!
-//! Nobody learns from it whether an e-mail address is registered: the answers to a registration, and those to a failed
-//! log-in, are the same in status, text and time for known and unknown addresses.
+//! The answers to a registration, and those to a failed log-in, are the same in status, text and time for known and unknown
+//! e-mail addresses. Whoever takes a free one learns that it was: nobody confirms that it is theirs.
 
 use std::{collections::HashSet, time::Duration};
 

@@ -11,7 +11,10 @@ use std::{
 
 use sqlx::PgPool;
 use time::OffsetDateTime;
-use tokio::{sync::oneshot, time::Instant};
+use tokio::{
+    sync::oneshot,
+    time::{Instant, timeout},
+};
 use uuid::Uuid;
 
 use crate::{
@@ -40,6 +43,10 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long one of those orders is tried again: not after it has waited for an account.
 const PATIENCE_ALONE: Duration = Duration::from_millis(500);
+
+/// For a transaction, with the wait for a connection: longer than PostgreSQL lets it take. A database host that has gone without a
+/// word would keep its book from being worked on for ever.
+const CALL: Duration = Duration::from_secs(20);
 
 /// What the settlement function says of an order that belongs into the next transaction.
 const DEFERRED: &str = "deferred";
@@ -271,7 +278,8 @@ impl Books {
     ) -> Result<Vec<Settled>, sqlx::Error> {
         let mut attempt = 1;
         loop {
-            match self.call(book, batch).await {
+            let called = timeout(CALL, self.call(book, batch)).await;
+            match called.unwrap_or_else(|late| Err(sqlx::Error::Io(late.into()))) {
                 // A client order id was used at this moment in another book; next time it is found there.
                 Err(error)
                     if attempt < ATTEMPTS

@@ -120,40 +120,58 @@ async fn tls_is_verified_and_a_new_password_is_picked_up() {
     }
 }
 
-/// Stands between a service and its database, and can be cut.
-struct Wire {
+/// Stands between a service and its database, and can be cut, or fall silent.
+pub(crate) struct Wire {
     port: u16,
     connected: watch::Sender<bool>,
+    /// When it changes nothing comes through any more, for ever, on the connections that are open.
+    silent: watch::Sender<()>,
 }
 
 impl Wire {
-    async fn to(database: &Database) -> Self {
+    pub(crate) async fn to(database: &Database) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let url: reqwest::Url = database.app_url.parse().unwrap();
         let target = ("127.0.0.1", url.port().unwrap());
         let (connected, state) = watch::channel(true);
+        let (silent, speech) = watch::channel(());
         tokio::spawn(async move {
             loop {
                 let (mut client, _) = listener.accept().await.unwrap();
-                let mut state = state.clone();
+                let (mut state, mut speech) = (state.clone(), speech.clone());
+                speech.mark_unchanged();
                 tokio::spawn(async move {
                     let pipe = async {
                         let mut server = TcpStream::connect(target).await?;
                         copy_bidirectional(&mut client, &mut server).await
                     };
-                    tokio::select! {
-                        _ = pipe => {}
-                        _ = state.wait_for(|connected| !connected) => {}
+                    let silent = tokio::select! {
+                        _ = pipe => false,
+                        _ = state.wait_for(|connected| !connected) => false,
+                        _ = speech.changed() => true,
+                    };
+                    if silent {
+                        // With the client's connection open.
+                        std::future::pending::<()>().await;
                     }
                 });
             }
         });
-        Self { port, connected }
+        Self {
+            port,
+            connected,
+            silent,
+        }
+    }
+
+    /// As if the database's host had gone without a word, and another had its address.
+    pub(crate) fn falls_silent(&self) {
+        self.silent.send_replace(());
     }
 
     /// The same database, through this wire.
-    fn through(&self, database: &Database) -> Database {
+    pub(crate) fn through(&self, database: &Database) -> Database {
         let mut url: reqwest::Url = database.app_url.parse().unwrap();
         url.set_port(Some(self.port)).unwrap();
         Database {

@@ -336,6 +336,45 @@ async fn who_gets_no_answer_has_not_failed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_hangs_up_while_an_attempt_begins_leaves_none() {
+    let exchange = Exchange::start(&[]).await;
+    exchange.register("bob@example.org").await;
+    let (service, owner) = (&exchange.service, exchange.database.owner().await);
+    let attempts = async || -> i64 {
+        let all = sqlx::query_scalar("select coalesce(sum(attempts), 0) from rate_limits");
+        all.fetch_one(&owner).await.unwrap()
+    };
+    let before = attempts().await;
+    let mut locked = owner.begin().await.unwrap();
+    sqlx::query("lock table rate_limits in exclusive mode")
+        .execute(&mut *locked)
+        .await
+        .unwrap();
+    let waiting = async |number: i64| {
+        eventually(&format!("{number} wait"), || async {
+            let all =
+                "select count(*) from pg_locks where relation = 'rate_limits'::regclass and not granted";
+            let waiting: i64 = sqlx::query_scalar(all).fetch_one(&owner).await.unwrap();
+            (waiting == number).then_some(())
+        })
+        .await;
+    };
+    for number in 1..=3 {
+        tokio::select! {
+            answer = log_in(service, "bob@example.org", PASSWORD) => panic!("{answer:?}"),
+            () = waiting(number) => {}
+        }
+    }
+    locked.rollback().await.unwrap();
+    // By then all have begun.
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    eventually("they are forgotten", || async {
+        (attempts().await == before).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn changes_of_the_password_with_a_wrong_one_are_limited_per_user() {
     let exchange = Exchange::start(&["--login-attempts-per-account=3"]).await;
     let (ada, bob) = (

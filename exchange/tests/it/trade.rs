@@ -12,6 +12,7 @@ use sqlx::PgPool;
 use uuid::Uuid;
 
 use crate::{
+    database::Wire,
     servers::{Database, Postgres, Service, eventually, waits_for_lock},
     traders::{Issuer, Trader, Wallet, accept, assert_clean, assert_erased, begin_to_erase},
 };
@@ -28,6 +29,10 @@ impl Exchange {
     async fn start() -> Self {
         let database = Database::migrated(Postgres::shared()).await;
         let service = Service::live("trade", &database, &[]).ready().await;
+        Self::of(database, service).await
+    }
+
+    async fn of(database: Database, service: Service) -> Self {
         let issuer = Issuer::new(&database).await;
         let treasury = issuer.caller(&service, &["treasury"]).await;
         Self {
@@ -87,6 +92,44 @@ async fn an_order_whose_client_has_hung_up_is_counted_and_so_is_its_request() {
     }
     service.logged("POST /trade/add 499", 2).await;
     assert_eq!(buyer.balances().await[0], "2");
+}
+
+/// No answer comes, and no end of the connection either.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_falls_silent_does_not_stop_a_book_for_good() {
+    let database = Database::migrated(Postgres::shared()).await;
+    let wire = Wire::to(&database).await;
+    let service = Service::live("trade", &wire.through(&database), &[])
+        .ready()
+        .await;
+    let exchange = Exchange::of(database, service).await;
+    let (seller, owner) = (exchange.wallet("2", "0").await, exchange.database.owner().await);
+    let mut busy = owner.begin().await.unwrap();
+    sqlx::query("select lock_book_v1('live', 'BTC-USD')")
+        .execute(&mut *busy)
+        .await
+        .unwrap();
+    let order = seller.order("sell", "1", "100");
+    let silence = async {
+        eventually("the order waits for its book", || async {
+            let waits = waits_for_lock(&owner, "%submit_orders%").await.unwrap();
+            waits.then_some(())
+        })
+        .await;
+        wire.falls_silent();
+        busy.rollback().await.unwrap();
+    };
+    let (answer, ()) = tokio::join!(seller.trader.post("/trade/add", &order), silence);
+    assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert!(answer.headers().contains_key("retry-after"));
+    let again = eventually("it is answered", || async {
+        let answer = seller.trader.post("/trade/add", &order).await;
+        (answer.status() != StatusCode::SERVICE_UNAVAILABLE).then_some(answer)
+    })
+    .await;
+    // Whether or not it was settled then, it is once.
+    accept(again, StatusCode::CREATED).await;
+    assert_eq!(seller.balances().await[..2], ["2", "1"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
