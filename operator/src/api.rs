@@ -584,14 +584,14 @@ fn default_test_timeout() -> Duration {
 #[derive(Clone, Debug, PartialEq, Eq, KubeSchema, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Verification {
-    /// How long the new stack is watched.
+    /// How long the new stack is watched: at least a second, since the operator records it as it was declared.
     #[serde(default = "default_verification")]
     #[schemars(length(max = 32), extend("default" = "60s"))]
     #[x_kube(
         validation = Rule::new("self.matches('^([0-9]+(\\\\.[0-9]+)?(ms|s|m|h))+$')")
             .message("verification.duration must be a duration such as 90s, 10m or 1h30m"),
-        validation = Rule::new("!self.matches('^([0-9]+(\\\\.[0-9]+)?(ms|s|m|h))+$') || duration(self) <= duration('24h')")
-            .message("verification.duration must be at most 24h"),
+        validation = Rule::new("!self.matches('^([0-9]+(\\\\.[0-9]+)?(ms|s|m|h))+$') || (duration(self) >= duration('1s') && duration(self) <= duration('24h'))")
+            .message("verification.duration must lie between 1s and 24h"),
     )]
     pub duration: Duration,
     /// Highest share of answers with a status of 500 and above, per service, in percent.

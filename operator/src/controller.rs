@@ -182,9 +182,14 @@ impl Context {
             return Ok(None);
         };
         let plan = decide(&look.object.spec, &look.seen, Timestamp::now());
-        remembered.due = plan.requeue;
+        let mut requeue = plan.requeue;
+        remembered.due = requeue;
         if let Some(status) = plan.status {
             let object = self.writer.record(&look, status).await?;
+            // An API server that does not know all of it keeps what it had: it would be recorded again at once, for ever.
+            if object.resource_version() == look.object.resource_version() {
+                requeue = requeue.max(TRIED_EVERY);
+            }
             let recorded = object.status.clone().unwrap_or_default();
             let old = std::mem::replace(&mut look.seen.status, recorded);
             remembered.memory.last = Some(object.clone());
@@ -199,8 +204,8 @@ impl Context {
         let status = &look.seen.status;
         remembered.memory.known = Some((status.phase, status.attempt));
         let Some((error, traffic)) = refused else {
-            let mended = remembered.memory.refused.take().map(|_| MENDED.min(plan.requeue));
-            return Ok(Some(mended.unwrap_or(plan.requeue)));
+            let mended = remembered.memory.refused.take().map(|_| MENDED.min(requeue));
+            return Ok(Some(mended.unwrap_or(requeue)));
         };
         remembered.refuse(&error, traffic);
         Err(error)

@@ -50,6 +50,8 @@ const DRAIN_TIMEOUT: &str = "EXCHANGE_DRAIN_TIMEOUT";
 const NOTICE_DELAY: &str = "EXCHANGE_NOTICE_DELAY";
 /// Connections that a pod opens to PostgreSQL unless its environment says otherwise; the exchange's own default.
 const DATABASE_CONNECTIONS: i64 = 10;
+/// Name of the container that does what a Job is for.
+pub const JOB_CONTAINER: &str = "job";
 /// From the end of a verification to telling the users of the release.
 const NOTICE_AFTER_VERIFICATION_SECONDS: u64 = 60;
 /// Time for the data planes to take a terminating pod out, before it is told to end.
@@ -630,7 +632,7 @@ impl Builder<'_> {
             (ATTEMPT, &job.attempt.to_string()),
         ]));
         let mut container = json!({
-            "name": "job",
+            "name": JOB_CONTAINER,
             "image": image,
             "resources": resources,
             // What it said last is what people are told when it fails.

@@ -129,7 +129,7 @@ impl Server {
                 if !same("resourceVersion") || !same("uid") {
                     return refusal(StatusCode::CONFLICT);
                 }
-                let mut next = there;
+                let mut next = there.clone();
                 if status {
                     next["status"] = body["status"].clone();
                 } else if *method == Method::PATCH {
@@ -141,6 +141,10 @@ impl Server {
                     && path.starts_with(changed)
                 {
                     merge(&mut next, change);
+                }
+                // What changes nothing is no new version.
+                if next == there {
+                    return (StatusCode::OK, there);
                 }
                 let limits = ["minAvailable", "maxUnavailable"];
                 if limits.iter().all(|limit| !next["spec"][*limit].is_null()) {
@@ -1377,6 +1381,54 @@ async fn a_missing_reference_is_told_in_words() {
         stalled["message"],
         "the Secret queue of spec.queue.secretRef does not exist: create it, or change the spec"
     );
+}
+
+/// As a template leaves it to which somebody has given no value. Nothing may be read under such a name, and what people ask for
+/// is heard all the same.
+#[tokio::test]
+async fn what_cannot_be_a_name_is_the_name_of_nothing() {
+    for name in [
+        "",
+        "settings ",
+        "..",
+        "a%b",
+        "Settings",
+        "a/b",
+        "-a",
+        &"a".repeat(254),
+    ] {
+        let world = World::converged().await;
+        world.change(OBJECT, |object| {
+            object["metadata"]["generation"] = json!(2);
+            object["spec"]["services"]["user"]["envFrom"] = json!([{"configMapRef": {"name": name}}]);
+            object["metadata"]["annotations"] = json!({"exchange.dev/retry": "0.1"});
+        });
+        let (result, writes) = world.pass().await;
+        result.unwrap();
+        assert_eq!(paths(&writes), [format!("PUT {OBJECT}/status")], "{name}");
+        let stalled = world.condition("Stalled");
+        assert_eq!(stalled["reason"], "ReferenceMissing");
+        let told = format!("the ConfigMap {name:?} does not exist: create it, or change the spec");
+        assert_eq!(stalled["message"], told);
+        assert_eq!(world.get(OBJECT)["status"]["asked"]["retry"]["value"], "0.1");
+    }
+}
+
+/// Of a CRD that is older than the operator: what it does not know is recorded in vain.
+#[tokio::test]
+async fn what_the_api_server_does_not_keep_is_not_recorded_all_the_time() {
+    let world = World::new();
+    world.change(OBJECT, |object| {
+        object["spec"]["rollout"] = json!({"promotion": "Manual"});
+    });
+    let unknown = json!({"status": {"candidate": {"tested": null}}});
+    let world = world.passes_tests().await;
+    world.pass().await.0.unwrap();
+    assert_eq!(world.get(OBJECT)["status"]["phase"], "AwaitingPromotion");
+    world.change(OBJECT, |object| merge(object, &unknown));
+    world.server.lock().unwrap().changes = Some((OBJECT.to_owned(), unknown));
+    let again = world.context.pass("prod", "exchange", 1).await.unwrap();
+    assert_eq!(again, Action::requeue(Duration::from_secs(5)));
 }
 
 impl World {

@@ -246,6 +246,34 @@ fn every_invalid_object_gets_a_message_for_people() {
     }
 }
 
+/// What is recorded of the spec goes through the same rules, in the words of the operator.
+#[test]
+fn what_may_be_declared_may_be_recorded() {
+    let schema = schema();
+    let rows = [
+        ("1s", "1ms", "0%"),
+        ("1001ms", "1.5ms", "100%"),
+        ("0.5h", "59999ms", "0.001%"),
+        ("1h30m", "60s", "1%"),
+        ("24h", "1m", "99.999%"),
+    ];
+    for (duration, latency, errors) in rows {
+        let verification = json!({"duration": duration, "maxLatencyP99": latency, "maxErrorRate": errors});
+        let mut object = example("minimal.yaml");
+        object["spec"]["rollout"] = json!({"verification": verification});
+        let object = apply_defaults(&schema, &object);
+        assert_eq!(complaints(&schema, &object, None), Vec::<String>::new());
+        let mut recorded: ExchangeDeployment = serde_json::from_value(object).unwrap();
+        recorded.status.as_mut().unwrap().verification = Some(recorded.spec.rollout.verification.clone());
+        let recorded = serde_json::to_value(&recorded).unwrap();
+        assert_eq!(
+            complaints(&schema, &recorded, None),
+            Vec::<String>::new(),
+            "{recorded:#}"
+        );
+    }
+}
+
 /// What the rules of a schema say, at any depth.
 fn rules<'v>(schema: &'v Value, found: &mut BTreeSet<&'v str>) {
     let own = schema.get("x-kubernetes-validations").and_then(Value::as_array);

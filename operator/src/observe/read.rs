@@ -42,7 +42,7 @@ use crate::{
     error::Error,
     guard,
     plan::Action,
-    resources::{Builder, MANAGER, Rendered},
+    resources::{Builder, JOB_CONTAINER, MANAGER, Rendered},
     revision::{self, Content, Source, gates, reserved, revision, sources},
     status::{ExchangeDeploymentStatus as Status, Live, Phase, PreviousState, Stack},
 };
@@ -320,6 +320,22 @@ impl Reader {
             .map_err(Error::api(format!("read {} {name}", K::kind(&()))))
     }
 
+    /// Something that the spec names. What cannot be a name is the name of nothing: asked for it, neither client nor API server
+    /// would say so.
+    async fn referred<K>(&self, namespace: &str, name: &str) -> Result<Option<K>, Error>
+    where
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
+            + Clone
+            + DeserializeOwned
+            + std::fmt::Debug,
+    {
+        if is_name(name) {
+            self.get(namespace, name).await
+        } else {
+            Ok(None)
+        }
+    }
+
     async fn list<K>(&self, namespace: &str, labels: &str) -> Result<Vec<K>, Error>
     where
         K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
@@ -421,8 +437,14 @@ impl Reader {
     async fn references(&self, namespace: &str, spec: &Spec) -> Result<References, Error> {
         let read = sources(spec).into_keys().map(async |source| {
             let content = match &source {
-                Source::ConfigMap(name) => self.get::<ConfigMap>(namespace, name).await?.map(map_content),
-                Source::Secret(name) => self.get::<Secret>(namespace, name).await?.map(secret_content),
+                Source::ConfigMap(name) => self
+                    .referred::<ConfigMap>(namespace, name)
+                    .await?
+                    .map(map_content),
+                Source::Secret(name) => self
+                    .referred::<Secret>(namespace, name)
+                    .await?
+                    .map(secret_content),
             };
             Ok::<_, Error>(content.map(|content| (source, content)))
         });
@@ -430,7 +452,7 @@ impl Reader {
         let names: BTreeSet<&str> = stores(spec).map(|(_, key)| key.name.as_str()).collect();
         let secrets = names
             .into_iter()
-            .map(async |name| Ok::<_, Error>((name, self.get::<Secret>(namespace, name).await?)));
+            .map(async |name| Ok::<_, Error>((name, self.referred::<Secret>(namespace, name).await?)));
         let (read, secrets) = try_join!(try_join_all(read), try_join_all(secrets))?;
         let secrets: BTreeMap<&str, Option<Secret>> = secrets.into_iter().collect();
         let (mut content, mut copies) = (Content::new(), BTreeMap::new());
@@ -440,13 +462,16 @@ impl Reader {
         }
         let declared = revision(spec, &content).map_err(|missing| {
             let names = missing.iter().map(|source| match source {
-                Source::ConfigMap(name) => format!("the ConfigMap {name} does not exist"),
-                Source::Secret(name) => format!("the Secret {name} does not exist"),
+                Source::ConfigMap(name) => format!("the ConfigMap {} does not exist", told(name)),
+                Source::Secret(name) => format!("the Secret {} does not exist", told(name)),
             });
             names.collect::<Vec<_>>().join(", ")
         });
         let problem = stores(spec).find_map(|(field, key)| match secrets.get(key.name.as_str())? {
-            None => Some(format!("the Secret {} of {field} does not exist", key.name)),
+            None => Some(format!(
+                "the Secret {} of {field} does not exist",
+                told(&key.name)
+            )),
             Some(secret) => {
                 let has = secret
                     .data
@@ -606,6 +631,8 @@ impl Reader {
     async fn last_line(&self, namespace: &str, pod: &str) -> Option<String> {
         let api = Api::<Pod>::namespaced(self.client.clone(), namespace);
         let last = LogParams {
+            // Beside what a webhook has added.
+            container: Some(JOB_CONTAINER.to_owned()),
             tail_lines: Some(1),
             limit_bytes: Some(LINE),
             ..LogParams::default()
@@ -769,6 +796,27 @@ fn requests(object: &ExchangeDeployment) -> Requests {
         retry: asked("retry"),
         pause: asked("pause"),
         by: asked("by"),
+    }
+}
+
+/// Whether something may be called so, as the API server has it: a DNS subdomain.
+fn is_name(name: &str) -> bool {
+    let alphanumeric = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let is_label = |label: &str| {
+        let (first, last) = (label.bytes().next(), label.bytes().next_back());
+        first.is_some_and(alphanumeric)
+            && last.is_some_and(alphanumeric)
+            && label.bytes().all(|byte| alphanumeric(byte) || byte == b'-')
+    };
+    name.len() <= 253 && name.split('.').all(is_label)
+}
+
+/// A name as it is told: in quotes if nobody would see what is wrong with it.
+fn told(name: &str) -> String {
+    if is_name(name) {
+        name.to_owned()
+    } else {
+        format!("{name:?}")
     }
 }
 

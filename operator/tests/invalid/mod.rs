@@ -327,7 +327,12 @@ pub(crate) fn objects() -> Vec<Invalid> {
         (
             "duration",
             rollout(json!({"verification": {"duration": "25h"}})),
-            "must be at most 24h",
+            "must lie between 1s and 24h",
+        ),
+        (
+            "no duration",
+            rollout(json!({"verification": {"duration": "0s"}})),
+            "must lie between 1s and 24h",
         ),
         (
             "requests",
