@@ -210,8 +210,9 @@ async fn draining_ends_streams_at_an_event_and_stops_consuming() {
     .await;
     let draining = Instant::now();
     stream.end().await;
+    // Five seconds are what may be, and what one waits for a lock.
     assert!(
-        draining.elapsed() < Duration::from_secs(5),
+        draining.elapsed() < Duration::from_secs(3),
         "{:?}",
         draining.elapsed()
     );

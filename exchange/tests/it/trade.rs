@@ -9,6 +9,7 @@ use exchange::lane::Lane;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::{
@@ -119,7 +120,9 @@ async fn a_database_that_falls_silent_does_not_stop_a_book_for_good() {
         wire.falls_silent();
         busy.rollback().await.unwrap();
     };
-    let (answer, ()) = tokio::join!(seller.trader.post("/trade/add", &order), silence);
+    let placing = timeout(Duration::from_mins(1), seller.trader.post("/trade/add", &order));
+    let (answer, ()) = tokio::join!(placing, silence);
+    let answer = answer.unwrap();
     assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
     assert!(answer.headers().contains_key("retry-after"));
     let again = eventually("it is answered", || async {
