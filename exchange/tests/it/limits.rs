@@ -350,24 +350,23 @@ async fn who_hangs_up_while_an_attempt_begins_leaves_none() {
         .execute(&mut *locked)
         .await
         .unwrap();
-    let waiting = async |number: i64| {
-        eventually(&format!("{number} wait"), || async {
-            let all =
-                "select count(*) from pg_locks where relation = 'rate_limits'::regclass and not granted";
-            let waiting: i64 = sqlx::query_scalar(all).fetch_one(&owner).await.unwrap();
-            (waiting == number).then_some(())
+    let beginning = async |number: i64| {
+        eventually(&format!("{number} begin"), || async {
+            let all = "select count(*) from pg_stat_activity
+                 where state = 'active' and query like 'insert into rate_limits%' and datname = current_database()";
+            let beginning: i64 = sqlx::query_scalar(all).fetch_one(&owner).await.unwrap();
+            (beginning == number).then_some(())
         })
         .await;
     };
     for number in 1..=3 {
         tokio::select! {
             answer = log_in(service, "bob@example.org", PASSWORD) => panic!("{answer:?}"),
-            () = waiting(number) => {}
+            () = beginning(number) => {}
         }
     }
     locked.rollback().await.unwrap();
-    // By then all have begun.
-    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    beginning(0).await;
     eventually("they are forgotten", || async {
         (attempts().await == before).then_some(())
     })
