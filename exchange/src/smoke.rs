@@ -22,8 +22,9 @@ const PRICE: &str = "20000";
 const SIZE: &str = "0.01";
 /// How long the notification of a trade may take.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long a connection may be refused at first: each node learns of a new Service's pods some time after they are ready.
-const UNKNOWN_ADDRESS: Duration = Duration::from_secs(10);
+/// How long nothing, or another stack, may answer at first: each node learns by itself, some seconds later, that a Service has
+/// pods or leads to other ones.
+const ROUTED_WITHIN: Duration = Duration::from_secs(20);
 /// How long it is tried to erase the lane: a database that changes its host is away for less.
 const ERASURE: Duration = Duration::from_mins(1);
 /// When it is tried again if nobody has said when.
@@ -217,30 +218,32 @@ async fn erase(client: &Client, patience: Duration) -> Result<(), CallError> {
     }
 }
 
+/// Waits until this node's requests to each service get to the stack under test.
+async fn reach(client: &Client, patience: Duration) -> Result<(), CallError> {
+    let start = Instant::now();
+    let endpoints = &client.endpoints;
+    let services = [
+        &endpoints.user_url,
+        &endpoints.trade_url,
+        &endpoints.notification_url,
+    ];
+    for service in services {
+        let version = || client.call(Call::get(format!("{service}/version")), StatusCode::OK);
+        while let Err(error) = version().await {
+            if !error.went_elsewhere() || start.elapsed() >= patience {
+                return Err(error);
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+    Ok(())
+}
+
 #[expect(clippy::too_many_lines, reason = "the steps in their order")]
 /// Every step needs the ones before it; the first that fails is the last.
 async fn exercise(client: &Client, report: &mut Report) -> Option<()> {
-    let services = [
-        &client.endpoints.user_url,
-        &client.endpoints.trade_url,
-        &client.endpoints.notification_url,
-    ];
     report
-        .step("the stack under test answers", async {
-            let start = Instant::now();
-            for service in services {
-                let version = || client.call(Call::get(format!("{service}/version")), StatusCode::OK);
-                let mut answer = version().await;
-                while answer.as_ref().is_err_and(CallError::never_connected)
-                    && start.elapsed() < UNKNOWN_ADDRESS
-                {
-                    tokio::time::sleep(Duration::from_millis(200)).await;
-                    answer = version().await;
-                }
-                answer?;
-            }
-            Ok(())
-        })
+        .step("the stack under test answers", reach(client, ROUTED_WITHIN))
         .await?;
     let mut buyer = report
         .step("register and log in the buyer", client.join("buyer"))
@@ -443,18 +446,23 @@ mod tests {
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
         net::TcpListener,
+        task::JoinHandle,
     };
 
     use super::*;
 
-    /// Erases a lane at a user service that gives these answers, and then the right one, each on a connection of its own.
-    async fn erase_against(answers: &'static [&'static str]) -> Result<(), CallError> {
+    /// A client of services that give these answers, each on a connection of its own, and then the last one for ever.
+    async fn client_of(
+        answers: &'static [&'static str],
+        last: &'static str,
+        stack: Option<&str>,
+    ) -> (Client, JoinHandle<()>) {
         // Fails when another test was faster.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let serving = tokio::spawn(async move {
-            for answer in answers.iter().chain(iter::repeat(&"204 No Content\r\n")) {
+            for answer in answers.iter().chain(iter::repeat(&last)) {
                 let (mut stream, _) = listener.accept().await.unwrap();
                 assert!(stream.read(&mut [0; 4096]).await.unwrap() > 0);
                 if !answer.is_empty() {
@@ -468,15 +476,48 @@ mod tests {
             trade_url: url.clone(),
             notification_url: url,
         };
-        let client = Client::new(endpoints, None, None).unwrap();
+        let client = Client::new(endpoints, None, stack.map(ToOwned::to_owned)).unwrap();
+        (client, serving)
+    }
+
+    const NO_ANSWER: &str = "";
+
+    async fn erase_against(answers: &'static [&'static str]) -> Result<(), CallError> {
+        let (client, serving) = client_of(answers, "204 No Content\r\n", None).await;
         let erased = erase(&client, Duration::from_secs(30)).await;
         serving.abort();
         erased
     }
 
+    async fn reach_against(answers: &'static [&'static str], last: &'static str) -> Result<(), CallError> {
+        let (client, serving) = client_of(answers, last, Some("green-2")).await;
+        let reached = reach(&client, Duration::from_secs(2)).await;
+        serving.abort();
+        reached
+    }
+
+    #[tokio::test]
+    async fn a_node_that_still_leads_to_the_stack_before_is_given_time() {
+        const BEFORE: &str = "200 OK\r\nx-exchange-stack: blue-1\r\n";
+        const UNDER_TEST: &str = "200 OK\r\nx-exchange-stack: green-2\r\n";
+        // The services are moved one after the other.
+        reach_against(&[BEFORE, UNDER_TEST, BEFORE, BEFORE], UNDER_TEST)
+            .await
+            .unwrap();
+        let other = reach_against(&[], BEFORE).await.unwrap_err();
+        assert!(matches!(other, CallError::Stack { .. }), "{other}");
+        // Who has got there, and is not answered, has found a fault.
+        reach_against(&[NO_ANSWER], UNDER_TEST).await.unwrap_err();
+        reach_against(
+            &["500 Internal Server Error\r\nx-exchange-stack: green-2\r\n"],
+            UNDER_TEST,
+        )
+        .await
+        .unwrap_err();
+    }
+
     #[tokio::test]
     async fn a_lane_that_cannot_be_erased_right_now_is_erased_later() {
-        const NO_ANSWER: &str = "";
         erase_against(&[NO_ANSWER, "503 Service Unavailable\r\nretry-after: 2\r\n"])
             .await
             .unwrap();

@@ -108,9 +108,13 @@ impl CallError {
         matches!(self, Self::Status { status, .. } if *status == StatusCode::SERVICE_UNAVAILABLE)
     }
 
-    /// Whether nothing was there to take the request.
-    pub fn never_connected(&self) -> bool {
-        matches!(self, Self::Transport { source, .. } if source.is_connect())
+    /// Whether the request did not get to the stack under test: nothing was there, or another stack.
+    pub fn went_elsewhere(&self) -> bool {
+        match self {
+            Self::Transport { source, .. } => source.is_connect(),
+            Self::Stack { .. } => true,
+            Self::Status { .. } | Self::Wrong(_) => false,
+        }
     }
 }
 

@@ -117,9 +117,7 @@ impl Turn<'_> {
                 .as_ref()
                 .map(|candidate| (candidate.attempt, candidate.version.clone()));
             let known = live.map(|live| (live.attempt, live.version.clone())).or(known);
-            let declared = self
-                .declared()
-                .is_some_and(|declared| declared.revision == stack.revision);
+            let declared = self.is_declared(stack);
             // Also while time stands still.
             let candidate = self.next.candidate.as_ref().filter(|it| it.stack == *stack);
             let tested = candidate.is_some_and(|it| self.is_being_tested(it))
@@ -226,6 +224,8 @@ impl Turn<'_> {
         }
         if let Some(candidate) = &self.next.candidate {
             match self.next.phase {
+                // They are made of what is declared by now. Something else may be, of which a reference is missing.
+                _ if !self.is_declared(&candidate.stack) => {}
                 Phase::Migrating => run(JobKind::Expand, &candidate.stack, candidate.attempt),
                 // While some of its pods are others, nobody knows which of them would be tested.
                 Phase::Testing if self.ready(&candidate.stack) => self

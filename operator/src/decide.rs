@@ -20,7 +20,7 @@ use crate::{
     release::Found,
     status::{
         Candidate, ExchangeDeploymentStatus as Status, HistoryEntry, Live, Outcome, Phase, PreviousState,
-        Reason, Rejected, Request, Scale, Stack, token,
+        Reason, Rejected, Request, Scale, ServiceScale, Stack, token,
     },
 };
 
@@ -228,6 +228,11 @@ impl Turn<'_> {
 
     pub(crate) fn declared(&self) -> Option<&Declared> {
         self.seen.declared.as_ref().ok()
+    }
+
+    /// Whether this revision is what is declared, and nothing lacks to make it.
+    pub(crate) fn is_declared(&self, stack: &Stack) -> bool {
+        self.declared().is_some_and(|it| it.revision == stack.revision)
     }
 
     pub(crate) fn reached(&self, declared: &Declared) -> bool {
@@ -443,9 +448,11 @@ impl Turn<'_> {
     }
 
     /// How many pods the live stack has is as declared for it. What came with another revision waits for that one to be
-    /// promoted; what is changed while that is under way, or after it was given up, is meant for what is live.
+    /// promoted; what is changed while that is under way, or after it was given up, is meant for what is live. Of a stack that
+    /// was taken over nobody knows what was declared for it: until it is declared, or another is promoted, it stays as it was found.
     pub(crate) fn scale(&mut self) {
         let now = Scale::declared(self.spec);
+        let found = self.found_scale(&now);
         let declared = self.declared();
         let reached = declared.is_some_and(|it| self.reached(it)) && self.next.rejected.is_none();
         let given_up = declared.is_some_and(|it| self.rejects(it));
@@ -460,7 +467,7 @@ impl Turn<'_> {
         let Some(live) = &mut self.next.live else {
             return;
         };
-        let scale = live.scale.get_or_insert_with(|| now.clone());
+        let scale = live.scale.get_or_insert(found);
         for service in Service::ALL {
             let (now, before) = (now.of(service), before.as_ref().map(|it| it.of(service)));
             let scale = scale.of_mut(service);
@@ -471,6 +478,22 @@ impl Turn<'_> {
                 scale.autoscaling.clone_from(&now.autoscaling);
             }
         }
+    }
+
+    /// How many pods the live stack has now, and what makes them as many; where it has none, as declared.
+    fn found_scale(&self, declared: &Scale) -> Scale {
+        let mut scale = declared.clone();
+        let live = self.next.live.as_ref().and_then(|live| self.stack(&live.stack));
+        for service in Service::ALL {
+            let there = live.and_then(|live| live.service(service));
+            if let Some(there) = there.filter(|it| it.replicas > 0) {
+                *scale.of_mut(service) = ServiceScale {
+                    replicas: i32::try_from(there.replicas).unwrap_or(i32::MAX),
+                    autoscaling: there.autoscaling.clone(),
+                };
+            }
+        }
+        scale
     }
 
     /// What the API server does not accept may be the cause.

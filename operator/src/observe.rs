@@ -19,7 +19,7 @@ pub use assemble::Piece;
 pub(crate) use assemble::{as_rendered, is_nobodys, is_ours, see_live};
 
 use crate::{
-    api::Service,
+    api::{Autoscaling, Service},
     status::{ExchangeDeploymentStatus, Stack},
 };
 
@@ -256,6 +256,8 @@ pub struct ServiceSeen {
     pub parts: BTreeMap<Part, PartSeen>,
     /// Replicas of the workload, 0 without one.
     pub replicas: u32,
+    /// What its autoscaler goes by, if it has one that goes by the use of CPU.
+    pub autoscaling: Option<Autoscaling>,
     /// What the workload makes its pods of, as a hash; empty without one.
     pub template: String,
     /// Whether all its pods are made of that, as far as the workload's controller has told.

@@ -8,12 +8,13 @@ use std::{
     time,
 };
 
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use kube::core::Duration;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    api::{ExchangeDeploymentSpec as Spec, SecretKey, Service, ServiceSpec},
+    api::{Autoscaling, ExchangeDeploymentSpec as Spec, SecretKey, Service, ServiceSpec},
     observe::{Job, JobKind, Part},
     revision::{Source, hex},
     status::{Live, Stack},
@@ -581,7 +582,12 @@ impl Builder<'_> {
         let trade = trade.pointer("/spec/template/spec")?;
         let own = trade.pointer("/containers/0/image")?.as_str()?.to_owned();
         let deadline = seconds(spec.rollout.progress_deadline);
-        let mut placed: &[&str] = &["nodeSelector", "tolerations", "priorityClassName"];
+        let mut placed: &[&str] = &[
+            "imagePullSecrets",
+            "nodeSelector",
+            "tolerations",
+            "priorityClassName",
+        ];
         let requests = json!({"cpu": "100m", "memory": "64Mi"});
         let limits = json!({"cpu": "1", "memory": "512Mi"});
         let mut resources = json!({"requests": requests, "limits": limits});
@@ -604,7 +610,7 @@ impl Builder<'_> {
                 env.push(var("EXCHANGE_LANE_SECRET_FILE", LANE_SECRET));
                 let command = json!({"command": test.command, "env": env});
                 if test.image.is_some() {
-                    placed = &["tolerations", "priorityClassName"];
+                    placed = &["imagePullSecrets", "tolerations", "priorityClassName"];
                     // Nobody knows what it takes.
                     resources = json!({"requests": requests});
                 }
@@ -651,7 +657,6 @@ impl Builder<'_> {
             (&mut container, &mut pod, command)
         {
             container.extend(command);
-            optional(pod, "imagePullSecrets", json!(spec.image_pull_secrets));
             for field in placed {
                 optional(pod, field, trade.get(field).cloned().unwrap_or_default());
             }
@@ -672,6 +677,21 @@ impl Builder<'_> {
             },
         }))
     }
+}
+
+/// What an autoscaler goes by, within what can be declared: [`Builder::autoscaler`] read back. Nothing if it does not go by
+/// the use of CPU.
+pub fn autoscaling(there: &HorizontalPodAutoscaler) -> Option<Autoscaling> {
+    let spec = there.spec.as_ref()?;
+    let cpu = spec.metrics.iter().flatten().find_map(|metric| {
+        let resource = metric.resource.as_ref().filter(|it| it.name == "cpu")?;
+        resource.target.average_utilization
+    })?;
+    Some(Autoscaling {
+        min_replicas: spec.min_replicas.unwrap_or(1).clamp(1, 100),
+        max_replicas: spec.max_replicas.clamp(1, 100),
+        target_cpu_utilization_percentage: cpu.clamp(1, 100),
+    })
 }
 
 /// A stack as it was rendered.

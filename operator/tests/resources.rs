@@ -14,7 +14,7 @@ use std::{
 use exchange_operator::{
     api::{ExchangeDeployment, ExchangeDeploymentSpec as Spec, Service},
     observe::{Job, JobKind, Part},
-    resources::{Builder, job_word},
+    resources::{Builder, autoscaling, job_word},
     revision::{Source, sources},
     status::{Colour, Live, Scale, Stack},
 };
@@ -347,6 +347,19 @@ fn pods_follow_their_live_service_whatever_their_sources_say() {
 }
 
 #[test]
+fn an_autoscaler_is_read_back_as_it_was_declared() {
+    let spec = example("full");
+    let written = everything(&spec)["trade-autoscaler"].clone();
+    let mut there: HorizontalPodAutoscaler = serde_json::from_value(written).unwrap();
+    let declared = spec.services.trade.autoscaling;
+    assert!(declared.is_some());
+    assert_eq!(autoscaling(&there), declared);
+    // What people have made of it, and nobody can declare, could not be recorded.
+    there.spec.as_mut().unwrap().max_replicas = 500;
+    assert_eq!(autoscaling(&there).unwrap().max_replicas, 100);
+}
+
+#[test]
 fn pods_use_the_copies_of_what_they_refer_to() {
     let rendered = BUILDER.render(&example("full"), &stack(), []);
     let trade = rendered
@@ -360,22 +373,20 @@ fn pods_use_the_copies_of_what_they_refer_to() {
 
 #[test]
 fn the_contract_runs_the_live_image_when_another_version_is_declared() {
-    let rendered = BUILDER.render(&example("minimal"), &stack(), []);
+    let secret = |name: &str| vec![serde_json::from_value(json!({"name": name})).unwrap()];
     let mut newer = example("minimal");
+    newer.image_pull_secrets = secret("registry");
+    let rendered = BUILDER.render(&newer, &stack(), []);
     newer.version = "1.5.0".to_owned();
+    newer.image_pull_secrets = secret("another-registry");
     let contract = Job {
         kind: JobKind::Contract,
         stack: stack(),
         attempt: 7,
     };
-    let image = |rendered| {
-        let job = BUILDER.job(&newer, rendered, &contract, None)?;
-        Some(
-            job.pointer("/spec/template/spec/containers/0/image")?
-                .as_str()?
-                .to_owned(),
-        )
-    };
-    assert_eq!(image(Some(&rendered)).unwrap(), "ghcr.io/acme/exchange:1.4.0");
-    assert_eq!(image(None), None);
+    let job = BUILDER.job(&newer, Some(&rendered), &contract, None).unwrap();
+    let pod = &job["spec"]["template"]["spec"];
+    assert_eq!(pod["containers"][0]["image"], "ghcr.io/acme/exchange:1.4.0");
+    assert_eq!(pod["imagePullSecrets"], json!([{"name": "registry"}]));
+    assert_eq!(BUILDER.job(&newer, None, &contract, None), None);
 }

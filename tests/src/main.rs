@@ -138,6 +138,34 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Ends one cluster, or all, and says which are left: who has seen the demonstration, and ends `dev`, has ended nothing.
+fn down(cluster: Cluster, all: bool) -> Result<()> {
+    let clusters = if all { Cluster::all()? } else { vec![cluster] };
+    // `make clean` is for everybody who has started none.
+    if !clusters.is_empty() {
+        preflight::root()?;
+    }
+    preflight::remove_leavings()?;
+    for cluster in clusters {
+        let from = cluster.origin().map(|origin| origin.clone);
+        let from = from.filter(|clone| results::repository().is_ok_and(|own| own != clone));
+        sandbox::destroy(&cluster)?;
+        let from = from.map_or_else(String::new, |clone| {
+            format!(" It was started from {}.", clone.display())
+        });
+        say(format!("Cluster {:?} is gone.{from}", cluster.name()));
+    }
+    tools::remove_leavings()?;
+    images::remove_leavings()?;
+    for left in Cluster::all()? {
+        say(format!(
+            "Cluster {:?} is left: `make down NAME={0}` ends it.",
+            left.name()
+        ));
+    }
+    Ok(())
+}
+
 fn act(cluster: Cluster, action: &Action) -> Result<()> {
     ensure!(
         rustls::crypto::ring::default_provider().install_default().is_ok(),
@@ -156,25 +184,7 @@ fn act(cluster: Cluster, action: &Action) -> Result<()> {
     }
     match action {
         Action::Up => start(&cluster),
-        Action::Down { all } => {
-            let clusters = if *all { Cluster::all()? } else { vec![cluster] };
-            // `make clean` is for everybody who has started none.
-            if !clusters.is_empty() {
-                preflight::root()?;
-            }
-            preflight::remove_leavings()?;
-            for cluster in clusters {
-                let from = cluster.origin().map(|origin| origin.clone);
-                let from = from.filter(|clone| results::repository().is_ok_and(|own| own != clone));
-                sandbox::destroy(&cluster)?;
-                let from = from.map_or_else(String::new, |clone| {
-                    format!(" It was started from {}.", clone.display())
-                });
-                say(format!("Cluster {:?} is gone.{from}", cluster.name()));
-            }
-            tools::remove_leavings()?;
-            images::remove_leavings()
-        }
+        Action::Down { all } => down(cluster, *all),
         Action::Preflight => preflight::check(),
         Action::Status => status(&cluster),
         Action::Kubeconfig => {

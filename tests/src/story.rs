@@ -422,9 +422,9 @@ pub struct Prober<'a> {
 /// What became of the questions to a service.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Answers {
-    /// Answered.
+    /// Answered with 200.
     pub given: u32,
-    /// Not answered.
+    /// Answered otherwise, or not at all.
     pub missed: u32,
 }
 
@@ -435,7 +435,7 @@ impl<'a> Prober<'a> {
     pub fn start(story: &Story<'a>) -> Self {
         let ask = format!(
             "while true; do for service in {}; do \
-             if timeout 5 wget -S -O /dev/null http://{NAME}-$service/ 2>&1 | grep -q HTTP/1; \
+             if timeout 5 wget -q -O /dev/null http://{NAME}-$service/version; \
              then echo $service given; else echo $service missed; fi; done; sleep 0.1; done",
             SERVICES.join(" ")
         );

@@ -674,6 +674,9 @@ fn down_leaves_nothing() {
         "we do not see what a cluster leaves while it runs: {during:?}"
     );
 
+    let told = succeed(own_cluster("never").name(), &["down"]);
+    let this_one = format!("make down NAME={}`", cluster.name());
+    assert!(told.contains(&this_one), "who ends another one is told: {told}");
     succeed(cluster.name(), &["down"]);
     assert_eq!(traces(&cluster), before);
     assert_eq!(kernel_settings(), settings);

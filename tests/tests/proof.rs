@@ -606,7 +606,6 @@ fn case_3_the_queue_has_one_colour_of_readers() {
     let delivered = broker.delivered().unwrap() - before;
     assert!(delivered > 250, "the live stack has got {delivered} messages");
     namespace.note("messages_to_live", delivered);
-    namespace.note("requests_for_messages_by_candidate", 0);
     assert_eq!(trading.exchange.sql(MIXED_TRADES).unwrap().trim(), "0");
 
     // After the swap the new stack reads, alone; after a rollback the old one.

@@ -32,7 +32,10 @@ use super::{
 };
 use crate::{
     api::{ExchangeDeployment, Service},
-    resources::{ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, TEMPLATES, job_word, other_store},
+    resources::{
+        ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, TEMPLATES, autoscaling, job_word,
+        other_store,
+    },
     revision::{Source, short},
     status::{Colour, Live, Stack},
 };
@@ -230,7 +233,9 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
         parts.see(budget, Part::Budget);
     }
     for autoscaler in &children.autoscalers {
-        parts.see(autoscaler, Part::Autoscaler);
+        if let Some(service) = parts.see(autoscaler, Part::Autoscaler) {
+            service.autoscaling = autoscaling(autoscaler);
+        }
     }
     for deployment in &children.deployments {
         if let Some(service) = parts.see(deployment, Part::Workload) {

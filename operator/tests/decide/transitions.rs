@@ -2859,6 +2859,60 @@ fn an_object_created_again_adopts_what_its_predecessor_left_running() {
 }
 
 #[test]
+fn what_is_taken_over_stays_as_big_as_it_was_found_until_another_version_is_live() {
+    let pods = |world: &World, revision: &str| {
+        let seen = world.observe();
+        let mut stacks = seen.stacks.iter();
+        let there = stacks.find(|(stack, _)| stack.revision == revision).unwrap().1;
+        let trade = there.service(Service::Trade).unwrap();
+        (trade.replicas, trade.parts.contains_key(&Part::Autoscaler))
+    };
+    for autoscaled in [false, true] {
+        let mut world = World::new(true);
+        world.declare(|spec| spec.services.trade.replicas = 4);
+        world.autoscale(autoscaled);
+        world.settle(Wakes::Clock).unwrap();
+        world.scale_by_load(5);
+        world.settle(Wakes::Clock).unwrap();
+        let found = if autoscaled { (5, true) } else { (4, false) };
+        assert_eq!(pods(&world, "r0"), found);
+
+        world.release(1);
+        world.autoscale(!autoscaled);
+        world.declare(|spec| spec.services.trade.replicas = 2);
+        world.lose_status();
+        world.until(0, Promoting);
+        assert_eq!(pods(&world, "r0"), found, "{:#?}", world.trace);
+        world.settle(Wakes::Clock).unwrap();
+        assert_eq!(world.status.phase, Live);
+        assert_eq!(pods(&world, "r1").1, !autoscaled, "{:#?}", world.trace);
+        world.at_the_end().unwrap();
+    }
+}
+
+/// A Job is made of what is declared by now. What that was made of another version would say is not about the recorded one.
+#[test]
+fn no_job_is_made_of_another_version_than_the_recorded_one() {
+    for (phase, of) in [(Migrating, JobKind::Expand), (Testing, JobKind::Smoke)] {
+        let mut world = at(phase);
+        world.finish(0);
+        world.delete_job_of_candidate(&of);
+        let runs = |world: &World| {
+            let plan = decide(&world.spec, &world.observe(), world.now);
+            let of_kind = |action: &Action| matches!(action, Action::Run(job) if job.kind == of);
+            plan.actions.iter().any(of_kind)
+        };
+        assert!(runs(&world), "{phase}: {:#?}", world.trace);
+        world.release(2);
+        world.miss(true);
+        assert!(!runs(&world), "{phase}: {:#?}", world.trace);
+        world.miss(false);
+        world.release(1);
+        assert!(runs(&world), "{phase}: {:#?}", world.trace);
+    }
+}
+
+#[test]
 fn a_move_that_nobody_remembers_is_brought_to_an_end() {
     // To where the last move sent the traffic; and back, if that does not serve.
     for (dies, arrives) in [(false, "r1"), (true, "r0")] {

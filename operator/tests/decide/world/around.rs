@@ -3,14 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use exchange_operator::{
-    api::{Autoscaling, ColourChoice, ExchangeDeploymentSpec as Spec, Service},
+    api::{ColourChoice, ExchangeDeploymentSpec as Spec, Service},
     observe::{Job, JobKind, JobState, Observed, Part, Requests, Target},
     plan::Action,
     status::{Phase, Stack, token},
 };
 use jiff::SignedDuration;
 
-use super::{Ban, LiveThere, Names, Nature, Pod, View, Wakes, World, nature, unrecorded, with_object_of};
+use super::{
+    AUTOSCALING, Ban, LiveThere, Names, Nature, Pod, View, Wakes, World, nature, unrecorded, with_object_of,
+};
 
 impl World {
     /// Controllers and kubelets do a bit of their work.
@@ -189,11 +191,7 @@ impl World {
 
     pub(crate) fn autoscale(&mut self, on: bool) {
         self.declare(|spec| {
-            spec.services.trade.autoscaling = on.then_some(Autoscaling {
-                min_replicas: 1,
-                max_replicas: 6,
-                target_cpu_utilization_percentage: 70,
-            });
+            spec.services.trade.autoscaling = on.then_some(AUTOSCALING);
         });
     }
 

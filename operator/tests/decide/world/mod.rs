@@ -11,7 +11,7 @@ use std::{
 };
 
 use exchange_operator::{
-    api::{ExchangeDeploymentSpec as Spec, Promotion, Service},
+    api::{Autoscaling, ExchangeDeploymentSpec as Spec, Promotion, Service},
     controller::PATIENCE,
     decide::decide,
     guard,
@@ -44,10 +44,18 @@ pub(crate) enum Nature {
     NeverReady,
     FailsTests,
     FailsVerification,
-    ServesErrors,
+    /// In attempts with an even number it answers too often with an error, in others too slowly.
+    ServesBadly,
     /// Its trade pods die for good as soon as the smoke test through the live address has passed.
     Collapses,
 }
+
+/// What people declare of the trade service, if anything.
+const AUTOSCALING: Autoscaling = Autoscaling {
+    min_replicas: 1,
+    max_replicas: 6,
+    target_cpu_utilization_percentage: 70,
+};
 
 /// The revisions that people declare in these histories.
 pub(crate) const NATURES: [Nature; 9] = [
@@ -58,7 +66,7 @@ pub(crate) const NATURES: [Nature; 9] = [
     Nature::NeverReady,
     Nature::FailsTests,
     Nature::FailsVerification,
-    Nature::ServesErrors,
+    Nature::ServesBadly,
     Nature::Collapses,
 ];
 
@@ -492,17 +500,18 @@ impl World {
             }
             _ => None,
         };
-        let errors = self
-            .status
-            .live
-            .as_ref()
-            .is_some_and(|it| nature(&it.stack.revision) == Nature::ServesErrors);
-        let errors = if errors { 500 } else { 5 };
+        let live_now = self.status.live.as_ref();
+        let bad = live_now.filter(|it| nature(&it.stack.revision) == Nature::ServesBadly);
+        let (errors, p99_over) = match bad.map(|it| it.attempt % 2) {
+            None => (5, Duration::from_millis(20)),
+            Some(0) => (500, Duration::from_millis(20)),
+            Some(_) => (5, Duration::from_mins(1)),
+        };
         let figures = Figures {
             requests: 1000,
             errors,
             timed: 1000,
-            p99_over: Duration::from_millis(20),
+            p99_over,
         };
         let figures = Some((Service::Trade, figures)).filter(|_| !self.unreadable);
         Observed {
@@ -559,6 +568,7 @@ impl World {
                     } else {
                         0
                     },
+                    autoscaling: parts.contains_key(&Part::Autoscaler).then_some(AUTOSCALING),
                     parts,
                     template: workload.template(),
                     current: workload.others == 0,
