@@ -391,6 +391,7 @@ impl Turn<'_> {
 
     /// Records that the traffic shall go back. `why` is missing when the spec itself names the old version again.
     pub(crate) fn roll_back(&mut self, why: Option<(Reason, String)>, by: &str) {
+        let because = why.as_ref().map(|(_, message)| format!(": {message}"));
         if self.next.phase == Phase::Promoting {
             // Not live yet: the stack that had the traffic still is `live`.
             if let (Some(candidate), Some((reason, message))) = (self.next.candidate.clone(), why) {
@@ -431,7 +432,12 @@ impl Turn<'_> {
             .live
             .as_ref()
             .map_or_else(|| "nothing".to_owned(), |live| live.version.clone());
-        self.tell(true, "RollingBack", format!("the traffic goes back to {to}"));
+        let because = because.unwrap_or_default();
+        self.tell(
+            true,
+            "RollingBack",
+            format!("the traffic goes back to {to}{because}"),
+        );
     }
 
     /// A stack that has been live and is given up.

@@ -13,10 +13,10 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::{error::Class, plan::Intent, status::Phase};
+use crate::{error::Class, plan::Intent, report::NOTHING_LIVE, status::Phase};
 
 /// The conditions of objects that are told.
-const TOLD: [&str; 3] = ["Ready", "Available", "Stalled"];
+const TOLD: [&str; 4] = ["Ready", "Available", "Stalled", "SchemaReady"];
 
 /// The metrics of a process. Clones share them.
 #[derive(Clone, Debug)]
@@ -188,13 +188,24 @@ impl Metrics {
         }
     }
 
-    /// What an object's conditions say, of those that somebody may want to be woken for.
+    /// What an object's conditions say, of those that somebody may want to be woken for. Nobody is, while nothing is live
+    /// that could be unavailable.
     pub fn conditions(&self, namespace: &str, name: &str, conditions: &[Condition]) {
-        for Condition { type_, status, .. } in conditions {
+        for Condition {
+            type_,
+            status,
+            reason,
+            ..
+        } in conditions
+        {
             if let Some(condition) = TOLD.into_iter().find(|told| told == type_) {
                 let labels = ConditionLabels::of(namespace, name, condition);
-                let is = i64::from(status == "True");
-                self.conditions.get_or_create(&labels).set(is);
+                if reason == NOTHING_LIVE {
+                    self.conditions.remove(&labels);
+                } else {
+                    let is = i64::from(status == "True");
+                    self.conditions.get_or_create(&labels).set(is);
+                }
             }
         }
     }
@@ -301,10 +312,11 @@ mod tests {
             &[
                 condition("Ready", "True"),
                 condition("Stalled", "False"),
-                condition("SchemaReady", "True"),
+                condition("RollbackAvailable", "True"),
             ],
         );
-        metrics.conditions("prod", "b", &[condition("Available", "True")]);
+        let available = condition("Available", "True");
+        metrics.conditions("prod", "b", std::slice::from_ref(&available));
         let of_b = line("b", "Available", 1);
         assert_eq!(
             told(),
@@ -312,6 +324,14 @@ mod tests {
         );
         metrics.forget("prod", "a");
         assert_eq!(told(), [of_b]);
+        let unavailable = Condition {
+            status: "False".to_owned(),
+            reason: NOTHING_LIVE.to_owned(),
+            ..available
+        };
+        metrics.conditions("prod", "b", &[unavailable]);
+        assert_eq!(told(), Vec::<String>::new());
+        metrics.conditions("prod", "b", &[condition("Ready", "False")]);
         metrics.leads(false);
         assert_eq!(told(), Vec::<String>::new());
     }

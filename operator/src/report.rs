@@ -15,6 +15,9 @@ use crate::{
     status::{ExchangeDeploymentStatus as Status, Live, Phase, Previous, PreviousState, Stack, token},
 };
 
+/// The reason of `Available` before anything has become live.
+pub(crate) const NOTHING_LIVE: &str = "NothingLive";
+
 /// A verdict: true or false, one word, one sentence.
 struct Verdict {
     is: bool,
@@ -42,6 +45,8 @@ pub fn report(spec: &Spec, seen: &Observed, undecided: Option<&str>, status: &mu
         refused(seen, status)
     );
     let way_back = status.previous.as_ref().filter(|it| it.leads_back());
+    // Nobody knows until when, while its time stands still.
+    let way_back = way_back.filter(|_| status.stopped_since.is_none());
     status.rollback_until = way_back.map(|it| second(it.until));
     let stalled = stalled(spec, seen, undecided, status, now);
     let arrived = arrived(spec, seen, status);
@@ -168,14 +173,21 @@ fn stalled(
     }
     if let Some(rejected) = status.rejected.as_ref().filter(|_| given_up(spec, seen, status)) {
         let retry = token(&rejected.stack, rejected.attempt);
-        let live = status
-            .live
-            .as_ref()
-            .map_or_else(|| "nothing".to_owned(), |live| live.version.clone());
+        let (wanted, why) = (&spec.version, &rejected.message);
+        let what = match &status.live {
+            None => format!("spec wants {wanted}, live is nothing because {why}"),
+            Some(live) if live.stack == rejected.stack => {
+                format!("{} is live without having been verified: {why}", live.version)
+            }
+            // Something else than the version was changed.
+            Some(live) if live.version == *wanted => format!(
+                "spec wants {wanted} as it is in {}, live is that in {} because {why}",
+                rejected.stack.colour, live.stack.colour
+            ),
+            Some(live) => format!("spec wants {wanted}, live is {} because {why}", live.version),
+        };
         let message = format!(
-            "spec wants {}, live is {live} because {}; change the version, its settings or its gates; after any other change: \
-             exchange.dev/retry={retry}",
-            spec.version, rejected.message
+            "{what}; change the version, its settings or its gates; after any other change: exchange.dev/retry={retry}"
         );
         return Some(verdict(true, rejected.reason, message));
     }
@@ -539,7 +551,7 @@ fn kept(seen: &Observed, of: Option<(&Stack, u32)>) -> String {
 
 fn available(seen: &Observed, status: &Status) -> Verdict {
     let Some(live) = &status.live else {
-        return verdict(false, "NothingLive", "no version has become live yet");
+        return verdict(false, NOTHING_LIVE, "no version has become live yet");
     };
     let without = Service::ALL.into_iter().find(|service| {
         seen.live
@@ -737,9 +749,12 @@ fn rollback_available(seen: &Observed, status: &Status) -> Verdict {
     let broken = there.is_some() && !is_whole(seen, &previous.stack);
     let broken = broken.then(|| not_whole(&previous.stack));
     if there.is_some_and(StackSeen::serves) {
-        let until = second(previous.until);
+        let until = match status.stopped_since {
+            Some(_) => "while nothing is retired, and then for the rest of its time".to_owned(),
+            None => format!("until {}", second(previous.until)),
+        };
         let broken = broken.map_or_else(String::new, |it| format!("; {it}"));
-        let message = format!("{version} until {until}; {}{broken}", go_back(status));
+        let message = format!("{version} {until}; {}{broken}", go_back(status));
         return verdict(true, "PreviousRetained", message);
     }
     let awaited = pods(seen, &previous.stack, "is not seen");

@@ -185,6 +185,18 @@ fn actions_are_offered_when_they_make_sense() {
     }
 }
 
+/// One that is left over from another stack holds nothing.
+#[test]
+fn only_the_pause_of_this_stack_can_be_ended() {
+    let mut object = object("testdata/paused.yaml");
+    let cannot = |object: &Value| run("actions/discovery.lua", object)["resume"]["disabled"].clone();
+    assert_eq!(cannot(&object), false);
+    object["metadata"]["annotations"]["exchange.dev/pause"] = Value::from("r0.1");
+    object["spec"]["suspend"] = Value::from(true);
+    assert_eq!(cannot(&object), true);
+    assert!(attempt("actions/resume/action.lua", &object).is_err());
+}
+
 /// Argo CD runs what is asked for, also what its menu does not offer.
 #[test]
 fn an_action_that_is_not_offered_is_refused() {

@@ -73,7 +73,7 @@ fn every_chart_passes_lint() {
 
 #[test]
 fn values_that_cannot_work_are_refused() {
-    let rows: [(&str, &[&str], &str); 11] = [
+    let rows: [(&str, &[&str], &str); 13] = [
         ("exchange-operator", &["--set", "replicas=0"], "replicas"),
         ("exchange-operator", &["--set", "replica=2"], "replica"),
         (
@@ -99,6 +99,16 @@ fn values_that_cannot_work_are_refused() {
             "exchange",
             &["--set-string", "version=1", "--set", "service.user.replicas=2"],
             "service",
+        ),
+        (
+            "exchange",
+            &["--set-string", "version=1", "--set", "rollout.promtion=Manual"],
+            "promtion",
+        ),
+        (
+            "exchange",
+            &["--set-string", "version=1", "--set", "services.user.replica=2"],
+            "replica",
         ),
         (
             "exchange",
@@ -307,6 +317,53 @@ fn an_exchange_is_valid_as_it_is_declared() {
             json!({"name": "shop-db", "key": "url"})
         );
         assert_eq!(object["spec"]["marketData"]["secretRef"]["name"], "shop-redis");
+    }
+}
+
+/// Migrations never go to another database than the services by what is left out.
+#[test]
+fn the_owner_of_a_database_is_in_its_secret_unless_another_is_named() {
+    let references = |values: &str| {
+        let more: Vec<&str> = VERSION.iter().chain(&["--set", values]).copied().collect();
+        let objects = render("exchange", &more);
+        let database = &objects[0]["spec"]["database"];
+        ["secretRef", "migrationSecretRef"].map(|it| database[it]["name"].as_str().unwrap().to_owned())
+    };
+    assert_eq!(references("suspend=false"), ["shop-db", "shop-db"]);
+    assert_eq!(
+        references("database.secretRef.name=prod-pg"),
+        ["prod-pg", "prod-pg"]
+    );
+    let both = "database.secretRef.name=prod-pg,database.migrationSecretRef.name=owner";
+    assert_eq!(references(both), ["prod-pg", "owner"]);
+}
+
+/// What the chart would let through, Helm 3 would drop with a warning.
+#[test]
+fn the_chart_knows_the_fields_of_the_api_and_no_others() {
+    let crd = serde_json::to_value(api::crd().unwrap()).unwrap();
+    let spec = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"];
+    let chart = repository().join("charts/exchange/values.schema.json");
+    let chart: Value = serde_json::from_str(&fs::read_to_string(chart).unwrap()).unwrap();
+    let fields = |schema: &Value| -> BTreeSet<String> {
+        schema["properties"]
+            .as_object()
+            .unwrap()
+            .keys()
+            .cloned()
+            .collect()
+    };
+    for (ours, of_api) in [
+        ("/properties/rollout", "/properties/rollout"),
+        (
+            "/properties/rollout/properties/verification",
+            "/properties/rollout/properties/verification",
+        ),
+        ("/definitions/service", "/properties/services/properties/trade"),
+    ] {
+        let ours = chart.pointer(ours).unwrap();
+        assert_eq!(fields(ours), fields(spec.pointer(of_api).unwrap()), "{of_api}");
+        assert_eq!(ours["additionalProperties"], false, "{of_api}");
     }
 }
 

@@ -158,10 +158,23 @@ async fn main() -> ExitCode {
     match run(cli).await {
         Ok(code) => code,
         Err(error) => {
-            complain(&format!("{error:#}"));
+            complain(&in_words(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error with its causes, in one line. Of what the API server answers its sentence, without the rest of the answer.
+fn in_words(error: &anyhow::Error) -> String {
+    let mut words = Vec::new();
+    for cause in error.chain() {
+        if let Some(kube::Error::Api(answer)) = cause.downcast_ref() {
+            words.push(answer.message.clone());
+            break;
+        }
+        words.push(cause.to_string());
+    }
+    words.join(": ")
 }
 
 async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
@@ -244,7 +257,15 @@ impl Cluster {
             return found
                 .with_context(|| format!("there is no ExchangeDeployment {name} in {}", self.namespace));
         }
-        let mut all = self.objects.list(&ListParams::default()).await?.items;
+        let all = match self.objects.list(&ListParams::default()).await {
+            Err(kube::Error::Api(answer)) if answer.is_not_found() => {
+                bail!(
+                    "this cluster does not know ExchangeDeployments: install the operator's chart, which brings them"
+                )
+            }
+            all => all?,
+        };
+        let mut all = all.items;
         match (all.pop(), all.len()) {
             (Some(only), 0) => Ok(only),
             (None, _) => bail!("there is no ExchangeDeployment in {}", self.namespace),
@@ -457,6 +478,15 @@ mod tests {
             let view = view::view(&view::tests::object(object), &[], &[], &[]);
             assert_eq!(verdict(&view), expected, "{object}");
         }
+    }
+
+    #[test]
+    fn of_an_answer_of_the_api_server_its_sentence_is_told() {
+        let answer = kube::core::Status::failure("alice cannot patch it", "Forbidden").with_code(403);
+        let error = anyhow::Error::from(kube::Error::Api(answer.boxed())).context("failed to ask");
+        assert_eq!(in_words(&error), "failed to ask: alice cannot patch it");
+        let error = anyhow::anyhow!("no such file").context("failed to read the kubeconfig");
+        assert_eq!(in_words(&error), "failed to read the kubeconfig: no such file");
     }
 
     #[test]

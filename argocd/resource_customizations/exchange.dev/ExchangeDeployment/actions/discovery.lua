@@ -11,8 +11,9 @@ for _, condition in ipairs(status.conditions or {}) do
 end
 
 local moving = phase == "Promoting" or phase == "RollingBack"
-local paused = obj.metadata.annotations ~= nil and (obj.metadata.annotations["exchange.dev/pause"] or "") ~= ""
 local stack = status.candidate or status.live
+local pause = (obj.metadata.annotations or {})["exchange.dev/pause"]
+local paused = stack ~= nil and pause == stack.revision .. "." .. stack.attempt
 
 local function action(possible)
   return {disabled = not possible}

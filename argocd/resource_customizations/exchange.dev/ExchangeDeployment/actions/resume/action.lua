@@ -2,7 +2,9 @@
 local status = obj.status or {}
 -- Argo CD does not ask discovery.lua before it runs this: the menu may be old, or there was none.
 local annotations = obj.metadata.annotations or {}
-if (annotations["exchange.dev/pause"] or "") == "" or status.stoppedSince == nil then
+local stack = status.candidate or status.live
+local paused = stack ~= nil and annotations["exchange.dev/pause"] == stack.revision .. "." .. stack.attempt
+if not paused or status.stoppedSince == nil then
   error("it is not paused")
 end
 annotations["exchange.dev/pause"] = ""
