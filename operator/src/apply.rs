@@ -27,18 +27,17 @@ use kube::{
 };
 use serde::Serialize;
 use serde_json::{Value, json};
-use tokio::time::timeout;
 
 use crate::{
     api::{ExchangeDeployment, Service},
-    error::Error,
+    error::{Error, within},
     guard,
     metrics::Metrics,
     observe::{
         Fence, Job, JobKind, Part, as_rendered,
         intact::OF_NODE,
         is_nobodys, is_ours,
-        read::{Look, Reader, builder, selector},
+        read::{Look, READ_LIMIT, Reader, builder, selector},
         see_live,
     },
     plan::Action,
@@ -511,8 +510,9 @@ impl Writer {
             stack.revision
         );
         let api = self.objects(kind, look);
-        let list = api.list_metadata(&ListParams::default().labels(&labels)).await;
-        let list = list.map_err(Error::api(format!("list {}", kind.plural)))?;
+        let params = ListParams::default().labels(&labels);
+        let list = api.list_metadata(&params);
+        let list = within(READ_LIMIT, format!("list {}", kind.plural), list).await?;
         let objects = list.items.iter().map(|object| {
             let fence = Fence {
                 uid: object.uid().unwrap_or_default().into(),
@@ -539,14 +539,7 @@ impl Writer {
         write: impl Future<Output = Result<T, kube::Error>>,
     ) -> Result<T, Error> {
         self.metrics.write(verb, kind);
-        let doing = format!("{verb} {kind} {name}");
-        match timeout(WRITE_LIMIT, write).await {
-            Ok(written) => written.map_err(Error::api(doing)),
-            Err(_) => Err(Error::Timeout {
-                doing,
-                limit: WRITE_LIMIT,
-            }),
-        }
+        within(WRITE_LIMIT, format!("{verb} {kind} {name}"), write).await
     }
 }
 

@@ -243,7 +243,9 @@ impl Turn<'_> {
         rejects(self.spec, &self.next, declared)
     }
 
-    /// Replicas that a stack needs to take over: as many as are declared, as the live stack has, and as it has already.
+    /// Replicas that a stack needs to take over: as many as are declared, as the live stack has, and, while it may have clients, as it
+    /// has already. One that waits, for its promotion or as the way back, gives back what it has grown with the live one; and
+    /// one that is no way back does not grow.
     pub(crate) fn wanted(&self, stack: &Stack, service: Service) -> u32 {
         let count = |stack: &Stack| {
             self.stack(stack)
@@ -252,10 +254,16 @@ impl Turn<'_> {
         };
         let live = self.next.live.as_ref().map_or(0, |live| count(&live.stack));
         let declared = u32::try_from(self.spec.services.get(service).replicas).unwrap_or(1);
-        match &self.next.candidate {
-            Some(candidate) if candidate.stack == *stack => declared.max(live).max(count(stack)),
+        let previous = self.next.previous.as_ref().filter(|it| it.stack == *stack);
+        let is_candidate = self.next.candidate.as_ref().is_some_and(|it| it.stack == *stack);
+        let retained = previous.is_some_and(|it| it.state == PreviousState::Retained);
+        let waits = !self.next.phase.moves() && (is_candidate || retained);
+        let has = if waits { 0 } else { count(stack) };
+        match previous {
+            _ if is_candidate => declared.max(live).max(has),
+            Some(previous) if !previous.way_back => count(stack).max(1),
             _ if count(stack) == 0 && live == 0 => declared,
-            _ => live.max(count(stack)).max(1),
+            _ => live.max(has).max(1),
         }
     }
 

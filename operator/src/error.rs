@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use kube::api::ApiResource;
+use tokio::time::timeout;
 
 use crate::{guard::Refusal, observe::pods::short, status::Stack};
 
@@ -136,5 +137,17 @@ impl Error {
             cause = error.source();
         }
         text
+    }
+}
+
+/// What the API server answers, if it does within this time.
+pub(crate) async fn within<T>(
+    limit: Duration,
+    doing: String,
+    answer: impl Future<Output = Result<T, kube::Error>>,
+) -> Result<T, Error> {
+    match timeout(limit, answer).await {
+        Ok(answered) => answered.map_err(Error::api(doing)),
+        Err(_) => Err(Error::Timeout { doing, limit }),
     }
 }

@@ -51,6 +51,8 @@ const DRAIN_TIMEOUT: &str = "EXCHANGE_DRAIN_TIMEOUT";
 const NOTICE_DELAY: &str = "EXCHANGE_NOTICE_DELAY";
 /// Connections that a pod opens to PostgreSQL unless its environment says otherwise; the exchange's own default.
 const DATABASE_CONNECTIONS: i64 = 10;
+/// Exit codes that a node gives a container that did not start, or that was killed.
+const NOT_OF_THE_TEST: [i32; 2] = [128, 137];
 /// Name of the container that does what a Job is for.
 pub const JOB_CONTAINER: &str = "job";
 /// From the end of a verification to telling the users of the release.
@@ -423,7 +425,9 @@ impl Builder<'_> {
             optional(pod, "priorityClassName", json!(declared.priority_class_name));
             pod.insert("containers".to_owned(), json!([container]));
         }
-        json!({"metadata": {"labels": labels}, "spec": pod})
+        // A disk that the pod alone uses, and loses without harm, keeps no node from being removed.
+        let annotations = json!({"cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes": "tmp"});
+        json!({"metadata": {"labels": labels, "annotations": annotations}, "spec": pod})
     }
 
     /// The stores' Secrets are mounted as they are, and read again at each reconnect. The lane's secret is the stack's.
@@ -662,17 +666,24 @@ impl Builder<'_> {
             }
             pod.insert("containers".to_owned(), json!([container]));
         }
+        // A node may be drained under any Job.
+        let mut rules = vec![
+            json!({"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}),
+        ];
+        if !migration {
+            // A migration can be repeated, but a failed test has failed; not so one that a node has refused, not started or killed.
+            let failed =
+                json!({"containerName": JOB_CONTAINER, "operator": "NotIn", "values": NOT_OF_THE_TEST});
+            rules.push(json!({"action": "FailJob", "onExitCodes": failed}));
+        }
         Some(json!({
             "apiVersion": "batch/v1",
             "kind": "Job",
             "metadata": self.metadata(&self.job_name(job), &labels),
             "spec": {
                 "activeDeadlineSeconds": deadline,
-                // A migration can be repeated, and a node may be drained under any Job. A failed test has failed.
-                "backoffLimit": if migration { 3 } else { 0 },
-                "podFailurePolicy": {"rules": [
-                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                ]},
+                "backoffLimit": 3,
+                "podFailurePolicy": {"rules": rules},
                 "template": {"metadata": {"labels": labels}, "spec": pod},
             },
         }))

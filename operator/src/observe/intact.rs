@@ -103,7 +103,8 @@ fn is_empty(value: &Value) -> bool {
     }
 }
 
-/// A quantity in billionths. Nothing if it is none, or has more digits than anybody needs.
+/// A quantity in thousandths, rounded up, as the API server keeps those of containers. Nothing if it is none, or has more digits than
+/// anybody needs.
 fn amount(value: &Value) -> Option<i128> {
     let text = match value {
         Value::String(text) => text.clone(),
@@ -135,11 +136,11 @@ fn amount(value: &Value) -> Option<i128> {
         "Ei" => (0, 60),
         exponent => (exponent.strip_prefix(['e', 'E'])?.parse::<i32>().ok()?, 0),
     };
-    let ten = ten + 9 - i32::try_from(fraction.len()).ok()?;
+    let ten = ten + 3 - i32::try_from(fraction.len()).ok()?;
     let scaled = digits.checked_mul(1_i128.checked_shl(two)?)?;
     let power = 10_i128.checked_pow(ten.unsigned_abs())?;
     if ten < 0 {
-        Some(scaled / power)
+        Some(scaled.checked_add(power - 1)?.div_euclid(power))
     } else {
         scaled.checked_mul(power)
     }
@@ -173,6 +174,12 @@ mod tests {
                 "a quantity in other words",
                 json!({"limits": {"cpu": "0.5", "memory": 1024}}),
                 json!({"limits": {"cpu": "500m", "memory": "1Ki"}}),
+                true,
+            ),
+            (
+                "quantities finer than a thousandth",
+                json!({"limits": {"cpu": "0.0625", "memory": "0.3333Gi"}, "requests": {"cpu": "62500u"}}),
+                json!({"limits": {"cpu": "63m", "memory": "357878149940m"}, "requests": {"cpu": "63m"}}),
                 true,
             ),
             (

@@ -247,6 +247,7 @@ fn sample(line: &str) -> Option<(&str, BTreeMap<&str, &str>, u64)> {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Report {
+    role: Option<String>,
     in_flight: u64,
     connections: u64,
     database: Option<String>,
@@ -350,6 +351,22 @@ impl Pods {
             }
         }
         (baselines.figures(), unheard)
+    }
+
+    /// Which pod that is ready has not found out that its stack is live, as it does by asking its live Service: until then it sends no
+    /// notifications, for one.
+    pub async fn unaware(&self, pods: &[Address]) -> Option<String> {
+        let ready = pods.iter().filter(|pod| pod.ready);
+        let unaware = ready.map(async |pod| {
+            let role = self.report(pod).await.ok()?.role?;
+            let (service, at) = (pod.service, pod.admin());
+            (role != "Live").then(|| {
+                format!(
+                    "a pod of the {service} service, at {at}, works as {role}: it has not reached the live Service"
+                )
+            })
+        });
+        join_all(unaware).await.into_iter().flatten().next()
     }
 
     async fn report(&self, pod: &Address) -> Result<Report, String> {
@@ -752,6 +769,32 @@ http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/logi
         let nobody = taken.local_addr().unwrap().to_string();
         let heard = pods.row("blue-1", &nobody).await.unwrap_err();
         assert!(heard.starts_with("Connection refused"), "{heard}");
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_does_not_know_that_it_is_live_is_named() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let pods = Pods::new().unwrap();
+        for (role, ready, told) in [
+            (json!("Live"), true, false),
+            (json!("Standby"), true, true),
+            (json!("Standby"), false, false),
+            (Value::Null, true, false),
+        ] {
+            // The port of a pod is fixed; the addresses of loopback are many.
+            let ip = format!("127.77.{}.1", rand::random::<u8>());
+            let listener = TcpListener::bind((ip.as_str(), ADMIN)).await.unwrap();
+            let report = json!({"role": role, "inFlight": 0, "connections": 0, "database": null});
+            let router = Router::new().route("/stack", get(async move || axum::Json(report)));
+            tokio::spawn(async move { axum::serve(listener, router).await });
+            let pod = Address {
+                ip,
+                ready,
+                ..pod("a", 0)
+            };
+            let unaware = pods.unaware(&[pod]).await;
+            assert_eq!(unaware.is_some(), told, "{unaware:?}");
+        }
     }
 
     #[test]

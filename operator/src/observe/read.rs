@@ -39,7 +39,7 @@ use super::{
 };
 use crate::{
     api::{ExchangeDeployment, ExchangeDeploymentSpec as Spec, SecretKey, Service},
-    error::Error,
+    error::{Error, within},
     guard,
     plan::Action,
     resources::{Builder, JOB_CONTAINER, MANAGER, Rendered},
@@ -49,6 +49,8 @@ use crate::{
 
 /// Reads before a pass gives up because the object changes all the time.
 const TRIES: usize = 3;
+/// For each read: an API server that has gone without a word does not answer any more.
+pub(crate) const READ_LIMIT: Duration = Duration::from_secs(10);
 /// How often a migration is asked at the most how far it is: it does not say it more often, and each answer is recorded.
 const LISTEN_EVERY: Duration = Duration::from_secs(5);
 /// For that answer, which a kubelet has to give.
@@ -314,10 +316,9 @@ impl Reader {
             + DeserializeOwned
             + std::fmt::Debug,
     {
-        Api::<K>::namespaced(self.client.clone(), namespace)
-            .get_opt(name)
-            .await
-            .map_err(Error::api(format!("read {} {name}", K::kind(&()))))
+        let api = Api::<K>::namespaced(self.client.clone(), namespace);
+        let doing = format!("read {} {name}", K::kind(&()));
+        within(READ_LIMIT, doing, api.get_opt(name)).await
     }
 
     /// Something that the spec names. What cannot be a name is the name of nothing: asked for it, neither client nor API server
@@ -343,11 +344,10 @@ impl Reader {
             + DeserializeOwned
             + std::fmt::Debug,
     {
-        let list = Api::<K>::namespaced(self.client.clone(), namespace)
-            .list(&ListParams::default().labels(labels))
-            .await;
-        list.map(|list| list.items)
-            .map_err(Error::api(format!("list {}", K::plural(&()))))
+        let api = Api::<K>::namespaced(self.client.clone(), namespace);
+        let params = ListParams::default().labels(labels);
+        let list = within(READ_LIMIT, format!("list {}", K::plural(&())), api.list(&params)).await?;
+        Ok(list.items)
     }
 
     /// The metadata of the object of this name, whatever labels it has. A list of one: that needs no other right than
@@ -360,20 +360,22 @@ impl Reader {
     ) -> Result<Option<PartialObjectMeta<DynamicObject>>, Error> {
         let api = Api::<DynamicObject>::namespaced_with(self.client.clone(), namespace, kind);
         let params = ListParams::default().fields(&format!("metadata.name={name}"));
-        let list = api.list_metadata(&params).await;
-        list.map(|list| list.items.into_iter().next())
-            .map_err(Error::api(format!("read {} {name}", kind.kind)))
+        let doing = format!("read {} {name}", kind.kind);
+        let list = within(READ_LIMIT, doing, api.list_metadata(&params)).await?;
+        Ok(list.items.into_iter().next())
     }
 
     /// What the workload of this name makes its pods of. A list of one, as [`Self::named`].
     pub async fn template(&self, namespace: &str, name: &str) -> Result<Option<Value>, Error> {
-        let api = Api::<Deployment>::namespaced(self.client.clone(), namespace);
-        let list = api
-            .list(&ListParams::default().fields(&format!("metadata.name={name}")))
-            .await;
-        let list = list.map_err(Error::api(format!("read Deployment {name}")))?;
-        let spec = list.items.into_iter().next().and_then(|it| it.spec);
+        let spec = self.workload(namespace, name).await?.and_then(|it| it.spec);
         Ok(spec.map(|spec| json!(spec.template)))
+    }
+
+    async fn workload(&self, namespace: &str, name: &str) -> Result<Option<Deployment>, Error> {
+        let api = Api::<Deployment>::namespaced(self.client.clone(), namespace);
+        let params = ListParams::default().fields(&format!("metadata.name={name}"));
+        let list = within(READ_LIMIT, format!("read Deployment {name}"), api.list(&params)).await?;
+        Ok(list.items.into_iter().next())
     }
 
     /// Pieces of stacks of one kind.
@@ -384,10 +386,10 @@ impl Reader {
             + DeserializeOwned
             + std::fmt::Debug,
     {
-        let list = Api::<K>::namespaced(self.client.clone(), namespace)
-            .list_metadata(&ListParams::default().labels(labels))
-            .await
-            .map_err(Error::api(format!("list {}", K::plural(&()))))?;
+        let api = Api::<K>::namespaced(self.client.clone(), namespace);
+        let params = ListParams::default().labels(labels);
+        let doing = format!("list {}", K::plural(&()));
+        let list = within(READ_LIMIT, doing, api.list_metadata(&params)).await?;
         let pieces = list.items.iter().map(|it| Piece::of::<K>(&it.metadata));
         Ok(pieces.collect())
     }
@@ -555,14 +557,11 @@ impl Reader {
         let builder = builder(&look.object);
         for (stack, service) in without_workload(pods, &look.seen) {
             let name = builder.workload_name(&stack, service);
-            let list = Api::<Deployment>::namespaced(self.client.clone(), builder.namespace)
-                .list(&ListParams::default().fields(&format!("metadata.name={name}")))
-                .await
-                .map_err(Error::api(format!("read Deployment {name}")))?;
+            let there = self.workload(builder.namespace, &name).await?;
             let ours = |it: &Deployment| {
                 is_ours(&it.metadata, builder.uid) && it.metadata.deletion_timestamp.is_none()
             };
-            if let Some(there) = list.items.into_iter().find(ours) {
+            if let Some(there) = there.filter(ours) {
                 let place = (&stack, service);
                 let seen = see_lost(&there.metadata, place, Part::Workload, &mut look.seen);
                 see_workload(&there, seen);
@@ -686,8 +685,9 @@ impl Reader {
                     });
                     memory.baselines.begin((status.epoch, live.attempt), fresh);
                     let pods = addresses(&live.stack);
-                    let (figures, unheard) = self.pods.figures(&pods, &mut memory.baselines).await;
-                    (look.seen.figures, look.seen.unheard) = (figures, unheard);
+                    let figures = self.pods.figures(&pods, &mut memory.baselines);
+                    let ((figures, unheard), unaware) = join(figures, self.pods.unaware(&pods)).await;
+                    (look.seen.figures, look.seen.unheard) = (figures, unheard.or(unaware));
                 }
             }
             Phase::Provisioning | Phase::Testing | Phase::AwaitingPromotion => {

@@ -2106,6 +2106,15 @@ fn what_no_client_reaches_is_not_verified() {
             Verifying,
             "",
         ),
+        (
+            "and neither has the stack before",
+            Box::new(|seen| {
+                unserved(seen);
+                trade_of(seen, &other).ready = 0;
+            }),
+            Verifying,
+            "",
+        ),
     ];
     for (name, change, phase, why) in rows {
         let recorded = records(&world, change);
@@ -2888,6 +2897,66 @@ fn what_is_taken_over_stays_as_big_as_it_was_found_until_another_version_is_live
         assert_eq!(pods(&world, "r1").1, !autoscaled, "{:#?}", world.trace);
         world.at_the_end().unwrap();
     }
+}
+
+#[test]
+fn what_waits_is_as_big_as_what_is_live_and_no_bigger() {
+    let trade = |world: &World, revision: &str| {
+        let seen = world.observe();
+        let mut stacks = seen.stacks.iter();
+        let there = stacks.find(|(stack, _)| stack.revision == revision).unwrap().1;
+        there.service(Service::Trade).unwrap().replicas
+    };
+    let follows = |world: &mut World, revision: &str, pods: &[(u32, u32)]| {
+        for (live, waits) in pods {
+            world.scale_by_load(*live);
+            world.settle(Wakes::Clock).unwrap();
+            assert_eq!(trade(world, revision), *waits, "{:#?}", world.trace);
+        }
+    };
+    let mut world = World::new(true);
+    world.autoscale(true);
+    world.declare(|spec| spec.rollout.promotion = Promotion::Manual);
+    world.settle(Wakes::Clock).unwrap();
+    let declared = trade(&world, "r0");
+    world.release(1);
+    world.until(0, AwaitingPromotion);
+    follows(
+        &mut world,
+        "r1",
+        &[(5, 5), (declared + 1, declared + 1), (1, declared)],
+    );
+
+    // The way back follows what is live; what is none does not grow.
+    world.scale_by_load(4);
+    world.settle(Wakes::Clock).unwrap();
+    promote(&mut world);
+    world.until(0, Verifying);
+    world.until(0, Live);
+    while world.status.previous.as_ref().unwrap().state == PreviousState::Draining {
+        world.step(0, View::Fresh).unwrap();
+        world.round();
+    }
+    world.finish(0);
+    world.step(0, View::Fresh).unwrap();
+    world.finish(0);
+    assert_eq!((trade(&world, "r0"), trade(&world, "r1")), (4, 4));
+    world.scale_by_load(6);
+    world.step(0, View::Fresh).unwrap();
+    world.finish(0);
+    assert_eq!(trade(&world, "r0"), 6);
+    world.scale_by_load(3);
+    world.step(0, View::Fresh).unwrap();
+    world.finish(0);
+    assert_eq!(trade(&world, "r0"), 3);
+    roll_back(&mut world);
+    world.until(0, Held);
+    world.finish(0);
+    let left = trade(&world, "r1");
+    world.scale_by_load(6);
+    world.step(0, View::Fresh).unwrap();
+    world.finish(0);
+    assert_eq!(trade(&world, "r1"), left);
 }
 
 /// A Job is made of what is declared by now. What that was made of another version would say is not about the recorded one.
