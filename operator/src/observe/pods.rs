@@ -785,7 +785,8 @@ http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/logi
             let ip = format!("127.77.{}.1", rand::random::<u8>());
             let listener = TcpListener::bind((ip.as_str(), ADMIN)).await.unwrap();
             let report = json!({"role": role, "inFlight": 0, "connections": 0, "database": null});
-            let router = Router::new().route("/stack", get(async move || axum::Json(report)));
+            let answer = move || async move { axum::Json(report) };
+            let router = Router::new().route("/stack", get(answer));
             tokio::spawn(async move { axum::serve(listener, router).await });
             let pod = Address {
                 ip,

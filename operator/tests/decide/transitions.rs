@@ -2867,15 +2867,17 @@ fn an_object_created_again_adopts_what_its_predecessor_left_running() {
     }
 }
 
+/// Of a revision's trade service: its pods, and whether it has an autoscaler.
+fn size(world: &World, revision: &str) -> (u32, bool) {
+    let seen = world.observe();
+    let mut stacks = seen.stacks.iter();
+    let (_, there) = stacks.find(|(stack, _)| stack.revision == revision).unwrap();
+    let trade = there.service(Service::Trade).unwrap();
+    (trade.replicas, trade.parts.contains_key(&Part::Autoscaler))
+}
+
 #[test]
 fn what_is_taken_over_stays_as_big_as_it_was_found_until_another_version_is_live() {
-    let pods = |world: &World, revision: &str| {
-        let seen = world.observe();
-        let mut stacks = seen.stacks.iter();
-        let there = stacks.find(|(stack, _)| stack.revision == revision).unwrap().1;
-        let trade = there.service(Service::Trade).unwrap();
-        (trade.replicas, trade.parts.contains_key(&Part::Autoscaler))
-    };
     for autoscaled in [false, true] {
         let mut world = World::new(true);
         world.declare(|spec| spec.services.trade.replicas = 4);
@@ -2884,79 +2886,64 @@ fn what_is_taken_over_stays_as_big_as_it_was_found_until_another_version_is_live
         world.scale_by_load(5);
         world.settle(Wakes::Clock).unwrap();
         let found = if autoscaled { (5, true) } else { (4, false) };
-        assert_eq!(pods(&world, "r0"), found);
+        assert_eq!(size(&world, "r0"), found);
 
         world.release(1);
         world.autoscale(!autoscaled);
         world.declare(|spec| spec.services.trade.replicas = 2);
         world.lose_status();
         world.until(0, Promoting);
-        assert_eq!(pods(&world, "r0"), found, "{:#?}", world.trace);
+        assert_eq!(size(&world, "r0"), found, "{:#?}", world.trace);
         world.settle(Wakes::Clock).unwrap();
         assert_eq!(world.status.phase, Live);
-        assert_eq!(pods(&world, "r1").1, !autoscaled, "{:#?}", world.trace);
+        assert_eq!(size(&world, "r1").1, !autoscaled, "{:#?}", world.trace);
         world.at_the_end().unwrap();
     }
 }
 
 #[test]
 fn what_waits_is_as_big_as_what_is_live_and_no_bigger() {
-    let trade = |world: &World, revision: &str| {
-        let seen = world.observe();
-        let mut stacks = seen.stacks.iter();
-        let there = stacks.find(|(stack, _)| stack.revision == revision).unwrap().1;
-        there.service(Service::Trade).unwrap().replicas
-    };
-    let follows = |world: &mut World, revision: &str, pods: &[(u32, u32)]| {
-        for (live, waits) in pods {
-            world.scale_by_load(*live);
-            world.settle(Wakes::Clock).unwrap();
-            assert_eq!(trade(world, revision), *waits, "{:#?}", world.trace);
-        }
+    let look = |world: &mut World| {
+        world.step(0, View::Fresh).unwrap();
+        world.finish(0);
     };
     let mut world = World::new(true);
     world.autoscale(true);
-    world.declare(|spec| spec.rollout.promotion = Promotion::Manual);
     world.settle(Wakes::Clock).unwrap();
-    let declared = trade(&world, "r0");
+    world.declare(|spec| spec.rollout.promotion = Promotion::Manual);
+    let (declared, _) = size(&world, "r0");
     world.release(1);
     world.until(0, AwaitingPromotion);
-    follows(
-        &mut world,
-        "r1",
-        &[(5, 5), (declared + 1, declared + 1), (1, declared)],
-    );
+    for (live, waits) in [(5, 5), (declared + 1, declared + 1), (1, declared), (4, 4)] {
+        world.scale_by_load(live);
+        world.settle(Wakes::Clock).unwrap();
+        assert_eq!(size(&world, "r1").0, waits, "{:#?}", world.trace);
+    }
 
-    // The way back follows what is live; what is none does not grow.
-    world.scale_by_load(4);
-    world.settle(Wakes::Clock).unwrap();
-    promote(&mut world);
-    world.until(0, Verifying);
+    // The way back follows what is live.
+    world.ask(|requests, names| requests.promote = names.candidate);
     world.until(0, Live);
     while world.status.previous.as_ref().unwrap().state == PreviousState::Draining {
         world.step(0, View::Fresh).unwrap();
         world.round();
     }
-    world.finish(0);
-    world.step(0, View::Fresh).unwrap();
-    world.finish(0);
-    assert_eq!((trade(&world, "r0"), trade(&world, "r1")), (4, 4));
-    world.scale_by_load(6);
-    world.step(0, View::Fresh).unwrap();
-    world.finish(0);
-    assert_eq!(trade(&world, "r0"), 6);
-    world.scale_by_load(3);
-    world.step(0, View::Fresh).unwrap();
-    world.finish(0);
-    assert_eq!(trade(&world, "r0"), 3);
+    for live in [4, 6, 3] {
+        world.scale_by_load(live);
+        look(&mut world);
+        assert_eq!((size(&world, "r0").0, size(&world, "r1").0), (live, live));
+    }
+    // What was left is no way back, and does not.
     roll_back(&mut world);
     world.until(0, Held);
-    world.finish(0);
-    let left = trade(&world, "r1");
+    look(&mut world);
     world.scale_by_load(6);
-    world.step(0, View::Fresh).unwrap();
-    world.finish(0);
-    assert_eq!(trade(&world, "r1"), left);
+    look(&mut world);
+    assert_eq!(
+        (size(&world, "r0").0, size(&world, "r1").0),
+        (6, 3),
+        "{:#?}",
+        world.trace
+    );
 }
 
 /// A Job is made of what is declared by now. What that was made of another version would say is not about the recorded one.
