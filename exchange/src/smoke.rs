@@ -239,7 +239,6 @@ async fn reach(client: &Client, patience: Duration) -> Result<(), CallError> {
     Ok(())
 }
 
-#[expect(clippy::too_many_lines, reason = "the steps in their order")]
 /// Every step needs the ones before it; the first that fails is the last.
 async fn exercise(client: &Client, report: &mut Report) -> Option<()> {
     report

@@ -19,8 +19,8 @@ use crate::{
     plan::{AT_LEAST_EVERY, Event, Plan},
     release::Found,
     status::{
-        Candidate, ExchangeDeploymentStatus as Status, HistoryEntry, Live, Outcome, Phase, PreviousState,
-        Reason, Rejected, Request, Scale, ServiceScale, Stack, token,
+        Candidate, ExchangeDeploymentStatus as Status, HistoryEntry, Live, Outcome, Phase, Previous,
+        PreviousState, Reason, Rejected, Request, Scale, ServiceScale, Stack, token,
     },
 };
 
@@ -256,9 +256,17 @@ impl Turn<'_> {
         let declared = u32::try_from(self.spec.services.get(service).replicas).unwrap_or(1);
         let previous = self.next.previous.as_ref().filter(|it| it.stack == *stack);
         let is_candidate = self.next.candidate.as_ref().is_some_and(|it| it.stack == *stack);
-        let retained = previous.is_some_and(|it| it.state == PreviousState::Retained);
-        let waits = !self.next.phase.moves() && (is_candidate || retained);
-        let has = if waits { 0 } else { count(stack) };
+        let is_idle = |it: &Previous| it.state == PreviousState::Retained && it.idle_since.is_some();
+        let waits = match self.next.phase {
+            Phase::AwaitingPromotion if is_candidate => true,
+            phase => !phase.moves() && previous.is_some_and(is_idle),
+        };
+        // Also if somebody takes away what is live, which may need it soon.
+        let has = if waits {
+            count(stack).min(declared)
+        } else {
+            count(stack)
+        };
         match previous {
             _ if is_candidate => declared.max(live).max(has),
             Some(previous) if !previous.way_back => count(stack).max(1),
@@ -274,7 +282,8 @@ impl Turn<'_> {
                 && Service::ALL.iter().all(|service| {
                     let parts = seen.service(*service).map(|seen| &seen.parts);
                     let intact = |part| parts.and_then(|it| it.get(&part)).is_some_and(|it| it.intact);
-                    seen.ready(*service) >= self.wanted(stack, *service)
+                    let replicas = seen.service(*service).map_or(0, |it| it.replicas);
+                    seen.ready(*service) >= self.wanted(stack, *service).max(replicas)
                         && seen.service(*service).is_some_and(|it| it.current)
                         && [Part::ColourService, Part::Budget, Part::Workload]
                             .into_iter()

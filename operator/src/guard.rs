@@ -177,14 +177,19 @@ fn enough(
     replicas: u32,
     seen: &Observed,
 ) -> Result<(), Refusal> {
-    let is_live = seen.status.live.as_ref().is_some_and(|live| live.stack == *stack);
+    let live = seen.status.live.as_ref().map(|live| &live.stack);
+    let way_back = seen.status.previous.as_ref().filter(|it| it.way_back);
+    let may_serve = live
+        .into_iter()
+        .chain(way_back.map(|it| &it.stack))
+        .any(|it| it == stack);
     let has = seen
         .stacks
         .get(stack)
         .and_then(|stack| stack.service(service))
         .map_or(0, |seen| seen.replicas);
     let declared = spec.services.get(service).replicas;
-    let least = if is_live {
+    let least = if may_serve {
         has.min(u32::try_from(declared).unwrap_or(1))
     } else {
         1

@@ -13,7 +13,12 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::{error::Class, plan::Intent, report::NOTHING_LIVE, status::Phase};
+use crate::{
+    error::Class,
+    plan::Intent,
+    report::{NO_CANDIDATE, NOTHING_LIVE},
+    status::Phase,
+};
 
 /// The conditions of objects that are told.
 const TOLD: [&str; 4] = ["Ready", "Available", "Stalled", "SchemaReady"];
@@ -200,7 +205,7 @@ impl Metrics {
         {
             if let Some(condition) = TOLD.into_iter().find(|told| told == type_) {
                 let labels = ConditionLabels::of(namespace, name, condition);
-                if reason == NOTHING_LIVE {
+                if [NOTHING_LIVE, NO_CANDIDATE].contains(&reason.as_str()) {
                     self.conditions.remove(&labels);
                 } else {
                     let is = i64::from(status == "True");

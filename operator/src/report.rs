@@ -18,6 +18,9 @@ use crate::{
 /// The reason of `Available` before anything has become live.
 pub(crate) const NOTHING_LIVE: &str = "NothingLive";
 
+/// The reason of what is about a release before there is any.
+pub(crate) const NO_CANDIDATE: &str = "NoCandidate";
+
 /// A verdict: true or false, one word, one sentence.
 struct Verdict {
     is: bool,
@@ -614,7 +617,7 @@ fn elsewhere(seen: &Observed, status: &Status, service: Service) -> Option<Strin
 
 fn candidate_ready(seen: &Observed, status: &Status) -> Verdict {
     match &status.candidate {
-        None => verdict(false, "NoCandidate", "there is no candidate"),
+        None => verdict(false, NO_CANDIDATE, "there is no candidate"),
         Some(candidate) if lacking(seen, &candidate.stack).is_empty() => {
             verdict(true, "PodsReady", "all pods of the candidate are ready")
         }
@@ -674,7 +677,7 @@ fn schema_ready(seen: &Observed, status: &Status) -> Verdict {
         (Some(JobState::Running), _) => verdict(false, "Migrating", "the expand migration runs"),
         (None, Some(_)) => verdict(false, "NotStarted", "the expand migration has not started"),
         (None, None) if status.live.is_some() => verdict(true, "Expanded", "the schema fits what is live"),
-        (None, None) => verdict(false, "NoCandidate", "there is no candidate"),
+        (None, None) => verdict(false, NO_CANDIDATE, "there is no candidate"),
     }
 }
 
@@ -682,7 +685,7 @@ fn tests_passed(spec: &Spec, seen: &Observed, status: &Status) -> Verdict {
     let live = status.live.as_ref().map(|it| (&it.stack, it.attempt));
     let judged = judged(status);
     let Some((stack, attempt)) = judged.or(live) else {
-        return verdict(false, "NoCandidate", "there is no candidate");
+        return verdict(false, NO_CANDIDATE, "there is no candidate");
     };
     let mut kinds = vec![JobKind::Smoke];
     kinds.extend(

@@ -666,16 +666,6 @@ impl Builder<'_> {
             }
             pod.insert("containers".to_owned(), json!([container]));
         }
-        // A node may be drained under any Job.
-        let mut rules = vec![
-            json!({"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}),
-        ];
-        if !migration {
-            // A migration can be repeated, but a failed test has failed; not so one that a node has refused, not started or killed.
-            let failed =
-                json!({"containerName": JOB_CONTAINER, "operator": "NotIn", "values": NOT_OF_THE_TEST});
-            rules.push(json!({"action": "FailJob", "onExitCodes": failed}));
-        }
         Some(json!({
             "apiVersion": "batch/v1",
             "kind": "Job",
@@ -683,11 +673,23 @@ impl Builder<'_> {
             "spec": {
                 "activeDeadlineSeconds": deadline,
                 "backoffLimit": 3,
-                "podFailurePolicy": {"rules": rules},
+                "podFailurePolicy": {"rules": failures(migration)},
                 "template": {"metadata": {"labels": labels}, "spec": pod},
             },
         }))
     }
+}
+
+/// What the failure of a Job's pod means. A node may be drained under any Job, and a migration can be repeated; but a failed
+/// test has failed. Not so one that a node has refused, not started or killed.
+fn failures(migration: bool) -> Value {
+    let drained =
+        json!({"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]});
+    if migration {
+        return json!([drained]);
+    }
+    let failed = json!({"containerName": JOB_CONTAINER, "operator": "NotIn", "values": NOT_OF_THE_TEST});
+    json!([drained, {"action": "FailJob", "onExitCodes": failed}])
 }
 
 /// What an autoscaler goes by, within what can be declared: [`Builder::autoscaler`] read back. Nothing if it does not go by

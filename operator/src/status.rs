@@ -121,7 +121,7 @@ pub struct ExchangeDeploymentStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<Previous>,
     /// Until when there is a way back to the stack that was live before, if its colour is not needed earlier. Missing if there
-    /// is none.
+    /// is none, and while its time stands still.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<Time>")]
     pub rollback_until: Option<Timestamp>,

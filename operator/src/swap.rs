@@ -199,8 +199,12 @@ impl Turn<'_> {
         }
         let passed = self.state(JobKind::Verify, &live.stack, live.attempt) == Some(&JobState::Passed);
         live.smoke_passed |= passed;
+        // What takes the pods of both stacks is no fault of the new one, and there is nowhere to go.
+        let back = self.next.previous.as_ref().filter(|it| it.way_back);
+        let nowhere = back.is_some_and(|it| !self.stack(&it.stack).is_some_and(StackSeen::serves));
         live.unserved_since = self
             .without_endpoints(&live.stack)
+            .filter(|_| !nowhere)
             .map(|_| live.unserved_since.unwrap_or(self.now));
         self.next.live = Some(live.clone());
         let verdict = self.verdict(&live);
@@ -300,12 +304,8 @@ impl Turn<'_> {
     fn verdict(&self, live: &Live) -> Option<Result<(), String>> {
         let limits = self.next.verification(self.spec);
         let too_long = |since| self.now.duration_since(since) >= SHORT_OF_ENDPOINTS && self.watched();
-        // What takes the pods of both stacks is no fault of the new one, and there is nowhere to go.
-        let previous = self.next.previous.as_ref().filter(|it| it.way_back);
-        let before = previous.is_none_or(|it| self.stack(&it.stack).is_some_and(StackSeen::serves));
         if let Some(service) = self.without_endpoints(&live.stack)
             && live.unserved_since.is_some_and(too_long)
-            && before
         {
             return Some(Err(format!("the {service} service has no ready endpoints")));
         }

@@ -603,7 +603,7 @@ async fn tests_are_about_the_pods_that_are_recorded_and_count_for_no_others() {
         .into_iter()
         .find(|it| it.contains("-trade-"));
     world.change(&trade.unwrap(), |deployment| {
-        deployment["spec"]["template"]["metadata"]["annotations"] = json!({"restartedAt": "now"});
+        deployment["spec"]["template"]["metadata"]["annotations"]["restartedAt"] = json!("now");
     });
     let (result, writes) = world.pass().await;
     result.unwrap();

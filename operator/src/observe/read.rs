@@ -580,13 +580,13 @@ impl Reader {
                 continue;
             }
             let fields = format!("involvedObject.uid={},reason=FailedCreate", seen.fence.uid);
-            let events = Api::<Event>::namespaced(self.client.clone(), builder(&look.object).namespace)
-                .list(&ListParams::default().fields(&fields))
-                .await;
-            let events = match events {
+            let api = Api::<Event>::namespaced(self.client.clone(), builder(&look.object).namespace);
+            let params = ListParams::default().fields(&fields);
+            let doing = format!("read the events of Job {name}");
+            let events = match within(READ_LIMIT, doing, api.list(&params)).await {
                 Ok(list) => list.items,
                 Err(error) => {
-                    debug!(error.message = %error, "the events of the Job {name} cannot be read");
+                    debug!("{}", error.chain());
                     continue;
                 }
             };

@@ -168,7 +168,7 @@ async fn main() -> ExitCode {
 fn in_words(error: &anyhow::Error) -> String {
     let mut words = Vec::new();
     for cause in error.chain() {
-        if let Some(kube::Error::Api(answer)) = cause.downcast_ref() {
+        if let Some(kube::Error::Api(answer)) = cause.downcast_ref::<kube::Error>() {
             words.push(answer.message.clone());
             break;
         }

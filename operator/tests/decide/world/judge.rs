@@ -284,7 +284,16 @@ impl Case<'_> {
         let lasted = since.is_some_and(|since| self.now.duration_since(since).as_secs() >= 10);
         is(lasted && self.seen.seen_before, || {
             "P7: given up for a moment without endpoints".to_owned()
+        })?;
+        is(!self.is_nowhere_to_go(), || {
+            "P7: given up for an outage of both stacks".to_owned()
         })
+    }
+
+    /// Whether the way back from what is being verified does not serve either.
+    fn is_nowhere_to_go(&self) -> bool {
+        let previous = self.old.previous.as_ref().filter(|it| it.way_back);
+        previous.is_some_and(|it| !self.serves(&it.stack))
     }
 
     /// What has no endpoints any more is not waited for until a deadline: clients have nowhere to go.
@@ -320,7 +329,7 @@ impl Case<'_> {
                 let since = live.unserved_since;
                 let long = since.is_some_and(|since| self.now.duration_since(since).as_secs() >= 10);
                 let unserved = Service::ALL.iter().any(|service| empty(&live.stack, *service));
-                is(!long || !unserved, || {
+                is(!long || !unserved || self.is_nowhere_to_go(), || {
                     format!("P1: {} is without endpoints and is waited for", live.stack)
                 })
             }
