@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use futures::future::{join, try_join_all};
+use futures::future::{OptionFuture, join, try_join_all};
 use k8s_openapi::{
     NamespaceResourceScope,
     api::{
@@ -686,7 +686,12 @@ impl Reader {
                     memory.baselines.begin((status.epoch, live.attempt), fresh);
                     let pods = addresses(&live.stack);
                     let figures = self.pods.figures(&pods, &mut memory.baselines);
-                    let ((figures, unheard), unaware) = join(figures, self.pods.unaware(&pods)).await;
+                    // They find it out within seconds, and nobody has to be told of those.
+                    let unaware = async {
+                        let asked = live.smoke_passed.then(|| self.pods.unaware(&pods));
+                        OptionFuture::from(asked).await.flatten()
+                    };
+                    let ((figures, unheard), unaware) = join(figures, unaware).await;
                     (look.seen.figures, look.seen.unheard) = (figures, unheard.or(unaware));
                 }
             }
