@@ -20,6 +20,7 @@ use serde_path_to_error::Segment;
 use crate::{
     app::App,
     error::{self, ApiError},
+    metrics::Awaited,
 };
 
 /// A JSON body.
@@ -40,8 +41,12 @@ impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
         if !media_type.is_some_and(|media_type| media_type.eq_ignore_ascii_case("application/json")) {
             return Err(error::UNSUPPORTED_MEDIA_TYPE.into());
         }
-        let body = tokio::time::timeout(app.config.request_timeout, Bytes::from_request(request, app))
-            .await
+        let awaited = request.extensions().get::<Awaited>().cloned().unwrap_or_default();
+        let body = {
+            let _awaiting = awaited.begin();
+            tokio::time::timeout(app.config.request_timeout, Bytes::from_request(request, app)).await
+        };
+        let body = body
             .map_err(|_| ApiError::from(error::REQUEST_TIMEOUT))?
             .map_err(|rejection: BytesRejection| match rejection.status() {
                 StatusCode::PAYLOAD_TOO_LARGE => ApiError::from(error::BODY_TOO_LARGE),

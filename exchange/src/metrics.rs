@@ -3,8 +3,11 @@
 use std::{
     fmt,
     panic::AssertUnwindSafe,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
-    time::Instant,
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use axum::{
@@ -74,6 +77,33 @@ impl RequestLane {
     }
 }
 
+/// How long the body of a request was awaited, which is its client's time; put into each request's extensions by [`observe`].
+#[derive(Clone, Default)]
+pub struct Awaited(Arc<AtomicU64>);
+
+impl Awaited {
+    /// The body is awaited until what is returned is dropped.
+    pub fn begin(&self) -> Awaiting {
+        Awaiting(self.clone(), Instant::now())
+    }
+
+    fn time(&self) -> Duration {
+        Duration::from_nanos(self.0.load(Ordering::Relaxed))
+    }
+}
+
+/// A body that is awaited: until this is dropped, also because the client has hung up.
+#[must_use]
+pub struct Awaiting(Awaited, Instant);
+
+impl Drop for Awaiting {
+    fn drop(&mut self) {
+        let Self(Awaited(time), since) = self;
+        let nanoseconds = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        time.fetch_add(nanoseconds, Ordering::Relaxed);
+    }
+}
+
 /// A gauge that is there while its value is known: no news is no good news, and neither is old news. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct Known<N>(Arc<Mutex<Option<N>>>);
@@ -127,7 +157,8 @@ impl Metrics {
         let durations = Family::new_with_constructor(latencies as fn() -> Histogram);
         registry.register(
             "http_server_request_duration_seconds",
-            "Time from the header of a request to the header of its response, or until the client has hung up",
+            "Time from the header of a request to the header of its response, or until the client has hung up; without the time in \
+             which its body was awaited, and without requests that were refused (4xx)",
             durations.clone(),
         );
         Self {
@@ -183,6 +214,7 @@ struct Observed {
     method: String,
     route: String,
     lane: RequestLane,
+    awaited: Awaited,
     start: Instant,
     status: u16,
     problem: Option<&'static str>,
@@ -191,13 +223,16 @@ struct Observed {
 impl Observed {
     fn begin(metrics: Metrics, request: &mut Request) -> Self {
         let lane = RequestLane::default();
+        let awaited = Awaited::default();
         request.extensions_mut().insert(lane.clone());
+        request.extensions_mut().insert(awaited.clone());
         let matched = request.extensions().get::<MatchedPath>();
         Self {
             metrics,
             method: known_method(request.method()).to_owned(),
             route: matched.map_or("unmatched", MatchedPath::as_str).to_owned(),
             lane,
+            awaited,
             start: Instant::now(),
             status: CLIENT_CLOSED_REQUEST,
             problem: None,
@@ -220,10 +255,14 @@ impl Drop for Observed {
             route: route.clone(),
             lane,
         };
-        self.metrics
-            .durations
-            .get_or_create(&labels)
-            .observe(elapsed.as_secs_f64());
+        // Whoever is refused can have taken any time for it, and a verification goes by these figures.
+        if !(400..CLIENT_CLOSED_REQUEST).contains(&status) {
+            let own = elapsed.saturating_sub(self.awaited.time());
+            self.metrics
+                .durations
+                .get_or_create(&labels)
+                .observe(own.as_secs_f64());
+        }
         let labels = RequestLabels {
             method: method.clone(),
             route: route.clone(),
@@ -312,6 +351,31 @@ mod tests {
         let page = app.metrics.encode().unwrap();
         assert!(
             page.contains(r#"{method="GET",route="/panics",lane="live",status="500"} 1"#),
+            "{page}"
+        );
+    }
+
+    #[tokio::test]
+    async fn the_time_of_clients_is_not_that_of_the_service() {
+        let slow_client = async |request: Request| {
+            let awaited = request.extensions().get::<Awaited>().unwrap().clone();
+            let _awaiting = awaited.begin();
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        };
+        let app = app();
+        let router: Router = Router::new()
+            .route("/slow-client", get(slow_client))
+            .route("/refused", get(async || StatusCode::UNAUTHORIZED))
+            .layer(middleware::from_fn_with_state(app.clone(), observe));
+        for path in ["/slow-client", "/refused"] {
+            let request = Request::get(path).body(Body::empty()).unwrap();
+            router.clone().oneshot(request).await.unwrap();
+        }
+        let page = app.metrics.encode().unwrap();
+        let bucket = r#"duration_seconds_bucket{le="0.25",method="GET",route="/slow-client",lane="live"} 1"#;
+        assert!(page.contains(bucket), "{page}");
+        assert!(
+            !page.contains(r#"duration_seconds_count{method="GET",route="/refused""#),
             "{page}"
         );
     }

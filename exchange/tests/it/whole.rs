@@ -421,7 +421,7 @@ async fn what_happens_is_counted_and_belongs_to_its_trace() {
         ),
         (
             format!("http_server_request_duration_seconds_count{{{route}}}"),
-            3.0,
+            2.0,
         ),
         (r#"orders_total{outcome="accepted"}"#.to_owned(), 2.0),
         (r#"orders_total{outcome="insufficient_funds"}"#.to_owned(), 1.0),

@@ -12,6 +12,7 @@ use k8s_openapi::api::{
 use kube::ResourceExt;
 use serde::Deserialize;
 use serde_json::Value;
+use tokio::time::timeout;
 
 use super::{Figures, JobKind, JobState};
 use crate::{api::Service, status::Stack};
@@ -33,6 +34,10 @@ const NOT_COUNTED: [&str; 2] = ["/version", "unmatched"];
 const NOT_TIMED: [&str; 4] = ["/login", "/register", "/password", "/notifications/stream"];
 /// The kubelet's own time, after a pod's grace period, to end it and to say so.
 const ENDING: SignedDuration = SignedDuration::from_secs(30);
+/// For all connections to one live Service: others' exchanges wait meanwhile.
+const ROW: Duration = Duration::from_secs(5);
+/// The longest page of a pod that is read, in bytes.
+const LONGEST: usize = 1 << 20;
 /// The longest that is told of what a pod or a Job says.
 const TOLD: usize = 300;
 
@@ -259,7 +264,8 @@ impl Report {
         let role = self.role.as_deref().filter(|role| *role != "Live")?;
         let (service, at) = (pod.service, pod.admin());
         Some(format!(
-            "a pod of the {service} service, at {at}, works as {role}: it has not reached the live Service"
+            "a pod of the {service} service, at {at}, works as {}: it has not reached the live Service",
+            short(role)
         ))
     }
 }
@@ -290,7 +296,9 @@ impl Pods {
         let name = stack.to_string();
         let rows = ips.iter().map(async |(service, ip)| {
             let at = format!("{}:{LIVE}", host(ip));
-            let row = self.row(&name, &at).await;
+            let row = timeout(ROW, self.row(&name, &at)).await;
+            let row =
+                row.unwrap_or_else(|_| Err(format!("not {ANSWERS} answers within {} s", ROW.as_secs())));
             row.map_err(|heard| format!("no answer of {name} from {at} ({service}): {heard}"))
         });
         join_all(rows).await.into_iter().collect()
@@ -303,7 +311,7 @@ impl Pods {
             let stack = response.headers().get("x-exchange-stack");
             match stack.and_then(|stack| stack.to_str().ok()) {
                 Some(answering) if answering == name => {}
-                Some(other) => return Err(format!("{other} answers")),
+                Some(other) => return Err(format!("{} answers", short(other))),
                 None => return Err(format!("status {}, of no stack", response.status())),
             }
         }
@@ -335,7 +343,7 @@ impl Pods {
         let told = join_all(not_ready.map(async |pod| {
             let response = self.client.get(pod.url("readyz")).send().await.ok()?;
             let not_ready = !response.status().is_success();
-            let text = response.text().await.ok()?;
+            let text = text(response).await.ok()?;
             not_ready.then(|| (pod.service, short(&text)))
         }));
         told.await.into_iter().flatten().collect()
@@ -378,12 +386,22 @@ impl Pods {
     }
 
     async fn page(&self, pod: &Address, path: &str) -> Result<String, String> {
-        let page = async {
-            let response = self.client.get(pod.url(path)).send().await?;
-            response.error_for_status()?.text().await
-        };
-        page.await.map_err(|error| why(&error))
+        let response = self.client.get(pod.url(path)).send().await;
+        let response = response.and_then(reqwest::Response::error_for_status);
+        text(response.map_err(|error| why(&error))?).await
     }
+}
+
+/// What a pod answers, which may be of anybody's making.
+async fn text(mut response: reqwest::Response) -> Result<String, String> {
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(|error| why(&error))? {
+        if body.len() + chunk.len() > LONGEST {
+            return Err(format!("the answer is longer than {LONGEST} bytes"));
+        }
+        body.extend_from_slice(&chunk);
+    }
+    String::from_utf8(body).map_err(|_| "the answer is no text".to_owned())
 }
 
 /// Why there was no answer, in few words, which are the same each time: an address at which nobody is either lets one wait or
@@ -572,7 +590,7 @@ fn the_point(said: &str) -> String {
         if let Some(message) = lines.last().and_then(|line| message(line)) {
             return message;
         }
-        let line = lines.join(" ");
+        let line = harmless(&lines.join(" "));
         let cut = line.chars().count().saturating_sub(TOLD);
         return line.chars().skip(cut).collect();
     };
@@ -590,11 +608,21 @@ fn the_point(said: &str) -> String {
 
 /// The beginning of a text, on one line.
 pub(crate) fn short(text: &str) -> String {
-    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let line = harmless(text);
     if line.chars().count() <= TOLD {
         return line;
     }
     line.chars().take(TOLD).chain(['…']).collect()
+}
+
+/// A text on one line, without what would steer the terminal of whoever reads it.
+fn harmless(text: &str) -> String {
+    let steers = |it: char| {
+        it.is_control()
+            || matches!(it, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    line.replace(steers, "\u{fffd}")
 }
 
 #[cfg(test)]
@@ -772,6 +800,36 @@ http_server_request_duration_seconds_bucket{le="+Inf",method="POST",route="/logi
         let nobody = taken.local_addr().unwrap().to_string();
         let heard = pods.row("blue-1", &nobody).await.unwrap_err();
         assert!(heard.starts_with("Connection refused"), "{heard}");
+    }
+
+    #[test]
+    fn what_is_told_steers_no_terminal() {
+        assert_eq!(
+            short("a\u{1b}[2Jb\u{9b}c\u{202e}d\n e"),
+            "a\u{fffd}[2Jb\u{fffd}c\u{fffd}d e"
+        );
+    }
+
+    #[tokio::test]
+    async fn no_more_is_read_of_an_answer_than_any_needs() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let answer = |length: usize| get(move || async move { "a".repeat(length) });
+        let router = Router::new()
+            .route("/long", answer(LONGEST))
+            .route("/longer", answer(LONGEST + 1));
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        let ask = async |path: &str| {
+            let response = Pods::new()
+                .unwrap()
+                .client
+                .get(format!("http://{at}/{path}"))
+                .send();
+            text(response.await.unwrap()).await
+        };
+        assert_eq!(ask("long").await.unwrap().len(), LONGEST);
+        ask("longer").await.unwrap_err();
     }
 
     #[test]
