@@ -695,7 +695,7 @@ fn failures(migration: bool) -> Value {
 /// What an autoscaler goes by, within what can be declared: [`Builder::autoscaler`] read back. Nothing if it does not go by
 /// the use of CPU.
 pub fn autoscaling(there: &HorizontalPodAutoscaler) -> Option<Autoscaling> {
-    let spec = there.spec.as_ref()?;
+    let spec = &there.spec;
     let cpu = spec.metrics.iter().flatten().find_map(|metric| {
         let resource = metric.resource.as_ref().filter(|it| it.name == "cpu")?;
         resource.target.average_utilization

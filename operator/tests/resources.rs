@@ -355,7 +355,7 @@ fn an_autoscaler_is_read_back_as_it_was_declared() {
     assert!(declared.is_some());
     assert_eq!(autoscaling(&there), declared);
     // What people have made of it, and nobody can declare, could not be recorded.
-    there.spec.as_mut().unwrap().max_replicas = 500;
+    there.spec.max_replicas = 500;
     assert_eq!(autoscaling(&there).unwrap().max_replicas, 100);
 }
 
