@@ -329,7 +329,7 @@ impl Cluster {
         let last = async { self.look(&self.object(named).await?.name_any()).await };
         match time::timeout(REFRESH, last).await {
             Ok(Ok(view)) => show(&view, args.output)?,
-            Ok(Err(error)) => complain(&format!("{error:#}")),
+            Ok(Err(error)) => complain(&in_words(&error)),
             Err(_) => complain("the API server does not answer"),
         }
         Ok(ExitCode::from(TIMED_OUT))
@@ -408,7 +408,7 @@ async fn patiently<T, F: Future<Output = anyhow::Result<T>>>(ask: impl Fn() -> F
         match ask().await {
             Err(error) if passes(&error) => {
                 if !told {
-                    complain(&format!("{error:#}; asking again"));
+                    complain(&format!("{}; asking again", in_words(&error)));
                 }
                 told = true;
                 time::sleep(AGAIN).await;
