@@ -201,7 +201,7 @@ impl Turn<'_> {
         live.smoke_passed |= passed;
         // What takes the pods of both stacks is no fault of the new one, and there is nowhere to go.
         let back = self.next.previous.as_ref().filter(|it| it.way_back);
-        let nowhere = back.is_some_and(|it| !self.stack(&it.stack).is_some_and(StackSeen::serves));
+        let nowhere = back.is_some_and(|it| self.without_endpoints(&it.stack).is_some());
         live.unserved_since = self
             .without_endpoints(&live.stack)
             .filter(|_| !nowhere)

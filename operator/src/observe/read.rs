@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use futures::future::{OptionFuture, join, try_join_all};
+use futures::future::{join, try_join_all};
 use k8s_openapi::{
     NamespaceResourceScope,
     api::{
@@ -586,7 +586,10 @@ impl Reader {
             let events = match within(READ_LIMIT, doing, api.list(&params)).await {
                 Ok(list) => list.items,
                 Err(error) => {
-                    debug!("{}", error.chain());
+                    debug!(
+                        error.message = error.chain(),
+                        "the events of the Job {name} cannot be read"
+                    );
                     continue;
                 }
             };
@@ -688,8 +691,11 @@ impl Reader {
                     let figures = self.pods.figures(&pods, &mut memory.baselines);
                     // They find it out within seconds, and nobody has to be told of those.
                     let unaware = async {
-                        let asked = live.smoke_passed.then(|| self.pods.unaware(&pods));
-                        OptionFuture::from(asked).await.flatten()
+                        if live.smoke_passed {
+                            self.pods.unaware(&pods).await
+                        } else {
+                            None
+                        }
                     };
                     let ((figures, unheard), unaware) = join(figures, unaware).await;
                     (look.seen.figures, look.seen.unheard) = (figures, unheard.or(unaware));
