@@ -59,6 +59,8 @@ endif
 ifneq ($(CLUSTER),existing)
   export AGENT_IMAGE ?= exchange.local/testbed-agent:$(TAG)
 endif
+# Most of what the integration tests take is waiting, each for stores of its own: more at once than there are cores.
+THREADS := 4
 # Compiles tests of the workspace, chosen by arguments of cargo's and by arguments of their own. Fails if a misspelt TEST selects
 # none, before anything is started for them: with the target that has one of that name, by what its `ignore` says.
 find-tests = cargo test --workspace --locked $(1) --no-run; \
@@ -104,7 +106,7 @@ ifeq ($(CLUSTER),existing)
 else
 	@tests/deps.sh --cluster
 	@$(sub) preflight
-	@$(call part,1/6,Lints and unit tests,$(sub) check)
+	@$(call part,1/6,Lints and unit tests,$(sub) compiled check)
 	@$(call part,2/6,The exchange with real stores,$(sub) integration)
 	@$(alone) down e2e down-test PARTS="3/6 4/6 5/6 6/6"
 endif
@@ -112,6 +114,11 @@ endif
 .PHONY: preflight
 preflight: $(TESTBED)
 	@$(TESTBED) preflight
+
+# All tests at once, so that no core waits for the last program of a level.
+.PHONY: compiled
+compiled:
+	cargo test --workspace --locked --no-run
 
 .PHONY: check
 check: all-tests ## Format, lints, unit tests, generated files: minutes, no root, no cluster
@@ -132,7 +139,7 @@ simulate: ## The operator in HISTORIES=200000 simulated histories from FIRST=0 o
 integration: not-existing deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine; the charts as helm renders them
 	@$(sub) $(TESTBED)
 	@tools=$$($(TESTBED) tools); export PATH="$$tools:$$PATH"; \
-	  $(call run-tests,--test it --test charts,$(TEST))
+	  $(call run-tests,--test it --test charts,--test-threads $(THREADS) $(TEST))
 
 .PHONY: e2e
 e2e: deps $(TESTBED) ## End-to-end tests on the cluster, which stays for the next run; CASE=2 runs one case of the proof
