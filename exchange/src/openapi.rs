@@ -38,7 +38,11 @@ const REFUSALS: &[(&str, &str, &[&str])] = &[
     ("delete", "/user", &["accounts_not_empty"]),
     ("delete", "/lane", &["lane_refused"]),
     ("get", "/.well-known/jwks.json", &[]),
-    ("post", "/account/add", &["unknown_currency", "account_exists"]),
+    (
+        "post",
+        "/account/add",
+        &["unknown_currency", "account_exists", "account_limit"],
+    ),
     (
         "post",
         "/account/update",
@@ -90,6 +94,7 @@ const REFUSALS: &[(&str, &str, &[&str])] = &[
             "balance_limit",
             "open_order_limit",
             "idempotency_key_reused",
+            "too_many_requests",
         ],
     ),
     ("post", "/trade/cancel", &["order_not_found", "order_filled"]),

@@ -89,7 +89,8 @@ impl Exports {
                 .retry_after(AWAIT_TURN));
         }
         let Ok(permit) = Arc::clone(&self.turns).try_acquire_owned() else {
-            return Err(ApiError::from(error::UNAVAILABLE)
+            // No failure of this version, which a release would be judged by: somebody may ask for exports all day.
+            return Err(ApiError::from(error::TOO_MANY_REQUESTS)
                 .detail("others' data are being exported")
                 .retry_after(AWAIT_TURN));
         };
@@ -458,4 +459,21 @@ pub(crate) fn valid_locale(locale: &str) -> Result<&str, ApiError> {
         "locale",
         "use a language tag such as en or pt-BR",
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_must_wait_for_an_export_is_told_when_and_no_release_is_blamed() {
+        let exports = Exports::default();
+        let begin = || exports.begin(Uuid::now_v7());
+        let under_way: Vec<Turn> = (0..EXPORTS).map(|_| begin().unwrap()).collect();
+        let refused = begin().map(drop).unwrap_err();
+        assert_eq!(refused.problem, error::TOO_MANY_REQUESTS);
+        assert_eq!(refused.retry_after, Some(AWAIT_TURN));
+        drop(under_way);
+        begin().map(drop).unwrap();
+    }
 }

@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use crate::{
     db,
-    error::{ApiError, UNAVAILABLE},
+    error::{ApiError, TOO_MANY_REQUESTS, UNAVAILABLE},
     idempotency::KEY_REUSED,
     lane::Lane,
     money::{Amount, Price, Size},
@@ -33,6 +33,12 @@ const MOST_PER_BATCH: usize = 64;
 
 /// Orders that may wait for one book; beyond, clients are asked to come back.
 const MOST_WAITING: usize = 2048;
+
+/// Those of one user among them: nobody may keep a book from all others.
+const MOST_WAITING_OF_ONE: usize = 256;
+
+/// When to try again what found no room, or somebody else's lock.
+const COME_AGAIN: Duration = Duration::from_secs(1);
 
 /// Attempts at a transaction that was undone for a passing reason.
 const ATTEMPTS: usize = 4;
@@ -152,7 +158,14 @@ impl Books {
         let idle = !waiting.contains_key(&book);
         let queue = waiting.entry(book.clone()).or_default();
         if queue.len() >= MOST_WAITING {
-            return Err(ApiError::from(UNAVAILABLE).retry_after(Duration::from_secs(1)));
+            return Err(ApiError::from(UNAVAILABLE).retry_after(COME_AGAIN));
+        }
+        if queue.len() >= MOST_WAITING_OF_ONE {
+            let user = submission.user_id;
+            let of_user = queue.iter().filter(|it| it.submission.user_id == user);
+            if of_user.count() >= MOST_WAITING_OF_ONE {
+                return Err(ApiError::from(TOO_MANY_REQUESTS).retry_after(COME_AGAIN));
+            }
         }
         queue.push_back(Waiting { submission, answer });
         if idle {
@@ -252,9 +265,7 @@ impl Books {
         for submission in batch {
             let accounts = [submission.base_account_id, submission.quote_account_id];
             if Instant::now() >= until || accounts.iter().any(|account| locked.contains(account)) {
-                results.push(Err(
-                    ApiError::from(UNAVAILABLE).retry_after(Duration::from_secs(1))
-                ));
+                results.push(Err(ApiError::from(UNAVAILABLE).retry_after(COME_AGAIN)));
                 continue;
             }
             let only = std::slice::from_ref(submission);
@@ -324,4 +335,53 @@ fn is_duplicate(error: &sqlx::Error) -> bool {
     error
         .as_database_error()
         .is_some_and(sqlx::error::DatabaseError::is_unique_violation)
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::metrics::{counter::Counter, family::Family, histogram::Histogram};
+    use sqlx::postgres::PgPoolOptions;
+
+    use super::*;
+
+    fn order(user_id: Uuid) -> Submission {
+        Submission {
+            id: Uuid::now_v7(),
+            user_id,
+            client_order_id: Uuid::now_v7().to_string(),
+            side: Side::Buy,
+            price: None,
+            size: "1".parse().unwrap(),
+            time_in_force: TimeInForce::Ioc,
+            base_account_id: Uuid::now_v7(),
+            quote_account_id: Uuid::now_v7(),
+            trace: TraceContext::root(),
+        }
+    }
+
+    #[tokio::test]
+    async fn nobody_keeps_a_book_from_the_others() {
+        let counters = Counters {
+            orders: Family::default(),
+            trades: Counter::default(),
+            batch_sizes: Histogram::new([1.0]),
+        };
+        let db = PgPoolOptions::new()
+            .connect_lazy("postgres://127.0.0.1:1/none")
+            .unwrap();
+        let books = Books::new(db, counters);
+        let book = (Lane::live(), "BTC-USD".to_owned());
+        // Somebody is at work on it, and does not come to the end of it.
+        books.lock().insert(book.clone(), VecDeque::new());
+        let place = |user| books.queue(book.clone(), order(user)).map_err(|it| it.problem);
+        let ann = Uuid::now_v7();
+        for _ in 0..MOST_WAITING_OF_ONE {
+            place(ann).unwrap();
+        }
+        assert_eq!(place(ann).unwrap_err(), TOO_MANY_REQUESTS);
+        for _ in MOST_WAITING_OF_ONE..MOST_WAITING {
+            place(Uuid::now_v7()).unwrap();
+        }
+        assert_eq!(place(Uuid::now_v7()).unwrap_err(), UNAVAILABLE);
+    }
 }

@@ -189,6 +189,9 @@ struct Moved {
     created_at: Option<OffsetDateTime>,
 }
 
+/// Accounts of a user, at most: `/account/list` has no pages. Two that are opened at the same moment may both find room.
+const MOST_ACCOUNTS: i64 = 100;
+
 /// Opens an account of the caller.
 #[utoipa::path(
     post, path = "/account/add", tag = "trade", security(("access_token" = [])), request_body = NewAccount,
@@ -203,8 +206,10 @@ pub(super) async fn add_account(
     check_currency(&request.currency)?;
     let mut transaction = app.db.begin().await?;
     require_user(&mut transaction, &caller).await?;
-    let added: AccountRow = sqlx::query_as(
-        "insert into accounts (id, lane, user_id, currency, name) values ($1, $2, $3, $4, $5)
+    let added: Option<AccountRow> = sqlx::query_as(
+        "insert into accounts (id, lane, user_id, currency, name)
+         select $1, $2, $3, $4, $5
+         where (select count(*) from accounts where user_id = $3 and deleted_at is null and kind = 'user') < $6
          returning id, currency, (select kind from currencies where symbol = currency) as kind, name, state, balance, hold,
                    created_at",
     )
@@ -213,13 +218,15 @@ pub(super) async fn add_account(
     .bind(caller.user_id)
     .bind(&request.currency)
     .bind(&request.name)
-    .fetch_one(&mut *transaction)
+    .bind(MOST_ACCOUNTS)
+    .fetch_optional(&mut *transaction)
     .await
     .map_err(|error| match error.as_database_error() {
         Some(cause) if cause.is_unique_violation() => refused("account_exists", Some("name")),
         Some(cause) if cause.is_foreign_key_violation() => refused("unknown_currency", Some("currency")),
-        _ => error.into(),
+        _ => ApiError::from(error),
     })?;
+    let added = added.ok_or_else(|| refused("account_limit", None))?;
     tell_change(&mut transaction, &caller, &added, "added").await?;
     transaction.commit().await?;
     Ok((

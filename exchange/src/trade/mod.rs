@@ -114,6 +114,7 @@ pub const PROBLEMS: &[Problem] = &[
     conflict("product_halted", "The product is not being traded."),
     conflict("account_frozen", "The account is frozen."),
     conflict("account_exists", "There is an account of this currency and name."),
+    conflict("account_limit", "There are as many accounts as a user may have."),
     conflict("account_not_empty", "The account has a balance or a hold."),
     conflict("account_in_use", "An open order names the account."),
     conflict(

@@ -836,6 +836,37 @@ async fn rest_many(owner: &PgPool, wallet: &Wallet, number: i32, price: i32) -> 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_user_has_at_most_a_hundred_accounts() {
+    let exchange = Exchange::start().await;
+    let owner = exchange.database.owner().await;
+    let trader = exchange.issuer.trader(&exchange.service).await;
+    let kept = trader.account("BTC").await;
+    sqlx::query(
+        "insert into accounts (id, lane, user_id, currency, name)
+         select uuid_v7(), lane, user_id, currency, 'account ' || n from accounts, generate_series(1, 98) n where id = $1",
+    )
+    .bind(kept.parse::<Uuid>().unwrap())
+    .execute(&owner)
+    .await
+    .unwrap();
+    let last = trader.account("USD").await;
+    let one_more = json!({"currency": "BTC", "name": "one more"});
+    let refused = trader.post("/account/add", &one_more).await;
+    let problem = accept(refused, StatusCode::CONFLICT).await;
+    assert_eq!(problem["code"], "account_limit");
+    // Others have their own, and one that is gone makes room.
+    exchange
+        .issuer
+        .trader(&exchange.service)
+        .await
+        .account("BTC")
+        .await;
+    let gone = trader.post("/account/delete", &json!({"account_id": last})).await;
+    assert_eq!(gone.status(), 204);
+    assert_eq!(trader.post("/account/add", &one_more).await.status(), 201);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_user_has_so_many_open_orders_in_a_product_and_no_more() {
     let exchange = Exchange::start().await;
     let owner = exchange.database.owner().await;
