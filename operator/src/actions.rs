@@ -65,9 +65,12 @@ impl Turn<'_> {
     }
 
     /// Whether a stack can take the traffic of a service. For a swap all of it has to be there, for a swap back too
-    /// unless that takes too long; a foreign selector is corrected as soon as there is anything to point at.
+    /// unless that takes too long; one that has no way back takes what there is; a foreign selector is corrected as soon as there is anything to point at.
     pub(crate) fn can_take(&self, to: Option<&Stack>, service: Service, intent: Intent) -> bool {
         let Some(to) = to else { return true };
+        if intent == Intent::Promote && self.is_forced(to) {
+            return self.seen.missing_live().is_none() && self.can_stay(to);
+        }
         let Some(seen) = self.stack(to) else { return false };
         match intent {
             Intent::Promote => {
@@ -76,12 +79,16 @@ impl Turn<'_> {
                     .filter(|service| !self.is_moved(**service, Some(to)));
                 self.seen.missing_live().is_none()
                     && to_move.all(|service| {
-                        seen.service(*service).is_some_and(|there| {
-                            there.ready >= there.replicas.max(1) && (there.current || self.is_forced(to))
-                        })
+                        seen.service(*service)
+                            .is_some_and(|there| there.ready >= there.replicas.max(1) && there.current)
                     })
             }
-            Intent::RollBack => seen.complete() || (seen.serves() && self.elapsed() >= SHORT_OF_ENDPOINTS),
+            Intent::RollBack => {
+                seen.complete()
+                    || (seen.serves() && self.elapsed() >= SHORT_OF_ENDPOINTS)
+                    // Forward it would have gone before that, if it could.
+                    || (self.overdue() && self.can_stay(to))
+            }
             Intent::Repair => seen.ready(service) > 0,
         }
     }

@@ -24,6 +24,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+/// Of who knows no more whether it leads.
+const ENDED: &str = "the election has ended by itself";
 /// How long passes under way may take to end when the operator is told to stop.
 const FAREWELL: Duration = Duration::from_secs(15);
 
@@ -140,7 +142,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     let pods = Pods::new().context("failed to build the client that asks pods")?;
     while !stop.is_cancelled() {
         tokio::select! {
-            _ = leading.wait_for(|leads| *leads) => {}
+            leads = leading.wait_for(|leads| *leads) => drop(leads.context(ENDED)?),
             () = stop.cancelled() => break,
         }
         info!("this operator leads");
@@ -148,15 +150,22 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         // What was remembered in an earlier term is too old.
         let context = Arc::new(Context::new(&client, pods.clone(), &identity, metrics.clone()));
         let leave = CancellationToken::new();
+        let mut to_the_end = leading.clone();
         let mut work = std::pin::pin!(controller::run(watches.clone(), context, leave.clone()));
         tokio::select! {
             () = &mut work => bail!("the controller ended by itself"),
             // Dropped, the work stops at its next step. What is on its way is fenced.
-            _ = leading.wait_for(|leads| !*leads) => warn!("this operator does not lead any more"),
+            lost = leading.wait_for(|leads| !*leads) => {
+                lost.context(ENDED)?;
+                warn!("this operator does not lead any more");
+            }
             () = stop.cancelled() => {
                 leave.cancel();
-                if timeout(FAREWELL, work).await.is_err() {
-                    warn!("passes under way were cut off");
+                tokio::select! {
+                    ended = timeout(FAREWELL, work) => if ended.is_err() {
+                        warn!("passes under way were cut off");
+                    },
+                    _ = to_the_end.wait_for(|leads| !*leads) => warn!("passes under way were cut off with the lease"),
                 }
             }
         }

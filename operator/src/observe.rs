@@ -172,6 +172,11 @@ impl Target {
             _ => false,
         }
     }
+
+    /// Whether the selector points at another stack than this.
+    pub fn is_another(&self, stack: &Stack) -> bool {
+        matches!(self, Self::Stack(target) if target != stack)
+    }
 }
 
 /// What exists of one stack.

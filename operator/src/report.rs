@@ -54,7 +54,6 @@ pub fn report(spec: &Spec, seen: &Observed, undecided: Option<&str>, status: &mu
     let stalled = stalled(spec, seen, undecided, status, now);
     let arrived = arrived(spec, seen, status);
     let waiting = !arrived && !given_up(spec, seen, status);
-    let ready = arrived && stalled.is_none();
     let available = available(seen, status);
     // Also what is live may have been made bigger, or have lost pods: tools that wait for a change to be done look here.
     let unmet = if !arrived || stalled.is_some() {
@@ -66,11 +65,12 @@ pub fn report(spec: &Spec, seen: &Observed, undecided: Option<&str>, status: &mu
     } else {
         None
     };
+    // Who waits for this alone is told the same as who looks at all of them.
+    let ready = arrived && stalled.is_none() && unmet.is_none();
+    let reason = stalled.as_ref().or(unmet.as_ref());
+    let reason = reason.map_or_else(|| word(status, arrived), |it| it.reason.clone());
     let reconciling =
         unmet.unwrap_or_else(|| verdict(waiting && stalled.is_none(), word(status, arrived), &story));
-    let reason = stalled
-        .as_ref()
-        .map_or_else(|| word(status, arrived), |stalled| stalled.reason.clone());
     let conditions = [
         (
             "Ready",
@@ -224,8 +224,8 @@ fn not_back(spec: &Spec, seen: &Observed, status: &Status, now: Timestamp) -> Op
     let live = status.live.as_ref().filter(|_| stays)?;
     let awaited = awaited(seen, Some(&live.stack));
     let message = format!(
-        "the traffic is not back on {}{awaited}; it goes as soon as that serves, or forward again when all pods of the new stack \
-         are ready: mend one of them",
+        "the traffic is not back on {}{awaited}; it goes as soon as that serves, or all of it forward again when the new stack \
+         serves what is not there: mend one of them",
         live.version
     );
     Some(verdict(true, "NotBack", message))

@@ -174,6 +174,11 @@ impl ExchangeDeploymentStatus {
         self.verification.as_ref().unwrap_or(&spec.rollout.verification)
     }
 
+    /// Whether a stack is given up. What is, and gets the traffic all the same, does so because nothing else can serve.
+    pub fn gave_up(&self, stack: &Stack) -> bool {
+        self.rejected.as_ref().is_some_and(|it| it.stack == *stack)
+    }
+
     /// The stacks that are recorded: what is live, the candidate, and what was live before.
     pub fn stacks(&self) -> impl Iterator<Item = &Stack> {
         let live = self.live.as_ref().map(|it| &it.stack);

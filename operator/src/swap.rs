@@ -20,7 +20,7 @@ impl Turn<'_> {
         };
         if self.asked_to_leave(&candidate.stack, candidate.attempt) {
             self.roll_back_as_asked();
-        } else if self.moved(Some(&candidate.stack)) && self.arrived(&candidate.stack) {
+        } else if self.moved(Some(&candidate.stack)) && self.has_followed(&candidate.stack) {
             self.swapped(candidate);
         } else if !self.is_still_tested(&candidate) {
             let message = "its pods are not those that were tested any more".to_owned();
@@ -39,8 +39,7 @@ impl Turn<'_> {
     /// Whether a stack is given up and gets the traffic all the same, because the one before it cannot serve: there is no
     /// way back from this move.
     pub(crate) fn is_forced(&self, stack: &Stack) -> bool {
-        let rejected = self.next.rejected.as_ref();
-        rejected.is_some_and(|rejected| rejected.stack == *stack)
+        self.next.gave_up(stack)
     }
 
     /// Whether what is being swapped in is what its tests were about. Once all Services point at it, it is kept as what is live is.
@@ -54,6 +53,20 @@ impl Turn<'_> {
         Service::ALL.iter().all(|service| self.is_moved(*service, to))
     }
 
+    /// Whether nobody loses anything when all of the traffic is on this stack: each service has endpoints there, or its
+    /// traffic is on no other stack.
+    pub(crate) fn can_stay(&self, stack: &Stack) -> bool {
+        Service::ALL
+            .into_iter()
+            .all(|service| self.can_have(service, stack))
+    }
+
+    fn can_have(&self, service: Service, stack: &Stack) -> bool {
+        let live = self.seen.live.get(&service);
+        let ready = self.stack(stack).map_or(0, |seen| seen.ready(service));
+        ready > 0 || live.is_some_and(|live| !live.target.is_another(stack))
+    }
+
     pub(crate) fn is_moved(&self, service: Service, to: Option<&Stack>) -> bool {
         self.seen
             .live
@@ -61,8 +74,14 @@ impl Turn<'_> {
             .is_some_and(|live| live.epoch == self.next.epoch && live.target.is(to))
     }
 
+    /// Whether a move to a stack is at its end. Of what has no way back, clients that find nobody there would not find anybody
+    /// elsewhere either: it is waited for as long as the data plane may need, and people may then declare something better.
+    fn has_followed(&self, stack: &Stack) -> bool {
+        self.arrived(stack) || (self.is_forced(stack) && self.elapsed() >= SHORT_OF_ENDPOINTS)
+    }
+
     /// Whether the traffic has followed the selectors: the slices list nothing else, and new connections agree.
-    pub(crate) fn arrived(&self, stack: &Stack) -> bool {
+    fn arrived(&self, stack: &Stack) -> bool {
         self.seen.answers.as_ref() == Some(stack)
             && self
                 .seen
@@ -75,14 +94,17 @@ impl Turn<'_> {
     /// they would not find anybody there either.
     pub(crate) fn lost(&self, stack: &Stack) -> Option<Service> {
         let seen = self.stack(stack);
+        let forced = self.is_forced(stack);
         let lost = |service: &Service| {
             let moved = self.is_moved(*service, Some(stack));
             let ready = seen.map_or(0, |seen| seen.ready(*service));
             let replicas = seen
                 .and_then(|seen| seen.service(*service))
                 .map_or(1, |seen| seen.replicas);
-            if moved {
-                ready == 0 && !self.is_forced(stack)
+            if forced {
+                !self.can_have(*service, stack)
+            } else if moved {
+                ready == 0
             } else {
                 ready == 0 || (ready < replicas && self.elapsed() >= SHORT_OF_ENDPOINTS && self.watched())
             }
@@ -174,7 +196,7 @@ impl Turn<'_> {
         if self.overdue()
             && !self.seen.refused.as_ref().is_some_and(|it| it.traffic)
             && !to.as_ref().is_some_and(can)
-            && self.stack(&left.stack).is_some_and(StackSeen::complete)
+            && self.can_stay(&left.stack)
         {
             // Better all on the new stack than some on each, or all on a dead one.
             let message = "the stack before it could not serve".to_owned();

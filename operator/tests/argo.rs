@@ -115,6 +115,16 @@ fn health_is_as_the_table_says() {
     assert_eq!(judged, snapshots(), "each object has a verdict");
 }
 
+/// `kubectl wait --for=condition=Ready`, `kubectl exchange status --wait` and kstatus are done at the same time.
+#[test]
+fn what_is_ready_is_current() {
+    for (path, _) in health_table() {
+        let object = object(&path);
+        let ready = current(&object) && condition(&object, "Ready") == Some(true);
+        assert_eq!(ready, kstatus(&object) == "Current", "{path}");
+    }
+}
+
 /// What each tool concludes about each object: the table for people, line by line.
 #[test]
 fn the_table_in_the_runbook_agrees() {
@@ -151,11 +161,10 @@ fn argo_and_kstatus_do_not_contradict_each_other() {
         let agree: &[&str] = match kstatus(&object) {
             "Failed" => &["Degraded"],
             // Of a release that is under way, what is live before it may still be served by nobody.
-            "InProgress" if condition(&object, "Ready") == Some(true) => {
-                match condition(&object, "Available") {
-                    Some(false) => &["Degraded"],
-                    _ => &["Progressing"],
-                }
+            "InProgress"
+                if object["status"]["phase"] == "Live" && condition(&object, "Available") == Some(false) =>
+            {
+                &["Degraded"]
             }
             "InProgress" => &["Progressing", "Suspended"],
             _ if object["spec"]["suspend"] == true => &["Suspended"],

@@ -94,6 +94,7 @@ enum Step {
         service: Service,
     },
     Lag(bool),
+    Collapse(usize),
 }
 
 /// What a history is about beside all else. Each is a kind of its own: so the others stay the histories that they were.
@@ -112,6 +113,8 @@ enum Kind {
     Fine,
     /// The same, and at last the object is deleted in the middle of everything.
     Deleted,
+    /// Stacks die for good, also all that there are.
+    Dying,
 }
 
 impl Kind {
@@ -121,6 +124,7 @@ impl Kind {
             5 => Self::Failing,
             6 => Self::Climbing,
             7 => Self::Suspended,
+            9 => Self::Dying,
             11 | 13 => Self::Fine,
             15 => Self::Deleted,
             _ => Self::Plain,
@@ -202,6 +206,7 @@ fn steps(kind: Kind) -> impl Strategy<Value = Vec<Step>> {
                 .prop_map(|(who, service, delete)| Step::ClimbAgain { who, service, delete });
             prop_oneof![10 => step, 1 => again].boxed()
         }
+        Kind::Dying => prop_oneof![20 => step, 1 => (0..2_usize).prop_map(Step::Collapse)].boxed(),
         Kind::Fine | Kind::Deleted => {
             let one = (0..2_usize, service).prop_map(|(stack, service)| Step::KillOnePod { stack, service });
             prop_oneof![20 => step, 3 => one, 1 => any::<bool>().prop_map(Step::Lag)].boxed()
@@ -275,6 +280,7 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
         Step::Crowd { revision, service } => world.crowd(&format!("r{revision}"), service),
         Step::KillOnePod { stack, service } => world.kill_one_pod(stack, service),
         Step::Lag(lagging) => world.lagging = lagging,
+        Step::Collapse(stack) => world.collapse(stack),
     }
     Ok(())
 }
@@ -288,6 +294,10 @@ fn live_through(steps: &[Step], kind: Kind, traced: bool) -> Result<World, Strin
         format!("{why}\n{}", world.trace.as_deref().unwrap_or_default().join("\n"))
     };
     for step in steps {
+        // What people have pointed elsewhere is not taken back to where nobody is.
+        if kind == Kind::Dying && matches!(step, Step::EditLive { .. }) {
+            continue;
+        }
         take(&mut world, step).map_err(|why| told(&world, why))?;
     }
     if kind == Kind::Deleted {
@@ -321,17 +331,28 @@ fn live_through(steps: &[Step], kind: Kind, traced: bool) -> Result<World, Strin
         world.ban = None;
         world.settle(Wakes::Clock).map_err(|why| told(&world, why))?;
     }
-    world.at_the_end().map_err(|why| told(&world, why))?;
-    if world.status.rejected.is_some() {
+    // Nothing that is there may be alive any more.
+    if kind != Kind::Dying {
+        world.at_the_end().map_err(|why| told(&world, why))?;
+        if world.status.rejected.is_some() {
+            world.ask(|requests, names| requests.retry = names.rejected);
+            world.settle(Wakes::Events).map_err(|why| told(&world, why))?;
+        }
+        ends_well(&world).map_err(|why| told(&world, why))?;
+    }
+    // Whatever has been, a good version that is declared after it becomes live.
+    let other = if kind == Kind::Dying {
+        world.absent()
+    } else {
+        (0..NATURES.len()).find(|it| NATURES[*it] == Nature::Good && format!("r{it}") != world.revision)
+    };
+    world.release(other.unwrap());
+    world.settle(Wakes::Events).map_err(|why| told(&world, why))?;
+    if kind == Kind::Dying && world.status.rejected.is_some() {
+        // It may be what was declared, and given up, before.
         world.ask(|requests, names| requests.retry = names.rejected);
         world.settle(Wakes::Events).map_err(|why| told(&world, why))?;
     }
-    ends_well(&world).map_err(|why| told(&world, why))?;
-    // Whatever has been, a good version that is declared after it becomes live.
-    let other =
-        (0..NATURES.len()).find(|it| NATURES[*it] == Nature::Good && format!("r{it}") != world.revision);
-    world.release(other.unwrap());
-    world.settle(Wakes::Events).map_err(|why| told(&world, why))?;
     ends_well(&world).map_err(|why| told(&world, why))?;
     // At rest another operator finds nothing to do either.
     let before = world.writes;

@@ -1178,12 +1178,15 @@ fn a_swap_has_ended_when_the_traffic_has_followed_the_selectors() {
     });
     assert_eq!(forced.phase, Held);
     assert!(!forced.previous.unwrap().way_back);
-    let forced = records(&world, |seen| {
-        dies(seen);
-        seen.status.rejected.clone_from(&rejected);
-        seen.status.rejected.as_mut().unwrap().stack = new.clone();
-    });
-    assert_eq!(forced.phase, Promoting);
+    for (seconds_ago, phase) in [(9, Promoting), (10, Held)] {
+        let forced = records(&world, |seen| {
+            dies(seen);
+            seen.status.phase_since = Some(world.now - seconds(seconds_ago));
+            seen.status.rejected.clone_from(&rejected);
+            seen.status.rejected.as_mut().unwrap().stack = new.clone();
+        });
+        assert_eq!(forced.phase, phase);
+    }
 }
 
 #[test]
@@ -1214,6 +1217,17 @@ fn a_rollback_goes_forward_only_when_nothing_else_is_left() {
                 late(seen);
                 die(seen, &old);
                 die(seen, &new);
+            }),
+            Promoting,
+        ),
+        (
+            "neither serves what is on the other",
+            Box::new(|seen| {
+                late(seen);
+                die(seen, &old);
+                let there = seen.stacks.get_mut(&new).unwrap();
+                there.services.get_mut(&Service::User).unwrap().ready = 0;
+                seen.live.get_mut(&Service::User).unwrap().target = Target::Stack(old.clone());
             }),
             RollingBack,
         ),
@@ -1254,7 +1268,7 @@ fn a_rollback_goes_forward_only_when_nothing_else_is_left() {
             });
             assert_eq!(recorded.phase, *phase, "{name}, suspended: {suspended}");
             let told = match *name {
-                "the old stack serves" | "neither serves" => "NotBack",
+                "the old stack serves" | "neither serves what is on the other" => "NotBack",
                 "the API server refuses to move anything" => "WriteRefused",
                 _ => "Progressing",
             };

@@ -20,7 +20,7 @@ if is("Stalled") then
   return {status = "Degraded", message = message("Stalled")}
 end
 -- What is declared is live, and nobody is served by it.
-if is("Ready") and not is("Available") then
+if status.phase == "Live" and not is("Available") then
   return {status = "Degraded", message = message("Available")}
 end
 if status.stoppedSince ~= nil or obj.spec.suspend == true then

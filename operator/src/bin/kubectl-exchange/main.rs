@@ -463,6 +463,10 @@ mod tests {
         for (object, expected) in [
             ("live", Some(0)),
             ("suspended_live", Some(0)),
+            // Live and verified, and not whole, or not reached.
+            ("short_of_pods", None),
+            ("no_endpoints", None),
+            ("points_elsewhere", None),
             ("failed", Some(2)),
             ("held", Some(2)),
             ("name_taken", Some(2)),

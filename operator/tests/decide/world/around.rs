@@ -11,7 +11,8 @@ use exchange_operator::{
 use jiff::SignedDuration;
 
 use super::{
-    AUTOSCALING, Ban, LiveThere, Names, Nature, Pod, View, Wakes, World, nature, unrecorded, with_object_of,
+    AUTOSCALING, Ban, LiveThere, NATURES, Names, Nature, Pod, View, Wakes, World, nature, unrecorded,
+    with_object_of,
 };
 
 impl World {
@@ -122,6 +123,11 @@ impl World {
                 self.collapsed.insert(job.stack.clone());
             }
         }
+        self.fall();
+    }
+
+    /// What has collapsed has no pods that serve.
+    fn fall(&mut self) {
         for stack in &self.collapsed {
             let there = self.stacks.get_mut(stack);
             if let Some(trade) = there.and_then(|it| it.services.get_mut(&Service::Trade)) {
@@ -274,6 +280,24 @@ impl World {
             there.pods.fill(Pod::Dead);
             note!(self, "chaos: pods of stack {stack} {service} die");
         }
+    }
+
+    /// The trade pods of a stack die for good.
+    pub(crate) fn collapse(&mut self, stack: usize) {
+        if let Some(stack) = self.stacks.keys().nth(stack).cloned() {
+            note!(self, "chaos: {stack} collapses");
+            self.collapsed.insert(stack);
+            self.fall();
+        }
+    }
+
+    /// A good version of which nothing is there.
+    pub(crate) fn absent(&self) -> Option<usize> {
+        (0..NATURES.len()).find(|index| {
+            let revision = format!("r{index}");
+            let there = self.stacks.keys().any(|stack| stack.revision == revision);
+            nature(&revision) == Nature::Good && !there
+        })
     }
 
     /// One pod of a service dies.

@@ -199,7 +199,23 @@ impl Case<'_> {
                 "P4: what the API server refuses to move back is moved forward".to_owned()
             })?;
             let can = old.live.as_ref().is_some_and(|live| self.serves(&live.stack));
-            return is(!can, || "P5: the way back is not taken".to_owned());
+            is(!can, || "P5: the way back is not taken".to_owned())?;
+            let left = old.candidate.as_ref().map(|it| &it.stack);
+            let loses = |service: &Service| {
+                let elsewhere = self
+                    .seen
+                    .live
+                    .get(service)
+                    .is_none_or(|it| matches!(&it.target, Target::Stack(stack) if Some(stack) != left));
+                let ready = left
+                    .and_then(|it| self.stack(it))
+                    .map_or(0, |it| it.ready(*service));
+                elsewhere && ready == 0
+            };
+            let lost = Service::ALL.iter().find(|service| loses(service));
+            return lost.map_or(Ok(()), |service| {
+                Err(format!("P4: {service} is moved forward to where nobody is"))
+            });
         }
         let Some(candidate) = old
             .candidate
@@ -214,10 +230,11 @@ impl Case<'_> {
                 let live = self.seen.live.get(service);
                 live.is_some_and(|live| live.endpoints.as_slice() == std::slice::from_ref(stack))
             });
-        is(arrived, || {
+        // Nobody would find anybody elsewhere.
+        let forced = old.gave_up(stack);
+        is(arrived || forced, || {
             "P4: the swap has ended, and the traffic has not followed".to_owned()
         })?;
-        let forced = old.rejected.as_ref().is_some_and(|it| it.stack == *stack);
         let back = new.previous.as_ref().is_some_and(|it| it.way_back);
         is(!(forced && back), || {
             "P5: the way back is to what could not serve".to_owned()
@@ -310,11 +327,11 @@ impl Case<'_> {
         match (old.phase, &old.candidate, &old.live) {
             (Phase::Promoting, Some(candidate), _) => {
                 let stack = &candidate.stack;
-                // If there is no way back, what has been moved has to do with what there is.
-                let forced = old.rejected.as_ref().is_some_and(|it| it.stack == *stack);
+                // If there is no way back, what is there has to do with what there is.
+                let forced = old.gave_up(stack);
                 let to_move = |service| {
                     let live = self.seen.live.get(&service);
-                    live.is_none_or(|live| live.epoch != old.epoch || !live.target.is(Some(stack)))
+                    live.is_none_or(|live| live.target.is_another(stack))
                 };
                 let lost = Service::ALL
                     .into_iter()

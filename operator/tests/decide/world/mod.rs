@@ -320,7 +320,7 @@ pub(crate) struct World {
     /// Endpoints at the time of the last guard, per operator.
     at_guard: [BTreeMap<(Stack, Service), (u32, u32)>; 2],
     /// Where the live Services pointed at that time.
-    pointed_at_guard: [BTreeSet<Stack>; 2],
+    pointed_at_guard: [BTreeMap<Service, Target>; 2],
     /// What was declared at that time.
     declared_at_guard: [Spec; 2],
     /// Phases and attempts for which some operator has done all that was to be done.
@@ -418,7 +418,7 @@ impl World {
             proven: BTreeMap::new(),
             vouched: BTreeSet::new(),
             at_guard: [BTreeMap::new(), BTreeMap::new()],
-            pointed_at_guard: [BTreeSet::new(), BTreeSet::new()],
+            pointed_at_guard: [BTreeMap::new(), BTreeMap::new()],
             declared_at_guard: [spec(), spec()],
             looked_after: BTreeSet::new(),
             past: VecDeque::new(),
@@ -647,11 +647,8 @@ impl World {
                 .collect();
             self.pointed_at_guard[who] = self
                 .live
-                .values()
-                .filter_map(|live| match &live.target {
-                    Target::Stack(stack) => Some(stack.clone()),
-                    _ => None,
-                })
+                .iter()
+                .map(|(service, live)| (*service, live.target.clone()))
                 .collect();
             self.declared_at_guard[who] = self.spec.clone();
             self.deleting_at_guard[who] = self.deleting;
@@ -1348,7 +1345,7 @@ impl World {
                 return Err(format!("P3: {service} points at {to}, which is not proven"));
             }
             // What is given up and swapped in all the same: what was before it cannot serve.
-            let given_up = self.status.rejected.as_ref().is_some_and(|it| it.stack == *to);
+            let given_up = self.status.gave_up(to);
             if intent == Intent::Promote && !given_up && self.has_been_changed(who, to) {
                 return Err(format!(
                     "P3: {service} points at {to}, of which other pods have been tested"
@@ -1368,7 +1365,13 @@ impl World {
                     .get(&(to.clone(), other))
                     .copied()
                     .unwrap_or((0, 0));
-                if ready == 0 || (intent == Intent::Promote && ready < replicas) {
+                let forced = intent == Intent::Promote && given_up;
+                let pointed = self.pointed_at_guard[who].get(&other);
+                let stays = pointed.is_some_and(|it| !it.is_another(to));
+                if stays && (forced || intent == Intent::RollBack) {
+                    continue;
+                }
+                if ready == 0 || (intent == Intent::Promote && !forced && ready < replicas) {
                     return Err(format!(
                         "P3: {service} points at {to}, which had {ready} of {replicas} endpoints for {other}"
                     ));
@@ -1393,7 +1396,7 @@ impl World {
             return Ok(());
         }
         // Also the traffic that somebody else has sent there.
-        if self.pointed_at_guard[who].contains(stack) {
+        if self.pointed_at_guard[who].values().any(|it| it.is(Some(stack))) {
             return Err(format!(
                 "P1: {part:?} of {service} of {stack} was deleted, which had traffic"
             ));
