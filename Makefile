@@ -270,10 +270,13 @@ bench-operator-alone:
 deny: ## Licences, sources and advisories of all dependencies (needs cargo-deny)
 	cargo deny --locked check
 
+# What is about a cluster says at once what that needs, root first of all.
+demo e2e bench-operator cluster: DEPS := --cluster
+
 .PHONY: deps
 deps: ## Install the Debian packages that are missing, and say why
 ifneq ($(CLUSTER),existing)
-	@tests/deps.sh
+	@tests/deps.sh $(DEPS)
 endif
 
 .PHONY: clean

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::{
     exchange::{
-        Exchange, Images, Load, NAME, PATIENCE, Watch, is_current, is_given_up, phase_of, text, token,
+        Exchange, Images, LOAD, Load, NAME, PATIENCE, Watch, is_current, is_given_up, phase_of, text, token,
     },
     kubectl::{Session, plugin_directory},
     operator::{Found, INSTALLED_BY, Operator, signature},
@@ -255,6 +255,10 @@ fn remove(session: &Session) -> Result<()> {
         "namespace {NAMESPACE} was not made by the demonstration ({INSTALLED_BY}: {INSTALLER} is missing), so it is left \
          alone: remove it, or use another cluster"
     );
+    // Told to end it would audit first, while everything that it asks goes away.
+    let now = ["--grace-period=0", "--force", "--ignore-not-found"];
+    let load = ["delete", "pod", LOAD, "--namespace", NAMESPACE];
+    session.kubectl(&[&load[..], &now[..]].concat())?;
     let delete = ["delete", "namespace", NAMESPACE, "--ignore-not-found", "--wait"];
     session.kubectl(&delete).map(drop)
 }

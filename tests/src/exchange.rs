@@ -29,6 +29,8 @@ use crate::{
     tunnel::Tunnel,
 };
 
+/// The pod of the clients.
+pub const LOAD: &str = "load";
 /// Name of the ExchangeDeployment, of the stores' release, and the prefix of all that belongs to them.
 pub const NAME: &str = "exchange";
 /// How long a phase of a release may take on a machine that compiles beside it.
@@ -372,7 +374,7 @@ impl<'a> Exchange<'a> {
             "/etc/treasury/password",
         ]);
         let image = format!("{}/exchange:1.0.0", self.images.prefix);
-        let mut pod = restricted_pod("load", &image);
+        let mut pod = restricted_pod(LOAD, &image);
         set(&mut pod, "/spec/containers/0/args", args);
         // As the owner: the audit reads everything.
         let database = json!({"secretKeyRef": {"name": format!("{NAME}-db"), "key": "owner-url"}});
@@ -387,7 +389,7 @@ impl<'a> Exchange<'a> {
         let delete = [
             "delete",
             "pod",
-            "load",
+            LOAD,
             "--ignore-not-found",
             "--wait",
             "--namespace",
@@ -729,7 +731,7 @@ impl Log {
     }
 
     fn follow(&self, session: &Session, namespace: &str) -> Result<Vec<String>> {
-        let mut child = session.follow(&["logs", "--follow", "load", "--namespace", namespace])?;
+        let mut child = session.follow(&["logs", "--follow", LOAD, "--namespace", namespace])?;
         let output = child.stdout.take().context("no output of `kubectl`")?;
         *locked(&self.child) = Some(child);
         if self.left.load(Ordering::Relaxed) {
@@ -787,7 +789,7 @@ impl Load<'_> {
         let delete = [
             "delete",
             "pod",
-            "load",
+            LOAD,
             "--wait=false",
             "--namespace",
             &self.namespace,

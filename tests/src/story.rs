@@ -211,10 +211,13 @@ impl<'a> Story<'a> {
         self.all_point_at(&self.revision("live"));
     }
 
-    /// Starts clients.
-    pub fn trade(&self) -> Load<'a> {
+    /// Starts clients. All services have to be live.
+    pub fn trade(&self) -> Clients<'a> {
         self.exchange.make_treasury().unwrap();
-        self.exchange.start_load(RATE).unwrap()
+        Clients {
+            load: self.exchange.start_load(RATE).unwrap(),
+            prober: Prober::start(self),
+        }
     }
 
     /// Where a live Service points to.
@@ -411,6 +414,24 @@ fn news_of(event: &Value) -> News {
         .into()
 }
 
+/// Clients of an exchange: those that trade over connections which they keep, and one who comes anew each time.
+#[derive(Debug)]
+pub struct Clients<'a> {
+    /// Those that trade.
+    pub load: Load<'a>,
+    /// The one who comes anew.
+    pub prober: Prober<'a>,
+}
+
+impl Clients<'_> {
+    /// Ends them: nothing may have failed, and every live Service has answered throughout. Returns the stacks that have.
+    pub fn end_well(self) -> Vec<String> {
+        self.prober.misses_nothing();
+        drop(self.prober);
+        end_well(self.load)
+    }
+}
+
 /// Somebody who asks every live Service several times a second, each time by its name on a new connection: other clients keep
 /// theirs, and do not notice what becomes of an address.
 #[derive(Debug)]
@@ -432,10 +453,10 @@ impl<'a> Prober<'a> {
     const POD: &'static str = "prober";
 
     /// Begins to ask. All services have to be live.
-    pub fn start(story: &Story<'a>) -> Self {
+    fn start(story: &Story<'a>) -> Self {
         let ask = format!(
             "while true; do for service in {}; do \
-             if timeout 5 wget -q -O /dev/null http://{NAME}-$service/version; \
+             if timeout 2 wget -q -O /dev/null http://{NAME}-$service/version; \
              then echo $service given; else echo $service missed; fi; done; sleep 0.1; done",
             SERVICES.join(" ")
         );
@@ -495,7 +516,7 @@ impl Drop for Prober<'_> {
             "delete",
             "pod",
             Self::POD,
-            "--wait=false",
+            "--timeout=30s",
             "--namespace",
             self.namespace,
         ];

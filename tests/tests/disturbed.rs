@@ -22,7 +22,7 @@ use testbed::{
     operator::{self, Leader},
     rights::audit_log,
     sandbox::wait_until,
-    story::{Ground, RELEASED, Story, end_well, note, serves_again},
+    story::{Ground, RELEASED, Story, note, serves_again},
     supervisor,
 };
 
@@ -162,7 +162,7 @@ fn the_operator_is_killed() {
     let namespace = Namespace::new(&ground.session, "operator-killed").unwrap();
     let mut story = ground.live(&namespace, |_| {});
     let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
-    let load = story.trade();
+    let clients = story.trade();
     let moments = [Moment::Before, Moment::After].into_iter().cycle();
     for (point, moment) in points().zip(moments) {
         let stopped = release_up_to(point, &mut story, &gate, "killed");
@@ -170,7 +170,7 @@ fn the_operator_is_killed() {
         ends_as_if_nothing_had_been(&mut story, &stopped);
         operator::recovers(&ground.session).unwrap();
     }
-    assert_eq!(end_well(load).len(), 1 + points().count());
+    assert_eq!(clients.end_well().len(), 1 + points().count());
 }
 
 /// What a pod of the operator has written in a namespace since then, and the API server has accepted, as its audit log has it.
@@ -214,7 +214,8 @@ fn an_old_leader_wakes_up() {
     let namespace = Namespace::new(&ground.session, "old-leader").unwrap();
     let mut story = ground.live(&namespace, |_| {});
     let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
-    let load = story.trade();
+    let clients = story.trade();
+    let mut continued = 0;
     for point in points() {
         let stopped = release_up_to(point, &mut story, &gate, "stopped");
         let old = Leader::find(&ground.session).unwrap();
@@ -247,6 +248,7 @@ fn an_old_leader_wakes_up() {
             log.matches("does not lead any more").count()
         };
         let (woken, times) = (Timestamp::now(), noticed());
+        continued += usize::from(!old.has_ended());
         old.resume().unwrap();
         story.told.forget();
         // Told to end while it was stopped, it does that instead.
@@ -259,8 +261,11 @@ fn an_old_leader_wakes_up() {
         operator::recovers(&ground.session).unwrap();
         story.told.forget();
     }
+    // One that was killed before it could go on shows nothing.
+    namespace.note("old_leaders_continued", continued);
+    assert_eq!(continued, points().count());
     let stacks = points().map(|point| if point.phase == "RollingBack" { 2 } else { 1 });
-    assert_eq!(end_well(load).len(), 1 + stacks.sum::<usize>());
+    assert_eq!(clients.end_well().len(), 1 + stacks.sum::<usize>());
 }
 
 #[test]
@@ -273,7 +278,7 @@ fn the_api_server_is_away() {
     let namespace = Namespace::new(&ground.session, "no-api").unwrap();
     let mut story = ground.live(&namespace, |_| {});
     let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
-    let load = story.trade();
+    let clients = story.trade();
     for point in points() {
         let stopped = release_up_to(point, &mut story, &gate, "away");
         let server = |signal| supervisor::signal(cluster, "kube-apiserver", signal).unwrap();
@@ -286,7 +291,7 @@ fn the_api_server_is_away() {
         ends_as_if_nothing_had_been(&mut story, &stopped);
         operator::recovers(&ground.session).unwrap();
     }
-    assert_eq!(end_well(load).len(), 1 + points().count());
+    assert_eq!(clients.end_well().len(), 1 + points().count());
 }
 
 /// Whatever is under way, it ends with what was declared last.
@@ -297,7 +302,7 @@ fn a_newer_version_arrives() {
     let namespace = Namespace::new(&ground.session, "newer").unwrap();
     let mut story = ground.live(&namespace, |_| {});
     let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
-    let load = story.trade();
+    let clients = story.trade();
     for point in points() {
         release_up_to(point, &mut story, &gate, "overtaken");
         let status = story.last()["status"].clone();
@@ -342,7 +347,7 @@ fn a_newer_version_arrives() {
             "more than two stacks"
         );
     }
-    end_well(load);
+    clients.end_well();
 }
 
 /// All pods of one service of the candidate die when the first of three Services has been moved, and cannot come back. All go
@@ -385,9 +390,9 @@ fn a_service_of_the_candidate_dies_before_it_is_moved() {
     let namespace = Namespace::new(&ground.session, "half-dead").unwrap();
     let mut story = ground.live(&namespace, |_| {});
     let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
-    let load = story.trade();
+    let clients = story.trade();
     dies_in_the_middle_of_the_swap(&mut story, &gate, "notification");
-    end_well(load);
+    clients.end_well();
 }
 
 /// Its clients find nobody until they are back.
@@ -398,10 +403,10 @@ fn a_service_of_the_candidate_dies_after_it_was_moved() {
     let namespace = Namespace::new(&ground.session, "moved-dead").unwrap();
     let mut story = ground.live(&namespace, |_| {});
     let gate = Gate::before(&ground.session, &ground.images, &namespace.name).unwrap();
-    let load = story.trade();
+    let clients = story.trade();
     dies_in_the_middle_of_the_swap(&mut story, &gate, "user");
-    serves_again(&load);
-    let (table, report) = load.end().unwrap();
+    serves_again(&clients.load);
+    let (table, report) = clients.load.end().unwrap();
     namespace.note("requests_failed", report["summary"]["failed"].clone());
     assert_eq!(report["audit"]["findings"], json!([]), "{table}");
     // What else is live has gone on.

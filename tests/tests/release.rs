@@ -19,7 +19,7 @@ use testbed::{
     kubectl::{Namespace, Session},
     operator::{self, OPERATOR, OPERATOR_NAMESPACE},
     sandbox::wait_until,
-    story::{Ground, Prober, RELEASED, SERVICES, Stacks, Story, Told, end_well, note, serves_again},
+    story::{Clients, Ground, RELEASED, SERVICES, Stacks, Story, Told, end_well, note, serves_again},
 };
 
 /// What a watch tells is put right within this time: a few seconds, on a machine that has much to do.
@@ -130,8 +130,7 @@ fn what_fails_before_the_swap_touches_nothing() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "fails").unwrap();
     let mut story = ground.live(&namespace, nothing);
-    let load = story.trade();
-    let prober = Prober::start(&story);
+    let clients = story.trade();
     let good = story.revision("live");
     let versions = story.versions_of_live();
 
@@ -216,13 +215,12 @@ fn what_fails_before_the_swap_touches_nothing() {
     assert_eq!(story.revision("live"), good);
     assert_eq!(story.condition("Ready")["status"], "True");
     story.told.course(&[]);
-    prober.misses_nothing();
     assert_eq!(
         story.versions_of_live(),
         versions,
         "nobody has written a live Service"
     );
-    assert_eq!(end_well(load).len(), 1, "somebody else has answered");
+    assert_eq!(clients.end_well().len(), 1, "somebody else has answered");
 }
 
 /// The built-in smoke test finds a version whose orders fail, before any client does.
@@ -253,7 +251,7 @@ fn fails_the_built_in_test(story: &mut Story<'_>, good: &str) {
 
 /// A version that answers everything, and too slowly.
 fn goes_back_for_being_slow(story: &mut Story<'_>, first: &str, course: &[&str]) {
-    let load = story.trade();
+    let clients = story.trade();
     story.declare(|spec| {
         spec["version"] = json!("2.0.5-slows-down");
         spec["rollout"]["verification"]["maxLatencyP99"] = json!("1s");
@@ -268,7 +266,7 @@ fn goes_back_for_being_slow(story: &mut Story<'_>, first: &str, course: &[&str])
     );
     story.told.course(course);
     assert_eq!(
-        end_well(load).len(),
+        clients.end_well().len(),
         2,
         "it has not answered, or somebody else has"
     );
@@ -283,7 +281,7 @@ fn what_fails_under_load_goes_back_by_itself() {
     let namespace = Namespace::new(&ground.session, "verified").unwrap();
     let mut story = ground.live(&namespace, nothing);
     let first = story.revision("live");
-    let load = story.trade();
+    let clients = story.trade();
     let begun = story.watch.sightings().len();
     story.declare(|spec| {
         spec["version"] = json!("2.0.2-fails-verification");
@@ -312,7 +310,7 @@ fn what_fails_under_load_goes_back_by_itself() {
         "RolledBack",
     ];
     story.told.course(&gone_back);
-    let (table, report) = load.end().unwrap();
+    let (table, report) = clients.load.end().unwrap();
     let failures = report["summary"]["failures"].as_object().unwrap();
     assert!(failures.keys().all(|failure| failure == "status 500"), "{table}");
     assert_eq!(report["closed_without_notice"], 0, "{table}");
@@ -321,7 +319,7 @@ fn what_fails_under_load_goes_back_by_itself() {
     goes_back_for_being_slow(&mut story, &first, &gone_back);
 
     // More pods for the stack that serves, under the eyes of clients.
-    let load = story.trade();
+    let Clients { load, prober } = story.trade();
     let history = story.last()["status"]["history"].clone();
     story.declare(|spec| spec["services"]["trade"]["replicas"] = json!(2));
     let workload = format!("deployment/{NAME}-blue-trade-{first}");
@@ -340,7 +338,6 @@ fn what_fails_under_load_goes_back_by_itself() {
     // Other credentials, as they are rotated without an outage: a second role beside the first, which is then locked out.
     // That connections to the database are cut off here, so that it takes no hour, would fail orders of traders. That each
     // live address answers is asked all the while.
-    let prober = Prober::start(&story);
     let password = format!("{:032x}", rand::random::<u128>());
     let url = format!("postgres://exchange_second:{password}@{NAME}-postgres:5432/exchange");
     let secret = json!({"stringData": {"url": url}}).to_string();
@@ -365,9 +362,9 @@ fn what_fails_under_load_goes_back_by_itself() {
     sql("alter role exchange_service nologin");
     prober.misses_nothing();
     drop(prober);
-    let load = story.trade();
-    wait_until("trading", PATIENCE, || load.progress().requests > 500).unwrap();
-    assert_eq!(end_well(load).len(), 1, "somebody else has answered");
+    let clients = story.trade();
+    wait_until("trading", PATIENCE, || clients.load.progress().requests > 500).unwrap();
+    assert_eq!(clients.end_well().len(), 1, "somebody else has answered");
     story.reaches("Held");
     assert_eq!(story.revision("live"), first);
     assert_eq!(story.last()["status"]["history"], history, "there was a release");
@@ -383,7 +380,7 @@ fn after_the_retention_the_way_back_is_a_release() {
     let mut story = ground.live(&namespace, |declaration| {
         declaration["spec"]["rollout"]["retention"] = json!("5s");
     });
-    let load = story.trade();
+    let clients = story.trade();
     let first = story.revision("live");
     story.declare(|spec| note(spec, "second"));
     story.goes_live();
@@ -429,7 +426,7 @@ fn after_the_retention_the_way_back_is_a_release() {
         );
     }
     assert!(!phases.iter().any(|phase| phase == "RollingBack"), "{phases:?}");
-    end_well(load);
+    clients.end_well();
 }
 
 /// A person has to approve. No deadline passes, a word about another stack counts for nothing, and what was approved goes
@@ -440,7 +437,7 @@ fn an_approval_is_for_one_stack_and_attempt() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "approval").unwrap();
     let mut story = ground.live(&namespace, nothing);
-    let load = story.trade();
+    let clients = story.trade();
     let first = story.revision("live");
     let stale = token(story.last(), "live");
 
@@ -535,7 +532,7 @@ fn an_approval_is_for_one_stack_and_attempt() {
     assert!(refusal.contains("promote makes no sense now"), "{refusal}");
     assert_eq!(token(story.last(), "live"), two);
     story.told.course(&["ReleaseStarted", "ReleaseFailed"]);
-    assert_eq!(end_well(load).len(), 2);
+    assert_eq!(clients.end_well().len(), 2);
 }
 
 /// Somebody gives a candidate that has passed its tests other pods: they are tested, too, and what was said of those before is not
@@ -562,11 +559,11 @@ fn the_way_back_needs_no_pod_of_the_new_stack() {
     let namespace = Namespace::new(&ground.session, "dead").unwrap();
     let mut story = ground.live(&namespace, nothing);
     let first = story.revision("live");
-    let load = story.trade();
+    let clients = story.trade();
     story.declare(|spec| note(spec, "dead"));
     story.goes_live();
     let second = story.revision("live");
-    assert_eq!(load.progress().failed, 0, "before anybody has died");
+    assert_eq!(clients.load.progress().failed, 0, "before anybody has died");
 
     let quota = json!({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}});
     ground.session.apply(story.namespace, &quota).unwrap();
@@ -613,8 +610,8 @@ fn the_way_back_needs_no_pod_of_the_new_stack() {
     story.told.course(&["RollingBack", "RolledBack"]);
 
     // What the dead had in flight is lost, and nobody answered for a while. Then everybody is served again.
-    serves_again(&load);
-    let (table, report) = load.end().unwrap();
+    serves_again(&clients.load);
+    let (table, report) = clients.load.end().unwrap();
     namespace.note("requests_failed", report["summary"]["failed"].clone());
     assert_eq!(report["audit"]["findings"], json!([]), "{table}");
     let failures = report["summary"]["failures"].as_object().unwrap();
@@ -637,7 +634,7 @@ fn a_new_release_takes_the_colour_of_the_retained_stack() {
     ground.session.apply(&namespace.name, &settings("old")).unwrap();
     let mut story = ground.live(&namespace, refer_to_settings);
     let stacks = Stacks::count(&story);
-    let load = story.trade();
+    let clients = story.trade();
     let copies = || story_copies(&ground, &namespace.name);
     let of_the_first = copies();
     assert_eq!(of_the_first.len(), 1, "{of_the_first:?}");
@@ -684,7 +681,7 @@ fn a_new_release_takes_the_colour_of_the_retained_stack() {
         "the settings of the first are left"
     );
     assert_eq!(stacks.at_most(), 2, "stacks at once");
-    assert_eq!(end_well(load).len(), 3);
+    assert_eq!(clients.end_well().len(), 3);
 }
 
 fn settings(value: &str) -> Value {
@@ -720,7 +717,7 @@ fn a_rollback_brings_back_the_settings() {
     let namespace = Namespace::new(&ground.session, "settings").unwrap();
     ground.session.apply(&namespace.name, &settings("old")).unwrap();
     let mut story = ground.live(&namespace, refer_to_settings);
-    let load = story.trade();
+    let clients = story.trade();
     let level = |story: &Story<'_>| {
         let colour = text(story.last(), "/status/live/colour");
         let name = format!("deployment/{NAME}-{colour}-user-{}", story.revision("live"));
@@ -746,7 +743,7 @@ fn a_rollback_brings_back_the_settings() {
     story.all_point_at(&first);
     assert_eq!(story.last_outcome().0, "RolledBack");
     story.told.course(&["RollingBack", "RolledBack"]);
-    assert_eq!(end_well(load).len(), 2);
+    assert_eq!(clients.end_well().len(), 2);
 }
 
 /// What others do to its children is put right; an object that lost its children finds them again; deleted, nothing is left.
@@ -764,8 +761,7 @@ fn what_others_break_is_put_right() {
             json!({"minReplicas": 1, "maxReplicas": 1});
     });
     let revision = story.revision("live");
-    let load = story.trade();
-    let prober = Prober::start(&story);
+    let Clients { load, prober } = story.trade();
     let get = |object: &str, path: &str| ground.session.get(&namespace.name, object, path);
     let repaired = |what: &str, holds: &mut dyn FnMut() -> bool| {
         wait_until(what, PATIENCE, holds).unwrap_or_else(|error| {
@@ -919,7 +915,7 @@ fn nobody_signs_for_somebody_else() {
     let ground = Ground::shared();
     let namespace = Namespace::new(&ground.session, "signed").unwrap();
     let mut story = ground.live(&namespace, nothing);
-    let load = story.trade();
+    let clients = story.trade();
     story.declare(|spec| note(spec, "signed"));
     story.goes_live();
     let leave = format!("exchange.dev/rollback={}", token(story.last(), "live"));
@@ -951,7 +947,7 @@ fn nobody_signs_for_somebody_else() {
         ("RolledBack", "RolledBack", "alice")
     );
     story.told.course(&["RollingBack", "RolledBack"]);
-    assert_eq!(end_well(load).len(), 2);
+    assert_eq!(clients.end_well().len(), 2);
     // Her signature does not sign what somebody else asks for afterwards.
     let retry = format!("exchange.dev/retry={}", token(story.last(), "rejected"));
     let args = ["annotate", "exd", NAME, &retry, "--namespace", story.namespace];
@@ -1039,7 +1035,7 @@ fn an_operator_of_one_namespace_looks_after_that_one() {
     ground.session.helm(&[&install[..], &place].concat()).unwrap();
 
     let mut story = ground.live(&namespace, nothing);
-    let load = story.trade();
+    let clients = story.trade();
     let away = story.exchange.declaration("1.0.0");
     ground.session.apply(&elsewhere.name, &away).unwrap();
     let first = story.revision("live");
@@ -1061,7 +1057,7 @@ fn an_operator_of_one_namespace_looks_after_that_one() {
     operator::recovers(&ground.session).unwrap();
     story.declare(|spec| note(spec, "another operator"));
     story.goes_live();
-    assert_eq!(end_well(load).len(), 2);
+    assert_eq!(clients.end_well().len(), 2);
 }
 
 /// `make demo`, for which no request may fail and every phase come, where an operator is there already.
