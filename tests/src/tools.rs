@@ -180,6 +180,9 @@ fn pins_key() -> Result<String> {
             hash.update(fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?);
         }
     }
+    hash.update(
+        fs::read(module_dir("cluster/coredns/main.go")).context("cannot read what CoreDNS is made of")?,
+    );
     hash.update(TAGS);
     hash.update(ldflags()?);
     Ok(hex(&hash.finalize()).chars().take(12).collect())
