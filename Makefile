@@ -137,6 +137,10 @@ simulate: ## The operator in HISTORIES=200000 simulated histories from FIRST=0 o
 	SIMULATION_SEED=$(SEED) SIMULATION_FIRST=$(FIRST) SIMULATION_HISTORIES=$(HISTORIES) \
 	  cargo test --workspace --locked --test decide histories::
 
+.PHONY: mutants
+mutants: ## Break each guard of the operator alone, and see what the simulation says of it (about an hour)
+	operator/tests/mutants/run.sh
+
 .PHONY: integration
 integration: not-existing deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine; the charts as helm renders them
 	@$(sub) $(TESTBED)
