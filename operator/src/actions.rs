@@ -65,7 +65,8 @@ impl Turn<'_> {
     }
 
     /// Whether a stack can take the traffic of a service. For a swap all of it has to be there, for a swap back too
-    /// unless that takes too long; one that has no way back takes what there is; a foreign selector is corrected as soon as there is anything to point at.
+    /// unless that takes too long; where there is no way back, what there is has to do; a foreign selector is corrected as soon as
+    /// there is anything to point at.
     pub(crate) fn can_take(&self, to: Option<&Stack>, service: Service, intent: Intent) -> bool {
         let Some(to) = to else { return true };
         if intent == Intent::Promote && self.is_forced(to) {

@@ -93,21 +93,20 @@ impl Turn<'_> {
     /// A service that is still to be moved and has nowhere to go, or has been and whose clients find nobody. With no way back
     /// they would not find anybody there either.
     pub(crate) fn lost(&self, stack: &Stack) -> Option<Service> {
+        if self.is_forced(stack) {
+            return Service::ALL
+                .into_iter()
+                .find(|service| !self.can_have(*service, stack));
+        }
         let seen = self.stack(stack);
-        let forced = self.is_forced(stack);
         let lost = |service: &Service| {
             let moved = self.is_moved(*service, Some(stack));
             let ready = seen.map_or(0, |seen| seen.ready(*service));
             let replicas = seen
                 .and_then(|seen| seen.service(*service))
                 .map_or(1, |seen| seen.replicas);
-            if forced {
-                !self.can_have(*service, stack)
-            } else if moved {
-                ready == 0
-            } else {
-                ready == 0 || (ready < replicas && self.elapsed() >= SHORT_OF_ENDPOINTS && self.watched())
-            }
+            let short = ready < replicas && self.elapsed() >= SHORT_OF_ENDPOINTS && self.watched();
+            ready == 0 || (!moved && short)
         };
         Service::ALL.into_iter().find(lost)
     }
