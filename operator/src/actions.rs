@@ -65,8 +65,9 @@ impl Turn<'_> {
     }
 
     /// Whether a stack can take the traffic of a service. For a swap all of it has to be there, for a swap back too
-    /// unless that takes too long; where there is no way back, what there is has to do; a foreign selector is corrected as soon as
-    /// there is anything to point at.
+    /// unless that takes too long, when some of it has to do if what is left serves nothing, and at last if nobody loses anything by
+    /// it; where there is no way back, what there is has to do; a foreign selector is corrected as soon as there is anything to
+    /// point at.
     pub(crate) fn can_take(&self, to: Option<&Stack>, service: Service, intent: Intent) -> bool {
         let Some(to) = to else { return true };
         if intent == Intent::Promote && self.is_forced(to) {
@@ -86,8 +87,7 @@ impl Turn<'_> {
             }
             Intent::RollBack => {
                 seen.complete()
-                    || (seen.serves() && self.elapsed() >= SHORT_OF_ENDPOINTS)
-                    // Forward it would have gone before that, if it could.
+                    || ((seen.serves() || self.is_better(to)) && self.elapsed() >= SHORT_OF_ENDPOINTS)
                     || (self.overdue() && self.can_stay(to))
             }
             Intent::Repair => seen.ready(service) > 0,

@@ -551,7 +551,7 @@ pub struct SmokeTest {
     /// Image of the test, with tag or digest. Without it: the image of the candidate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 400))]
-    #[x_kube(validation = Rule::new("self.matches('^([a-zA-Z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*(:[a-zA-Z0-9_][a-zA-Z0-9._-]*)?(@sha256:[0-9a-f]{64})?$')")
+    #[x_kube(validation = Rule::new("self.matches('^([a-zA-Z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*(:[a-zA-Z0-9_][a-zA-Z0-9._-]*(@sha256:[0-9a-f]{64})?|@sha256:[0-9a-f]{64})$')")
         .message("image of a test must be a repository, in lower case, with a tag or a digest, for example ghcr.io/acme/exchange-tests:1.0.0"))]
     pub image: Option<String>,
     /// Command and arguments. The addresses of the candidate are in EXCHANGE_STACK_USER_URL,

@@ -41,7 +41,7 @@ use crate::{
         see_live,
     },
     plan::Action,
-    resources::{ATTEMPT, Builder, COLOUR, MANAGER, REVISION, Rendered, TEMPLATES, keep_told},
+    resources::{ATTEMPT, Beside, Builder, COLOUR, MANAGER, REVISION, Rendered, TEMPLATES, keep_told},
     revision::{Source, hex},
     status::{ExchangeDeploymentStatus as Status, Stack},
 };
@@ -262,8 +262,7 @@ impl Writer {
     async fn run(&self, look: &Look, job: &Job) -> Result<(), Error> {
         let builder = builder(&look.object);
         let rendered = look.material.rendered.get(&job.stack);
-        let database = look.material.database.as_deref();
-        let object = builder.job(&look.object.spec, rendered, job, database);
+        let object = builder.job(&look.object.spec, rendered, job, &beside(look));
         let mut object = object.ok_or_else(|| Error::Lost(job.stack.clone()))?;
         if let (JobKind::Smoke | JobKind::Test(_), Some(stack)) =
             (&job.kind, look.seen.stacks.get(&job.stack))
@@ -540,6 +539,25 @@ impl Writer {
     ) -> Result<T, Error> {
         self.metrics.write(verb, kind);
         within(WRITE_LIMIT, format!("{verb} {kind} {name}"), write).await
+    }
+}
+
+/// The live stack, beside which a migration runs.
+fn beside(look: &Look) -> Beside<'_> {
+    let live = look.seen.status.live.as_ref();
+    let stack = live.and_then(|live| look.seen.stacks.get(&live.stack));
+    let pods = Service::ALL.map(|service| {
+        let has = stack
+            .and_then(|stack| stack.service(service))
+            .map_or(0, |it| it.replicas);
+        let scale = live.and_then(|live| live.scale.as_ref());
+        let grows = scale.and_then(|scale| Some(scale.of(service).autoscaling.as_ref()?.max_replicas));
+        let has = i32::try_from(has).unwrap_or(i32::MAX);
+        (service, grows.unwrap_or(0).max(has))
+    });
+    Beside {
+        database: look.material.database.as_deref(),
+        pods: pods.into(),
     }
 }
 

@@ -31,6 +31,9 @@ pub const KEPT_FOR_LOGS: SignedDuration = SignedDuration::from_mins(10);
 /// How long a swap waits for a stack that is short of some of its endpoints. A swap back then does with fewer, one forward
 /// is given up; and so is what has been swapped to and has no endpoints for so long while it is verified.
 pub const SHORT_OF_ENDPOINTS: SignedDuration = SignedDuration::from_secs(10);
+/// What is declared together need not come together: how long something that the spec refers to may lack before people are told that
+/// nothing goes on without them.
+pub const COMES_LATER: SignedDuration = SignedDuration::from_secs(30);
 /// Entries in the history.
 pub const HISTORY: usize = 20;
 
@@ -55,6 +58,8 @@ pub fn decide(spec: &Spec, seen: &Observed, now: Timestamp) -> Plan {
     if let Ok(declared) = &seen.declared {
         turn.next.gates.clone_from(&declared.gates);
     }
+    let missing_since = turn.next.missing_since.unwrap_or(now);
+    turn.next.missing_since = seen.declared.is_err().then_some(missing_since);
     turn.hear();
     turn.stop_or_resume();
     let undecided = turn.adopt(Found::by(spec, seen));

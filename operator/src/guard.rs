@@ -119,18 +119,14 @@ fn endpoints(
 ) -> Result<(), Refusal> {
     let forced = intent == Intent::Promote && seen.status.gave_up(to);
     let short = |service: Service| {
-        // Back, and without a way back, it is written once more, so that older plans for it are refused: nobody is moved.
-        let stays = seen
-            .live
-            .get(&service)
-            .is_some_and(|live| !live.target.is_another(to));
-        if stays && (forced || intent == Intent::RollBack) {
-            return false;
+        // Back, and without a way back, also what nobody serves is written, so that older plans for it are refused.
+        if forced || intent == Intent::RollBack {
+            return !seen.can_have(service, to);
         }
         let there = seen.stacks.get(to).and_then(|stack| stack.service(service));
-        // Forward all pods have to be there; back, in a repair, and where there is no way back, any are better than none.
+        // Forward all pods have to be there; in a repair any are better than none.
         let least = there
-            .filter(|_| intent == Intent::Promote && !forced)
+            .filter(|_| intent == Intent::Promote)
             .map_or(1, |there| there.replicas.max(1));
         there.map_or(0, |there| there.ready) < least
     };

@@ -90,6 +90,17 @@ impl Observed {
         self.taken.iter().chain(&self.remains)
     }
 
+    /// Whether nobody loses anything when the traffic of a service is on this stack: it has endpoints there, or its traffic is on no other
+    /// stack that has any.
+    pub fn can_have(&self, service: Service, stack: &Stack) -> bool {
+        let ready = |stack: &Stack| self.stacks.get(stack).map_or(0, |seen| seen.ready(service));
+        ready(stack) > 0
+            || self.live.get(&service).is_some_and(|live| {
+                let there = live.target.stack().filter(|there| *there != stack);
+                there.is_none_or(|there| ready(there) == 0)
+            })
+    }
+
     /// A service that has no live Service.
     pub fn missing_live(&self) -> Option<Service> {
         Service::ALL
@@ -164,6 +175,14 @@ pub enum Target {
 }
 
 impl Target {
+    /// The one stack that the selector points at.
+    pub const fn stack(&self) -> Option<&Stack> {
+        match self {
+            Self::Stack(stack) => Some(stack),
+            Self::Nothing | Self::Foreign => None,
+        }
+    }
+
     /// Whether the selector points at this stack, or at nothing if there is none.
     pub fn is(&self, stack: Option<&Stack>) -> bool {
         match (self, stack) {
@@ -171,11 +190,6 @@ impl Target {
             (Self::Stack(target), Some(stack)) => target == stack,
             _ => false,
         }
-    }
-
-    /// Whether the selector points at another stack than this.
-    pub fn is_another(&self, stack: &Stack) -> bool {
-        matches!(self, Self::Stack(target) if target != stack)
     }
 }
 
@@ -230,6 +244,11 @@ impl StackSeen {
     /// Whether every service has at least one ready endpoint.
     pub fn serves(&self) -> bool {
         Service::ALL.iter().all(|service| self.ready(*service) > 0)
+    }
+
+    /// Whether any service has a ready endpoint.
+    pub fn serves_any(&self) -> bool {
+        Service::ALL.iter().any(|service| self.ready(*service) > 0)
     }
 
     /// Whether every service has as many ready endpoints as its workload has replicas, and at least one.

@@ -131,10 +131,14 @@ impl Turn<'_> {
         Live::new(stack.clone(), version.clone(), attempt, self.now)
     }
 
+    /// The highest attempt that anything is about. What people name before it exists, or what has come with an object that was
+    /// restored, is about none that will be.
     pub(crate) fn highest_attempt(&self) -> u32 {
         let jobs = self.seen.jobs.keys().map(|job| job.attempt);
         let stacks = self.seen.stacks.values().map(|stack| stack.attempt);
-        jobs.chain(stacks).chain([self.next.attempt]).max().unwrap_or(0)
+        let named = self.next.asked.attempts();
+        let all = jobs.chain(stacks).chain(named).chain([self.next.attempt]);
+        all.max().unwrap_or(0)
     }
 
     /// All phases in which no selector is about to move.

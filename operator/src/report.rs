@@ -10,7 +10,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
-    decide::{later, rejects, signed, time_for},
+    decide::{COMES_LATER, later, rejects, signed, time_for},
     observe::{Job, JobKind, JobState, Observed, ServiceSeen, StackSeen, Target},
     status::{ExchangeDeploymentStatus as Status, Live, Phase, Previous, PreviousState, Stack, token},
 };
@@ -66,20 +66,19 @@ pub fn report(spec: &Spec, seen: &Observed, undecided: Option<&str>, status: &mu
         None
     };
     // Who waits for this alone is told the same as who looks at all of them.
-    let ready = arrived && stalled.is_none() && unmet.is_none();
-    let reason = stalled.as_ref().or(unmet.as_ref());
-    let reason = reason.map_or_else(|| word(status, arrived), |it| it.reason.clone());
-    let reconciling =
-        unmet.unwrap_or_else(|| verdict(waiting && stalled.is_none(), word(status, arrived), &story));
+    let missing = reference_missing(seen, status).filter(|_| stalled.is_none());
+    let told = stalled.as_ref().or(missing.as_ref());
+    let ready = verdict(
+        arrived && told.is_none() && unmet.is_none(),
+        told.or(unmet.as_ref())
+            .map_or_else(|| word(status, arrived), |it| it.reason.clone()),
+        told.map_or(&story, |it| &it.message),
+    );
+    let reconciling = missing
+        .or(unmet)
+        .unwrap_or_else(|| verdict(waiting && stalled.is_none(), word(status, arrived), &story));
     let conditions = [
-        (
-            "Ready",
-            verdict(
-                ready,
-                &reason,
-                stalled.as_ref().map_or(&story, |stalled| &stalled.message),
-            ),
-        ),
+        ("Ready", ready),
         ("Reconciling", reconciling),
         (
             "Stalled",
@@ -171,8 +170,9 @@ fn stalled(
     if status.phase.moves() {
         return refused.or_else(|| not_back(spec, seen, status, now));
     }
-    if let Err(missing) = &seen.declared {
-        return Some(verdict(true, "ReferenceMissing", missing.clone()));
+    if let Some(missing) = reference_missing(seen, status) {
+        let long = |since| now.duration_since(since) >= COMES_LATER;
+        return Some(missing).filter(|_| status.missing_since.is_some_and(long));
     }
     if let Some(rejected) = status.rejected.as_ref().filter(|_| given_up(spec, seen, status)) {
         let retry = token(&rejected.stack, rejected.attempt);
@@ -195,6 +195,12 @@ fn stalled(
         return Some(verdict(true, rejected.reason, message));
     }
     colour_in_use(spec, seen, status).or(refused)
+}
+
+/// What lacks that the spec refers to. What moves asks for nothing that is declared.
+fn reference_missing(seen: &Observed, status: &Status) -> Option<Verdict> {
+    let missing = seen.declared.as_ref().err().filter(|_| !status.phase.moves())?;
+    Some(verdict(true, "ReferenceMissing", missing.clone()))
 }
 
 /// Whether the time for the phase is over, also of one that no deadline ends.

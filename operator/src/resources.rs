@@ -73,6 +73,15 @@ pub struct Builder<'a> {
     pub uid: &'a str,
 }
 
+/// What a migration has to know of the stack that is live, as far as that is known.
+#[derive(Clone, Debug, Default)]
+pub struct Beside<'a> {
+    /// The database that it uses: every other one is refused.
+    pub database: Option<&'a str>,
+    /// As many pods as each service has, or may have by its autoscaler.
+    pub pods: BTreeMap<Service, i32>,
+}
+
 impl Builder<'_> {
     // ---- names ------------------------------------------------------------------------------------------------
 
@@ -570,14 +579,14 @@ impl Builder<'_> {
     // ---- Jobs -------------------------------------------------------------------------------------------------
 
     /// A Job. It runs the image of its stack's trade service as it was rendered, where that runs, whatever is declared by
-    /// now; only the expand runs before there is one. A test with an image of its own may have other nodes. A migration refuses every database but this one, if it is known which the live stack uses.
-    /// Nothing if the stack is not rendered, or the test not declared any more.
+    /// now; only the expand runs before there is one. A test with an image of its own may have other nodes. Nothing if the stack is
+    /// not rendered, or the test not declared any more.
     pub fn job(
         &self,
         spec: &Spec,
         rendered: Option<&Rendered>,
         job: &Job,
-        database: Option<&str>,
+        live: &Beside<'_>,
     ) -> Option<Value> {
         let trade = match job.kind {
             JobKind::Expand => self.workload(spec, &job.stack, Service::Trade),
@@ -597,7 +606,7 @@ impl Builder<'_> {
         let mut resources = json!({"requests": requests, "limits": limits});
         let (image, command, deadline) = match &job.kind {
             JobKind::Expand | JobKind::Contract => {
-                let args = migrate(spec, &job.kind, deadline, database);
+                let args = migrate(spec, &job.kind, deadline, live);
                 (own, json!({"args": args}), deadline)
             }
             JobKind::Smoke => {
@@ -754,7 +763,7 @@ pub fn other_store(spec: &Spec, rendered: &Rendered) -> Option<String> {
 }
 
 /// Arguments of `exchange migrate`.
-fn migrate(spec: &Spec, kind: &JobKind, deadline: u64, database: Option<&str>) -> Vec<String> {
+fn migrate(spec: &Spec, kind: &JobKind, deadline: u64, live: &Beside<'_>) -> Vec<String> {
     let mut args = vec![
         "migrate".to_owned(),
         format!("--phase={}", job_word(kind)),
@@ -763,14 +772,17 @@ fn migrate(spec: &Spec, kind: &JobKind, deadline: u64, database: Option<&str>) -
         format!("--deadline={}s", deadline - deadline / 10),
     ];
     if *kind == JobKind::Expand {
-        args.push(format!("--connections-per-stack={}", connections(spec)));
+        args.push(format!("--connections-per-stack={}", connections(spec, live)));
     }
-    args.extend(database.map(|identity| format!("--expect-database={identity}")));
+    args.extend(
+        live.database
+            .map(|identity| format!("--expect-database={identity}")),
+    );
     args
 }
 
-/// Connections to PostgreSQL that a whole stack may open.
-fn connections(spec: &Spec) -> i64 {
+/// Connections to PostgreSQL that a whole stack may open: a candidate has at least as many pods as what is live.
+fn connections(spec: &Spec, live: &Beside<'_>) -> i64 {
     let of = |service| {
         let ServiceSpec {
             replicas,
@@ -778,7 +790,8 @@ fn connections(spec: &Spec) -> i64 {
             env,
             ..
         } = spec.services.get(service);
-        let pods = autoscaling.as_ref().map_or(*replicas, |it| it.max_replicas);
+        let declared = autoscaling.as_ref().map_or(*replicas, |it| it.max_replicas);
+        let pods = live.pods.get(&service).copied().unwrap_or(0).max(declared);
         let own = env.iter().find(|env| env.name == "EXCHANGE_DATABASE_CONNECTIONS");
         let own = own.and_then(|env| env.value.as_ref()?.parse().ok());
         i64::from(pods) * own.unwrap_or(DATABASE_CONNECTIONS)

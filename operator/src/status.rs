@@ -19,6 +19,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::{Autoscaling, ExchangeDeploymentSpec, Service, ServiceSpec, Verification};
 
+/// More attempts no object comes to, whatever people ask for.
+const MOST_ATTEMPTS: u32 = 1_000_000;
+
 /// One of the two places where a stack can run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -143,6 +146,10 @@ pub struct ExchangeDeploymentStatus {
     /// Number of the last move of the live Services. Each of them carries the number of the move that wrote it.
     #[serde(default)]
     pub epoch: u32,
+    /// Since when something lacks that the spec refers to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Time>")]
+    pub missing_since: Option<Timestamp>,
     /// Since when the release is paused or suspended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<Time>")]
@@ -481,6 +488,22 @@ pub struct Asked {
 }
 
 impl Asked {
+    /// Attempts that it is about, as far as there can be so many.
+    pub(crate) fn attempts(&self) -> impl Iterator<Item = u32> {
+        let all = [
+            &self.promote,
+            &self.abort,
+            &self.rollback,
+            &self.retry,
+            &self.pause,
+        ];
+        let attempts = all.into_iter().flatten().filter_map(|request| {
+            let (_, attempt) = request.value.rsplit_once('.')?;
+            attempt.parse().ok()
+        });
+        attempts.filter(|attempt| *attempt < MOST_ATTEMPTS)
+    }
+
     fn is_empty(&self) -> bool {
         *self == Self::default()
     }

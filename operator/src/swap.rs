@@ -22,6 +22,8 @@ impl Turn<'_> {
             self.roll_back_as_asked();
         } else if self.moved(Some(&candidate.stack)) && self.has_followed(&candidate.stack) {
             self.swapped(candidate);
+        } else if let Some(message) = self.disappoints(&candidate.stack) {
+            self.roll_back(Some((Reason::VerificationFailed, message)), "operator");
         } else if !self.is_still_tested(&candidate) {
             let message = "its pods are not those that were tested any more".to_owned();
             self.roll_back(Some((Reason::PromotionFailed, message)), "operator");
@@ -53,18 +55,18 @@ impl Turn<'_> {
         Service::ALL.iter().all(|service| self.is_moved(*service, to))
     }
 
-    /// Whether nobody loses anything when all of the traffic is on this stack: each service has endpoints there, or its
-    /// traffic is on no other stack.
+    /// Whether nobody loses anything when all of the traffic is on this stack.
     pub(crate) fn can_stay(&self, stack: &Stack) -> bool {
         Service::ALL
             .into_iter()
-            .all(|service| self.can_have(service, stack))
+            .all(|service| self.seen.can_have(service, stack))
     }
 
-    fn can_have(&self, service: Service, stack: &Stack) -> bool {
-        let live = self.seen.live.get(&service);
-        let ready = self.stack(stack).map_or(0, |seen| seen.ready(service));
-        ready > 0 || live.is_some_and(|live| !live.target.is_another(stack))
+    /// Whether a stack serves something, and what is left for it nothing at all.
+    pub(crate) fn is_better(&self, stack: &Stack) -> bool {
+        let serves = |stack: &Stack| self.stack(stack).is_some_and(StackSeen::serves_any);
+        let left = self.next.candidate.as_ref();
+        serves(stack) && left.is_some_and(|left| !serves(&left.stack))
     }
 
     pub(crate) fn is_moved(&self, service: Service, to: Option<&Stack>) -> bool {
@@ -90,13 +92,21 @@ impl Turn<'_> {
                 .all(|live| live.endpoints.as_slice() == std::slice::from_ref(stack))
     }
 
+    /// What is wrong with how a stack serves that has all the traffic, while the data plane has not followed as it usually does in a
+    /// second or two: it may be what keeps it from answering. Without a way back it is better than nothing.
+    fn disappoints(&self, stack: &Stack) -> Option<String> {
+        let slow = self.moved(Some(stack)) && self.elapsed() >= SHORT_OF_ENDPOINTS && self.watched();
+        let way_back = self.next.live.is_some() && !self.is_forced(stack);
+        self.bad_figures().filter(|_| slow && way_back)
+    }
+
     /// A service that is still to be moved and has nowhere to go, or has been and whose clients find nobody. With no way back
     /// they would not find anybody there either.
     pub(crate) fn lost(&self, stack: &Stack) -> Option<Service> {
         if self.is_forced(stack) {
             return Service::ALL
                 .into_iter()
-                .find(|service| !self.can_have(*service, stack));
+                .find(|service| !self.seen.can_have(*service, stack));
         }
         let seen = self.stack(stack);
         let lost = |service: &Service| {
@@ -190,7 +200,7 @@ impl Turn<'_> {
             }
             return;
         }
-        let can = |stack: &Stack| self.stack(stack).is_some_and(StackSeen::serves);
+        let can = |stack: &Stack| self.can_stay(stack);
         // What the API server refuses to move back it refuses to move forward, too.
         if self.overdue()
             && !self.seen.refused.as_ref().is_some_and(|it| it.traffic)
@@ -323,33 +333,17 @@ impl Turn<'_> {
 
     /// How the verification has ended, if it has. What does not serve is not verified, whatever was measured before.
     fn verdict(&self, live: &Live) -> Option<Result<(), String>> {
-        let limits = self.next.verification(self.spec);
         let too_long = |since| self.now.duration_since(since) >= SHORT_OF_ENDPOINTS && self.watched();
         if let Some(service) = self.without_endpoints(&live.stack)
             && live.unserved_since.is_some_and(too_long)
         {
             return Some(Err(format!("the {service} service has no ready endpoints")));
         }
-        let enough = u64::try_from(limits.min_requests).unwrap_or(u64::MAX);
-        for (service, figures) in &self.seen.figures {
-            if figures.requests >= enough
-                && figures.errors * 100_000 > limits.max_error_millipercent() * figures.requests
-            {
-                let (errors, requests) = (figures.errors, figures.requests);
-                return Some(Err(format!(
-                    "{errors} of {requests} requests to the {service} service failed"
-                )));
-            }
-            let limit = time::Duration::from(limits.max_latency_p99);
-            if figures.timed >= enough && figures.p99_over >= limit {
-                return Some(Err(format!(
-                    "the {service} service answers too slowly: p99 is over {:?}, the limit is {limit:?}",
-                    figures.p99_over
-                )));
-            }
+        if let Some(why) = self.bad_figures() {
+            return Some(Err(why));
         }
         if live.smoke_passed {
-            if self.elapsed() < signed(limits.duration) {
+            if self.elapsed() < signed(self.next.verification(self.spec).duration) {
                 return None;
             }
             let lacks = if self.serves(&live.stack) {
@@ -374,5 +368,29 @@ impl Turn<'_> {
             }
             _ => None,
         }
+    }
+
+    /// What is wrong with how requests went since the swap, if there were enough to tell.
+    fn bad_figures(&self) -> Option<String> {
+        let limits = self.next.verification(self.spec);
+        let enough = u64::try_from(limits.min_requests).unwrap_or(u64::MAX);
+        for (service, figures) in &self.seen.figures {
+            if figures.requests >= enough
+                && figures.errors * 100_000 > limits.max_error_millipercent() * figures.requests
+            {
+                let (errors, requests) = (figures.errors, figures.requests);
+                return Some(format!(
+                    "{errors} of {requests} requests to the {service} service failed"
+                ));
+            }
+            let limit = time::Duration::from(limits.max_latency_p99);
+            if figures.timed >= enough && figures.p99_over >= limit {
+                return Some(format!(
+                    "the {service} service answers too slowly: p99 is over {:?}, the limit is {limit:?}",
+                    figures.p99_over
+                ));
+            }
+        }
+        None
     }
 }

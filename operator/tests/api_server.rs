@@ -684,6 +684,77 @@ async fn a_way_back_in_two_passes_is_measured_once() {
     assert_eq!(measured().as_deref(), Some("1"));
 }
 
+/// Where nobody is, only clients are sent who find nobody now either: what the stack that is left serves is looked at before each write.
+#[tokio::test]
+async fn a_way_back_by_which_somebody_would_lose_something_stops_before_the_next_write() {
+    let world = World::converged().await;
+    // The traffic is on green, of which nothing is ready, and goes back to blue, of which one service is not.
+    for service in ["user", "trade", "notification"] {
+        let on_green = |labels: &mut Value| {
+            labels["exchange.dev/colour"] = json!("green");
+            labels["exchange.dev/revision"] = json!("0123456789");
+        };
+        let mut pod = world.get(&format!("pods/{service}"));
+        on_green(&mut pod["metadata"]["labels"]);
+        pod["metadata"]["name"] = json!(format!("green-{service}"));
+        pod["metadata"]["uid"] = Value::Null;
+        world.change(&format!("services/exchange-{service}"), |it| {
+            on_green(&mut it["spec"]["selector"]);
+        });
+        let mut slice = world.get(&format!("endpointslices/exchange-blue-{service}"));
+        let about = format!("exchange-green-{service}");
+        slice["metadata"] = json!({"name": about, "labels": {"kubernetes.io/service-name": about}});
+        let mut server = world.server.lock().unwrap();
+        let pod = server.put(&format!("pods/green-{service}"), pod);
+        slice["endpoints"][0]["targetRef"]["uid"] = pod["metadata"]["uid"].clone();
+        slice["endpoints"][0]["conditions"]["ready"] = json!(false);
+        server.put(&format!("endpointslices/{about}"), slice);
+    }
+    world.change("endpointslices/exchange-blue-notification", |slice| {
+        slice["endpoints"] = json!([]);
+    });
+    world.change(OBJECT, |object| {
+        let status = &mut object["status"];
+        let mut left = status["live"].clone();
+        left["colour"] = json!("green");
+        left["revision"] = json!("0123456789");
+        left["gates"] = json!("");
+        status["candidate"] = left;
+        status["phase"] = json!("RollingBack");
+        status["epoch"] = json!(2);
+    });
+    world.phase_began_long_ago();
+
+    // With the first write green's notification service has somebody again.
+    let green = "endpointslices/exchange-green-notification";
+    let mut endpoints = world.get(green)["endpoints"].take();
+    endpoints[0]["conditions"]["ready"] = json!(true);
+    world.meanwhile(
+        "PUT services/exchange-user".to_owned(),
+        green,
+        json!({"endpoints": endpoints}),
+    );
+    let (result, writes) = world.pass().await;
+    assert!(matches!(result, Err(Error::Refused(_))), "{result:?}");
+    let moves = |writes: &[Write]| {
+        let all = paths(writes).into_iter();
+        all.filter(|it| it.starts_with("PUT services/exchange-"))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(moves(&writes), ["PUT services/exchange-user"]);
+    // And then nobody any more.
+    world.change(green, |slice| slice["endpoints"] = json!([]));
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(
+        moves(&writes),
+        [
+            "PUT services/exchange-trade",
+            "PUT services/exchange-notification"
+        ]
+    );
+}
+
 #[tokio::test]
 async fn a_swap_under_a_record_that_is_replaced_stops_before_the_next_write() {
     let world = World::tested().await;
@@ -1372,15 +1443,28 @@ async fn what_is_left_of_a_predecessor_is_waited_for() {
 async fn a_missing_reference_is_told_in_words() {
     let world = World::new();
     world.server.lock().unwrap().objects.remove("secrets/queue");
-    let (result, writes) = world.pass().await;
-    result.unwrap();
-    let conditions = writes[0].body["status"]["conditions"].as_array().unwrap();
-    let stalled = conditions.iter().find(|it| it["type"] == "Stalled").unwrap();
-    assert_eq!(stalled["reason"], "ReferenceMissing");
-    assert_eq!(
-        stalled["message"],
-        "the Secret queue of spec.queue.secretRef does not exist: create it, or change the spec"
-    );
+    world.pass().await.0.unwrap();
+    // It may be about to come: who declares both at once is not told that this has failed.
+    let told = |kind: &str, truth: &str| {
+        let condition = world.condition(kind);
+        assert_eq!(condition["status"], truth, "{condition}");
+        assert_eq!(condition["reason"], "ReferenceMissing", "{condition}");
+        assert_eq!(
+            condition["message"],
+            "the Secret queue of spec.queue.secretRef does not exist: create it, or change the spec"
+        );
+    };
+    told("Ready", "False");
+    told("Reconciling", "True");
+    assert_eq!(world.condition("Stalled")["status"], "False");
+    world.is_at_rest().await;
+    world.change(OBJECT, |object| {
+        object["status"]["missingSince"] = json!("2026-01-01T00:00:00Z");
+    });
+    world.pass().await.0.unwrap();
+    told("Ready", "False");
+    told("Stalled", "True");
+    assert_eq!(world.condition("Reconciling")["status"], "False");
 }
 
 /// As a template leaves it to which somebody has given no value. Nothing may be read under such a name, and what people ask for
@@ -1406,10 +1490,10 @@ async fn what_cannot_be_a_name_is_the_name_of_nothing() {
         let (result, writes) = world.pass().await;
         result.unwrap();
         assert_eq!(paths(&writes), [format!("PUT {OBJECT}/status")], "{name}");
-        let stalled = world.condition("Stalled");
-        assert_eq!(stalled["reason"], "ReferenceMissing");
+        let ready = world.condition("Ready");
+        assert_eq!(ready["reason"], "ReferenceMissing");
         let told = format!("the ConfigMap {name:?} does not exist: create it, or change the spec");
-        assert_eq!(stalled["message"], told);
+        assert_eq!(ready["message"], told);
         assert_eq!(world.get(OBJECT)["status"]["asked"]["retry"]["value"], "0.1");
     }
 }

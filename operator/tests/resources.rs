@@ -14,7 +14,7 @@ use std::{
 use exchange_operator::{
     api::{ExchangeDeployment, ExchangeDeploymentSpec as Spec, Service},
     observe::{Job, JobKind, Part},
-    resources::{Builder, autoscaling, job_word},
+    resources::{Beside, Builder, autoscaling, job_word},
     revision::{Source, sources},
     status::{Colour, Live, Scale, Stack},
 };
@@ -122,7 +122,10 @@ fn everything(spec: &Spec) -> BTreeMap<String, Value> {
             spec,
             Some(&of),
             &job,
-            Some("0190b5a2-5f3c-7cc2-9f5a-4f6f6f6f6f6f"),
+            &Beside {
+                database: Some("0190b5a2-5f3c-7cc2-9f5a-4f6f6f6f6f6f"),
+                ..Beside::default()
+            },
         ) {
             all.insert(format!("job-{}", job_word(&job.kind)), object);
         }
@@ -384,9 +387,40 @@ fn the_contract_runs_the_live_image_when_another_version_is_declared() {
         stack: stack(),
         attempt: 7,
     };
-    let job = BUILDER.job(&newer, Some(&rendered), &contract, None).unwrap();
+    let nothing = Beside::default();
+    let job = BUILDER.job(&newer, Some(&rendered), &contract, &nothing).unwrap();
     let pod = &job["spec"]["template"]["spec"];
     assert_eq!(pod["containers"][0]["image"], "ghcr.io/acme/exchange:1.4.0");
     assert_eq!(pod["imagePullSecrets"], json!([{"name": "registry"}]));
-    assert_eq!(BUILDER.job(&newer, None, &contract, None), None);
+    assert_eq!(BUILDER.job(&newer, None, &contract, &nothing), None);
+}
+
+/// A candidate gets as many pods as what is live, whatever is declared for it.
+#[test]
+fn the_connections_of_a_stack_are_counted_for_what_is_live_too() {
+    let spec = example("minimal");
+    let expand = Job {
+        kind: JobKind::Expand,
+        stack: stack(),
+        attempt: 7,
+    };
+    let connections = |pods: &[(Service, i32)]| {
+        let live = Beside {
+            pods: pods.iter().copied().collect(),
+            ..Beside::default()
+        };
+        let job = BUILDER.job(&spec, None, &expand, &live).unwrap();
+        let args = job["spec"]["template"]["spec"]["containers"][0]["args"].clone();
+        let args: Vec<String> = serde_json::from_value(args).unwrap();
+        let of = args
+            .iter()
+            .find_map(|it| it.strip_prefix("--connections-per-stack="));
+        of.unwrap().parse::<i32>().unwrap()
+    };
+    let declared = connections(&[]);
+    assert_eq!(connections(&[(Service::Trade, 1)]), declared);
+    assert_eq!(
+        connections(&[(Service::Trade, 12)]) - declared,
+        10 * (12 - spec.services.trade.replicas)
+    );
 }

@@ -255,11 +255,21 @@ impl Reader {
                     None => vec![*service],
                 };
                 let others: Vec<Service> = concerned.iter().copied().filter(|it| it != service).collect();
-                let slices = concerned.iter().flat_map(|service| {
-                    let about = match to {
-                        Some(to) => builder.colour_name(to, *service),
-                        None => builder.live_name(*service),
-                    };
+                // Where one has nobody who would be sent there, or who would be left, it counts what both have.
+                let compared = concerned.iter().filter_map(|service| {
+                    let (to, there) = (to.as_ref()?, seen.live.get(service)?.target.stack()?);
+                    let nobody = |stack| seen.stacks.get(stack).is_none_or(|it| it.ready(*service) == 0);
+                    (there != to && (nobody(to) || nobody(there))).then(|| (there.clone(), *service))
+                });
+                let compared: Vec<(Stack, Service)> = compared.collect();
+                let own = concerned.iter().map(|service| match to {
+                    Some(to) => builder.colour_name(to, *service),
+                    None => builder.live_name(*service),
+                });
+                let left = compared
+                    .iter()
+                    .map(|(stack, service)| builder.colour_name(stack, *service));
+                let slices = own.chain(left).flat_map(|about| {
                     let known = look.material.slices.get(&about).into_iter().flatten();
                     known.map(|name| self.get::<EndpointSlice>(&namespace, name))
                 });
@@ -273,6 +283,12 @@ impl Reader {
                         let services = seen.stacks.get_mut(to).map(|stack| &mut stack.services);
                         for service in services.into_iter().flat_map(BTreeMap::values_mut) {
                             service.ready = 0;
+                        }
+                        for (stack, service) in &compared {
+                            let there = seen.stacks.get_mut(stack);
+                            if let Some(there) = there.and_then(|it| it.services.get_mut(service)) {
+                                there.ready = 0;
+                            }
                         }
                     }
                     None => seen.live.values_mut().for_each(|live| live.endpoints.clear()),
@@ -658,17 +674,22 @@ impl Reader {
                 if let Some(candidate) = &status.candidate {
                     let pods = addresses(&candidate.stack);
                     let verification = (status.epoch, candidate.attempt);
+                    let moved = all_moved(&look.seen);
                     // What somebody has asked the candidate for before its swap says nothing of what clients get from it.
-                    let baseline = async {
-                        if memory.baselines.begin(verification, false) {
-                            self.pods.figures(&pods, &mut memory.baselines).await;
+                    let figures = async {
+                        let begins = memory.baselines.begin(verification, false);
+                        if begins || moved {
+                            self.pods.figures(&pods, &mut memory.baselines).await.0
+                        } else {
+                            BTreeMap::new()
                         }
                     };
                     let answers = async {
                         let ips = live_addresses(look)?;
                         Some(self.pods.answers(&candidate.stack, &ips).await)
                     };
-                    let ((), answers) = join(baseline, answers).await;
+                    let (figures, answers) = join(figures, answers).await;
+                    look.seen.figures = figures;
                     match answers {
                         Some(Ok(())) => look.seen.answers = Some(candidate.stack.clone()),
                         Some(Err(why)) => look.seen.unheard = Some(why),

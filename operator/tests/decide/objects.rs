@@ -99,6 +99,18 @@ fn lacks_a_pod(seen: &mut Observed) {
     trade.trouble = Some("no node for it".to_owned());
 }
 
+/// What is declared refers to what is not there yet.
+fn lacks_a_secret(seen: &mut Observed) {
+    seen.generation += 1;
+    seen.declared = Err("the Secret exchange-smtp does not exist".to_owned());
+}
+
+/// It does not come.
+fn has_lacked_a_secret(seen: &mut Observed) {
+    lacks_a_secret(seen);
+    seen.status.missing_since = seen.status.live.as_ref().map(|it| it.since);
+}
+
 fn objects() -> Vec<(&'static str, Value)> {
     let mut first = World::new(false);
     first.until(0, Provisioning);
@@ -162,13 +174,8 @@ fn objects() -> Vec<(&'static str, Value)> {
             declares(settled(releasing(5, Failed)), |spec| spec.suspend = true),
         ),
         ("suspended_failed_other", settled(suspended_failed_other)),
-        (
-            "reference_missing",
-            sees(live(), |seen| {
-                seen.generation += 1;
-                seen.declared = Err("the Secret exchange-smtp does not exist".to_owned());
-            }),
-        ),
+        ("reference_awaited", sees(live(), lacks_a_secret)),
+        ("reference_missing", sees(live(), has_lacked_a_secret)),
         (
             "name_taken",
             sees(live(), |seen| {
@@ -197,8 +204,10 @@ fn objects() -> Vec<(&'static str, Value)> {
         .iter()
         .map(|(name, world)| (*name, object(world)))
         .collect();
-    if let Some((_, missing)) = objects.iter_mut().find(|(name, _)| *name == "reference_missing") {
-        missing["metadata"]["generation"] = missing["status"]["observedGeneration"].clone();
+    for (name, object) in &mut objects {
+        if name.starts_with("reference_") {
+            object["metadata"]["generation"] = object["status"]["observedGeneration"].clone();
+        }
     }
     objects.push(("new", new));
     objects

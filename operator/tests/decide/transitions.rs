@@ -1,6 +1,6 @@
 //! Each phase and each way out of it, and the four stories of an operator that wakes too late.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use crate::world::{Ban, UNREADABLE, View, Wakes, World, unrecorded};
 use exchange_operator::{
@@ -1189,6 +1189,153 @@ fn a_swap_has_ended_when_the_traffic_has_followed_the_selectors() {
     }
 }
 
+/// A version that answers badly under everybody's requests may be what keeps its swap from ending.
+#[test]
+fn a_swap_that_has_not_ended_is_taken_back_if_the_new_stack_serves_badly() {
+    let mut world = at(Promoting);
+    while world.targets().iter().flatten().any(|it| it.revision != "r1") {
+        world.step(0, View::Fresh).unwrap();
+    }
+    let bad = Figures {
+        requests: 1000,
+        errors: 500,
+        ..Figures::default()
+    };
+    let slow = Figures {
+        requests: 1000,
+        timed: 1000,
+        p99_over: Duration::from_mins(1),
+        ..Figures::default()
+    };
+    let few = Figures {
+        requests: 9,
+        errors: 9,
+        ..Figures::default()
+    };
+    let good = Figures {
+        requests: 1000,
+        ..Figures::default()
+    };
+    let waits = |seen: &mut Observed, seconds_ago: i64, figures: Figures| {
+        seen.answers = None;
+        seen.figures = BTreeMap::from([(Service::Trade, figures)]);
+        seen.status.phase_since = Some(world.now - seconds(seconds_ago));
+    };
+    for (figures, phase) in [
+        (bad, RollingBack),
+        (slow, RollingBack),
+        (few, Promoting),
+        (good, Promoting),
+    ] {
+        let recorded = records(&world, |seen| waits(seen, 10, figures));
+        assert_eq!(recorded.phase, phase, "{figures:?}");
+        let why = recorded.rejected.map(|it| it.reason);
+        assert_eq!(why, (phase == RollingBack).then_some(Reason::VerificationFailed));
+    }
+    let rows: [(&str, Change<'_>); 4] = [
+        (
+            "the data plane needs its moment",
+            Box::new(|seen| waits(seen, 9, bad)),
+        ),
+        (
+            "nobody has looked before",
+            Box::new(|seen| {
+                waits(seen, 10, bad);
+                seen.seen_before = false;
+            }),
+        ),
+        (
+            "there is nothing to go back to",
+            Box::new(|seen| {
+                waits(seen, 10, bad);
+                seen.status.live = None;
+            }),
+        ),
+        (
+            "not all of it has been moved",
+            Box::new(|seen| {
+                waits(seen, 10, bad);
+                seen.live.get_mut(&Service::User).unwrap().epoch -= 1;
+            }),
+        ),
+    ];
+    for (name, change) in rows {
+        assert_eq!(records(&world, change).phase, Promoting, "{name}");
+    }
+}
+
+/// With the new stack dead, what there is of the old one is better than nothing: nobody waits for the deadline, nor for all of it.
+#[test]
+fn a_way_back_from_what_serves_nobody_does_not_wait_for_all_of_the_old_stack() {
+    let world = releasing(6, RollingBack);
+    let old = world.status.live.clone().unwrap().stack;
+    let new = world.status.candidate.clone().unwrap().stack;
+    let die = |seen: &mut Observed, stack: &Stack, services: &[Service]| {
+        let stack = seen.stacks.get_mut(stack).unwrap();
+        for service in services {
+            stack.services.get_mut(service).unwrap().ready = 0;
+        }
+    };
+    let since = |seen: &mut Observed, seconds_ago: i64| {
+        seen.status.phase_since = Some(world.now - seconds(seconds_ago));
+    };
+    let rows: [(&str, Change<'_>, usize); 5] = [
+        (
+            "the new stack is dead",
+            Box::new(|seen| {
+                since(seen, 10);
+                die(seen, &new, &Service::ALL);
+                die(seen, &old, &[Service::Trade]);
+            }),
+            3,
+        ),
+        (
+            "for a moment",
+            Box::new(|seen| {
+                since(seen, 9);
+                die(seen, &new, &Service::ALL);
+                die(seen, &old, &[Service::Trade]);
+            }),
+            0,
+        ),
+        (
+            "and so is the old one",
+            Box::new(|seen| {
+                since(seen, 10);
+                die(seen, &new, &Service::ALL);
+                die(seen, &old, &Service::ALL);
+            }),
+            0,
+        ),
+        (
+            "the new one serves something",
+            Box::new(|seen| {
+                since(seen, 10);
+                die(seen, &new, &[Service::Trade, Service::User]);
+                die(seen, &old, &[Service::Trade]);
+            }),
+            0,
+        ),
+        (
+            "and its time is over",
+            Box::new(|seen| {
+                since(seen, 600);
+                die(seen, &new, &[Service::Trade, Service::User]);
+                die(seen, &old, &[Service::Trade]);
+            }),
+            3,
+        ),
+    ];
+    for (name, change, moved) in rows {
+        let mut seen = world.observe();
+        seen.seen_before = true;
+        change(&mut seen);
+        let plan = decide(&world.spec, &seen, world.now);
+        let moves = plan.actions.iter().filter(|it| it.is_move());
+        assert_eq!(moves.count(), moved, "{name}: {:#?}", plan.actions);
+    }
+}
+
 #[test]
 fn a_rollback_goes_forward_only_when_nothing_else_is_left() {
     let mut world = releasing(6, RollingBack);
@@ -1218,7 +1365,7 @@ fn a_rollback_goes_forward_only_when_nothing_else_is_left() {
                 die(seen, &old);
                 die(seen, &new);
             }),
-            Promoting,
+            RollingBack,
         ),
         (
             "neither serves what is on the other",
@@ -1268,7 +1415,9 @@ fn a_rollback_goes_forward_only_when_nothing_else_is_left() {
             });
             assert_eq!(recorded.phase, *phase, "{name}, suspended: {suspended}");
             let told = match *name {
-                "the old stack serves" | "neither serves what is on the other" => "NotBack",
+                "the old stack serves" | "neither serves" | "neither serves what is on the other" => {
+                    "NotBack"
+                }
                 "the API server refuses to move anything" => "WriteRefused",
                 _ => "Progressing",
             };
@@ -1445,6 +1594,37 @@ fn the_guards_refuse_what_a_plan_must_not_do() {
     let mut another = seen;
     another.status.attempt += 1;
     assert_eq!(check(&scale(2), &another), Err(Refusal::Superseded));
+}
+
+/// The service that neither stack has does not keep the others from going back; forward it does.
+#[test]
+fn nobody_loses_what_nobody_has() {
+    let mut world = after_a_release();
+    world.finish(0);
+    world.round();
+    let mut seen = world.observe();
+    let live = world.status.live.clone().unwrap().stack;
+    let previous = world.status.previous.clone().unwrap().stack;
+    let check = |intent, seen: &Observed| {
+        let point = Action::Point {
+            service: Service::User,
+            fence: seen.live[&Service::User].fence.clone(),
+            to: Some(previous.clone()),
+            epoch: 9,
+            intent,
+        };
+        guard::check(&world.spec, &world.status, &point, seen)
+    };
+    let short = Err(Refusal::NoEndpoints {
+        stack: previous.clone(),
+        service: Service::Notification,
+    });
+    for (stack, back) in [(&previous, short.clone()), (&live, Ok(()))] {
+        let there = seen.stacks.get_mut(stack).unwrap();
+        there.services.get_mut(&Service::Notification).unwrap().ready = 0;
+        assert_eq!(check(Intent::RollBack, &seen), back);
+        assert_eq!(check(Intent::Promote, &seen), short);
+    }
 }
 
 /// Nothing is recorded, and something has traffic: nobody knows that it should not.
@@ -1936,7 +2116,10 @@ fn a_refused_write_is_not_told_instead_of_what_is_waited_for() {
         previous.since = world.now;
         previous.idle_since = None;
     };
-    let lacks = |seen: &mut Observed| seen.declared = Err("Secret prod/db is missing".to_owned());
+    let lacks = |seen: &mut Observed| {
+        seen.declared = Err("Secret prod/db is missing".to_owned());
+        seen.status.missing_since = Some(world.now - seconds(30));
+    };
     assert_eq!(reason(&world, Box::new(|_| {})), "WriteRefused");
     assert_eq!(reason(&world, Box::new(lacks)), "ReferenceMissing");
     assert_eq!(reason(&world, Box::new(drains)), "Progressing");
@@ -2807,16 +2990,42 @@ fn history_names_who_approved_and_who_tried_again() {
         assert_eq!(by(&world, Outcome::Failed), "unverified");
     }
 
-    // An object that is restored has come with its annotations: nobody knows whether alice has signed this one.
+    // An object that is restored has come with its annotations: what alice has approved then was another stack.
+    for value in ["r0.1", "r0.7", "r0.4294967295"] {
+        let mut world = World::new(true);
+        world.declare(|spec| spec.rollout.promotion = Promotion::Manual);
+        world.ask(|requests, _| {
+            requests.by = Some("alice".to_owned());
+            requests.promote = Some(value.to_owned());
+        });
+        world.settle(Wakes::Clock).unwrap();
+        assert_eq!(
+            world.status.phase, AwaitingPromotion,
+            "{value}: {:#?}",
+            world.trace
+        );
+        let attempt = world.status.attempt;
+        assert!(
+            !value.ends_with(&format!(".{attempt}")) && attempt < 100,
+            "{attempt}"
+        );
+        world.ask(|requests, names| {
+            requests.by = Some("bob".to_owned());
+            requests.promote = names.candidate;
+        });
+        world.settle(Wakes::Clock).unwrap();
+        assert_eq!(world.status.phase, Live, "{value}: {:#?}", world.trace);
+        assert_eq!(by(&world, Outcome::Promoted), "bob");
+    }
+    // Nor does anything else that it has come with, and nobody knows whether alice has signed that.
     let mut world = World::new(true);
-    world.declare(|spec| spec.rollout.promotion = Promotion::Manual);
     world.ask(|requests, _| {
         requests.by = Some("alice".to_owned());
-        requests.promote = Some("r0.1".to_owned());
+        requests.pause = Some("r0.1".to_owned());
     });
     world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.phase, Live, "{:#?}", world.trace);
-    assert_eq!(by(&world, Outcome::Promoted), "unverified");
+    assert_eq!(world.status.asked.pause.clone().unwrap().by, None);
     // What she asks for once it has been seen she has signed.
     world.ask(|requests, names| requests.pause = names.live);
     let asked = records(&world, |_| {}).asked;

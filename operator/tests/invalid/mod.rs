@@ -345,6 +345,13 @@ pub(crate) fn objects() -> Vec<Invalid> {
             "image of a test must be a repository",
         ),
         (
+            "image of a test without tag and digest",
+            rollout(
+                json!({"smokeTests": [{"name": "a", "command": ["a"], "image": "ghcr.io:443/acme/tests"}]}),
+            ),
+            "with a tag or a digest",
+        ),
+        (
             "name of a test",
             rollout(json!({"smokeTests": [{"name": "My Test", "command": ["a"]}]})),
             "consists of lower-case letters",

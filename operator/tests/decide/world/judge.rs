@@ -198,22 +198,21 @@ impl Case<'_> {
             is(!traffic, || {
                 "P4: what the API server refuses to move back is moved forward".to_owned()
             })?;
-            let can = old.live.as_ref().is_some_and(|live| self.serves(&live.stack));
-            is(!can, || "P5: the way back is not taken".to_owned())?;
-            let left = old.candidate.as_ref().map(|it| &it.stack);
-            let loses = |service: &Service| {
-                let elsewhere = self
-                    .seen
-                    .live
-                    .get(service)
-                    .is_none_or(|it| matches!(&it.target, Target::Stack(stack) if Some(stack) != left));
-                let ready = left
-                    .and_then(|it| self.stack(it))
-                    .map_or(0, |it| it.ready(*service));
-                elsewhere && ready == 0
+            // Whose clients would find nobody there, and do now.
+            let loses = |to: &Stack| {
+                let ready = |stack, service| self.stack(stack).map_or(0, |it| it.ready(service));
+                Service::ALL.into_iter().find(|service| {
+                    let served = self.seen.live.get(service).is_none_or(|live| {
+                        let there = live.target.stack().filter(|there| *there != to);
+                        there.is_some_and(|there| ready(there, *service) > 0)
+                    });
+                    ready(to, *service) == 0 && served
+                })
             };
-            let lost = Service::ALL.iter().find(|service| loses(service));
-            return lost.map_or(Ok(()), |service| {
+            let back = old.live.as_ref().map(|live| loses(&live.stack));
+            is(back != Some(None), || "P5: the way back is not taken".to_owned())?;
+            let forward = old.candidate.as_ref().and_then(|left| loses(&left.stack));
+            return forward.map_or(Ok(()), |service| {
                 Err(format!("P4: {service} is moved forward to where nobody is"))
             });
         }
@@ -331,7 +330,10 @@ impl Case<'_> {
                 let forced = old.gave_up(stack);
                 let to_move = |service| {
                     let live = self.seen.live.get(&service);
-                    live.is_none_or(|live| live.target.is_another(stack))
+                    live.is_none_or(|live| {
+                        let there = live.target.stack().filter(|there| *there != stack);
+                        there.is_some_and(|there| !empty(there, service))
+                    })
                 };
                 let lost = Service::ALL
                     .into_iter()

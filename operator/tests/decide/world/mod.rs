@@ -500,9 +500,17 @@ impl World {
             }
             _ => None,
         };
-        let live_now = self.status.live.as_ref();
-        let bad = live_now.filter(|it| nature(&it.stack.revision) == Nature::ServesBadly);
-        let (errors, p99_over) = match bad.map(|it| it.attempt % 2) {
+        let counting = if self.status.phase == Phase::Promoting {
+            let candidate = self.status.candidate.as_ref();
+            candidate.map(|it| (&it.stack, it.attempt)).filter(|(to, _)| {
+                let mut live = self.live.values();
+                live.all(|it| it.epoch == self.status.epoch && it.target.is(Some(to)))
+            })
+        } else {
+            self.status.live.as_ref().map(|it| (&it.stack, it.attempt))
+        };
+        let bad = counting.filter(|(stack, _)| nature(&stack.revision) == Nature::ServesBadly);
+        let (errors, p99_over) = match bad.map(|(_, attempt)| attempt % 2) {
             None => (5, Duration::from_millis(20)),
             Some(0) => (500, Duration::from_millis(20)),
             Some(_) => (5, Duration::from_mins(1)),
@@ -1366,9 +1374,17 @@ impl World {
                     .copied()
                     .unwrap_or((0, 0));
                 let forced = intent == Intent::Promote && given_up;
-                let pointed = self.pointed_at_guard[who].get(&other);
-                let stays = pointed.is_some_and(|it| !it.is_another(to));
-                if stays && (forced || intent == Intent::RollBack) {
+                // Back, or without a way back, nobody may lose anything by it.
+                let served = |there: &Stack| {
+                    let has = self.at_guard[who].get(&(there.clone(), other));
+                    there != to && has.is_some_and(|(ready, _)| *ready > 0)
+                };
+                let loses = match self.pointed_at_guard[who].get(&other) {
+                    Some(Target::Stack(there)) => served(there),
+                    Some(Target::Nothing | Target::Foreign) => false,
+                    None => true,
+                };
+                if !loses && (forced || intent == Intent::RollBack) {
                     continue;
                 }
                 if ready == 0 || (intent == Intent::Promote && !forced && ready < replicas) {
