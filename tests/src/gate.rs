@@ -50,6 +50,18 @@ pub struct Write {
     pub name: String,
 }
 
+impl Write {
+    /// What it is without what is another one in each release: colours, revisions, numbers.
+    #[must_use]
+    pub fn sort(&self) -> String {
+        let parts = self.name.split(['-', '.']);
+        let lasts =
+            |part: &&str| !["blue", "green"].contains(part) && !part.contains(|it: char| it.is_ascii_digit());
+        let name: Vec<&str> = parts.filter(lasts).collect();
+        format!("{} {} {}", self.verb, self.resource, name.join("-"))
+    }
+}
+
 impl fmt::Display for Write {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(out, "{} {} {}", self.verb, self.resource, self.name)
@@ -61,8 +73,10 @@ impl fmt::Display for Write {
 pub struct Hold {
     /// Only writes count whose text begins like this, such as `update services`,
     pub of: String,
-    /// and of these only those of objects whose name contains this.
+    /// and of these only those of objects whose name contains this,
     pub name: String,
+    /// and those of this [sort](Write::sort), if it is given.
+    pub sort: Option<String>,
     /// The first is 0.
     pub number: usize,
 }
@@ -74,14 +88,16 @@ impl Hold {
         Self {
             of: of.to_owned(),
             name: name.to_owned(),
-            number: 0,
+            ..Self::default()
         }
     }
 
     /// Whether this write counts.
     #[must_use]
     pub fn counts(&self, write: &Write) -> bool {
-        write.to_string().starts_with(&self.of) && write.name.contains(&self.name)
+        write.to_string().starts_with(&self.of)
+            && write.name.contains(&self.name)
+            && self.sort.as_ref().is_none_or(|sort| *sort == write.sort())
     }
 }
 

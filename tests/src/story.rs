@@ -216,7 +216,7 @@ impl<'a> Story<'a> {
         self.exchange.make_treasury().unwrap();
         Clients {
             load: self.exchange.start_load(RATE).unwrap(),
-            prober: Prober::start(self),
+            prober: Prober::start(self.session, self.namespace),
         }
     }
 
@@ -453,17 +453,16 @@ impl<'a> Prober<'a> {
     const POD: &'static str = "prober";
 
     /// Begins to ask. All services have to be live.
-    fn start(story: &Story<'a>) -> Self {
+    pub fn start(session: &'a Session, namespace: &'a str) -> Self {
         let ask = format!(
             "while true; do for service in {}; do \
              if timeout 2 wget -q -O /dev/null http://{NAME}-$service/version; \
              then echo $service given; else echo $service missed; fi; done; sleep 0.1; done",
             SERVICES.join(" ")
         );
-        let mut pod = restricted_pod(Self::POD, &busybox_image(story.session));
+        let mut pod = restricted_pod(Self::POD, &busybox_image(session));
         set(&mut pod, "/spec/containers/0/command", json!(["sh", "-c", ask]));
         set(&mut pod, "/spec/terminationGracePeriodSeconds", json!(0));
-        let (session, namespace) = (story.session, story.namespace);
         session.apply(namespace, &pod).unwrap();
         let prober = Self { session, namespace };
         wait_until("the first answers", PATIENCE, || {

@@ -19,7 +19,7 @@ use testbed::{
     kubectl::{Namespace, Session},
     operator::{self, OPERATOR, OPERATOR_NAMESPACE},
     sandbox::wait_until,
-    story::{Clients, Ground, RELEASED, SERVICES, Stacks, Story, Told, end_well, note, serves_again},
+    story::{Clients, Ground, Prober, RELEASED, SERVICES, Stacks, Story, Told, end_well, note, serves_again},
 };
 
 /// What a watch tells is put right within this time: a few seconds, on a machine that has much to do.
@@ -99,7 +99,10 @@ fn helm_installs_an_exchange_and_upgrades_it() {
     }
     told.course(&RELEASED);
     stores_beside.make_treasury().unwrap();
-    let load = stores_beside.start_load(20).unwrap();
+    let clients = Clients {
+        load: stores_beside.start_load(20).unwrap(),
+        prober: Prober::start(&ground.session, &namespace.name),
+    };
 
     helm("2.0.0", &[]).unwrap();
     ground
@@ -120,7 +123,7 @@ fn helm_installs_an_exchange_and_upgrades_it() {
     assert!(refusal.contains("Failed"), "{refusal}");
     assert_eq!(get("{.status.phase} {.status.live.version}"), "Failed 2.0.0");
     told.course(&["ReleaseStarted", "ReleaseFailed"]);
-    assert_eq!(end_well(load).len(), 2);
+    assert_eq!(clients.end_well().len(), 2);
 }
 
 /// Whatever is wrong with a version: it is found before the swap, the live one serves on, and the message says what.
