@@ -87,8 +87,8 @@ impl Turn<'_> {
             }
             Intent::RollBack => {
                 seen.complete()
-                    || ((seen.serves() || self.is_better(to)) && self.elapsed() >= SHORT_OF_ENDPOINTS)
-                    || (self.overdue() && self.can_stay(to))
+                    || (seen.serves() && self.elapsed() >= SHORT_OF_ENDPOINTS)
+                    || (self.is_unneeded() && (self.overdue() || self.is_better(to)))
             }
             Intent::Repair => seen.ready(service) > 0,
         }

@@ -58,7 +58,9 @@ pub fn decide(spec: &Spec, seen: &Observed, now: Timestamp) -> Plan {
     if let Ok(declared) = &seen.declared {
         turn.next.gates.clone_from(&declared.gates);
     }
-    let missing_since = turn.next.missing_since.unwrap_or(now);
+    // Of another declaration other things may be about to come.
+    let same = seen.status.observed_generation == Some(seen.generation);
+    let missing_since = turn.next.missing_since.filter(|_| same).unwrap_or(now);
     turn.next.missing_since = seen.declared.is_err().then_some(missing_since);
     turn.hear();
     turn.stop_or_resume();
@@ -472,6 +474,7 @@ impl Turn<'_> {
             scale: None,
             tested: None,
             approved_by: None,
+            unneeded_since: None,
         }
     }
 

@@ -257,6 +257,7 @@ impl Turn<'_> {
             scale: Some(Scale::declared(self.spec)),
             tested: None,
             approved_by: None,
+            unneeded_since: None,
         });
         self.next.verification = Some(self.spec.rollout.verification.clone());
         self.next.phase = Phase::Pending;

@@ -284,6 +284,10 @@ pub struct Candidate {
     /// Who approved it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approved_by: Option<String>,
+    /// While the traffic goes back from it: since when nobody would lose anything if all of it had gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Time>")]
+    pub unneeded_since: Option<Timestamp>,
 }
 
 /// What becomes of the stack that was live before.

@@ -69,6 +69,13 @@ impl Turn<'_> {
         serves(stack) && left.is_some_and(|left| !serves(&left.stack))
     }
 
+    /// Whether nobody would have lost anything for ten seconds if the traffic had gone back from what is left: longer than a moment in
+    /// which its endpoints are gone.
+    pub(crate) fn is_unneeded(&self) -> bool {
+        let since = self.next.candidate.as_ref().and_then(|left| left.unneeded_since);
+        self.watched() && since.is_some_and(|since| self.now.duration_since(since) >= SHORT_OF_ENDPOINTS)
+    }
+
     pub(crate) fn is_moved(&self, service: Service, to: Option<&Stack>) -> bool {
         self.seen
             .live
@@ -200,11 +207,16 @@ impl Turn<'_> {
             }
             return;
         }
-        let can = |stack: &Stack| self.can_stay(stack);
+        let can = to.as_ref().is_some_and(|to| self.can_stay(to));
+        let left = Candidate {
+            unneeded_since: can.then_some(left.unneeded_since.unwrap_or(self.now)),
+            ..left
+        };
+        self.next.candidate = Some(left.clone());
         // What the API server refuses to move back it refuses to move forward, too.
         if self.overdue()
             && !self.seen.refused.as_ref().is_some_and(|it| it.traffic)
-            && !to.as_ref().is_some_and(can)
+            && !can
             && self.can_stay(&left.stack)
         {
             // Better all on the new stack than some on each, or all on a dead one.

@@ -719,11 +719,20 @@ async fn a_way_back_by_which_somebody_would_lose_something_stops_before_the_next
         left["colour"] = json!("green");
         left["revision"] = json!("0123456789");
         left["gates"] = json!("");
+        left["unneededSince"] = json!("2026-01-01T00:00:00Z");
         status["candidate"] = left;
         status["phase"] = json!("RollingBack");
         status["epoch"] = json!(2);
     });
     world.phase_began_long_ago();
+    let moves = |writes: &[Write]| {
+        let all = paths(writes).into_iter();
+        all.filter(|it| it.starts_with("PUT services/exchange-"))
+            .collect::<Vec<_>>()
+    };
+    let (result, writes) = world.pass().await;
+    result.unwrap();
+    assert_eq!(moves(&writes), Vec::<String>::new(), "it was seen once");
 
     // With the first write green's notification service has somebody again.
     let green = "endpointslices/exchange-green-notification";
@@ -736,11 +745,6 @@ async fn a_way_back_by_which_somebody_would_lose_something_stops_before_the_next
     );
     let (result, writes) = world.pass().await;
     assert!(matches!(result, Err(Error::Refused(_))), "{result:?}");
-    let moves = |writes: &[Write]| {
-        let all = paths(writes).into_iter();
-        all.filter(|it| it.starts_with("PUT services/exchange-"))
-            .collect::<Vec<_>>()
-    };
     assert_eq!(moves(&writes), ["PUT services/exchange-user"]);
     // And then nobody any more.
     world.change(green, |slice| slice["endpoints"] = json!([]));
@@ -1465,6 +1469,11 @@ async fn a_missing_reference_is_told_in_words() {
     told("Ready", "False");
     told("Stalled", "True");
     assert_eq!(world.condition("Reconciling")["status"], "False");
+    // With another declaration another one may be about to come.
+    world.change(OBJECT, |object| object["metadata"]["generation"] = json!(2));
+    world.pass().await.0.unwrap();
+    told("Reconciling", "True");
+    assert_eq!(world.condition("Stalled")["status"], "False");
 }
 
 /// As a template leaves it to which somebody has given no value. Nothing may be read under such a name, and what people ask for

@@ -1585,12 +1585,17 @@ mod without_operator {
     /// At which write of a release the operator is killed, and when.
     #[derive(Clone, Debug)]
     struct Kill {
-        /// Of all writes of a release, by their sorts.
-        number: usize,
         sort: String,
         /// Of those of this sort.
-        of_sort: usize,
+        number: usize,
         moment: Moment,
+    }
+
+    impl Kill {
+        /// The write, as `WRITES` has it.
+        fn write(&self) -> String {
+            format!("{}#{}", self.sort, self.number)
+        }
     }
 
     /// The kills of a run, shared by all exchanges of it.
@@ -1613,52 +1618,37 @@ mod without_operator {
     impl Plan {
         /// Of releases with so many writes.
         fn of(writes: &Writes) -> Self {
-            let all: Vec<(&String, usize)> = writes
-                .iter()
-                .flat_map(|(sort, count)| (0..*count).map(move |of_sort| (sort, of_sort)))
-                .collect();
-            let kill = |number: usize, moment| {
-                let (sort, of_sort) = all[number];
-                let sort = sort.clone();
-                Kill {
-                    number,
-                    sort,
-                    of_sort,
-                    moment,
-                }
-            };
+            let mut all = Vec::new();
+            for (sort, count) in writes {
+                all.extend((0..*count).map(|number| (sort.clone(), number)));
+            }
+            let kill = |(sort, number), moment| Kill { sort, number, moment };
             let mut waiting: Vec<Kill> = Vec::new();
-            let named: Option<Vec<usize>> = if every_write() {
-                Some((0..all.len()).collect())
-            } else {
-                writes_named()
-            };
-            let wanted = if let Some(numbers) = named {
+            let named = writes_named();
+            let wanted = if every_write() || !named.is_empty() {
+                let at_each = |write: (String, usize)| Moment::ALL.map(|moment| kill(write.clone(), moment));
+                waiting.extend(all.into_iter().flat_map(at_each));
+                if !every_write() {
+                    waiting.retain(|it| named.contains(&it.write()));
+                }
+                let unknown = |it: &&String| waiting.iter().all(|kill| kill.write() != **it);
+                let unknown: Vec<_> = named.iter().filter(unknown).collect();
                 assert!(
-                    numbers.iter().all(|it| *it < all.len()),
-                    "a release has {} writes: {numbers:?}",
-                    all.len()
+                    unknown.is_empty(),
+                    "a release has none of {unknown:?}: {writes:#?}"
                 );
-                let at_each = |number| Moment::ALL.map(|moment| kill(number, moment));
-                waiting.extend(numbers.into_iter().flat_map(at_each));
                 waiting.len()
             } else {
                 let seed = std::env::var("SEED");
                 let seed: u64 = seed.map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
-                say(format!(
-                    "SEED={seed} chooses the same writes again, WRITES=3,17 those of these numbers"
-                ));
+                say(format!("SEED={seed} chooses the same writes again"));
                 // Of more than a release has: that the next one has a write more or less does not draw others.
                 let mut numbers: Vec<usize> = (0..WRITES_AT_MOST).collect();
                 numbers.shuffle(&mut StdRng::seed_from_u64(seed));
                 numbers.retain(|number| *number < all.len());
                 let moments = Moment::ALL.into_iter().cycle();
-                waiting.extend(
-                    numbers
-                        .into_iter()
-                        .zip(moments)
-                        .map(|(it, moment)| kill(it, moment)),
-                );
+                let drawn = numbers.into_iter().map(|number| all[number].clone());
+                waiting.extend(drawn.zip(moments).map(|(write, moment)| kill(write, moment)));
                 6
             };
             Self {
@@ -1711,22 +1701,18 @@ mod without_operator {
 
     /// Whether this write is one of every release.
     fn is_of_all(kill: &Kill, writes: &Writes) -> bool {
-        writes.get(&kill.sort).is_some_and(|count| kill.of_sort < *count)
+        writes.get(&kill.sort).is_some_and(|count| kill.number < *count)
     }
 
     fn every_write() -> bool {
         std::env::var("EVERY_WRITE").is_ok_and(|it| it == "1")
     }
 
-    /// The writes of `WRITES=3,17`, to kill at them again.
-    fn writes_named() -> Option<Vec<usize>> {
-        let numbers = std::env::var("WRITES").ok()?;
-        Some(
-            numbers
-                .split(',')
-                .map(|number| number.trim().parse().unwrap())
-                .collect(),
-        )
+    /// The writes of `WRITES='update services exchange-user#0'`, with commas between them, to kill at them again.
+    fn writes_named() -> Vec<String> {
+        let named = std::env::var("WRITES").unwrap_or_default();
+        let writes = named.split(',').map(str::trim).filter(|it| !it.is_empty());
+        writes.map(str::to_owned).collect()
     }
 
     /// A kill that came.
@@ -1808,30 +1794,26 @@ mod without_operator {
                 }
                 of_all = Some(of_all.map_or_else(|| writes.clone(), |before| in_both(&before, &writes)));
             }
+            say(format!("what each release writes: {of_all:?}"));
             (of_all.unwrap(), end_state(self.ground, &self.namespace.name))
         }
 
         /// A release with the operator killed at one of its writes, if that comes. It has to end as the undisturbed one did.
         fn release_and_kill(&mut self, kill: &Kill, undisturbed: &Value) -> Option<Reached> {
-            let Kill {
-                number,
-                sort,
-                of_sort,
-                moment,
-            } = kill.clone();
+            let moment = kill.moment;
             let hold = Hold {
-                number: of_sort,
-                sort: Some(sort),
+                number: kill.number,
+                sort: Some(kill.sort.clone()),
                 ..Hold::default()
             };
             self.gate.hold(&hold).unwrap();
             // One whose write does not come is released again: as another one.
             let generation = &self.trading.last()["metadata"]["generation"];
-            let name = format!("{moment:?} {number} after generation {generation}");
+            let name = format!("{moment:?} {} after generation {generation}", kill.write());
             let mut killed = None;
             self.release_and_settle(&name, |gate| {
                 if let Some(write) = gate.held().unwrap() {
-                    say(format!("killed {moment:?} write {number}: {write}"));
+                    say(format!("killed {moment:?} {}: {write}", kill.write()));
                     let at = gate.kill_leader(&write, moment).unwrap();
                     killed = Some((write, at));
                 }
@@ -1843,7 +1825,8 @@ mod without_operator {
             let differences = || differences("", &end(), undisturbed).join("\n");
             assert!(
                 waited.is_ok(),
-                "{name} (WRITES={number} does it again): it did not end as undisturbed:\n{}",
+                "{name} (WRITES='{}' does it again): it did not end as undisturbed:\n{}",
+                kill.write(),
                 differences()
             );
             self.operator.recovers(&self.ground.session).unwrap();
@@ -1888,7 +1871,7 @@ mod without_operator {
     }
 
     /// Six writes of a release, each moment twice unless a write does not come in its release and the next one takes its place;
-    /// SEED=… draws the same list again. With WRITES=3,17 those, with EVERY_WRITE=1
+    /// SEED=… draws the same list again. With WRITES='update services exchange-user#0' that, with EVERY_WRITE=1
     /// (`make e2e-long`) all of them, at all moments.
     #[test]
     #[ignore = "needs a cluster: make e2e"]

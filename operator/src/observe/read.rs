@@ -678,6 +678,10 @@ impl Reader {
                     // What somebody has asked the candidate for before its swap says nothing of what clients get from it.
                     let figures = async {
                         let begins = memory.baselines.begin(verification, false);
+                        if !begins && moved {
+                            // Who is heard of for the first time now has counted what clients have asked it.
+                            memory.baselines.begin(verification, true);
+                        }
                         if begins || moved {
                             self.pods.figures(&pods, &mut memory.baselines).await.0
                         } else {

@@ -108,6 +108,7 @@ fn lacks_a_secret(seen: &mut Observed) {
 /// It does not come.
 fn has_lacked_a_secret(seen: &mut Observed) {
     lacks_a_secret(seen);
+    seen.status.observed_generation = Some(seen.generation);
     seen.status.missing_since = seen.status.live.as_ref().map(|it| it.since);
 }
 

@@ -1264,6 +1264,10 @@ fn a_swap_that_has_not_ended_is_taken_back_if_the_new_stack_serves_badly() {
     }
 }
 
+/// A name; for how many seconds the traffic has gone back, and nobody would miss the new stack; what is dead of that, and of the old one;
+/// how many Services are moved.
+type GoingBack<'a> = (&'a str, i64, Option<i64>, &'a [Service], &'a [Service], usize);
+
 /// With the new stack dead, what there is of the old one is better than nothing: nobody waits for the deadline, nor for all of it.
 #[test]
 fn a_way_back_from_what_serves_nobody_does_not_wait_for_all_of_the_old_stack() {
@@ -1276,63 +1280,46 @@ fn a_way_back_from_what_serves_nobody_does_not_wait_for_all_of_the_old_stack() {
             stack.services.get_mut(service).unwrap().ready = 0;
         }
     };
-    let since = |seen: &mut Observed, seconds_ago: i64| {
-        seen.status.phase_since = Some(world.now - seconds(seconds_ago));
-    };
-    let rows: [(&str, Change<'_>, usize); 5] = [
+    let (all, trade) = (Service::ALL, [Service::Trade]);
+    let two = [Service::Trade, Service::User];
+    let rows: [GoingBack<'_>; 7] = [
+        ("the new stack is dead", 10, Some(10), &all, &trade, 3),
         (
-            "the new stack is dead",
-            Box::new(|seen| {
-                since(seen, 10);
-                die(seen, &new, &Service::ALL);
-                die(seen, &old, &[Service::Trade]);
-            }),
-            3,
-        ),
-        (
-            "for a moment",
-            Box::new(|seen| {
-                since(seen, 9);
-                die(seen, &new, &Service::ALL);
-                die(seen, &old, &[Service::Trade]);
-            }),
+            "it was seen otherwise nine seconds ago",
+            60,
+            Some(9),
+            &all,
+            &trade,
             0,
         ),
+        ("it was seen otherwise right before", 60, None, &all, &trade, 0),
+        ("and so is the old one", 60, Some(60), &all, &all, 0),
+        ("the new one serves something", 60, Some(60), &two, &trade, 0),
+        ("and its time is over", 600, Some(10), &two, &trade, 3),
         (
-            "and so is the old one",
-            Box::new(|seen| {
-                since(seen, 10);
-                die(seen, &new, &Service::ALL);
-                die(seen, &old, &Service::ALL);
-            }),
+            "and its time is over, but not for long",
+            600,
+            Some(9),
+            &two,
+            &trade,
             0,
-        ),
-        (
-            "the new one serves something",
-            Box::new(|seen| {
-                since(seen, 10);
-                die(seen, &new, &[Service::Trade, Service::User]);
-                die(seen, &old, &[Service::Trade]);
-            }),
-            0,
-        ),
-        (
-            "and its time is over",
-            Box::new(|seen| {
-                since(seen, 600);
-                die(seen, &new, &[Service::Trade, Service::User]);
-                die(seen, &old, &[Service::Trade]);
-            }),
-            3,
         ),
     ];
-    for (name, change, moved) in rows {
+    for (name, phase, unneeded, of_new, of_old, moved) in rows {
         let mut seen = world.observe();
         seen.seen_before = true;
-        change(&mut seen);
-        let plan = decide(&world.spec, &seen, world.now);
-        let moves = plan.actions.iter().filter(|it| it.is_move());
-        assert_eq!(moves.count(), moved, "{name}: {:#?}", plan.actions);
+        let ago = |ago: i64| world.now - seconds(ago);
+        seen.status.phase_since = Some(ago(phase));
+        seen.status.candidate.as_mut().unwrap().unneeded_since = unneeded.map(ago);
+        die(&mut seen, &new, of_new);
+        die(&mut seen, &old, of_old);
+        let moves = |seen: &Observed| {
+            let plan = decide(&world.spec, seen, world.now);
+            plan.actions.iter().filter(|it| it.is_move()).count()
+        };
+        assert_eq!(moves(&seen), moved, "{name}");
+        seen.seen_before = false;
+        assert_eq!(moves(&seen), 0, "{name}, and nobody has looked before");
     }
 }
 
@@ -1415,9 +1402,7 @@ fn a_rollback_goes_forward_only_when_nothing_else_is_left() {
             });
             assert_eq!(recorded.phase, *phase, "{name}, suspended: {suspended}");
             let told = match *name {
-                "the old stack serves" | "neither serves" | "neither serves what is on the other" => {
-                    "NotBack"
-                }
+                "neither serves what is on the other" => "NotBack",
                 "the API server refuses to move anything" => "WriteRefused",
                 _ => "Progressing",
             };
@@ -2159,6 +2144,7 @@ fn what_clients_are_sent_to_is_not_retired() {
             scale: None,
             tested: None,
             approved_by: None,
+            unneeded_since: None,
         });
     });
     assert_eq!(recorded.previous.clone().unwrap().state, PreviousState::Retained);
