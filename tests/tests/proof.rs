@@ -1784,7 +1784,7 @@ mod without_operator {
                 self.release_and_settle(&format!("the one before, {number}"), |_| {});
             }
             let recorded = if every_write() { RECORDED } else { 1 };
-            let mut of_all: Option<Writes> = None;
+            let (mut of_all, mut sorts): (Option<Writes>, _) = (None, BTreeSet::new());
             for number in 0..recorded {
                 self.gate.record().unwrap();
                 self.release_and_settle(&format!("undisturbed, {number}"), |_| {});
@@ -1793,9 +1793,14 @@ mod without_operator {
                     *writes.entry(write.sort()).or_default() += 1;
                 }
                 of_all = Some(of_all.map_or_else(|| writes.clone(), |before| in_both(&before, &writes)));
+                sorts.extend(writes.into_keys());
             }
-            say(format!("what each release writes: {of_all:?}"));
-            (of_all.unwrap(), end_state(self.ground, &self.namespace.name))
+            let of_all = of_all.unwrap();
+            sorts.retain(|sort| !of_all.contains_key(sort));
+            if !sorts.is_empty() {
+                say(format!("not in every release, and left out: {sorts:?}"));
+            }
+            (of_all, end_state(self.ground, &self.namespace.name))
         }
 
         /// A release with the operator killed at one of its writes, if that comes. It has to end as the undisturbed one did.
