@@ -1344,6 +1344,16 @@ fn a_rollback_goes_forward_only_when_nothing_else_is_left() {
             }),
             Promoting,
         ),
+        (
+            "it does not, and the new one is short of a pod",
+            Box::new(|seen| {
+                late(seen);
+                die(seen, &old);
+                let there = seen.stacks.get_mut(&new).unwrap();
+                there.services.get_mut(&Service::User).unwrap().ready = 1;
+            }),
+            Promoting,
+        ),
         ("it does not yet", Box::new(|seen| die(seen, &old)), RollingBack),
         (
             "neither serves",
