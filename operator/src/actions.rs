@@ -71,7 +71,7 @@ impl Turn<'_> {
     pub(crate) fn can_take(&self, to: Option<&Stack>, service: Service, intent: Intent) -> bool {
         let Some(to) = to else { return true };
         if intent == Intent::Promote && self.is_forced(to) {
-            return self.seen.missing_live().is_none() && self.can_stay(to);
+            return self.seen.missing_live().is_none() && self.seen.can_stay(to);
         }
         let Some(seen) = self.stack(to) else { return false };
         match intent {

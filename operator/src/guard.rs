@@ -128,7 +128,7 @@ fn endpoints(
         let least = there
             .filter(|_| intent == Intent::Promote)
             .map_or(1, |there| there.replicas.max(1));
-        there.map_or(0, |there| there.ready) < least
+        seen.ready(to, service) < least
     };
     let gone = |service: Service| intent == Intent::Promote && !seen.live.contains_key(&service);
     for service in to_move(to, service, epoch, intent, seen) {

@@ -93,12 +93,22 @@ impl Observed {
     /// Whether nobody loses anything when the traffic of a service is on this stack: it has endpoints there, or its traffic is on no other
     /// stack that has any.
     pub fn can_have(&self, service: Service, stack: &Stack) -> bool {
-        let ready = |stack: &Stack| self.stacks.get(stack).map_or(0, |seen| seen.ready(service));
-        ready(stack) > 0
+        self.ready(stack, service) > 0
             || self.live.get(&service).is_some_and(|live| {
                 let there = live.target.stack().filter(|there| *there != stack);
-                there.is_none_or(|there| ready(there) == 0)
+                there.is_none_or(|there| self.ready(there, service) == 0)
             })
+    }
+
+    /// Whether nobody loses anything when all of the traffic is on this stack.
+    pub fn can_stay(&self, stack: &Stack) -> bool {
+        let mut services = Service::ALL.into_iter();
+        services.all(|service| self.can_have(service, stack))
+    }
+
+    /// Ready endpoints of a service of a stack.
+    pub fn ready(&self, stack: &Stack, service: Service) -> u32 {
+        self.stacks.get(stack).map_or(0, |seen| seen.ready(service))
     }
 
     /// A service that has no live Service.

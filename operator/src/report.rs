@@ -229,9 +229,9 @@ fn not_back(spec: &Spec, seen: &Observed, status: &Status, now: Timestamp) -> Op
     let stays = status.phase == Phase::RollingBack && seen.seen_before && late(spec, status, now);
     let live = status.live.as_ref().filter(|_| stays)?;
     // What nobody would miss goes in a moment.
-    Service::ALL
-        .into_iter()
-        .find(|service| !seen.can_have(*service, &live.stack))?;
+    if seen.can_stay(&live.stack) {
+        return None;
+    }
     let awaited = awaited(seen, Some(&live.stack));
     let message = format!(
         "the traffic is not back on {}{awaited}; it goes as soon as that serves, or all of it forward again when the new stack \

@@ -55,13 +55,6 @@ impl Turn<'_> {
         Service::ALL.iter().all(|service| self.is_moved(*service, to))
     }
 
-    /// Whether nobody loses anything when all of the traffic is on this stack.
-    pub(crate) fn can_stay(&self, stack: &Stack) -> bool {
-        Service::ALL
-            .into_iter()
-            .all(|service| self.seen.can_have(service, stack))
-    }
-
     /// Whether a stack serves something, and what is left for it nothing at all.
     pub(crate) fn is_better(&self, stack: &Stack) -> bool {
         let serves = |stack: &Stack| self.stack(stack).is_some_and(StackSeen::serves_any);
@@ -115,11 +108,11 @@ impl Turn<'_> {
                 .into_iter()
                 .find(|service| !self.seen.can_have(*service, stack));
         }
-        let seen = self.stack(stack);
         let lost = |service: &Service| {
             let moved = self.is_moved(*service, Some(stack));
-            let ready = seen.map_or(0, |seen| seen.ready(*service));
-            let replicas = seen
+            let ready = self.seen.ready(stack, *service);
+            let replicas = self
+                .stack(stack)
                 .and_then(|seen| seen.service(*service))
                 .map_or(1, |seen| seen.replicas);
             let short = ready < replicas && self.elapsed() >= SHORT_OF_ENDPOINTS && self.watched();
@@ -207,7 +200,7 @@ impl Turn<'_> {
             }
             return;
         }
-        let can = to.as_ref().is_some_and(|to| self.can_stay(to));
+        let can = to.as_ref().is_some_and(|to| self.seen.can_stay(to));
         let left = Candidate {
             unneeded_since: can.then_some(left.unneeded_since.unwrap_or(self.now)),
             ..left
@@ -217,7 +210,7 @@ impl Turn<'_> {
         if self.overdue()
             && !self.seen.refused.as_ref().is_some_and(|it| it.traffic)
             && !can
-            && self.can_stay(&left.stack)
+            && self.seen.can_stay(&left.stack)
         {
             // Better all on the new stack than some on each, or all on a dead one.
             let message = "the stack before it could not serve".to_owned();
@@ -328,8 +321,9 @@ impl Turn<'_> {
 
     /// A service of a stack that has no ready endpoint.
     fn without_endpoints(&self, stack: &Stack) -> Option<Service> {
-        let ready = |service| self.stack(stack).map_or(0, |seen| seen.ready(service));
-        Service::ALL.into_iter().find(|service| ready(*service) == 0)
+        Service::ALL
+            .into_iter()
+            .find(|service| self.seen.ready(stack, *service) == 0)
     }
 
     /// Whether clients of every live Service reach this stack.

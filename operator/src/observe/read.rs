@@ -258,7 +258,7 @@ impl Reader {
                 // Where one has nobody who would be sent there, or who would be left, it counts what both have.
                 let compared = concerned.iter().filter_map(|service| {
                     let (to, there) = (to.as_ref()?, seen.live.get(service)?.target.stack()?);
-                    let nobody = |stack| seen.stacks.get(stack).is_none_or(|it| it.ready(*service) == 0);
+                    let nobody = |stack| seen.ready(stack, *service) == 0;
                     (there != to && (nobody(to) || nobody(there))).then(|| (there.clone(), *service))
                 });
                 let compared: Vec<(Stack, Service)> = compared.collect();
