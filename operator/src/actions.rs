@@ -193,15 +193,18 @@ impl Turn<'_> {
     /// Replicas of a kept stack. A count that came with another revision waits for that revision's promotion.
     pub(crate) fn replicas(&self, stack: &Stack, service: Service) -> u32 {
         let live = self.next.live.as_ref().filter(|live| live.stack == *stack);
-        let moving = self.next.phase.moves();
-        let Some(scale) = live.filter(|_| !moving).and_then(|live| live.scale.as_ref()) else {
-            return self.wanted(stack, service);
-        };
-        let scale = scale.of(service);
         let seen = self
             .stack(stack)
             .and_then(|seen| seen.service(service))
             .map_or(0, |seen| seen.replicas);
+        // What grows meanwhile has too few endpoints for a moment, and would be taken for lost.
+        if self.next.phase.moves() && seen > 0 {
+            return seen;
+        }
+        let Some(scale) = live.and_then(|live| live.scale.as_ref()) else {
+            return self.wanted(stack, service);
+        };
+        let scale = scale.of(service);
         let declared = u32::try_from(scale.replicas).unwrap_or(1);
         match seen {
             0 => declared,
@@ -271,7 +274,9 @@ impl Turn<'_> {
             // A new object that finds traffic on stacks which it does not know removes nothing.
             return;
         }
-        for (stack, seen) in self.seen.stacks.iter().filter(|(stack, _)| !kept.contains(stack)) {
+        // Nor what clients reach, whoever has sent them there.
+        let goes = |stack: &Stack| !kept.contains(stack) && !self.seen.reaches(stack);
+        for (stack, seen) in self.seen.stacks.iter().filter(|(stack, _)| goes(stack)) {
             for (service, there) in &seen.services {
                 for (part, object) in &there.parts {
                     if *part != Part::ColourService

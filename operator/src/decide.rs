@@ -426,8 +426,14 @@ impl Turn<'_> {
             let (Some(live), Some(previous)) = (self.next.live.take(), self.next.previous.take()) else {
                 return;
             };
-            // Somebody who goes back has not asked for what was given up before: that is still declared.
-            let given_up = why.is_some() && self.declared().is_some_and(|it| self.rejects(it));
+            // Somebody who goes back has not asked for what was given up before: that is still declared, or may be while
+            // something is missing of it.
+            let rejected = self.next.rejected.as_ref();
+            let given_up = why.is_some()
+                && self.declared().map_or_else(
+                    || rejected.is_some_and(|it| it.stack != live.stack),
+                    |it| self.rejects(it),
+                );
             let left = self.left(live);
             self.remember(
                 named(&left),

@@ -7,7 +7,7 @@
 
 use crate::{
     api::{ExchangeDeploymentSpec as Spec, Service},
-    observe::{Observed, Part, Target},
+    observe::{Observed, Part},
     plan::{Action, Intent},
     status::{ExchangeDeploymentStatus as Status, Stack},
 };
@@ -164,11 +164,7 @@ pub(crate) fn to_move(
 
 fn has_no_traffic(stack: &Stack, seen: &Observed) -> Result<(), Refusal> {
     let recorded = seen.status.live.as_ref().is_some_and(|live| live.stack == *stack);
-    let pointed_at = seen
-        .live
-        .values()
-        .any(|live| live.target == Target::Stack(stack.clone()));
-    if recorded || pointed_at {
+    if recorded || seen.reaches(stack) {
         Err(Refusal::Live(stack.clone()))
     } else {
         Ok(())

@@ -91,12 +91,13 @@ impl Observed {
     }
 
     /// Whether nobody loses anything when the traffic of a service is on this stack: it has endpoints there, or its traffic is on no other
-    /// stack that has any.
+    /// stack that has any. Where somebody else's selector leads, its endpoints say.
     pub fn can_have(&self, service: Service, stack: &Stack) -> bool {
         self.ready(stack, service) > 0
-            || self.live.get(&service).is_some_and(|live| {
-                let there = live.target.stack().filter(|there| *there != stack);
-                there.is_none_or(|there| self.ready(there, service) == 0)
+            || self.live.get(&service).is_some_and(|live| match &live.target {
+                Target::Nothing => true,
+                Target::Stack(there) => there == stack || self.ready(there, service) == 0,
+                Target::Foreign => live.endpoints.iter().all(|there| there == stack),
             })
     }
 

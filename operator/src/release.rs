@@ -445,7 +445,10 @@ impl Turn<'_> {
         }
         // Somebody may have sent clients there, and what they reach is kept.
         let reached = self.seen.reaches(&previous.stack);
-        let needed = phase == Phase::Pending && self.next.candidate.is_some();
+        // What cannot begin, or is perhaps not declared any more, needs no colour yet.
+        let candidate = self.next.candidate.as_ref();
+        let begins = candidate.is_some_and(|it| self.is_declared(&it.stack)) && self.seen.is_free();
+        let needed = phase == Phase::Pending && begins;
         // Nor is anything under way while the declared colour is in use.
         let settled = !needed && matches!(phase, Phase::Live | Phase::Held | Phase::Failed | Phase::Pending);
         if previous.state == PreviousState::Retained
@@ -485,19 +488,21 @@ impl Turn<'_> {
             return;
         };
         if let Some(contract) = self.next.contract.clone() {
-            match self.state(JobKind::Contract, &contract.stack, contract.attempt) {
-                Some(JobState::Passed) => {
-                    self.tell(false, "Contracted", "the schema is contracted".to_owned());
-                }
-                Some(JobState::Failed(why)) => {
-                    let note = format!("the contract migration of {} failed: {why}", live.version);
-                    self.tell(true, "ContractFailed", note);
-                }
+            let failed = match self.state(JobKind::Contract, &contract.stack, contract.attempt) {
+                Some(JobState::Passed) => None,
+                Some(JobState::Failed(why)) => Some(why.clone()),
                 _ => return,
+            };
+            if let Some(why) = &failed {
+                let note = format!("the contract migration of {} failed: {why}", live.version);
+                self.tell(true, "ContractFailed", note);
+            } else {
+                self.tell(false, "Contracted", "the schema is contracted".to_owned());
             }
             self.next.contract = None;
             if let Some(live) = &mut self.next.live {
                 live.contracted = true;
+                live.contract_failed = failed;
             }
             return;
         }

@@ -656,10 +656,11 @@ fn migration<'a>(seen: &'a Observed, kind: JobKind, (stack, attempt): (&Stack, u
     seen.jobs.get(&job).map(|seen| &seen.state)
 }
 
-/// Why the contract migration of what is live has failed.
-fn not_contracted<'a>(seen: &'a Observed, live: &Live) -> Option<&'a str> {
-    match migration(seen, JobKind::Contract, (&live.stack, live.attempt)) {
-        Some(JobState::Failed(why)) => Some(why),
+/// Why the contract migration of what is live has failed. Of one that was live before, and is again, its Job says it.
+fn not_contracted<'a>(seen: &'a Observed, live: &'a Live) -> Option<&'a str> {
+    let job = migration(seen, JobKind::Contract, (&live.stack, live.attempt));
+    match (&live.contract_failed, job) {
+        (Some(why), _) | (None, Some(JobState::Failed(why))) => Some(why),
         _ => None,
     }
 }

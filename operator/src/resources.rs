@@ -17,7 +17,7 @@ use crate::{
     api::{Autoscaling, ExchangeDeploymentSpec as Spec, SecretKey, Service, ServiceSpec},
     observe::{Job, JobKind, Part},
     revision::{Source, hex},
-    status::{Live, Stack},
+    status::{Colour, Live, Stack},
 };
 
 /// Field manager of every write.
@@ -71,6 +71,16 @@ pub struct Builder<'a> {
     pub namespace: &'a str,
     /// Its `metadata.uid`, for owner references.
     pub uid: &'a str,
+}
+
+/// Names of all Services that an object of this name has: the live ones, and those of each colour.
+pub fn service_names(name: &str) -> Vec<String> {
+    let of = |service: Service| {
+        let colours = [Colour::Blue, Colour::Green];
+        let of_colours = colours.map(|colour| format!("{name}-{colour}-{service}"));
+        std::iter::once(format!("{name}-{service}")).chain(of_colours)
+    };
+    Service::ALL.into_iter().flat_map(of).collect()
 }
 
 /// What a migration has to know of the stack that is live, as far as that is known.

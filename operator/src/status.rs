@@ -81,7 +81,7 @@ pub enum Phase {
     Live,
     /// The live Services are being moved back to the previous stack.
     RollingBack,
-    /// The declared version was given up before its swap; what was live still is.
+    /// The declared version was given up before its swap, or in it if it was the first; what was live still is.
     Failed,
     /// The declared version was given up when traffic had been moved to it; what was live before is again, if it could serve.
     Held,
@@ -234,6 +234,9 @@ pub struct Live {
     /// Whether its contract migration has come to an end.
     #[serde(default)]
     pub contracted: bool,
+    /// Why its contract migration has failed, if it has: its Job does not stay for ever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub contract_failed: Option<String>,
     /// Since when, while it is verified, a service of it has had no ready endpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<Time>")]
@@ -254,6 +257,7 @@ impl Live {
             smoke_passed: false,
             verified: false,
             contracted: false,
+            contract_failed: None,
             unserved_since: None,
             scale: None,
         }

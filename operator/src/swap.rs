@@ -349,7 +349,10 @@ impl Turn<'_> {
             return Some(Err(why));
         }
         if live.smoke_passed {
-            if self.elapsed() < signed(self.next.verification(self.spec).duration) {
+            // Whether all pods know that they are live is asked from the record of it on.
+            let recorded = self.seen.status.live.as_ref();
+            let asked = recorded.is_some_and(|it| it.smoke_passed);
+            if !asked || self.elapsed() < signed(self.next.verification(self.spec).duration) {
                 return None;
             }
             let lacks = if self.serves(&live.stack) {

@@ -1661,12 +1661,19 @@ async fn what_has_our_labels_and_another_name_is_nothing_of_ours() {
             .find(|it| it.contains("-blue"))
             .unwrap();
         let mut object = world.get(&name);
-        let metadata = object["metadata"].as_object_mut().unwrap();
-        metadata.remove("ownerReferences");
-        metadata.insert("uid".to_owned(), json!(format!("of another {kind}")));
-        // One is read before ours, and one after it.
-        for other in ["a".to_owned(), format!("{name}-z")] {
+        object["metadata"]["uid"] = json!(format!("of another {kind}"));
+        let owner = json!([{"apiVersion": "example.com/v1", "kind": "Gateway", "name": "one", "uid": "another", "controller": true}]);
+        // One is read before ours, and one after it, and of both one belongs to nobody and one to somebody else.
+        let names = ["a".to_owned(), format!("{name}-z")];
+        let others = names.iter().flat_map(|name| {
+            [
+                (name.clone(), json!([])),
+                (format!("{name}-owned"), owner.clone()),
+            ]
+        });
+        for (other, owners) in others {
             let other = other.rsplit('/').next().unwrap();
+            object["metadata"]["ownerReferences"] = owners;
             object["metadata"]["name"] = json!(other);
             object["spec"]["other"] = json!(true);
             world

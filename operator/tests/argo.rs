@@ -206,6 +206,16 @@ fn only_the_pause_of_this_stack_can_be_ended() {
     assert!(attempt("actions/resume/action.lua", &object).is_err());
 }
 
+#[test]
+fn a_way_back_that_could_not_be_gone_is_not_offered_again() {
+    let mut object = object("testdata/promoting.yaml");
+    let cannot = |object: &Value| run("actions/discovery.lua", object)["rollback"]["disabled"].clone();
+    assert_eq!(cannot(&object), false);
+    object["status"]["handled"]["rollback"] = Value::from("r1.2");
+    assert_eq!(cannot(&object), true);
+    assert!(attempt("actions/rollback/action.lua", &object).is_err());
+}
+
 /// Argo CD runs what is asked for, also what its menu does not offer.
 #[test]
 fn an_action_that_is_not_offered_is_refused() {

@@ -96,6 +96,7 @@ fn everything(spec: &Spec) -> BTreeMap<String, Value> {
             smoke_passed: true,
             verified: true,
             contracted: true,
+            contract_failed: None,
             unserved_since: None,
             scale: Some(Scale::declared(spec)),
         };

@@ -34,7 +34,7 @@ use crate::{
     api::{ExchangeDeployment, Service},
     resources::{
         ATTEMPT, Builder, COLOUR, EPOCH, JOB, REVISION, Rendered, TEMPLATES, autoscaling, job_word,
-        other_store,
+        other_store, service_names,
     },
     revision::{Source, short},
     status::{Colour, Live, Stack},
@@ -212,7 +212,11 @@ pub(super) fn assemble(object: ExchangeDeployment, children: &Children, referenc
             material.rendered.insert(stack, rendered);
         }
     }
-    let services = children.services.iter();
+    let names = service_names(builder.name);
+    let services = children
+        .services
+        .iter()
+        .filter(|it| names.contains(&it.name_any()));
     let services = services.filter(|it| mine(*it, &builder, &mut seen));
     material.services = services.map(|it| (it.name_any(), it.clone())).collect();
     let colour_services: Vec<_> = material

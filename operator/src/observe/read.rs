@@ -30,7 +30,7 @@ use tokio::{
 use tracing::debug;
 
 use super::{
-    Declared, Job, JobKind, JobState, Observed, Part, Piece, Refused, Requests,
+    Declared, Job, JobKind, JobSeen, JobState, Observed, Part, Piece, Refused, Requests, Target,
     assemble::{
         Children, References, addresses, all_moved, assemble, is_ours, note_taken, retake, see_live,
         see_lost, see_pods, see_slices, see_workload, selected, without_workload,
@@ -42,7 +42,7 @@ use crate::{
     error::{Error, within},
     guard,
     plan::Action,
-    resources::{Builder, JOB_CONTAINER, MANAGER, Rendered},
+    resources::{Builder, JOB_CONTAINER, MANAGER, Rendered, service_names},
     revision::{self, Content, Source, gates, reserved, revision, sources},
     status::{ExchangeDeploymentStatus as Status, Live, Phase, PreviousState, Stack},
 };
@@ -262,14 +262,21 @@ impl Reader {
                     (there != to && (nobody(to) || nobody(there))).then(|| (there.clone(), *service))
                 });
                 let compared: Vec<(Stack, Service)> = compared.collect();
-                let own = concerned.iter().map(|service| match to {
-                    Some(to) => builder.colour_name(to, *service),
-                    None => builder.live_name(*service),
+                // Of what leads to no stack that is known from its selector the slices say where its clients are.
+                let astray = |service: &&Service| {
+                    let live = seen.live.get(service);
+                    to.is_none() || live.is_some_and(|live| live.target == Target::Foreign)
+                };
+                let astray: Vec<Service> = concerned.iter().filter(astray).copied().collect();
+                let own = to.iter().flat_map(|to| {
+                    let concerned = concerned.iter();
+                    concerned.map(|service| builder.colour_name(to, *service))
                 });
                 let left = compared
                     .iter()
                     .map(|(stack, service)| builder.colour_name(stack, *service));
-                let slices = own.chain(left).flat_map(|about| {
+                let live_ones = astray.iter().map(|service| builder.live_name(*service));
+                let slices = own.chain(left).chain(live_ones).flat_map(|about| {
                     let known = look.material.slices.get(&about).into_iter().flatten();
                     known.map(|name| self.get::<EndpointSlice>(&namespace, name))
                 });
@@ -278,20 +285,16 @@ impl Reader {
                     try_join!(self.object(&namespace, &name), live(others), try_join_all(slices))?;
                 retake(&mut seen, object);
                 see_live(&builder, live.iter().flatten(), &mut seen);
-                match to {
-                    Some(to) => {
-                        let services = seen.stacks.get_mut(to).map(|stack| &mut stack.services);
-                        for service in services.into_iter().flat_map(BTreeMap::values_mut) {
-                            service.ready = 0;
-                        }
-                        for (stack, service) in &compared {
-                            let there = seen.stacks.get_mut(stack);
-                            if let Some(there) = there.and_then(|it| it.services.get_mut(service)) {
-                                there.ready = 0;
-                            }
-                        }
+                keep_endpoints(&mut seen, &look.seen, &astray);
+                let to = to.as_ref().and_then(|to| seen.stacks.get_mut(to));
+                for service in to.into_iter().flat_map(|stack| stack.services.values_mut()) {
+                    service.ready = 0;
+                }
+                for (stack, service) in &compared {
+                    let there = seen.stacks.get_mut(stack);
+                    if let Some(there) = there.and_then(|it| it.services.get_mut(service)) {
+                        there.ready = 0;
                     }
-                    None => seen.live.values_mut().for_each(|live| live.endpoints.clear()),
                 }
                 let slices: Vec<EndpointSlice> = slices.into_iter().flatten().collect();
                 see_slices(&builder, &slices, &look.material.pods, &mut seen);
@@ -306,6 +309,7 @@ impl Reader {
                 retake(&mut seen, object);
                 seen.live.clear();
                 see_live(&builder, live.iter().flatten(), &mut seen);
+                keep_endpoints(&mut seen, &look.seen, &[]);
                 for service in seen.stacks.values_mut().flat_map(|it| it.services.values_mut()) {
                     service.pods = 0;
                 }
@@ -741,7 +745,12 @@ impl Reader {
             }
             _ => {}
         }
-        if let Some(live) = status.live.as_ref().filter(|live| may_migrate(status, live)) {
+        let jobs = &look.seen.jobs;
+        if let Some(live) = status
+            .live
+            .as_ref()
+            .filter(|live| may_migrate(jobs, status, live))
+        {
             look.material.database = self.pods.database(&addresses(&live.stack)).await;
         }
         if let Some(previous) = &status.previous
@@ -758,6 +767,14 @@ impl Reader {
     }
 }
 
+/// Live Services that were read anew lead to whom they led before, but for those of which that is read anew, too.
+fn keep_endpoints(seen: &mut Observed, before: &Observed, anew: &[Service]) {
+    for (service, live) in &mut seen.live {
+        let before = before.live.get(service).filter(|_| !anew.contains(service));
+        live.endpoints = before.map_or_else(Vec::new, |before| before.endpoints.clone());
+    }
+}
+
 /// Where the live Services are reached, if all have been moved.
 fn live_addresses(look: &Look) -> Option<Vec<(Service, String)>> {
     let builder = builder(&look.object);
@@ -768,13 +785,23 @@ fn live_addresses(look: &Look) -> Option<Vec<(Service, String)>> {
     all_moved(&look.seen).then(|| ips.collect()).flatten()
 }
 
-/// Whether a migration runs, or may be begun by a pass that records that its time has come.
-fn may_migrate(status: &Status, live: &Live) -> bool {
+/// Whether a migration runs, or may be begun by a pass that records that its time has come: also the one of a release that is
+/// further, if its Job is gone.
+fn may_migrate(jobs: &BTreeMap<Job, JobSeen>, status: &Status, live: &Live) -> bool {
     let previous = status.previous.as_ref();
     let leaves = previous.is_none_or(|previous| previous.state == PreviousState::Retiring);
-    matches!(status.phase, Phase::Pending | Phase::Migrating)
-        || status.contract.is_some()
-        || (leaves && !live.contracted)
+    let expanded = status.candidate.as_ref().is_some_and(|candidate| {
+        jobs.contains_key(&Job {
+            kind: JobKind::Expand,
+            stack: candidate.stack.clone(),
+            attempt: candidate.attempt,
+        })
+    });
+    match status.phase {
+        Phase::Pending | Phase::Migrating => true,
+        Phase::Provisioning | Phase::Testing | Phase::AwaitingPromotion if !expanded => true,
+        _ => status.contract.is_some() || (leaves && !live.contracted),
+    }
 }
 
 /// What is built for this object.
@@ -796,9 +823,10 @@ pub fn selector(name: &str) -> String {
 
 /// Slices are found by the Service that they are about, whatever other labels they have.
 fn slice_selector(name: &str) -> String {
-    let services =
-        Service::ALL.map(|service| format!("{name}-{service},{name}-blue-{service},{name}-green-{service}"));
-    format!("kubernetes.io/service-name in ({})", services.join(","))
+    format!(
+        "kubernetes.io/service-name in ({})",
+        service_names(name).join(",")
+    )
 }
 
 /// Whether what was read for the one object is also what had to be read for the other.
@@ -889,4 +917,71 @@ fn secret_content(secret: Secret) -> Read {
     copy.insert("data".to_owned(), json!(secret.data));
     let keys = secret.data.unwrap_or_default().into_iter();
     (keys.map(|(key, value)| (key, value.0)).collect(), copy)
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::{
+        observe::Fence,
+        status::{Candidate, Colour},
+    };
+
+    /// What begins a migration has to know before which database it may use.
+    #[test]
+    fn a_migration_may_begin_anew_when_its_job_is_gone() {
+        let stack = |colour| Stack {
+            colour,
+            revision: "r".to_owned(),
+        };
+        let live = Live {
+            contracted: true,
+            ..Live::new(stack(Colour::Blue), "1".to_owned(), 1, Timestamp::UNIX_EPOCH)
+        };
+        let candidate = Candidate {
+            stack: stack(Colour::Green),
+            version: "2".to_owned(),
+            attempt: 2,
+            gates: String::new(),
+            scale: None,
+            tested: None,
+            approved_by: None,
+            unneeded_since: None,
+        };
+        let expand = Job {
+            kind: JobKind::Expand,
+            stack: candidate.stack.clone(),
+            attempt: 2,
+        };
+        let fence = Fence {
+            uid: "u".into(),
+            resource_version: "1".into(),
+        };
+        let there = JobSeen {
+            fence,
+            state: JobState::Passed,
+            trouble: None,
+            progress: None,
+            of: None,
+        };
+        let (gone, there) = (BTreeMap::new(), BTreeMap::from([(expand, there)]));
+        for (phase, with_job) in [
+            (Phase::Pending, true),
+            (Phase::Migrating, true),
+            (Phase::Provisioning, false),
+            (Phase::Testing, false),
+            (Phase::AwaitingPromotion, false),
+        ] {
+            let status = Status {
+                phase,
+                live: Some(live.clone()),
+                candidate: Some(candidate.clone()),
+                ..Status::default()
+            };
+            assert!(may_migrate(&gone, &status, &live), "{phase}");
+            assert_eq!(may_migrate(&there, &status, &live), with_job, "{phase}");
+        }
+    }
 }

@@ -246,7 +246,7 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
         Step::Colour(colour) => world.colour(colour),
         Step::Promote => world.ask(|requests, names| requests.promote = names.candidate),
         Step::Abort => world.ask(|requests, names| requests.abort = names.candidate),
-        Step::RollBack => world.ask(|requests, names| requests.rollback = names.live),
+        Step::RollBack => world.ask(|requests, names| requests.rollback = names.candidate.or(names.live)),
         Step::Retry => world.ask(|requests, names| requests.retry = names.rejected),
         Step::Pause(on) => world.ask(|requests, names| {
             requests.pause = names.candidate.or(names.live).filter(|_| on);

@@ -7,7 +7,9 @@ use exchange_operator::{
     api::{ColourChoice, ExchangeDeploymentSpec as Spec, Promotion, Service},
     decide::decide,
     guard::{self, Refusal},
-    observe::{Figures, JobKind, JobState, Observed, Part, Refused, ServiceSeen, StackSeen, Target},
+    observe::{
+        Figures, Job, JobKind, JobSeen, JobState, Observed, Part, Refused, ServiceSeen, StackSeen, Target,
+    },
     plan::{Action, Intent},
     status::{
         Candidate, Colour, Contract, ExchangeDeploymentStatus as Status, Outcome,
@@ -185,6 +187,12 @@ fn roll_back(world: &mut World) {
 /// What one does when the present version turns out to be bad while the next one is already waiting.
 #[test]
 fn what_was_given_up_does_not_begin_by_itself_when_what_is_live_is_left() {
+    left_after_an_abort(false);
+    // While it is missing, nobody knows that it is still declared.
+    left_after_an_abort(true);
+}
+
+fn left_after_an_abort(missing: bool) {
     let mut world = after_a_release();
     // The next one waits: clients are still on the old stack.
     let now = world.now;
@@ -195,8 +203,11 @@ fn what_was_given_up_does_not_begin_by_itself_when_what_is_live_is_left() {
     abort(&mut world);
     world.until(0, Failed);
     let aborted = world.status.rejected.clone().unwrap();
+    world.miss(missing);
     roll_back(&mut world);
     world.journey = vec![Failed];
+    world.until(0, Held);
+    world.miss(false);
     world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.journey, [Failed, RollingBack, Held], "{:#?}", world.trace);
     let rejected = world.status.rejected.clone().unwrap();
@@ -209,6 +220,32 @@ fn what_was_given_up_does_not_begin_by_itself_when_what_is_live_is_left() {
     world.settle(Wakes::Clock).unwrap();
     assert_eq!(world.status.phase, Live, "{:#?}", world.trace);
     assert_eq!(world.status.live.unwrap().stack.revision, "r2");
+}
+
+/// What cannot begin needs no colour: the way back stays, and can be taken.
+#[test]
+fn the_way_back_is_not_given_for_what_cannot_begin() {
+    type Hinder = fn(&mut Observed);
+    let missing: Hinder = |seen| seen.declared = Err("Secret exchange-db is missing".to_owned());
+    let taken: Hinder = |seen| seen.taken.push("Deployment exchange-blue-user".to_owned());
+    for (hinder, kept) in [(Some(missing), true), (Some(taken), true), (None, false)] {
+        let mut world = after_a_release();
+        let now = world.now;
+        let previous = world.status.previous.as_mut().unwrap();
+        (previous.state, previous.since, previous.idle_since) = (PreviousState::Draining, now, None);
+        world.release(2);
+        world.until(0, Pending);
+        world.operators[0].crash();
+        let drained = |seen: &mut Observed| {
+            let previous = seen.status.previous.as_mut().unwrap();
+            (previous.state, previous.idle_since) = (PreviousState::Retained, Some(now));
+            if let Some(hinder) = hinder {
+                hinder(seen);
+            }
+        };
+        let state = records(&world, drained).previous.unwrap().state;
+        assert_eq!(state == PreviousState::Retained, kept, "{state:?}");
+    }
 }
 
 #[test]
@@ -1591,6 +1628,52 @@ fn the_guards_refuse_what_a_plan_must_not_do() {
     assert_eq!(check(&scale(2), &another), Err(Refusal::Superseded));
 }
 
+/// Whoever has sent its clients there, and as long as it may have to serve.
+#[test]
+fn the_guards_keep_what_is_reached_and_the_way_back() {
+    let mut world = after_a_release();
+    world.finish(0);
+    world.round();
+    let (seen, record) = (world.observe(), world.status.clone());
+    let previous = record.previous.clone().unwrap().stack;
+    let fence = seen.live[&Service::Trade].fence.clone();
+    let delete = Action::Delete {
+        stack: previous.clone(),
+        service: Service::Trade,
+        part: Part::Workload,
+        fence: fence.clone(),
+    };
+    // Somebody else's selector leads wherever its endpoints are.
+    let astray = |endpoints: &[&Stack]| {
+        let mut seen = seen.clone();
+        let trade = seen.live.get_mut(&Service::Trade).unwrap();
+        trade.target = Target::Foreign;
+        trade.endpoints = endpoints.iter().map(|it| (*it).clone()).collect();
+        guard::check(&world.spec, &record, &delete, &seen)
+    };
+    assert_eq!(astray(&[]), Ok(()));
+    assert_eq!(astray(&[&previous]), Err(Refusal::Live(previous.clone())));
+    // What is no way back may be as small as it likes, but not nothing.
+    let scale = |replicas, way_back| {
+        let mut record = record.clone();
+        record.previous.as_mut().unwrap().way_back = way_back;
+        let seen = Observed {
+            status: record.clone(),
+            ..seen.clone()
+        };
+        let action = Action::Apply {
+            stack: previous.clone(),
+            service: Service::Trade,
+            part: Part::Workload,
+            replicas,
+            fence: Some(fence.clone()),
+        };
+        guard::check(&world.spec, &record, &action, &seen).is_ok()
+    };
+    assert!(scale(2, true) && !scale(1, true));
+    assert!(scale(1, false) && !scale(0, false));
+}
+
 /// The service that neither stack has does not keep the others from going back; forward it does.
 #[test]
 fn nobody_loses_what_nobody_has() {
@@ -1620,6 +1703,86 @@ fn nobody_loses_what_nobody_has() {
         assert_eq!(check(Intent::RollBack, &seen), back);
         assert_eq!(check(Intent::Promote, &seen), short);
     }
+    // Where somebody else's selector leads, only its endpoints tell.
+    for (endpoints, back) in [
+        (vec![live.clone()], short),
+        (vec![previous.clone()], Ok(())),
+        (vec![], Ok(())),
+    ] {
+        let notification = seen.live.get_mut(&Service::Notification).unwrap();
+        (notification.target, notification.endpoints) = (Target::Foreign, endpoints);
+        assert_eq!(check(Intent::RollBack, &seen), back);
+    }
+}
+
+/// While traffic moves, counts stand still: what grows has too few endpoints for a moment.
+#[test]
+fn nothing_grows_while_traffic_moves() {
+    for (phase, grows) in [(Promoting, false), (Testing, true)] {
+        let mut world = at(phase);
+        world.operators[0].crash();
+        world.declare(|spec| spec.services.trade.replicas = 4);
+        let plan = decide(&world.spec, &world.observe(), world.now);
+        let scales = |action: &Action| {
+            matches!(
+                action,
+                Action::Apply {
+                    part: Part::Workload,
+                    ..
+                }
+            )
+        };
+        assert_eq!(
+            plan.actions.iter().any(scales),
+            grows,
+            "{phase}: {:?}",
+            plan.actions
+        );
+    }
+}
+
+/// Its Job goes with a later attempt, or with somebody who cleans up. That it has failed stays.
+#[test]
+fn a_contract_migration_that_has_failed_is_not_forgotten_with_its_job() {
+    let mut world = after_a_release();
+    world.finish(0);
+    let mut seen = world.observe();
+    let live = seen.status.live.clone().unwrap();
+    seen.status.previous = None;
+    seen.status.contract = Some(Contract {
+        stack: live.stack.clone(),
+        attempt: live.attempt,
+    });
+    let job = Job {
+        kind: JobKind::Contract,
+        stack: live.stack,
+        attempt: live.attempt,
+    };
+    let failed = seen.jobs.values().next().unwrap().clone();
+    let state = JobState::Failed("no".to_owned());
+    seen.jobs.insert(job.clone(), JobSeen { state, ..failed });
+    let plan = decide(&world.spec, &seen, world.now);
+    assert!(
+        plan.events.iter().any(|it| it.reason == "ContractFailed"),
+        "{:?}",
+        plan.events
+    );
+    let recorded = plan.status.unwrap();
+    let live = recorded.live.as_ref().unwrap();
+    assert_eq!(
+        (live.contracted, live.contract_failed.as_deref()),
+        (true, Some("no"))
+    );
+    seen.status = recorded;
+    seen.jobs.remove(&job);
+    let later = decide(&world.spec, &seen, world.now)
+        .status
+        .unwrap_or(seen.status);
+    let schema = condition(&later, "SchemaReady");
+    assert_eq!(
+        (schema.status.as_str(), schema.reason.as_str()),
+        ("False", "ContractFailed")
+    );
 }
 
 /// Nothing is recorded, and something has traffic: nobody knows that it should not.
@@ -2351,6 +2514,15 @@ fn a_smoke_test_that_has_passed_stands_although_its_job_is_gone() {
     };
     assert_eq!(plan(30, true), (Verifying, false));
     assert_eq!(plan(601, true), (Live, false));
+    // Its pods are asked whether they know that they are live when that is recorded, and not before.
+    let recorded = records(&world, |seen| {
+        seen.status.phase_since = Some(world.now - seconds(30));
+        seen.status.live.as_mut().unwrap().smoke_passed = false;
+    });
+    assert_eq!(
+        (recorded.phase, recorded.live.unwrap().smoke_passed),
+        (Verifying, true)
+    );
     // Without a result it is made again, as long as there is time.
     assert_eq!(plan(30, false), (Verifying, true));
     assert_eq!(plan(601, false), (RollingBack, false));

@@ -161,7 +161,14 @@ fn rollback(status: &Status) -> Result<(String, String), Refusal> {
         let live = status.live.as_ref();
         let to = live.map_or("nothing, as before this first version", |live| &live.version);
         let effect = format!("the swap is turned round: the traffic goes back to {to}");
-        return Ok((token(&candidate.stack, candidate.attempt), effect));
+        let leaves = token(&candidate.stack, candidate.attempt);
+        if status.handled.rollback.as_ref() == Some(&leaves) {
+            return Err(format!(
+                "the way back from {leaves} was asked for and has ended: {to} could not serve, and the traffic goes to {} after all",
+                candidate.version
+            ));
+        }
+        return Ok((leaves, effect));
     }
     let Some(way) = condition(status, "RollbackAvailable") else {
         return Err("the operator has not looked at this exchange yet".into());
@@ -355,6 +362,17 @@ mod tests {
             let refusal = format!("it would be about r1.2, and not {other}: look again");
             assert_eq!(approval(Some(other)), Err(refusal));
         }
+    }
+
+    #[test]
+    fn a_way_back_that_could_not_be_gone_is_not_asked_for_again() {
+        let mut object = object("promoting");
+        object.status.as_mut().unwrap().handled.rollback = Some("r1.2".to_owned());
+        let refusal = request(Action::Rollback, &object).unwrap_err();
+        assert!(
+            refusal.starts_with("the way back from r1.2 was asked for and has ended"),
+            "{refusal}"
+        );
     }
 
     #[test]

@@ -74,13 +74,17 @@ impl World {
         }
         self.live_slices.clear();
         for (service, live) in &self.live {
-            let mut listed = Vec::new();
-            if let Target::Stack(stack) = &live.target {
-                let workload = self.stacks.get(stack).and_then(|it| it.services.get(service));
-                if workload.is_some_and(|it| it.pods.contains(&Pod::Ready)) {
-                    listed.push(stack.clone());
-                }
-            }
+            let serving = self.stacks.iter().filter(|(stack, there)| {
+                let workload = there.services.get(service);
+                let chosen = match &live.target {
+                    Target::Nothing => false,
+                    Target::Stack(target) => target == *stack,
+                    // Where nothing is recorded people would have to decide.
+                    Target::Foreign => live.led.as_ref() == Some(*stack) && self.status.attempt > 0,
+                };
+                chosen && workload.is_some_and(|it| it.pods.contains(&Pod::Ready))
+            });
+            let listed = serving.map(|(stack, _)| stack.clone()).collect();
             self.live_slices.insert(*service, listed);
         }
     }
@@ -332,6 +336,7 @@ impl World {
             .map_or(Target::Foreign, Target::Stack);
         if let Some(there) = self.live.get_mut(&service) {
             note!(self, "chaos: {service} edited to {target:?}");
+            there.led = there.target.stack().cloned().or_else(|| there.led.take());
             there.target = target;
             there.tampered = true;
             Self::touch(&mut there.fence, &mut self.counter);
@@ -805,7 +810,9 @@ impl World {
             }
         }
         // Clients that cannot be taken back from where somebody has sent them are not cut off.
-        let reached = |stack: &Stack| self.live.values().any(|there| there.target.is(Some(stack)));
+        let listed = |stack: &Stack| self.live_slices.values().any(|listed| listed.contains(stack));
+        let reached =
+            |stack: &Stack| listed(stack) || self.live.values().any(|there| there.target.is(Some(stack)));
         let kept = status.previous.as_ref().map(|it| &it.stack);
         if kept.is_some_and(|stack| !reached(stack)) {
             return Err("P7: the old stack is never retired".to_owned());
@@ -815,7 +822,11 @@ impl World {
             .chain(status.candidate.as_ref().map(|candidate| &candidate.stack))
             .chain(kept)
             .collect();
-        if let Some(left) = self.stacks.keys().find(|stack| !allowed.contains(stack)) {
+        if let Some(left) = self
+            .stacks
+            .keys()
+            .find(|stack| !allowed.contains(stack) && !reached(stack))
+        {
             return Err(format!("P7: {left} is left over"));
         }
         let fixed = self.spec.rollout.colour.fixed();

@@ -202,9 +202,10 @@ impl Case<'_> {
             let loses = |to: &Stack| {
                 let ready = |stack, service| self.stack(stack).map_or(0, |it| it.ready(service));
                 Service::ALL.into_iter().find(|service| {
-                    let served = self.seen.live.get(service).is_none_or(|live| {
-                        let there = live.target.stack().filter(|there| *there != to);
-                        there.is_some_and(|there| ready(there, *service) > 0)
+                    let served = self.seen.live.get(service).is_none_or(|live| match &live.target {
+                        Target::Stack(there) => there != to && ready(there, *service) > 0,
+                        Target::Foreign => live.endpoints.iter().any(|there| there != to),
+                        Target::Nothing => false,
                     });
                     ready(to, *service) == 0 && served
                 })

@@ -188,6 +188,8 @@ struct LiveThere {
     tampered: bool,
     /// Whether it belongs to nobody.
     orphaned: bool,
+    /// Where somebody else's selector leads: to what it led before.
+    led: Option<Stack>,
 }
 
 #[derive(Clone, Debug)]
@@ -1102,6 +1104,7 @@ impl World {
                     epoch: 0,
                     tampered: true,
                     orphaned: false,
+                    led: None,
                 };
                 self.live.insert(*service, there);
                 Ok(Done::Yes)
@@ -1262,8 +1265,11 @@ impl World {
                 Ok(Done::Yes)
             }
             Action::DeleteJob(job, fence) => {
-                if self.jobs.get(job).is_none_or(|it| it.seen.fence != *fence) {
+                let Some(there) = self.jobs.get(job).filter(|it| it.seen.fence == *fence) else {
                     return Ok(Done::No);
+                };
+                if job.kind.migrates() && there.seen.state == JobState::Running {
+                    return Err(format!("P5: {job:?} is stopped while it migrates"));
                 }
                 self.jobs.remove(job);
                 Ok(Done::Yes)
@@ -1381,7 +1387,8 @@ impl World {
                 };
                 let loses = match self.pointed_at_guard[who].get(&other) {
                     Some(Target::Stack(there)) => served(there),
-                    Some(Target::Nothing | Target::Foreign) => false,
+                    Some(Target::Nothing) => false,
+                    Some(Target::Foreign) => self.live[&other].led.as_ref().is_some_and(served),
                     None => true,
                 };
                 if !loses && (forced || intent == Intent::RollBack) {

@@ -15,13 +15,18 @@ local stack = status.candidate or status.live
 local pause = (obj.metadata.annotations or {})["exchange.dev/pause"]
 local paused = stack ~= nil and pause == stack.revision .. "." .. stack.attempt
 
+local candidate = status.candidate
+local leaves = candidate and candidate.revision .. "." .. candidate.attempt
+-- A way back that was asked for and was not possible is none any more.
+local turns = phase == "Promoting" and leaves ~= nil and leaves ~= (status.handled or {}).rollback
+
 local function action(possible)
   return {disabled = not possible}
 end
 return {
   promote = action(seen and phase == "AwaitingPromotion" and not stopped),
   abort = action(status.candidate ~= nil and not moving),
-  rollback = action(way_back or (phase == "Promoting" and status.candidate ~= nil)),
+  rollback = action(way_back or turns),
   retry = action((phase == "Failed" or phase == "Held") and status.rejected ~= nil and not stopped),
   pause = action(stack ~= nil and not stopped),
   resume = action(paused and stopped),
