@@ -197,9 +197,20 @@ impl Turn<'_> {
             .stack(stack)
             .and_then(|seen| seen.service(service))
             .map_or(0, |seen| seen.replicas);
-        // What grows meanwhile has too few endpoints for a moment, and would be taken for lost.
+        // What grows meanwhile has too few endpoints for a moment, and would be taken for lost. What somebody has taken away of what
+        // is to take over comes back.
         if self.next.phase.moves() && seen > 0 {
-            return seen;
+            let takes_over = self.next.candidate.as_ref().is_some_and(|it| it.stack == *stack);
+            let beside = self.next.live.as_ref().and_then(|live| self.stack(&live.stack));
+            let beside = beside
+                .and_then(|seen| seen.service(service))
+                .map_or(0, |it| it.replicas);
+            let declared = u32::try_from(self.spec.services.get(service).replicas).unwrap_or(1);
+            return if takes_over {
+                seen.max(declared.min(beside))
+            } else {
+                seen
+            };
         }
         let Some(scale) = live.and_then(|live| live.scale.as_ref()) else {
             return self.wanted(stack, service);

@@ -426,12 +426,12 @@ impl Turn<'_> {
             let (Some(live), Some(previous)) = (self.next.live.take(), self.next.previous.take()) else {
                 return;
             };
-            // Somebody who goes back has not asked for what was given up before: that is still declared, or may be while
-            // something is missing of it.
+            // Somebody who goes back has not asked for what was given up before: that is still declared, or its version is, while
+            // something is missing of what is.
             let rejected = self.next.rejected.as_ref();
             let given_up = why.is_some()
                 && self.declared().map_or_else(
-                    || rejected.is_some_and(|it| it.stack != live.stack),
+                    || rejected.is_some_and(|it| it.stack != live.stack && it.version == self.spec.version),
                     |it| self.rejects(it),
                 );
             let left = self.left(live);

@@ -499,7 +499,7 @@ pub(super) fn without_workload(pods: &[Pod], seen: &Observed) -> BTreeSet<(Stack
         .collect()
 }
 
-fn slice_service(slice: &EndpointSlice) -> &str {
+pub(super) fn slice_service(slice: &EndpointSlice) -> &str {
     label(&slice.metadata, "kubernetes.io/service-name").unwrap_or_default()
 }
 

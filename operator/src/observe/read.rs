@@ -33,7 +33,7 @@ use super::{
     Declared, Job, JobKind, JobSeen, JobState, Observed, Part, Piece, Refused, Requests, Target,
     assemble::{
         Children, References, addresses, all_moved, assemble, is_ours, note_taken, retake, see_live,
-        see_lost, see_pods, see_slices, see_workload, selected, without_workload,
+        see_lost, see_pods, see_slices, see_workload, selected, slice_service, without_workload,
     },
     pods::{self, Baselines, Pods},
 };
@@ -196,7 +196,7 @@ impl Reader {
                 self.references(namespace, &guess.spec)
             )?;
             let mut look = assemble(guess, &children, references);
-            self.find_taken(&mut look, memory).await?;
+            self.find_taken(&mut look, &children.slices, memory).await?;
             self.find_lost(&mut look, &children.pods).await?;
             self.find_failed_creations(&mut look, &children).await;
             self.listen_to_migrations(&mut look, &children, memory).await;
@@ -520,7 +520,12 @@ impl Reader {
 
     /// Services that are needed and do not have our labels, and exist nevertheless: somebody else's, or ours that have lost
     /// them. And what else was taken is looked at again.
-    async fn find_taken(&self, look: &mut Look, memory: &mut Memory) -> Result<(), Error> {
+    async fn find_taken(
+        &self,
+        look: &mut Look,
+        slices: &[EndpointSlice],
+        memory: &mut Memory,
+    ) -> Result<(), Error> {
         let namespace = look.object.namespace().unwrap_or_default();
         let builder = builder(&look.object);
         let status = &look.seen.status;
@@ -547,6 +552,10 @@ impl Reader {
                 note_taken(&there.metadata, "Service", &builder, &mut look.seen);
                 continue;
             }
+            let own = slices
+                .iter()
+                .filter(|it| part.is_none() && slice_service(it) == name);
+            let own: Vec<EndpointSlice> = own.cloned().collect();
             if let Some((recorded, service)) = part {
                 let said = selected(&there).filter(|stack| look.seen.stacks.contains_key(stack));
                 let stack = said.unwrap_or(recorded);
@@ -555,6 +564,7 @@ impl Reader {
             }
             look.material.services.insert(name, there);
             see_live(&builder, look.material.services.values(), &mut look.seen);
+            see_slices(&builder, &own, &look.material.pods, &mut look.seen);
         }
         let needs = Needs::of(look);
         let known = std::mem::take(&mut memory.taken);

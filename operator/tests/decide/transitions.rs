@@ -222,6 +222,27 @@ fn left_after_an_abort(missing: bool) {
     assert_eq!(world.status.live.unwrap().stack.revision, "r2");
 }
 
+/// What was aborted is not declared any more, and of what is something is missing: it is what is left, and does not come back by itself.
+#[test]
+fn what_is_left_while_something_is_missing_of_it_stays_left() {
+    let mut world = after_a_release();
+    let now = world.now;
+    let previous = world.status.previous.as_mut().unwrap();
+    (previous.state, previous.since, previous.idle_since) = (PreviousState::Draining, now, None);
+    world.release(2);
+    world.until(0, Pending);
+    abort(&mut world);
+    world.until(0, Failed);
+    world.release(1);
+    world.miss(true);
+    roll_back(&mut world);
+    world.until(0, Held);
+    world.miss(false);
+    world.settle(Wakes::Clock).unwrap();
+    assert_eq!(world.status.phase, Held, "{:#?}", world.trace);
+    assert_eq!(world.status.rejected.unwrap().stack.revision, "r1");
+}
+
 /// What cannot begin needs no colour: the way back stays, and can be taken.
 #[test]
 fn the_way_back_is_not_given_for_what_cannot_begin() {
