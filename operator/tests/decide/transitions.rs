@@ -2537,7 +2537,7 @@ fn a_smoke_test_that_has_passed_stands_although_its_job_is_gone() {
     assert_eq!(plan(601, true), (Live, false));
     // Its pods are asked whether they know that they are live when that is recorded, and not before.
     let recorded = records(&world, |seen| {
-        seen.status.phase_since = Some(world.now - seconds(30));
+        seen.status.phase_since = Some(world.now - seconds(590));
         seen.status.live.as_mut().unwrap().smoke_passed = false;
     });
     assert_eq!(
