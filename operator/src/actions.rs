@@ -193,18 +193,13 @@ impl Turn<'_> {
     /// Replicas of a kept stack. A count that came with another revision waits for that revision's promotion.
     pub(crate) fn replicas(&self, stack: &Stack, service: Service) -> u32 {
         let live = self.next.live.as_ref().filter(|live| live.stack == *stack);
-        let seen = self
-            .stack(stack)
-            .and_then(|seen| seen.service(service))
-            .map_or(0, |seen| seen.replicas);
+        let seen = self.seen.replicas(stack, service);
         // What grows meanwhile has too few endpoints for a moment, and would be taken for lost. What somebody has taken away of what
         // is to take over comes back.
         if self.next.phase.moves() && seen > 0 {
             let takes_over = self.next.candidate.as_ref().is_some_and(|it| it.stack == *stack);
-            let beside = self.next.live.as_ref().and_then(|live| self.stack(&live.stack));
-            let beside = beside
-                .and_then(|seen| seen.service(service))
-                .map_or(0, |it| it.replicas);
+            let beside = self.next.live.as_ref();
+            let beside = beside.map_or(0, |live| self.seen.replicas(&live.stack, service));
             let declared = u32::try_from(self.spec.services.get(service).replicas).unwrap_or(1);
             return if takes_over {
                 seen.max(declared.min(beside))

@@ -254,11 +254,7 @@ impl Turn<'_> {
     /// has already. One that waits, for its promotion or as the way back, gives back what it has grown with the live one; and
     /// one that is no way back does not grow.
     pub(crate) fn wanted(&self, stack: &Stack, service: Service) -> u32 {
-        let count = |stack: &Stack| {
-            self.stack(stack)
-                .and_then(|seen| seen.service(service))
-                .map_or(0, |seen| seen.replicas)
-        };
+        let count = |stack: &Stack| self.seen.replicas(stack, service);
         let live = self.next.live.as_ref().map_or(0, |live| count(&live.stack));
         let declared = u32::try_from(self.spec.services.get(service).replicas).unwrap_or(1);
         let previous = self.next.previous.as_ref().filter(|it| it.stack == *stack);

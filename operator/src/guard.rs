@@ -184,11 +184,7 @@ fn enough(
         .into_iter()
         .chain(way_back.map(|it| &it.stack))
         .any(|it| it == stack);
-    let has = seen
-        .stacks
-        .get(stack)
-        .and_then(|stack| stack.service(service))
-        .map_or(0, |seen| seen.replicas);
+    let has = seen.replicas(stack, service);
     let declared = spec.services.get(service).replicas;
     let least = if may_serve {
         has.min(u32::try_from(declared).unwrap_or(1))

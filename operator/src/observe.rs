@@ -112,6 +112,12 @@ impl Observed {
         self.stacks.get(stack).map_or(0, |seen| seen.ready(service))
     }
 
+    /// Replicas of the workload of a service of a stack.
+    pub fn replicas(&self, stack: &Stack, service: Service) -> u32 {
+        let there = self.stacks.get(stack).and_then(|seen| seen.service(service));
+        there.map_or(0, |seen| seen.replicas)
+    }
+
     /// A service that has no live Service.
     pub fn missing_live(&self) -> Option<Service> {
         Service::ALL

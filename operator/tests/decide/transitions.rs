@@ -192,14 +192,19 @@ fn what_was_given_up_does_not_begin_by_itself_when_what_is_live_is_left() {
     left_after_an_abort(true);
 }
 
-fn left_after_an_abort(missing: bool) {
+/// The next version waits: clients are still on the old stack.
+fn next_waits() -> World {
     let mut world = after_a_release();
-    // The next one waits: clients are still on the old stack.
     let now = world.now;
     let previous = world.status.previous.as_mut().unwrap();
     (previous.state, previous.since, previous.idle_since) = (PreviousState::Draining, now, None);
     world.release(2);
     world.until(0, Pending);
+    world
+}
+
+fn left_after_an_abort(missing: bool) {
+    let mut world = next_waits();
     abort(&mut world);
     world.until(0, Failed);
     let aborted = world.status.rejected.clone().unwrap();
@@ -225,12 +230,7 @@ fn left_after_an_abort(missing: bool) {
 /// What was aborted is not declared any more, and of what is something is missing: it is what is left, and does not come back by itself.
 #[test]
 fn what_is_left_while_something_is_missing_of_it_stays_left() {
-    let mut world = after_a_release();
-    let now = world.now;
-    let previous = world.status.previous.as_mut().unwrap();
-    (previous.state, previous.since, previous.idle_since) = (PreviousState::Draining, now, None);
-    world.release(2);
-    world.until(0, Pending);
+    let mut world = next_waits();
     abort(&mut world);
     world.until(0, Failed);
     world.release(1);
@@ -250,13 +250,9 @@ fn the_way_back_is_not_given_for_what_cannot_begin() {
     let missing: Hinder = |seen| seen.declared = Err("Secret exchange-db is missing".to_owned());
     let taken: Hinder = |seen| seen.taken.push("Deployment exchange-blue-user".to_owned());
     for (hinder, kept) in [(Some(missing), true), (Some(taken), true), (None, false)] {
-        let mut world = after_a_release();
-        let now = world.now;
-        let previous = world.status.previous.as_mut().unwrap();
-        (previous.state, previous.since, previous.idle_since) = (PreviousState::Draining, now, None);
-        world.release(2);
-        world.until(0, Pending);
+        let mut world = next_waits();
         world.operators[0].crash();
+        let now = world.now;
         let drained = |seen: &mut Observed| {
             let previous = seen.status.previous.as_mut().unwrap();
             (previous.state, previous.idle_since) = (PreviousState::Retained, Some(now));
