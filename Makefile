@@ -106,7 +106,7 @@ ifeq ($(CLUSTER),existing)
 else
 	@tests/deps.sh --cluster
 	@$(sub) preflight
-	@# On a new machine Kubernetes is compiled on what cargo leaves of the processors; the second part waits for the rest of it.
+	@# On a new machine Kubernetes is compiled on what cargo and the exchange's tests leave of the processors; the third part does the rest.
 	@nice -n 19 $(TESTBED) tools &>/dev/null & trap "kill $$! 2>/dev/null || true" EXIT; \
 	  $(call part,1/6,Lints and unit tests,$(sub) compiled check); \
 	  $(call part,2/6,The exchange with real stores,$(sub) integration)
@@ -144,7 +144,7 @@ mutants: ## Break each guard of the operator alone, and see what the simulation 
 .PHONY: integration
 integration: not-existing deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine; the charts as helm renders them
 	@$(sub) $(TESTBED)
-	@tools=$$($(TESTBED) tools); export PATH="$$tools:$$PATH"; \
+	@tools=$$($(TESTBED) tools --first); export PATH="$$tools:$$PATH"; \
 	  $(call run-tests,--test it --test charts,--test-threads $(THREADS) $(TEST))
 
 .PHONY: e2e
@@ -164,7 +164,7 @@ stories: ## Releases of every kind and end, and disturbed ones, on the cluster (
 	@$(sub) e2e E2E="$(STORIES)"
 
 .PHONY: e2e-long
-e2e-long: ## Both with the full matrices: 20 releases in a row, every phase disturbed, the operator killed at every write (hours)
+e2e-long: ## Both with the full matrices: 20 releases in a row, every phase disturbed, the operator killed at every write of a release (hours)
 	RELEASES=20 EVERY_PHASE=1 EVERY_WRITE=1 $(sub) e2e E2E="$(E2E) $(STORIES)"
 	@$(sub) rbac
 

@@ -73,7 +73,10 @@ impl Turn<'_> {
         if intent == Intent::Promote && self.is_forced(to) {
             return self.seen.missing_live().is_none() && self.seen.can_stay(to);
         }
-        let Some(seen) = self.stack(to) else { return false };
+        let Some(seen) = self.stack(to) else {
+            // Of the way back nothing is left.
+            return intent == Intent::RollBack && self.is_unneeded() && self.overdue();
+        };
         match intent {
             Intent::Promote => {
                 let mut to_move = Service::ALL

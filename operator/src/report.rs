@@ -120,13 +120,12 @@ fn arrived(spec: &Spec, seen: &Observed, status: &Status) -> bool {
     status.phase == Phase::Live && declared
 }
 
-/// Whether nothing goes on with what is declared. Stopped, the phase may still be about what was declared before.
+/// Whether nothing goes on with what is declared. The phase may be about what was declared before: what came meanwhile is begun by the
+/// next pass, or when the object is not stopped any more.
 fn given_up(spec: &Spec, seen: &Observed, status: &Status) -> bool {
     let declared = seen.declared.as_ref();
     matches!(status.phase, Phase::Failed | Phase::Held)
-        && declared.map_or(true, |declared| {
-            status.stopped_since.is_none() || rejects(spec, status, declared)
-        })
+        && declared.map_or(true, |declared| rejects(spec, status, declared))
 }
 
 /// Paused or suspended, all but a move of the traffic stands still.
@@ -350,7 +349,14 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
             )
         }
         Phase::Live => format!("{live} is live and verified{}", lacks(seen, status)),
-        Phase::Failed | Phase::Held => format!("{live} is live{}", lacks(seen, status)),
+        Phase::Failed | Phase::Held => {
+            let next = if given_up(spec, seen, status) {
+                String::new()
+            } else {
+                format!("; {}, as it is declared now, is next", spec.version)
+            };
+            format!("{live} is live{}{next}", lacks(seen, status))
+        }
     }
 }
 
@@ -626,7 +632,9 @@ fn elsewhere(seen: &Observed, status: &Status, service: Service) -> Option<Strin
 }
 
 fn candidate_ready(seen: &Observed, status: &Status) -> Verdict {
-    match &status.candidate {
+    // What the traffic leaves is not to become live.
+    let candidate = status.candidate.as_ref();
+    match candidate.filter(|_| status.phase != Phase::RollingBack) {
         None => verdict(false, NO_CANDIDATE, "there is no candidate"),
         Some(candidate) if lacking(seen, &candidate.stack).is_empty() => {
             verdict(true, "PodsReady", "all pods of the candidate are ready")

@@ -117,7 +117,7 @@ pub struct ExchangeDeploymentStatus {
     /// The stack that should have the traffic.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub live: Option<Live>,
-    /// The stack that is being built, tested or promoted.
+    /// The stack that is being built, tested or promoted; while the traffic goes back, the one that it leaves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub candidate: Option<Candidate>,
     /// The stack that was live before: the way back until it is retired.
@@ -264,7 +264,7 @@ impl Live {
     }
 }
 
-/// The stack that is being built, tested or promoted.
+/// The stack that is being built, tested or promoted; while the traffic goes back, the one that it leaves.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Candidate {

@@ -63,6 +63,16 @@ impl Session {
     /// # Errors
     /// If that cluster does not run.
     pub fn from_environment() -> Result<Self> {
+        Self::existing_or(Cluster::named(
+            &env::var("TESTBED_NAME").unwrap_or_else(|_| "dev".into()),
+        )?)
+    }
+
+    /// The cluster of KUBECONFIG, if `CLUSTER=existing` says so, or else this test cluster.
+    ///
+    /// # Errors
+    /// If that cluster does not run.
+    pub fn existing_or(cluster: Cluster) -> Result<Self> {
         if env::var("CLUSTER").is_ok_and(|value| value == "existing") {
             ensure!(
                 env::var_os("KUBECONFIG").is_some(),
@@ -73,9 +83,7 @@ impl Session {
                 cluster: None,
             });
         }
-        Self::of(Cluster::named(
-            &env::var("TESTBED_NAME").unwrap_or_else(|_| "dev".into()),
-        )?)
+        Self::of(cluster)
     }
 
     /// A test cluster by name.

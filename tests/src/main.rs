@@ -72,7 +72,11 @@ enum Action {
         command: Vec<String>,
     },
     /// Build the pinned components if needed and print the directory of their binaries.
-    Tools,
+    Tools {
+        /// Only those that the integration tests need: nats-server and helm. Others may be there, or may come.
+        #[arg(long)]
+        first: bool,
+    },
     /// Build the images of the stores, the exchange and the operator from binaries in a directory, and print their
     /// archives' paths.
     Images {
@@ -203,7 +207,8 @@ fn act(cluster: Cluster, action: &Action) -> Result<()> {
                 .exec();
             Err(error).with_context(|| format!("cannot start `{program}`"))
         }
-        Action::Tools => print(&Tools::ensure()?.dir().display().to_string()),
+        Action::Tools { first: true } => print(&Tools::ensure_first()?.display().to_string()),
+        Action::Tools { first: false } => print(&Tools::ensure()?.dir().display().to_string()),
         Action::Images {
             repository,
             binaries,
@@ -226,10 +231,10 @@ fn act(cluster: Cluster, action: &Action) -> Result<()> {
                 .iter()
                 .try_for_each(|archive| print(&archive.path.display().to_string()))
         }
-        Action::Demo { clean_up: true } => demo::clean_up(&Session::from_environment()?),
+        Action::Demo { clean_up: true } => demo::clean_up(&Session::existing_or(cluster)?),
         Action::Demo { clean_up: false } => {
             Origin::of_run();
-            demo::run(&Session::from_environment()?)
+            demo::run(&Session::existing_or(cluster)?)
         }
         Action::Results { of, begin: true, .. } => print(&results::begin(of)?),
         Action::Results {

@@ -4,7 +4,7 @@
 //! CI run finds them. Go's own build cache makes an interrupted build continue where it stopped.
 
 use std::{
-    fs,
+    fs::{self, TryLockError},
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -27,11 +27,20 @@ use crate::{
 /// imports a module under an old spelling that collides with the other tools' (`Sirupsen` and `sirupsen`).
 const MODULES: [&str; 2] = ["cluster", "cluster/volumes"];
 
+/// Of those what the integration tests need: they do not wait for all of Kubernetes.
+const FIRST: [&str; 2] = ["github.com/nats-io/nats-server/v2", "helm.sh/helm/v4/cmd/helm"];
+
 /// runc needs libseccomp for pods with a seccomp profile; containerd's btrfs snapshotter needs headers nobody has.
 const TAGS: &str = "seccomp,no_btrfs";
 
+/// Nobody debugs them, and what is left out of the binaries need not be compiled.
+const WITHOUT_DEBUG: &str = "-gcflags=all=-dwarf=false";
+
 /// The file that says that all binaries are there, and how many seconds that took.
 const COMPLETE: &str = "complete";
+
+/// The file that says that [`FIRST`] are there.
+const BEGUN: &str = "begun";
 
 /// The file that says how many seconds a build has taken so far.
 const SPENT: &str = "spent";
@@ -72,13 +81,14 @@ impl Tools {
             return Ok(built); // by somebody else, while we waited
         }
         let spent = Spent::go_on(dir.join(SPENT));
-        let _scratch = Scratch::new(dir.join(SCRATCH))?;
         say(format!(
             "Building the cluster's components into {} (once per set of pins).",
             dir.display()
         ));
+        build_first(&dir, &spent)?;
+        let _scratch = Scratch::new(dir.join(SCRATCH))?;
         for module in MODULES {
-            build(&module_dir(module), &dir, &spent)?;
+            build(&module_dir(module), &["tool"], &dir, &spent)?;
         }
         let (unnamed, etcd) = (dir.join("server"), dir.join("etcd")); // etcd's main package is called `server`
         if unnamed.exists() {
@@ -91,6 +101,35 @@ impl Tools {
             built_now: true,
             ..built
         })
+    }
+
+    /// The directory that has at least what the integration tests need, while another run may build the rest.
+    ///
+    /// # Errors
+    /// As [`Self::ensure`].
+    pub fn ensure_first() -> Result<PathBuf> {
+        let dir = cached()?;
+        let there = || [COMPLETE, BEGUN].iter().any(|it| dir.join(it).exists());
+        if there() {
+            return Ok(dir);
+        }
+        fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        let lock = fs::File::create(dir.join("lock"))?;
+        let step = Step::start("nats-server and helm: another run may be at it");
+        while let Err(busy) = lock.try_lock() {
+            if let TryLockError::Error(error) = busy {
+                return Err(error).context("cannot lock the tool cache");
+            }
+            if there() {
+                break;
+            }
+            thread::sleep(LOOK_EVERY);
+        }
+        step.done();
+        if !there() {
+            build_first(&dir, &Spent::go_on(dir.join(SPENT)))?;
+        }
+        Ok(dir)
     }
 
     /// What is in the cache, if all of it is.
@@ -228,9 +267,21 @@ fn go(module: &Path, bin: &Path) -> Command {
     command
 }
 
-/// Builds all tools of a module. Go prints each module as it fetches it and each package as it compiles it, which is
+/// Builds [`FIRST`], once.
+fn build_first(dir: &Path, spent: &Spent) -> Result<()> {
+    let begun = dir.join(BEGUN);
+    if begun.exists() {
+        return Ok(());
+    }
+    let _scratch = Scratch::new(dir.join(SCRATCH))?;
+    let [module, ..] = MODULES;
+    build(&module_dir(module), &FIRST, dir, spent)?;
+    fs::write(&begun, "").with_context(|| format!("cannot write {}", begun.display()))
+}
+
+/// Builds tools of a module, or all of them, which Go calls `tool`. Go prints each module as it fetches it and each package as it compiles it, which is
 /// our progress.
-fn build(module: &Path, bin: &Path, spent: &Spent) -> Result<()> {
+fn build(module: &Path, what: &[&str], bin: &Path, spent: &Spent) -> Result<()> {
     let name = module
         .file_name()
         .map(|name| name.to_string_lossy().into_owned())
@@ -252,10 +303,10 @@ fn build(module: &Path, bin: &Path, spent: &Spent) -> Result<()> {
         }
     };
     let tools = listed(
-        go(module, bin).args(["list", "-f", "{{.ImportPath}}", "tool"]),
+        go(module, bin).args(["list", "-f", "{{.ImportPath}}"]).args(what),
         &mut tell,
     )?;
-    let stale = stale_packages(go(module, bin), &ldflags, &mut tell)?;
+    let stale = stale_packages(go(module, bin), what, &ldflags, &mut tell)?;
     step.done();
 
     let mut step = Step::start(format!(
@@ -270,8 +321,9 @@ fn build(module: &Path, bin: &Path, spent: &Spent) -> Result<()> {
             TAGS,
             "-ldflags",
             &ldflags,
-            "tool",
+            WITHOUT_DEBUG,
         ])
+        .args(what)
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
@@ -320,7 +372,7 @@ fn count(directory: &Path) -> usize {
 }
 
 /// How many packages are neither installed nor in the build cache.
-fn stale_packages(mut go: Command, ldflags: &str, tell: impl FnMut(&str)) -> Result<usize> {
+fn stale_packages(mut go: Command, what: &[&str], ldflags: &str, tell: impl FnMut(&str)) -> Result<usize> {
     let template = "{{if and .Stale (ne .StaleReason \"not installed but available in build cache\")}}{{.ImportPath}}{{end}}";
     let args = [
         "list",
@@ -330,11 +382,11 @@ fn stale_packages(mut go: Command, ldflags: &str, tell: impl FnMut(&str)) -> Res
         TAGS,
         "-ldflags",
         ldflags,
+        WITHOUT_DEBUG,
         "-f",
         template,
-        "tool",
     ];
-    listed(go.args(args), tell)
+    listed(go.args(args).args(what), tell)
 }
 
 /// How many lines `go` prints; each line of its error output is told.

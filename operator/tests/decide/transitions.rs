@@ -1375,6 +1375,18 @@ fn a_way_back_from_what_serves_nobody_does_not_wait_for_all_of_the_old_stack() {
         seen.seen_before = false;
         assert_eq!(moves(&seen), 0, "{name}, and nobody has looked before");
     }
+    // It would be waited for for ever, and so would whatever is declared then.
+    for (name, phase, moved) in [("in time", 60, 0), ("its time is over", 600, 3)] {
+        let mut seen = world.observe();
+        seen.seen_before = true;
+        seen.status.phase_since = Some(world.now - seconds(phase));
+        seen.status.candidate.as_mut().unwrap().unneeded_since = Some(world.now - seconds(10));
+        die(&mut seen, &new, &all);
+        seen.stacks.remove(&old);
+        let plan = decide(&world.spec, &seen, world.now);
+        let moves = plan.actions.iter().filter(|it| it.is_move()).count();
+        assert_eq!(moves, moved, "nothing is left of the old one, {name}");
+    }
 }
 
 #[test]

@@ -95,6 +95,33 @@ fn a_changed_spec_is_in_progress_before_anybody_has_looked() {
     assert_eq!(verdict(&world), Verdict::InProgress);
 }
 
+/// What was declared while something else failed is begun right after that.
+#[test]
+fn what_waits_for_its_turn_is_in_progress_when_what_was_before_it_is_given_up() {
+    let mut first = World::new(true);
+    first.release(6);
+    first.until(0, Verifying);
+    for mut world in vec![releasing(6, Verifying), releasing(7, Verifying), first] {
+        world.release(2);
+        let mut given_up = false;
+        while world.status.phase != Live {
+            let told = world.status.clone();
+            world.step(0, View::Fresh).unwrap();
+            if world.status == told {
+                world.round();
+            }
+            given_up |= matches!(world.status.phase, Failed | Held);
+            let expected = if world.status.phase == Live {
+                Verdict::Current
+            } else {
+                Verdict::InProgress
+            };
+            assert_eq!(verdict(&world), expected, "{:?}", world.status.conditions);
+        }
+        assert!(given_up, "{:?}", world.journey);
+    }
+}
+
 /// It is recorded as looked at before the Deployment is made bigger.
 #[test]
 fn a_changed_size_is_in_progress_until_the_pods_are_there() {

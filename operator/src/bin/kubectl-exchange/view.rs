@@ -69,6 +69,9 @@ pub(crate) struct PhaseView {
     pub(crate) began: Timestamp,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) ended: Option<Timestamp>,
+    /// Whether the release was given up in it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) given_up: bool,
 }
 
 /// The pods of a service of a stack.
@@ -311,11 +314,13 @@ fn phases(
         .collect();
     begins.extend(status.phase_since.map(|since| (status.phase, since)));
     begins.sort_by_key(|(_, began)| *began);
-    let ends = begins.iter().skip(1).map(|(_, began)| Some(*began)).chain([None]);
-    let all = begins
-        .iter()
-        .zip(ends)
-        .map(|(&(phase, began), ended)| PhaseView { phase, began, ended });
+    let next = begins.iter().skip(1).map(Some).chain([None]);
+    let all = begins.iter().zip(next).map(|(&(phase, began), next)| PhaseView {
+        phase,
+        began,
+        ended: next.map(|(_, began)| *began),
+        given_up: next.is_some_and(|(next, _)| matches!(next, Phase::Failed | Phase::RollingBack)),
+    });
     // Where a release comes to rest is no part of the way.
     all.filter(|it| !matches!(it.phase, Phase::Live | Phase::Failed | Phase::Held))
         .collect()
@@ -470,7 +475,11 @@ pub(crate) fn tree(view: &View, now: Timestamp) -> String {
             lines.push("phases".to_owned());
         }
         for phase in &stack.phases {
-            let mark = if phase.ended.is_some() { "✓" } else { "…" };
+            let mark = match phase.ended {
+                _ if phase.given_up => "✗",
+                Some(_) => "✓",
+                None => "…",
+            };
             let took = span(phase.ended.unwrap_or(now).duration_since(phase.began));
             lines.push(format!("  {mark} {} {took}", phase.phase));
         }

@@ -10,6 +10,7 @@ use exchange_operator::{
     status::{ExchangeDeploymentStatus as Status, Live, Phase, PreviousState, Reason, Stack, token},
 };
 use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
 /// What was seen, and what is to be recorded and done.
 struct Case<'a> {
@@ -40,6 +41,7 @@ pub(super) fn judge(spec: &Spec, seen: &Observed, plan: &Plan, now: Timestamp) -
     case.goes_back()?;
     case.verifies()?;
     case.gives_up()?;
+    case.tells()?;
     case.waits()?;
     case.retires()?;
     case.takes_over()
@@ -304,6 +306,24 @@ impl Case<'_> {
         })?;
         is(!self.is_nowhere_to_go(), || {
             "P7: given up for an outage of both stacks".to_owned()
+        })
+    }
+
+    /// Tools conclude from the conditions that what is declared was given up: that has to be what was given up.
+    fn tells(&self) -> Result<(), String> {
+        let stalled = |it: &&Condition| it.type_ == "Stalled" && it.status == "True";
+        let stalled = self.new.conditions.iter().find(stalled);
+        let (Some(stalled), Some(rejected), Ok(declared)) =
+            (stalled, &self.new.rejected, &self.seen.declared)
+        else {
+            return Ok(());
+        };
+        let about_it = stalled.reason == rejected.reason.to_string();
+        is(!about_it || rejected.stack.revision == declared.revision, || {
+            format!(
+                "P9: what is declared is told to be given up, and {} was",
+                rejected.stack
+            )
         })
     }
 
