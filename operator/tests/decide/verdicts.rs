@@ -98,10 +98,18 @@ fn a_changed_spec_is_in_progress_before_anybody_has_looked() {
 /// What was declared while something else failed is begun right after that.
 #[test]
 fn what_waits_for_its_turn_is_in_progress_when_what_was_before_it_is_given_up() {
-    let mut first = World::new(true);
-    first.release(6);
-    first.until(0, Verifying);
-    for mut world in vec![releasing(6, Verifying), releasing(7, Verifying), first] {
+    let rows: [fn() -> World; 3] = [
+        || releasing(6, Verifying),
+        || releasing(7, Verifying),
+        || {
+            let mut first = World::new(true);
+            first.release(6);
+            first.until(0, Verifying);
+            first
+        },
+    ];
+    for begun in rows {
+        let mut world = begun();
         world.release(2);
         let mut given_up = false;
         while world.status.phase != Live {
