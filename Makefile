@@ -106,7 +106,7 @@ ifeq ($(CLUSTER),existing)
 else
 	@tests/deps.sh --cluster
 	@$(sub) preflight
-	@# On a new machine Kubernetes is compiled on what cargo and the exchange's tests leave of the processors; the third part does the rest.
+	@# On a new machine Kubernetes is compiled on what cargo and the exchange's tests leave of the processors; the charts' wait for the rest.
 	@nice -n 19 $(TESTBED) tools &>/dev/null & trap "kill $$! 2>/dev/null || true" EXIT; \
 	  $(call part,1/6,Lints and unit tests,$(sub) compiled check); \
 	  $(call part,2/6,The exchange with real stores,$(sub) integration)
@@ -144,8 +144,10 @@ mutants: ## Break each guard of the operator alone, and see what the simulation 
 .PHONY: integration
 integration: not-existing deps ## The exchange against real PostgreSQL, NATS and Redis on free ports of this machine; the charts as helm renders them
 	@$(sub) $(TESTBED)
-	@tools=$$($(TESTBED) tools --first); export PATH="$$tools:$$PATH"; \
-	  $(call run-tests,--test it --test charts,--test-threads $(THREADS) $(TEST))
+	@$(call find-tests,--test it --test charts,$(TEST)); \
+	  tools=$$($(TESTBED) tools --first); export PATH="$$tools:$$PATH"; \
+	  $(call run-found,--test it,--test-threads $(THREADS) $(TEST)); \
+	  $(TESTBED) tools >/dev/null; $(call run-found,--test charts,$(TEST))
 
 .PHONY: e2e
 e2e: deps $(TESTBED) ## End-to-end tests on the cluster, which stays for the next run; CASE=2 runs one case of the proof

@@ -73,7 +73,7 @@ enum Action {
     },
     /// Build the pinned components if needed and print the directory of their binaries.
     Tools {
-        /// Only those that the integration tests need: nats-server and helm. Others may be there, or may come.
+        /// Only what the exchange's tests need: nats-server. Others may be there, or may come.
         #[arg(long)]
         first: bool,
     },

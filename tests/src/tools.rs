@@ -27,8 +27,8 @@ use crate::{
 /// imports a module under an old spelling that collides with the other tools' (`Sirupsen` and `sirupsen`).
 const MODULES: [&str; 2] = ["cluster", "cluster/volumes"];
 
-/// Of those what the integration tests need: they do not wait for all of Kubernetes.
-const FIRST: [&str; 2] = ["github.com/nats-io/nats-server/v2", "helm.sh/helm/v4/cmd/helm"];
+/// Of those what the exchange's tests need: they do not wait for all of Kubernetes.
+const FIRST: &str = "github.com/nats-io/nats-server/v2";
 
 /// runc needs libseccomp for pods with a seccomp profile; containerd's btrfs snapshotter needs headers nobody has.
 const TAGS: &str = "seccomp,no_btrfs";
@@ -39,7 +39,7 @@ const WITHOUT_DEBUG: &str = "-gcflags=all=-dwarf=false";
 /// The file that says that all binaries are there, and how many seconds that took.
 const COMPLETE: &str = "complete";
 
-/// The file that says that [`FIRST`] are there.
+/// The file that says that [`FIRST`] is there.
 const BEGUN: &str = "begun";
 
 /// The file that says how many seconds a build has taken so far.
@@ -88,7 +88,7 @@ impl Tools {
         build_first(&dir, &spent)?;
         let _scratch = Scratch::new(dir.join(SCRATCH))?;
         for module in MODULES {
-            build(&module_dir(module), &["tool"], &dir, &spent)?;
+            build(&module_dir(module), "tool", &dir, &spent)?;
         }
         let (unnamed, etcd) = (dir.join("server"), dir.join("etcd")); // etcd's main package is called `server`
         if unnamed.exists() {
@@ -103,7 +103,7 @@ impl Tools {
         })
     }
 
-    /// The directory that has at least what the integration tests need, while another run may build the rest.
+    /// The directory that has at least what the exchange's tests need, while another run may build the rest.
     ///
     /// # Errors
     /// As [`Self::ensure`].
@@ -115,7 +115,7 @@ impl Tools {
         }
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let lock = fs::File::create(dir.join("lock"))?;
-        let step = Step::start("nats-server and helm: another run may be at it");
+        let step = Step::start("nats-server, which another run may be building");
         while let Err(busy) = lock.try_lock() {
             if let TryLockError::Error(error) = busy {
                 return Err(error).context("cannot lock the tool cache");
@@ -275,13 +275,13 @@ fn build_first(dir: &Path, spent: &Spent) -> Result<()> {
     }
     let _scratch = Scratch::new(dir.join(SCRATCH))?;
     let [module, ..] = MODULES;
-    build(&module_dir(module), &FIRST, dir, spent)?;
+    build(&module_dir(module), FIRST, dir, spent)?;
     fs::write(&begun, "").with_context(|| format!("cannot write {}", begun.display()))
 }
 
-/// Builds tools of a module, or all of them, which Go calls `tool`. Go prints each module as it fetches it and each package as it compiles it, which is
+/// Builds a tool of a module, or all of them, which Go calls `tool`. Go prints each module as it fetches it and each package as it compiles it, which is
 /// our progress.
-fn build(module: &Path, what: &[&str], bin: &Path, spent: &Spent) -> Result<()> {
+fn build(module: &Path, what: &str, bin: &Path, spent: &Spent) -> Result<()> {
     let name = module
         .file_name()
         .map(|name| name.to_string_lossy().into_owned())
@@ -303,7 +303,7 @@ fn build(module: &Path, what: &[&str], bin: &Path, spent: &Spent) -> Result<()> 
         }
     };
     let tools = listed(
-        go(module, bin).args(["list", "-f", "{{.ImportPath}}"]).args(what),
+        go(module, bin).args(["list", "-f", "{{.ImportPath}}", what]),
         &mut tell,
     )?;
     let stale = stale_packages(go(module, bin), what, &ldflags, &mut tell)?;
@@ -322,8 +322,8 @@ fn build(module: &Path, what: &[&str], bin: &Path, spent: &Spent) -> Result<()> 
             "-ldflags",
             &ldflags,
             WITHOUT_DEBUG,
+            what,
         ])
-        .args(what)
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
@@ -372,7 +372,7 @@ fn count(directory: &Path) -> usize {
 }
 
 /// How many packages are neither installed nor in the build cache.
-fn stale_packages(mut go: Command, what: &[&str], ldflags: &str, tell: impl FnMut(&str)) -> Result<usize> {
+fn stale_packages(mut go: Command, what: &str, ldflags: &str, tell: impl FnMut(&str)) -> Result<usize> {
     let template = "{{if and .Stale (ne .StaleReason \"not installed but available in build cache\")}}{{.ImportPath}}{{end}}";
     let args = [
         "list",
@@ -385,8 +385,9 @@ fn stale_packages(mut go: Command, what: &[&str], ldflags: &str, tell: impl FnMu
         WITHOUT_DEBUG,
         "-f",
         template,
+        what,
     ];
-    listed(go.args(args).args(what), tell)
+    listed(go.args(args), tell)
 }
 
 /// How many lines `go` prints; each line of its error output is told.
