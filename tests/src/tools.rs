@@ -279,8 +279,8 @@ fn build_first(dir: &Path, spent: &Spent) -> Result<()> {
     fs::write(&begun, "").with_context(|| format!("cannot write {}", begun.display()))
 }
 
-/// Builds a tool of a module, or all of them, which Go calls `tool`. Go prints each module as it fetches it and each package as it compiles it, which is
-/// our progress.
+/// Builds a tool of a module, or all of them, which Go calls `tool`. Go prints each module as it fetches it and each
+/// package as it compiles it, which is our progress.
 fn build(module: &Path, what: &str, bin: &Path, spent: &Spent) -> Result<()> {
     let name = module
         .file_name()

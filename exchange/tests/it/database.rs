@@ -1,6 +1,11 @@
 //! The database as services meet it: encrypted, with changing credentials, and sometimes not at all.
 
-use std::{path::Path, time::Duration};
+use std::{
+    mem,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use exchange::outbox;
 
@@ -124,8 +129,9 @@ async fn tls_is_verified_and_a_new_password_is_picked_up() {
 pub(crate) struct Wire {
     port: u16,
     connected: watch::Sender<bool>,
-    /// When it changes nothing comes through any more, for ever, on the connections that are open.
-    silent: watch::Sender<()>,
+    /// When it changes nothing comes through any more, for ever, on the connections that were made since it was put there: each
+    /// listens to it as long as anything comes through.
+    silent: Arc<Mutex<watch::Sender<()>>>,
 }
 
 impl Wire {
@@ -135,12 +141,12 @@ impl Wire {
         let url: reqwest::Url = database.app_url.parse().unwrap();
         let target = ("127.0.0.1", url.port().unwrap());
         let (connected, state) = watch::channel(true);
-        let (silent, speech) = watch::channel(());
+        let silent = Arc::new(Mutex::new(watch::Sender::new(())));
+        let speaks = Arc::clone(&silent);
         tokio::spawn(async move {
             loop {
                 let (mut client, _) = listener.accept().await.unwrap();
-                let (mut state, mut speech) = (state.clone(), speech.clone());
-                speech.mark_unchanged();
+                let (mut state, mut speech) = (state.clone(), speaks.lock().unwrap().subscribe());
                 tokio::spawn(async move {
                     let pipe = async {
                         let mut server = TcpStream::connect(target).await?;
@@ -151,6 +157,7 @@ impl Wire {
                         _ = state.wait_for(|connected| !connected) => false,
                         _ = speech.changed() => true,
                     };
+                    drop(speech);
                     if silent {
                         // With the client's connection open.
                         std::future::pending::<()>().await;
@@ -165,9 +172,11 @@ impl Wire {
         }
     }
 
-    /// As if the database's host had gone without a word, and another had its address.
-    pub(crate) fn falls_silent(&self) {
-        self.silent.send_replace(());
+    /// As if the database's host had gone without a word, and another had its address. Afterwards nothing comes through.
+    pub(crate) async fn falls_silent(&self) {
+        let silent = mem::replace(&mut *self.silent.lock().unwrap(), watch::Sender::new(()));
+        silent.send_replace(());
+        silent.closed().await;
     }
 
     /// The same database, through this wire.

@@ -117,7 +117,7 @@ async fn a_database_that_falls_silent_does_not_stop_a_book_for_good() {
             waits.then_some(())
         })
         .await;
-        wire.falls_silent();
+        wire.falls_silent().await;
         busy.rollback().await.unwrap();
     };
     let placing = timeout(Duration::from_mins(1), seller.trader.post("/trade/add", &order));
