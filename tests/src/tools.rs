@@ -4,7 +4,7 @@
 //! CI run finds them. Go's own build cache makes an interrupted build continue where it stopped.
 
 use std::{
-    fs::{self, TryLockError},
+    fs,
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -27,8 +27,8 @@ use crate::{
 /// imports a module under an old spelling that collides with the other tools' (`Sirupsen` and `sirupsen`).
 const MODULES: [&str; 2] = ["cluster", "cluster/volumes"];
 
-/// Of those what the exchange's tests need: they do not wait for all of Kubernetes.
-const FIRST: &str = "github.com/nats-io/nats-server/v2";
+/// The one of those that the exchange's tests need, which do not wait for all of Kubernetes: its package, its binary.
+const FIRST: (&str, &str) = ("github.com/nats-io/nats-server/v2", "nats-server");
 
 /// runc needs libseccomp for pods with a seccomp profile; containerd's btrfs snapshotter needs headers nobody has.
 const TAGS: &str = "seccomp,no_btrfs";
@@ -39,8 +39,8 @@ const WITHOUT_DEBUG: &str = "-gcflags=all=-dwarf=false";
 /// The file that says that all binaries are there, and how many seconds that took.
 const COMPLETE: &str = "complete";
 
-/// The file that says that [`FIRST`] is there.
-const BEGUN: &str = "begun";
+/// The files that are locked while all is built, and while [`FIRST`] is, which may be a part of that.
+const LOCKS: [&str; 2] = ["lock", "lock-first"];
 
 /// The file that says how many seconds a build has taken so far.
 const SPENT: &str = "spent";
@@ -74,9 +74,8 @@ impl Tools {
             return Ok(built);
         }
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
-        let lock = fs::File::create(dir.join("lock"))?;
-        progress::lock(&lock, "another run that builds the components")
-            .context("cannot lock the tool cache")?;
+        let [all, _] = LOCKS;
+        let _lock = locked(&dir.join(all), "another run that builds the components")?;
         if let Some(built) = Self::built(&dir) {
             return Ok(built); // by somebody else, while we waited
         }
@@ -109,26 +108,8 @@ impl Tools {
     /// As [`Self::ensure`].
     pub fn ensure_first() -> Result<PathBuf> {
         let dir = cached()?;
-        let there = || [COMPLETE, BEGUN].iter().any(|it| dir.join(it).exists());
-        if there() {
-            return Ok(dir);
-        }
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
-        let lock = fs::File::create(dir.join("lock"))?;
-        let step = Step::start("nats-server, which another run may be building");
-        while let Err(busy) = lock.try_lock() {
-            if let TryLockError::Error(error) = busy {
-                return Err(error).context("cannot lock the tool cache");
-            }
-            if there() {
-                break;
-            }
-            thread::sleep(LOOK_EVERY);
-        }
-        step.done();
-        if !there() {
-            build_first(&dir, &Spent::go_on(dir.join(SPENT)))?;
-        }
+        build_first(&dir, &Spent::go_on(dir.join(SPENT)))?;
         Ok(dir)
     }
 
@@ -170,10 +151,9 @@ fn cached() -> Result<PathBuf> {
 pub fn remove_leavings() -> Result<()> {
     let dir = cached()?;
     let scratch = dir.join(SCRATCH);
-    let Ok(lock) = fs::File::open(dir.join("lock")) else {
-        return Ok(()); // they have never been built
-    };
-    if lock.try_lock().is_err() || !scratch.exists() {
+    // Where there is none, they have never been built.
+    let locks: Vec<_> = LOCKS.iter().flat_map(|it| fs::File::open(dir.join(it))).collect();
+    if locks.iter().any(|it| it.try_lock().is_err()) || !scratch.exists() {
         return Ok(());
     }
     fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
@@ -267,16 +247,28 @@ fn go(module: &Path, bin: &Path) -> Command {
     command
 }
 
-/// Builds [`FIRST`], once.
+/// Builds [`FIRST`] if it is not there. Go puts it there whole.
 fn build_first(dir: &Path, spent: &Spent) -> Result<()> {
-    let begun = dir.join(BEGUN);
-    if begun.exists() {
+    let (package, binary) = FIRST;
+    let there = || dir.join(binary).exists();
+    if there() {
         return Ok(());
+    }
+    let [_, first] = LOCKS;
+    let _lock = locked(&dir.join(first), "another run that builds nats-server")?;
+    if there() {
+        return Ok(()); // by somebody else, while we waited
     }
     let _scratch = Scratch::new(dir.join(SCRATCH))?;
     let [module, ..] = MODULES;
-    build(&module_dir(module), FIRST, dir, spent)?;
-    fs::write(&begun, "").with_context(|| format!("cannot write {}", begun.display()))
+    build(&module_dir(module), package, dir, spent)
+}
+
+/// Locks a file of the cache until it is dropped.
+fn locked(path: &Path, waits_for: &str) -> Result<fs::File> {
+    let lock = fs::File::create(path)?;
+    progress::lock(&lock, waits_for).context("cannot lock the tool cache")?;
+    Ok(lock)
 }
 
 /// Builds a tool of a module, or all of them, which Go calls `tool`. Go prints each module as it fetches it and each

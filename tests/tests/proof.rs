@@ -1586,6 +1586,8 @@ mod without_operator {
     const RECORDED: usize = 3;
     /// Releases beside those with a kill that comes.
     const SPARE: usize = 12;
+    /// Kills of a run that does not want every write.
+    const SAMPLED: usize = 6;
     /// More writes than any release has.
     const WRITES_AT_MOST: usize = 1000;
     /// Releases after which clients are replaced: the audit at their end stays small.
@@ -1679,12 +1681,12 @@ mod without_operator {
                 let moments = Moment::ALL.into_iter().cycle();
                 let drawn = numbers.into_iter().map(|number| all[number].clone());
                 waiting.extend(drawn.zip(moments).map(|(write, moment)| kill(write, moment)));
-                let first: Vec<String> = waiting.iter().take(6).map(Kill::write).collect();
+                let first: Vec<String> = waiting.iter().take(SAMPLED).map(Kill::write).collect();
                 let first = first.join(",");
                 say(format!(
                     "SEED={seed}, if releases have as many writes, or WRITES='{first}' chooses the same again"
                 ));
-                6
+                SAMPLED
             };
             Self {
                 waiting: waiting.into(),

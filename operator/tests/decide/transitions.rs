@@ -1359,18 +1359,18 @@ fn a_way_back_from_what_serves_nobody_does_not_wait_for_all_of_the_old_stack() {
             0,
         ),
     ];
+    let ago = |ago: i64| world.now - seconds(ago);
+    let moves = |seen: &Observed| {
+        let plan = decide(&world.spec, seen, world.now);
+        plan.actions.iter().filter(|it| it.is_move()).count()
+    };
     for (name, phase, unneeded, of_new, of_old, moved) in rows {
         let mut seen = world.observe();
         seen.seen_before = true;
-        let ago = |ago: i64| world.now - seconds(ago);
         seen.status.phase_since = Some(ago(phase));
         seen.status.candidate.as_mut().unwrap().unneeded_since = unneeded.map(ago);
         die(&mut seen, &new, of_new);
         die(&mut seen, &old, of_old);
-        let moves = |seen: &Observed| {
-            let plan = decide(&world.spec, seen, world.now);
-            plan.actions.iter().filter(|it| it.is_move()).count()
-        };
         assert_eq!(moves(&seen), moved, "{name}");
         seen.seen_before = false;
         assert_eq!(moves(&seen), 0, "{name}, and nobody has looked before");
@@ -1379,13 +1379,11 @@ fn a_way_back_from_what_serves_nobody_does_not_wait_for_all_of_the_old_stack() {
     for (name, phase, moved) in [("in time", 60, 0), ("its time is over", 600, 3)] {
         let mut seen = world.observe();
         seen.seen_before = true;
-        seen.status.phase_since = Some(world.now - seconds(phase));
-        seen.status.candidate.as_mut().unwrap().unneeded_since = Some(world.now - seconds(10));
+        seen.status.phase_since = Some(ago(phase));
+        seen.status.candidate.as_mut().unwrap().unneeded_since = Some(ago(10));
         die(&mut seen, &new, &all);
         seen.stacks.remove(&old);
-        let plan = decide(&world.spec, &seen, world.now);
-        let moves = plan.actions.iter().filter(|it| it.is_move()).count();
-        assert_eq!(moves, moved, "nothing is left of the old one, {name}");
+        assert_eq!(moves(&seen), moved, "nothing is left of the old one, {name}");
     }
 }
 
