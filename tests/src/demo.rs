@@ -91,7 +91,7 @@ pub fn run(session: &Session) -> Result<()> {
         || {
             exchange.release(&exchange.declaration("2.0.1-fails-smoke"))?;
             stage.show_until("Failed", "2.0.1-fails-smoke")?;
-            let bad = stage.given_up();
+            let bad = stage.given_up_by_a_test()?;
             ensure!(
                 stage.is_contracted(),
                 "the contract of 2.0.0 has not been made, though another version was on its way after it"
@@ -448,11 +448,16 @@ impl Stage<'_> {
             .unwrap_or_default()
     }
 
-    /// The revision of the version that was given up.
-    fn given_up(&self) -> String {
-        let last = self.watch.sightings().last();
-        last.map(|(_, object)| text(object, "/status/rejected/revision").to_owned())
-            .unwrap_or_default()
+    /// The revision of the version that was given up. An image that cannot be pulled ends in the same phase, and has proven nothing.
+    fn given_up_by_a_test(&self) -> Result<String> {
+        let (_, object) = self.watch.sightings().last().context("nothing has been seen")?;
+        let reason = text(object, "/status/rejected/reason");
+        ensure!(
+            reason == "SmokeTestFailed",
+            "it has got no traffic, but not because its smoke test has failed: {reason}, {}",
+            message(object)
+        );
+        Ok(text(object, "/status/rejected/revision").to_owned())
     }
 
     fn is_contracted(&self) -> bool {

@@ -113,6 +113,14 @@ impl Tools {
         Ok(dir)
     }
 
+    /// That all binaries are in the cache.
+    ///
+    /// # Errors
+    /// If no cache is known.
+    pub fn are_built() -> Result<bool> {
+        Ok(Self::built(&cached()?).is_some())
+    }
+
     /// What is in the cache, if all of it is.
     fn built(dir: &Path) -> Option<Self> {
         let took = fs::read_to_string(dir.join(COMPLETE)).ok()?;
