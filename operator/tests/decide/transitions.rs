@@ -3364,6 +3364,31 @@ fn what_waits_is_as_big_as_what_is_live_and_no_bigger() {
     );
 }
 
+/// The Jobs of an attempt before may still be there, with results that are not about this one.
+#[test]
+fn a_result_of_another_attempt_does_not_count() {
+    let mut world = at(Testing);
+    world.finish(0);
+    let mut seen = world.observe();
+    let is_test = |job: &Job| matches!(job.kind, JobKind::Smoke | JobKind::Test(_));
+    let tests = seen.jobs.iter_mut().filter(|(job, _)| is_test(job));
+    tests.for_each(|(_, test)| test.state = JobState::Passed);
+    let goes_on = |seen: &Observed| {
+        let next = decide(&world.spec, seen, world.now).status;
+        next.is_some_and(|next| next.phase == Promoting)
+    };
+    assert!(goes_on(&seen), "{:#?}", world.trace);
+    let of_another = |(mut job, test): (Job, JobSeen)| {
+        job.attempt -= u32::from(is_test(&job));
+        (job, test)
+    };
+    seen.jobs = std::mem::take(&mut seen.jobs)
+        .into_iter()
+        .map(of_another)
+        .collect();
+    assert!(!goes_on(&seen), "{:#?}", world.trace);
+}
+
 /// A Job is made of what is declared by now. What that was made of another version would say is not about the recorded one.
 #[test]
 fn no_job_is_made_of_another_version_than_the_recorded_one() {
