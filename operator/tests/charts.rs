@@ -367,6 +367,20 @@ fn the_chart_knows_the_fields_of_the_api_and_no_others() {
     }
 }
 
+/// What is left of a values file when somebody comments out all that is below it.
+#[test]
+fn a_rollout_without_anything_below_it_is_that_of_the_api() {
+    let more = [
+        &VERSION[..],
+        &["--set", "stores.enabled=true", "--set", "rollout=null"],
+    ]
+    .concat();
+    assert_eq!(
+        of_kind(&render("exchange", &more), "ExchangeDeployment").count(),
+        1
+    );
+}
+
 /// The Secrets that an ExchangeDeployment of the same release refers to, and no two releases the same.
 #[test]
 fn the_stores_make_what_the_exchange_refers_to() {
