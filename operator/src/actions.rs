@@ -70,7 +70,7 @@ impl Turn<'_> {
     /// point at.
     pub(crate) fn can_take(&self, to: Option<&Stack>, service: Service, intent: Intent) -> bool {
         let Some(to) = to else { return true };
-        if intent == Intent::Promote && self.is_forced(to) {
+        if intent == Intent::Promote && self.next.is_forced(to) {
             return self.seen.missing_live().is_none() && self.seen.can_stay(to);
         }
         let Some(seen) = self.stack(to) else {
@@ -152,6 +152,10 @@ impl Turn<'_> {
         }
         // While traffic moves, counts stand still.
         let moving = self.next.phase.moves();
+        // Put right before its next attempt has begun, what is being tested would pass for what was tested.
+        let candidate = self.next.candidate.as_ref().filter(|it| it.stack == *stack);
+        let altered =
+            !moving && candidate.is_some_and(|it| self.is_being_tested(it) && !self.is_as_tested(it));
         for service in Service::ALL {
             let there = seen.and_then(|seen| seen.service(service));
             let replicas = self.replicas(stack, service);
@@ -161,7 +165,7 @@ impl Turn<'_> {
                 Part::Workload,
                 Part::Autoscaler,
             ] {
-                if moving && part == Part::Autoscaler {
+                if (moving && part == Part::Autoscaler) || (altered && part == Part::Workload) {
                     continue;
                 }
                 let there = there.and_then(|there| there.parts.get(&part));

@@ -271,8 +271,8 @@ impl Turn<'_> {
             count(stack)
         };
         match previous {
-            _ if is_candidate => declared.max(live).max(has),
             Some(previous) if !previous.way_back => count(stack).max(1),
+            _ if is_candidate => declared.max(live).max(has),
             _ if count(stack) == 0 && live == 0 => declared,
             _ => live.max(has).max(1),
         }
@@ -388,8 +388,22 @@ impl Turn<'_> {
         self.enter(Phase::Failed);
     }
 
-    /// With the gates that are declared now, not those of the attempt: the same declaration is not tried again by itself.
+    /// With the gates that are declared now, not those of the attempt: the same declaration is not tried again by itself. Nor is another
+    /// one that was given up before and is still declared: that one stays recorded, whoever or whatever leaves this one.
     pub(crate) fn reject(&mut self, candidate: Candidate, reason: Reason, message: String) {
+        let before = self
+            .next
+            .rejected
+            .as_ref()
+            .filter(|it| it.stack != candidate.stack);
+        // While something is missing of what is declared, its version says whether it is.
+        let declared = |it: &Rejected| match self.declared() {
+            Some(declared) => self.rejects(declared),
+            None => it.version == self.spec.version,
+        };
+        if before.is_some_and(declared) {
+            return;
+        }
         let Candidate {
             stack,
             version,
@@ -418,18 +432,13 @@ impl Turn<'_> {
                 self.remember(named(&candidate), Outcome::Failed, Some(reason), by);
                 self.reject(candidate, reason, message);
             }
+            if let Some(candidate) = &mut self.next.candidate {
+                candidate.forced = false;
+            }
         } else {
             let (Some(live), Some(previous)) = (self.next.live.take(), self.next.previous.take()) else {
                 return;
             };
-            // Somebody who goes back has not asked for what was given up before: that is still declared, or its version is, while
-            // something is missing of what is.
-            let rejected = self.next.rejected.as_ref();
-            let given_up = why.is_some()
-                && self.declared().map_or_else(
-                    || rejected.is_some_and(|it| it.stack != live.stack && it.version == self.spec.version),
-                    |it| self.rejects(it),
-                );
             let left = self.left(live);
             self.remember(
                 named(&left),
@@ -437,11 +446,9 @@ impl Turn<'_> {
                 why.as_ref().map(|(reason, _)| *reason),
                 by,
             );
-            if !given_up {
-                self.next.rejected = None;
-                if let Some((reason, message)) = why {
-                    self.reject(left.clone(), reason, message);
-                }
+            match why {
+                Some((reason, message)) => self.reject(left.clone(), reason, message),
+                None => self.next.rejected = None,
             }
             self.next.candidate = Some(left);
             self.next.live = Some(Live {
@@ -477,6 +484,7 @@ impl Turn<'_> {
             tested: None,
             approved_by: None,
             unneeded_since: None,
+            forced: false,
         }
     }
 

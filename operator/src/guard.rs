@@ -117,7 +117,7 @@ fn endpoints(
     intent: Intent,
     seen: &Observed,
 ) -> Result<(), Refusal> {
-    let forced = intent == Intent::Promote && seen.status.gave_up(to);
+    let forced = intent == Intent::Promote && seen.status.is_forced(to);
     let short = |service: Service| {
         // Back, and without a way back, also what nobody serves is written, so that older plans for it are refused.
         if forced || intent == Intent::RollBack {

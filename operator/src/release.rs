@@ -258,6 +258,7 @@ impl Turn<'_> {
             tested: None,
             approved_by: None,
             unneeded_since: None,
+            forced: false,
         });
         self.next.verification = Some(self.spec.rollout.verification.clone());
         self.next.phase = Phase::Pending;

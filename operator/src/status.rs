@@ -181,9 +181,10 @@ impl ExchangeDeploymentStatus {
         self.verification.as_ref().unwrap_or(&spec.rollout.verification)
     }
 
-    /// Whether a stack is given up. What is, and gets the traffic all the same, does so because nothing else can serve.
-    pub fn gave_up(&self, stack: &Stack) -> bool {
-        self.rejected.as_ref().is_some_and(|it| it.stack == *stack)
+    /// Whether a stack gets the traffic because the one before it cannot serve: there is no way back from this move.
+    pub fn is_forced(&self, stack: &Stack) -> bool {
+        let candidate = self.candidate.as_ref().filter(|it| it.stack == *stack);
+        candidate.is_some_and(|it| it.forced)
     }
 
     /// The stacks that are recorded: what is live, the candidate, and what was live before.
@@ -292,6 +293,9 @@ pub struct Candidate {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<Time>")]
     pub unneeded_since: Option<Timestamp>,
+    /// The traffic should have gone back from it and could not, so that all of it goes there: that is finished, and leaves no way back.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub forced: bool,
 }
 
 /// What becomes of the stack that was live before.

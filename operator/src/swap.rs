@@ -31,23 +31,17 @@ impl Turn<'_> {
             let message =
                 format!("the {service} service of the new stack lost its endpoints during the swap");
             self.roll_back(Some((Reason::PromotionFailed, message)), "operator");
-        } else if self.overdue() && !self.is_forced(&candidate.stack) {
+        } else if self.overdue() && !self.next.is_forced(&candidate.stack) {
             let awaited = awaited(self.seen, Some(&candidate.stack));
             let message = self.blamed(&format!("the swap was not finished in time{awaited}"));
             self.roll_back(Some((Reason::PromotionFailed, message)), "operator");
         }
     }
 
-    /// Whether a stack is given up and gets the traffic all the same, because the one before it cannot serve: there is no
-    /// way back from this move.
-    pub(crate) fn is_forced(&self, stack: &Stack) -> bool {
-        self.next.gave_up(stack)
-    }
-
     /// Whether what is being swapped in is what its tests were about. Once all Services point at it, it is kept as what is live is.
     fn is_still_tested(&self, candidate: &Candidate) -> bool {
         let stack = &candidate.stack;
-        self.is_forced(stack) || self.moved(Some(stack)) || self.is_as_tested(candidate)
+        self.next.is_forced(stack) || self.moved(Some(stack)) || self.is_as_tested(candidate)
     }
 
     /// Whether all live Services have been written by the present move.
@@ -79,7 +73,7 @@ impl Turn<'_> {
     /// Whether a move to a stack is at its end. Of what has no way back, clients that find nobody there would not find anybody
     /// elsewhere either: it is waited for as long as the data plane may need, and people may then declare something better.
     fn has_followed(&self, stack: &Stack) -> bool {
-        self.arrived(stack) || (self.is_forced(stack) && self.elapsed() >= SHORT_OF_ENDPOINTS)
+        self.arrived(stack) || (self.next.is_forced(stack) && self.elapsed() >= SHORT_OF_ENDPOINTS)
     }
 
     /// Whether the traffic has followed the selectors: the slices list nothing else, and new connections agree.
@@ -96,14 +90,14 @@ impl Turn<'_> {
     /// second or two: it may be what keeps it from answering. Without a way back it is better than nothing.
     fn disappoints(&self, stack: &Stack) -> Option<String> {
         let slow = self.moved(Some(stack)) && self.elapsed() >= SHORT_OF_ENDPOINTS && self.watched();
-        let way_back = self.next.live.is_some() && !self.is_forced(stack);
+        let way_back = self.next.live.is_some() && !self.next.is_forced(stack);
         self.bad_figures().filter(|_| slow && way_back)
     }
 
     /// A service that is still to be moved and has nowhere to go, or has been and whose clients find nobody. With no way back
     /// they would not find anybody there either.
     pub(crate) fn lost(&self, stack: &Stack) -> Option<Service> {
-        if self.is_forced(stack) {
+        if self.next.is_forced(stack) {
             return Service::ALL
                 .into_iter()
                 .find(|service| !self.seen.can_have(*service, stack));
@@ -122,7 +116,7 @@ impl Turn<'_> {
     }
 
     pub(crate) fn swapped(&mut self, candidate: Candidate) {
-        let forced = self.is_forced(&candidate.stack);
+        let forced = self.next.is_forced(&candidate.stack);
         self.tell(
             false,
             "Promoted",
@@ -215,6 +209,10 @@ impl Turn<'_> {
             // Better all on the new stack than some on each, or all on a dead one.
             let message = "the stack before it could not serve".to_owned();
             self.tell(true, "RollbackImpossible", message.clone());
+            self.next.candidate = Some(Candidate {
+                forced: true,
+                ..left.clone()
+            });
             self.reject(left, Reason::RollbackImpossible, message);
             self.next.epoch += 1;
             self.enter(Phase::Promoting);

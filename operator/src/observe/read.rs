@@ -959,6 +959,7 @@ mod tests {
             tested: None,
             approved_by: None,
             unneeded_since: None,
+            forced: false,
         };
         let expand = Job {
             kind: JobKind::Expand,

@@ -227,6 +227,36 @@ fn left_after_an_abort(missing: bool) {
     assert_eq!(world.status.live.unwrap().stack.revision, "r2");
 }
 
+/// And the traffic has to stay on what should have been left, because the stack before it cannot serve.
+#[test]
+fn what_was_given_up_does_not_begin_by_itself_when_there_is_no_way_back() {
+    let mut world = next_waits();
+    abort(&mut world);
+    world.until(0, Failed);
+    world.collapse(0);
+    roll_back(&mut world);
+    world.journey = vec![Failed];
+    world.until(0, RollingBack);
+    time_passes(&mut world);
+    world.settle(Wakes::Clock).unwrap();
+    assert_eq!(
+        world.journey,
+        [Failed, RollingBack, Promoting, Held],
+        "{:#?}",
+        world.trace
+    );
+    let rejected = world.status.rejected.clone().unwrap();
+    assert_eq!(
+        (rejected.stack.revision.as_str(), rejected.reason),
+        ("r2", Reason::Aborted)
+    );
+    // What is live has not been verified, and is as soon as it is declared.
+    world.release(1);
+    world.until(0, Verifying);
+    world.settle(Wakes::Clock).unwrap();
+    assert_eq!(world.status.phase, Live, "{:#?}", world.trace);
+}
+
 /// What was aborted is not declared any more, and of what is something is missing: it is what is left, and does not come back by itself.
 #[test]
 fn what_is_left_while_something_is_missing_of_it_stays_left() {
@@ -851,6 +881,35 @@ fn what_is_not_what_was_tested_is_tested_again() {
     assert_eq!(world.observe().stacks[&candidate].rendered, None);
 }
 
+/// Somebody changes a candidate that is being tested while nothing can begin: put right at once, it would pass for what was tested.
+#[test]
+fn what_is_tested_is_not_put_right_before_it_can_be_tested_again() {
+    type Hinder = fn(&mut World, bool);
+    let hinders: [(&str, Hinder); 2] = [
+        ("suspended", |world, on| {
+            world.declare(|spec| spec.suspend = on);
+        }),
+        ("a reference is missing", |world, on| world.miss(on)),
+    ];
+    for (name, hinder) in hinders {
+        for phase in [Testing, AwaitingPromotion] {
+            for deleted in [false, true] {
+                let mut world = at(phase);
+                world.finish(0);
+                let attempt = world.status.attempt;
+                hinder(&mut world, true);
+                world.spoil_part(1, Service::Trade, Part::Workload, deleted);
+                world.settle(Wakes::Clock).unwrap();
+                assert_eq!(world.status.attempt, attempt, "{name}: {:#?}", world.trace);
+                hinder(&mut world, false);
+                world.until(0, Pending);
+                assert_eq!(world.status.attempt, attempt + 1, "{name}: {:#?}", world.trace);
+                world.until(0, phase);
+            }
+        }
+    }
+}
+
 fn lose_expand(world: &mut World) {
     world.delete_job_of_candidate(&JobKind::Expand);
 }
@@ -1224,20 +1283,16 @@ fn a_swap_has_ended_when_the_traffic_has_followed_the_selectors() {
     for (name, change, phase) in rows {
         assert_eq!(records(&world, change).phase, phase, "{name}");
     }
-    // What is given up and got the traffic all the same is not verified, and the stack before it is no way back.
-    let rejected = releasing(6, Held).status.rejected;
-    let forced = records(&world, |seen| {
-        seen.status.rejected.clone_from(&rejected);
-        seen.status.rejected.as_mut().unwrap().stack = new.clone();
-    });
+    // What should have been left and got the traffic all the same is not verified, and the stack before it is no way back.
+    let force = |seen: &mut Observed| seen.status.candidate.as_mut().unwrap().forced = true;
+    let forced = records(&world, force);
     assert_eq!(forced.phase, Held);
     assert!(!forced.previous.unwrap().way_back);
     for (seconds_ago, phase) in [(9, Promoting), (10, Held)] {
         let forced = records(&world, |seen| {
             dies(seen);
             seen.status.phase_since = Some(world.now - seconds(seconds_ago));
-            seen.status.rejected.clone_from(&rejected);
-            seen.status.rejected.as_mut().unwrap().stack = new.clone();
+            force(seen);
         });
         assert_eq!(forced.phase, phase);
     }
@@ -2345,6 +2400,7 @@ fn what_clients_are_sent_to_is_not_retired() {
             tested: None,
             approved_by: None,
             unneeded_since: None,
+            forced: false,
         });
     });
     assert_eq!(recorded.previous.clone().unwrap().state, PreviousState::Retained);
@@ -3362,6 +3418,11 @@ fn what_waits_is_as_big_as_what_is_live_and_no_bigger() {
         "{:#?}",
         world.trace
     );
+    // Nor if it is to be tried again: it is removed before that, and its pods are others then.
+    world.ask(|requests, names| requests.retry = names.rejected);
+    world.until(0, Pending);
+    look(&mut world);
+    assert_eq!(size(&world, "r1").0, 3, "{:#?}", world.trace);
 }
 
 /// The Jobs of an attempt before may still be there, with results that are not about this one.

@@ -44,6 +44,7 @@ pub(super) fn judge(spec: &Spec, seen: &Observed, plan: &Plan, now: Timestamp) -
     case.tells()?;
     case.waits()?;
     case.retires()?;
+    case.shrinks()?;
     case.takes_over()
 }
 
@@ -233,7 +234,7 @@ impl Case<'_> {
                 live.is_some_and(|live| live.endpoints.as_slice() == std::slice::from_ref(stack))
             });
         // Nobody would find anybody elsewhere.
-        let forced = old.gave_up(stack);
+        let forced = old.is_forced(stack);
         is(arrived || forced, || {
             "P4: the swap has ended, and the traffic has not followed".to_owned()
         })?;
@@ -349,7 +350,7 @@ impl Case<'_> {
             (Phase::Promoting, Some(candidate), _) => {
                 let stack = &candidate.stack;
                 // If there is no way back, what is there has to do with what there is.
-                let forced = old.gave_up(stack);
+                let forced = old.is_forced(stack);
                 let to_move = |service| {
                     let live = self.seen.live.get(&service);
                     live.is_none_or(|live| {
@@ -397,6 +398,26 @@ impl Case<'_> {
         let late = lasted >= seconds(self.spec.rollout.drain_timeout);
         is(!drained || !open || late, || {
             format!("P1: {} counts as drained with connections open", was.stack)
+        })
+    }
+
+    /// What is no way back does not grow, also if it is what is declared by now.
+    fn shrinks(&self) -> Result<(), String> {
+        let Some(left) = self.new.previous.as_ref().filter(|it| !it.way_back) else {
+            return Ok(());
+        };
+        let grows = self.actions.iter().find(|action| match action {
+            Action::Apply {
+                stack,
+                service,
+                part: Part::Workload,
+                replicas,
+                ..
+            } => *stack == left.stack && *replicas > self.seen.replicas(stack, *service).max(1),
+            _ => false,
+        });
+        grows.map_or(Ok(()), |action| {
+            Err(format!("P1: {action:?} of what is about to be removed"))
         })
     }
 

@@ -894,6 +894,9 @@ impl World {
         if verified && !self.read.contains(&(old.epoch, old.attempt)) {
             return Err("P3: what nobody could read was verified".to_owned());
         }
+        if new.candidate.as_ref().is_some_and(|it| it.forced) && new.phase != Phase::Promoting {
+            return Err(format!("P5: {} without a way back, and not a swap", new.phase));
+        }
         self.verification(old, &new)?;
         if new.phase == Phase::Migrating && old.phase == Phase::Pending {
             may_expand(&new)?;
@@ -917,7 +920,6 @@ impl World {
                 .rejected
                 .as_ref()
                 .is_none_or(|now| now.stack.revision != was.stack.revision)
-            && matches!(old.phase, Phase::Failed | Phase::Held)
             && was.stack.revision == self.revision
             && self
                 .spec
@@ -1358,9 +1360,9 @@ impl World {
             if !self.is_proven(to) {
                 return Err(format!("P3: {service} points at {to}, which is not proven"));
             }
-            // What is given up and swapped in all the same: what was before it cannot serve.
-            let given_up = self.status.gave_up(to);
-            if intent == Intent::Promote && !given_up && self.has_been_changed(who, to) {
+            // What is left and gets the traffic all the same: what was before it cannot serve.
+            let forced = intent == Intent::Promote && self.status.is_forced(to);
+            if intent == Intent::Promote && !forced && self.has_been_changed(who, to) {
                 return Err(format!(
                     "P3: {service} points at {to}, of which other pods have been tested"
                 ));
@@ -1379,7 +1381,6 @@ impl World {
                     .get(&(to.clone(), other))
                     .copied()
                     .unwrap_or((0, 0));
-                let forced = intent == Intent::Promote && given_up;
                 // Back, or without a way back, nobody may lose anything by it.
                 let served = |there: &Stack| {
                     let has = self.at_guard[who].get(&(there.clone(), other));
