@@ -248,6 +248,8 @@ pub struct ServiceSpec {
             .message("the name of an environment variable consists of letters, digits, '_', '-' and '.', and does not start with a digit"),
         validation = Rule::new("self.all(e, !has(e.value) || e.value == '' || !has(e.valueFrom))")
             .message("an environment variable has a value or a valueFrom, not both"),
+        validation = Rule::new("self.all(e, !has(e.valueFrom) || [has(e.valueFrom.configMapKeyRef), has(e.valueFrom.secretKeyRef), has(e.valueFrom.fieldRef), has(e.valueFrom.resourceFieldRef)].filter(from, from).size() == 1 && !has(e.valueFrom.fileKeyRef))")
+            .message("valueFrom names exactly one configMapKeyRef, secretKeyRef, fieldRef or resourceFieldRef"),
         validation = Rule::new("self.all(e, !e.name.startsWith('EXCHANGE_STACK_') && !(e.name in ['EXCHANGE_COLOUR', 'EXCHANGE_REVISION', 'EXCHANGE_ROLE', 'EXCHANGE_LIVE_URL', 'EXCHANGE_DRAIN_TIMEOUT', 'EXCHANGE_DATABASE_URL', 'EXCHANGE_DATABASE_URL_FILE', 'EXCHANGE_QUEUE_URL', 'EXCHANGE_QUEUE_URL_FILE', 'EXCHANGE_MARKET_DATA_URL', 'EXCHANGE_MARKET_DATA_URL_FILE', 'EXCHANGE_LANE_SECRET', 'EXCHANGE_LANE_SECRET_FILE', 'EXCHANGE_PUBLIC_ADDRESS', 'EXCHANGE_ADMIN_ADDRESS']))")
             .message("the operator itself sets EXCHANGE_STACK_…, and the colour, revision, role, addresses, stores and lane of a pod: leave them out of env"),
     )]

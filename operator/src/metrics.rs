@@ -16,7 +16,7 @@ use prometheus_client::{
 use crate::{
     error::Class,
     plan::Intent,
-    report::{NO_CANDIDATE, NOTHING_LIVE},
+    report::{NO_CANDIDATE, NOT_STARTED, NOTHING_LIVE},
     status::Phase,
 };
 
@@ -194,7 +194,7 @@ impl Metrics {
     }
 
     /// What an object's conditions say, of those that somebody may want to be woken for. Nobody is, while nothing is live
-    /// that could be unavailable.
+    /// that could be unavailable, nor for a migration whose turn has not come.
     pub fn conditions(&self, namespace: &str, name: &str, conditions: &[Condition]) {
         for Condition {
             type_,
@@ -205,7 +205,7 @@ impl Metrics {
         {
             if let Some(condition) = TOLD.into_iter().find(|told| told == type_) {
                 let labels = ConditionLabels::of(namespace, name, condition);
-                if [NOTHING_LIVE, NO_CANDIDATE].contains(&reason.as_str()) {
+                if [NOTHING_LIVE, NO_CANDIDATE, NOT_STARTED].contains(&reason.as_str()) {
                     self.conditions.remove(&labels);
                 } else {
                     let is = i64::from(status == "True");
@@ -335,6 +335,15 @@ mod tests {
             ..available
         };
         metrics.conditions("prod", "b", &[unavailable]);
+        assert_eq!(told(), Vec::<String>::new());
+        let schema = condition("SchemaReady", "False");
+        metrics.conditions("prod", "b", std::slice::from_ref(&schema));
+        assert_eq!(told(), [line("b", "SchemaReady", 0)]);
+        let waits = Condition {
+            reason: NOT_STARTED.to_owned(),
+            ..schema
+        };
+        metrics.conditions("prod", "b", &[waits]);
         assert_eq!(told(), Vec::<String>::new());
         metrics.conditions("prod", "b", &[condition("Ready", "False")]);
         metrics.leads(false);

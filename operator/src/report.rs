@@ -21,6 +21,9 @@ pub(crate) const NOTHING_LIVE: &str = "NothingLive";
 /// The reason of what is about a release before there is any.
 pub(crate) const NO_CANDIDATE: &str = "NoCandidate";
 
+/// The reason of `SchemaReady` for a release whose turn has not come.
+pub(crate) const NOT_STARTED: &str = "NotStarted";
+
 /// A verdict: true or false, one word, one sentence.
 struct Verdict {
     is: bool,
@@ -275,7 +278,12 @@ fn story(spec: &Spec, seen: &Observed, status: &Status) -> String {
     let candidate = status.candidate.as_ref();
     let of_candidate = candidate.map(|it| (&it.stack, it.attempt));
     let of_live = status.live.as_ref().map(|it| (&it.stack, it.attempt));
-    let version = candidate.map_or_else(|| spec.version.clone(), |candidate| candidate.version.clone());
+    let version = match (candidate, &status.live) {
+        (Some(candidate), _) => candidate.version.clone(),
+        // Whatever is declared by now.
+        (None, Some(verified)) if status.phase == Phase::Verifying => verified.version.clone(),
+        _ => spec.version.clone(),
+    };
     let (live, version) = match (&status.live, candidate) {
         // Something else than the version was changed.
         (Some(one), Some(other)) if live == version => (
@@ -386,7 +394,7 @@ fn times(spec: &Spec, seen: &Observed, status: &Status) -> String {
     )
 }
 
-/// What waits for the end of a move or a verification, as the end of a sentence.
+/// What waits for the end of a move, a verification or a pause, as the end of a sentence.
 fn declared_since(spec: &Spec, seen: &Observed, status: &Status) -> String {
     let Ok(declared) = &seen.declared else {
         return String::new();
@@ -397,7 +405,8 @@ fn declared_since(spec: &Spec, seen: &Observed, status: &Status) -> String {
         .into_iter()
         .flatten()
         .any(|stack| stack.revision == declared.revision);
-    if is_of_it || !(status.phase.moves() || status.phase == Phase::Verifying) {
+    let stands_still = stands_still(status) && candidate.is_some();
+    if is_of_it || !(status.phase.moves() || status.phase == Phase::Verifying || stands_still) {
         return String::new();
     }
     format!(
@@ -694,7 +703,7 @@ fn schema_ready(seen: &Observed, status: &Status) -> Verdict {
         (Some(JobState::Passed), _) => verdict(true, "Expanded", "the schema is expanded"),
         (Some(JobState::Failed(why)), _) => verdict(false, "MigrationFailed", why.clone()),
         (Some(JobState::Running), _) => verdict(false, "Migrating", "the expand migration runs"),
-        (None, Some(_)) => verdict(false, "NotStarted", "the expand migration has not started"),
+        (None, Some(_)) => verdict(false, NOT_STARTED, "the expand migration has not started"),
         (None, None) if status.live.is_some() => verdict(true, "Expanded", "the schema fits what is live"),
         (None, None) => verdict(false, NO_CANDIDATE, "there is no candidate"),
     }

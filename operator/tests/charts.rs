@@ -277,6 +277,33 @@ fn two_releases_share_a_cluster() {
     }
 }
 
+fn numbers(value: &Value) -> Vec<i64> {
+    match value {
+        Value::Array(values) => values.iter().flat_map(numbers).collect(),
+        Value::Object(fields) => fields.values().flat_map(numbers).collect(),
+        _ => value.as_i64().into_iter().collect(),
+    }
+}
+
+/// A name may consist of digits alone, which YAML takes for a number.
+#[test]
+fn names_of_digits_are_names() {
+    let stores = ["--set", "stores.install=true"];
+    let of_one = ["--set-string", "watchNamespace=2025,priorityClassName=2025"];
+    let stores: Vec<&str> = VERSION.iter().chain(&stores).copied().collect();
+    for (chart, more) in [("exchange", stores.as_slice()), ("exchange-operator", &of_one)] {
+        let more: Vec<&str> = more.iter().chain(&["--namespace", "2025"]).copied().collect();
+        let text = helm(&["template", "2025"], chart, &more).unwrap_or_else(|error| panic!("{error}"));
+        let mut named = 0;
+        for document in serde_yaml::Deserializer::from_str(&text) {
+            let object = Value::deserialize(document).unwrap();
+            named += object.to_string().matches("\"2025\"").count();
+            assert!(!numbers(&object).contains(&2025), "{chart}: {object}");
+        }
+        assert!(named > 0, "{chart}");
+    }
+}
+
 /// Fields that are declared, and gone once they have been read.
 fn unread(declared: &Value, read: &Value, path: &str) -> Vec<String> {
     let Value::Object(fields) = declared else {

@@ -1177,6 +1177,22 @@ fn a_verification_goes_by_what_was_declared_with_the_version() {
     assert_eq!(world.journey, [Verifying, Live]);
 }
 
+#[test]
+fn what_stands_still_is_named_and_so_is_what_waits_for_it() {
+    for phase in [Testing, AwaitingPromotion, Verifying] {
+        let mut world = at(phase);
+        world.release(2);
+        world.declare(|spec| spec.suspend = true);
+        let message = told(&records(&world, |_| {}), "Reconciling");
+        assert!(
+            message.starts_with(&format!("r1 is {phase} and suspended")),
+            "{message}"
+        );
+        let waits = "r2, as it is declared now, waits for the end of that";
+        assert!(message.ends_with(waits), "{message}");
+    }
+}
+
 /// Endpoints are there all the while if somebody restarts a Deployment, or adds to it what the operator lets be.
 #[test]
 fn a_swap_is_taken_back_if_the_candidate_is_not_what_was_tested_any_more() {

@@ -215,6 +215,26 @@ pub(crate) fn objects() -> Vec<Invalid> {
             "a value or a valueFrom, not both",
         ),
         (
+            "variable from nowhere",
+            service(json!({"env": [{"name": "A", "valueFrom": {}}]})),
+            "valueFrom names exactly one",
+        ),
+        (
+            "variable from two places",
+            service(json!({"env": [{"name": "A", "valueFrom": {
+                "secretKeyRef": {"name": "a", "key": "b"},
+                "fieldRef": {"fieldPath": "metadata.name"},
+            }}]})),
+            "valueFrom names exactly one",
+        ),
+        (
+            "variable from a file",
+            service(json!({"env": [{"name": "A", "valueFrom": {
+                "fileKeyRef": {"volumeName": "a", "path": "b", "key": "c"},
+            }}]})),
+            "valueFrom names exactly one",
+        ),
+        (
             "path with a dot",
             service(json!({"files": [{"mountPath": "/etc/./exchange/database", "configMap": "a"}]})),
             "mountPath must be an absolute path",

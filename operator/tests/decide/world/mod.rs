@@ -1137,6 +1137,7 @@ impl World {
                 there.tampered = false;
                 Self::touch(&mut there.fence, &mut self.counter);
                 self.after_point(who, *service, to.as_ref(), *epoch, *intent)?;
+                self.after_move(to.as_ref(), *epoch);
                 Ok(Done::Yes)
             }
             Action::Render {
@@ -1413,6 +1414,18 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// What has all live Services is kept as what is live is, whatever becomes of its pods.
+    fn after_move(&mut self, to: Option<&Stack>, epoch: u32) {
+        let there = |service| {
+            let live = self.live.get(service);
+            live.is_some_and(|live| live.epoch == epoch && live.target.is(to))
+        };
+        let origin = to.and_then(|to| Some((to.clone(), self.stacks.get(to)?.origin.clone()?)));
+        if let Some(origin) = origin.filter(|_| Service::ALL.iter().all(there)) {
+            self.proven.insert(origin, u32::MAX);
+        }
     }
 
     fn after_delete(&self, who: usize, stack: &Stack, service: Service, part: Part) -> Result<(), String> {
