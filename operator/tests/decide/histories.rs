@@ -73,6 +73,18 @@ enum Step {
         service: Service,
         delete: bool,
     },
+    /// What the candidate's pods are made of is changed or deleted while nothing can begin, because time stands still or a reference is
+    /// missing.
+    ChangeHindered {
+        who: usize,
+        service: Service,
+        delete: bool,
+        suspended: bool,
+    },
+    /// The next version is aborted, and then what is live is left.
+    AbortAndRollBack {
+        who: usize,
+    },
     FailJobs,
     Scale(u32),
     Strip {
@@ -94,6 +106,8 @@ enum Step {
         service: Service,
     },
     Lag(bool),
+    /// Clients keep their connections to what was live before.
+    Cling(bool),
     Collapse(usize),
 }
 
@@ -115,11 +129,14 @@ enum Kind {
     Deleted,
     /// Stacks die for good, also all that there are.
     Dying,
+    /// The same, while what is next waits, is aborted or is changed.
+    Waiting,
 }
 
 impl Kind {
     const fn of(seed: u64) -> Self {
         match seed % 16 {
+            1 => Self::Waiting,
             3 => Self::Pages,
             5 => Self::Failing,
             6 => Self::Climbing,
@@ -129,6 +146,11 @@ impl Kind {
             15 => Self::Deleted,
             _ => Self::Plain,
         }
+    }
+
+    /// Whether nothing that is there may be alive at the end.
+    const fn dies(self) -> bool {
+        matches!(self, Self::Dying | Self::Waiting)
     }
 }
 
@@ -207,6 +229,19 @@ fn steps(kind: Kind) -> impl Strategy<Value = Vec<Step>> {
             prop_oneof![10 => step, 1 => again].boxed()
         }
         Kind::Dying => prop_oneof![20 => step, 1 => (0..2_usize).prop_map(Step::Collapse)].boxed(),
+        Kind::Waiting => {
+            let hindered = (0..2_usize, service, any::<bool>(), any::<bool>());
+            prop_oneof![
+                20 => step,
+                1 => (0..2_usize).prop_map(Step::Collapse),
+                2 => any::<bool>().prop_map(Step::Cling),
+                1 => (0..2_usize).prop_map(|who| Step::AbortAndRollBack { who }),
+                1 => hindered.prop_map(|(who, service, delete, suspended)| {
+                    Step::ChangeHindered { who, service, delete, suspended }
+                }),
+            ]
+            .boxed()
+        }
         Kind::Fine | Kind::Deleted => {
             let one = (0..2_usize, service).prop_map(|(stack, service)| Step::KillOnePod { stack, service });
             prop_oneof![20 => step, 3 => one, 1 => any::<bool>().prop_map(Step::Lag)].boxed()
@@ -264,10 +299,31 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
         Step::DeleteJob(index) => world.delete_job(index),
         Step::ClimbAgain { who, service, delete } => {
             world.delete_job_of_candidate(&JobKind::Expand);
-            for _ in 0..3 {
-                world.step(who, View::Fresh)?;
-            }
+            few_looks(world, who)?;
             world.spoil_candidate(service, delete);
+        }
+        Step::ChangeHindered {
+            who,
+            service,
+            delete,
+            suspended,
+        } => {
+            if suspended {
+                world.declare(|spec| spec.suspend = true);
+            } else {
+                world.miss(true);
+            }
+            few_looks(world, who)?;
+            world.spoil_candidate(service, delete);
+            few_looks(world, who)?;
+            world.miss(false);
+            world.declare(|spec| spec.suspend = false);
+        }
+        Step::AbortAndRollBack { who } => {
+            world.ask(|requests, names| requests.abort = names.candidate);
+            few_looks(world, who)?;
+            world.ask(|requests, names| requests.rollback = names.live);
+            few_looks(world, who)?;
         }
         Step::FailJobs => world.fail_jobs(),
         Step::Scale(replicas) => world.scale_by_hand(replicas),
@@ -280,9 +336,15 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
         Step::Crowd { revision, service } => world.crowd(&format!("r{revision}"), service),
         Step::KillOnePod { stack, service } => world.kill_one_pod(stack, service),
         Step::Lag(lagging) => world.lagging = lagging,
+        Step::Cling(clinging) => world.clinging = clinging,
         Step::Collapse(stack) => world.collapse(stack),
     }
     Ok(())
+}
+
+/// An operator sees what has happened, and does a little.
+fn few_looks(world: &mut World, who: usize) -> Result<(), String> {
+    (0..3).try_for_each(|_| world.step(who, View::Fresh))
 }
 
 /// Lives through a history, then lets the world come to rest. What was given up for the sake of the disturbances is
@@ -295,7 +357,7 @@ fn live_through(steps: &[Step], kind: Kind, traced: bool) -> Result<World, Strin
     };
     for step in steps {
         // What people have pointed elsewhere is not taken back to where nobody is.
-        if kind == Kind::Dying && matches!(step, Step::EditLive { .. }) {
+        if kind.dies() && matches!(step, Step::EditLive { .. }) {
             continue;
         }
         take(&mut world, step).map_err(|why| told(&world, why))?;
@@ -321,6 +383,7 @@ fn live_through(steps: &[Step], kind: Kind, traced: bool) -> Result<World, Strin
     world.taken = false;
     world.unreadable = false;
     world.lagging = false;
+    world.clinging = false;
     world.settle(Wakes::Clock).map_err(|why| told(&world, why))?;
     if world.stalled().is_some_and(|it| it.0 == "AdoptionUndecided") {
         world.decide_for_one();
@@ -332,7 +395,7 @@ fn live_through(steps: &[Step], kind: Kind, traced: bool) -> Result<World, Strin
         world.settle(Wakes::Clock).map_err(|why| told(&world, why))?;
     }
     // Nothing that is there may be alive any more.
-    if kind != Kind::Dying {
+    if !kind.dies() {
         world.at_the_end().map_err(|why| told(&world, why))?;
         if world.status.rejected.is_some() {
             world.ask(|requests, names| requests.retry = names.rejected);
@@ -341,14 +404,14 @@ fn live_through(steps: &[Step], kind: Kind, traced: bool) -> Result<World, Strin
         ends_well(&world).map_err(|why| told(&world, why))?;
     }
     // Whatever has been, a good version that is declared after it becomes live.
-    let other = if kind == Kind::Dying {
+    let other = if kind.dies() {
         world.absent()
     } else {
         (0..NATURES.len()).find(|it| NATURES[*it] == Nature::Good && format!("r{it}") != world.revision)
     };
     world.release(other.unwrap());
     world.settle(Wakes::Events).map_err(|why| told(&world, why))?;
-    if kind == Kind::Dying && world.status.rejected.is_some() {
+    if kind.dies() && world.status.rejected.is_some() {
         // It may be what was declared, and given up, before.
         world.ask(|requests, names| requests.retry = names.rejected);
         world.settle(Wakes::Events).map_err(|why| told(&world, why))?;

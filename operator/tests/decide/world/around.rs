@@ -55,7 +55,12 @@ impl World {
                 }
             }
             let used = pointed.iter().any(|target| target.is(Some(stack)));
-            there.open = if used { 3 } else { there.open.saturating_sub(1) };
+            let closed = u64::from(!self.clinging);
+            there.open = if used {
+                3
+            } else {
+                there.open.saturating_sub(closed)
+            };
         }
         self.forget_empty();
     }

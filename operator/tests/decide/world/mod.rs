@@ -342,6 +342,8 @@ pub(crate) struct World {
     pub(crate) unreadable: bool,
     /// New connections do not agree yet, whatever the slices list.
     pub(crate) lagging: bool,
+    /// Whether clients keep their connections to what they do not find any more.
+    pub(crate) clinging: bool,
     /// The object is being deleted.
     deleting: bool,
     /// Whether it was at the time of the last guard, per operator.
@@ -431,6 +433,7 @@ impl World {
             taken: false,
             unreadable: false,
             lagging: false,
+            clinging: false,
             deleting: false,
             deleting_at_guard: [false; 2],
             passed_at: BTreeMap::new(),
