@@ -228,12 +228,9 @@ impl World {
     /// A reference goes missing, or comes back.
     pub(crate) fn miss(&mut self, missing: bool) {
         note!(self, "people: a reference is missing: {missing}");
-        match (self.missing, missing) {
-            (false, true) => self.gates_told = self.gates,
-            // Nobody could tell before that they were changed.
-            (true, false) => self.declarations += u64::from(self.gates != self.gates_told),
-            _ => {}
-        }
+        // Nobody could tell before that they were changed.
+        let changed = self.status.gates != format!("g{}", self.gates);
+        self.declarations += u64::from(self.missing && !missing && changed);
         self.missing = missing;
     }
 

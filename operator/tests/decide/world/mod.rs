@@ -334,8 +334,6 @@ pub(crate) struct World {
     pub(crate) fails: bool,
     /// A reference is missing.
     pub(crate) missing: bool,
-    /// The gates that were declared when it went.
-    gates_told: u32,
     /// A name that is needed belongs to somebody else.
     pub(crate) taken: bool,
     /// The pages of the trade service's pods cannot be read.
@@ -429,7 +427,6 @@ impl World {
             ban: None,
             fails: false,
             missing: false,
-            gates_told: 0,
             taken: false,
             unreadable: false,
             lagging: false,
