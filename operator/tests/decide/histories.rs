@@ -81,7 +81,7 @@ enum Step {
         delete: bool,
         suspended: bool,
     },
-    /// The next version is aborted, and then what is live is left.
+    /// The next version is declared and aborted, and then what is live is left.
     AbortAndRollBack {
         who: usize,
     },
@@ -106,8 +106,6 @@ enum Step {
         service: Service,
     },
     Lag(bool),
-    /// Clients keep their connections to what was live before.
-    Cling(bool),
     Collapse(usize),
 }
 
@@ -129,7 +127,7 @@ enum Kind {
     Deleted,
     /// Stacks die for good, also all that there are.
     Dying,
-    /// The same, while what is next waits, is aborted or is changed.
+    /// The same, and clients keep their connections to what was live before, so that what is next waits; it is aborted or changed.
     Waiting,
 }
 
@@ -234,8 +232,7 @@ fn steps(kind: Kind) -> impl Strategy<Value = Vec<Step>> {
             prop_oneof![
                 20 => step,
                 1 => (0..2_usize).prop_map(Step::Collapse),
-                2 => any::<bool>().prop_map(Step::Cling),
-                1 => (0..2_usize).prop_map(|who| Step::AbortAndRollBack { who }),
+                2 => (0..2_usize).prop_map(|who| Step::AbortAndRollBack { who }),
                 1 => hindered.prop_map(|(who, service, delete, suspended)| {
                     Step::ChangeHindered { who, service, delete, suspended }
                 }),
@@ -320,6 +317,10 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
             world.declare(|spec| spec.suspend = false);
         }
         Step::AbortAndRollBack { who } => {
+            if let Some(next) = world.absent() {
+                world.release(next);
+            }
+            few_looks(world, who)?;
             world.ask(|requests, names| requests.abort = names.candidate);
             few_looks(world, who)?;
             world.ask(|requests, names| requests.rollback = names.live);
@@ -336,7 +337,6 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
         Step::Crowd { revision, service } => world.crowd(&format!("r{revision}"), service),
         Step::KillOnePod { stack, service } => world.kill_one_pod(stack, service),
         Step::Lag(lagging) => world.lagging = lagging,
-        Step::Cling(clinging) => world.clinging = clinging,
         Step::Collapse(stack) => world.collapse(stack),
     }
     Ok(())
@@ -352,6 +352,7 @@ fn few_looks(world: &mut World, who: usize) -> Result<(), String> {
 fn live_through(steps: &[Step], kind: Kind, traced: bool) -> Result<World, String> {
     let mut world = World::new(traced);
     world.fails = kind == Kind::Failing;
+    world.clinging = kind == Kind::Waiting;
     let told = |world: &World, why: String| {
         format!("{why}\n{}", world.trace.as_deref().unwrap_or_default().join("\n"))
     };
