@@ -134,7 +134,7 @@ enum Kind {
 impl Kind {
     const fn of(seed: u64) -> Self {
         match seed % 16 {
-            1 => Self::Waiting,
+            1 if seed % 32 == 1 => Self::Waiting,
             3 => Self::Pages,
             5 => Self::Failing,
             6 => Self::Climbing,
