@@ -81,6 +81,11 @@ enum Step {
         delete: bool,
         suspended: bool,
     },
+    /// Another size is declared, recorded, and taken back before it comes to be.
+    ResizeInVain {
+        who: usize,
+        replicas: i32,
+    },
     /// The next version is declared and aborted, and then what is live is left.
     AbortAndRollBack {
         who: usize,
@@ -127,7 +132,8 @@ enum Kind {
     Deleted,
     /// Stacks die for good, also all that there are.
     Dying,
-    /// The same, and clients keep their connections to what was live before, so that what is next waits; it is aborted or changed.
+    /// The same, and clients keep their connections to what was live before, so that what is next waits; it is aborted or changed, and
+    /// people change their minds.
     Waiting,
 }
 
@@ -233,6 +239,7 @@ fn steps(kind: Kind) -> impl Strategy<Value = Vec<Step>> {
                 20 => step,
                 1 => (0..2_usize).prop_map(Step::Collapse),
                 2 => (0..2_usize).prop_map(|who| Step::AbortAndRollBack { who }),
+                1 => (0..2_usize, 1..5_i32).prop_map(|(who, replicas)| Step::ResizeInVain { who, replicas }),
                 1 => hindered.prop_map(|(who, service, delete, suspended)| {
                     Step::ChangeHindered { who, service, delete, suspended }
                 }),
@@ -315,6 +322,13 @@ fn take(world: &mut World, step: &Step) -> Result<(), String> {
             few_looks(world, who)?;
             world.miss(false);
             world.declare(|spec| spec.suspend = false);
+        }
+        Step::ResizeInVain { who, replicas } => {
+            let before = world.spec.services.trade.replicas;
+            world.declare(|spec| spec.services.trade.replicas = replicas);
+            world.step(who, View::Fresh)?;
+            world.step(who, View::Fresh)?;
+            world.declare(|spec| spec.services.trade.replicas = before);
         }
         Step::AbortAndRollBack { who } => {
             if let Some(next) = world.absent() {
