@@ -128,11 +128,7 @@ fn regret(exchange: &Exchange<'_>, stage: &mut Stage<'_>) -> Result<()> {
         is_current(object) && phase_of(object) == "Live" && live_of(object) != before
     })?;
     say("  It is asked to go back, by the annotation that `kubectl exchange rollback` writes.");
-    let leave = stage
-        .watch
-        .sightings()
-        .last()
-        .map(|(_, object)| token(object, "live"));
+    let leave = stage.watch.last().map(|object| token(object, "live"));
     exchange.ask("rollback", &leave.context("nothing is live")?)?;
     stage.show("the traffic is back", |object| {
         phase_of(object) == "Held" && live_of(object) == before
@@ -441,16 +437,12 @@ impl Move {
 
 impl Stage<'_> {
     fn live(&self) -> (String, String) {
-        self.watch
-            .sightings()
-            .last()
-            .map(|(_, object)| live_of(object))
-            .unwrap_or_default()
+        self.watch.last().map(live_of).unwrap_or_default()
     }
 
     /// The revision of the version that was given up. An image that cannot be pulled ends in the same phase, and has proven nothing.
     fn given_up_by_a_test(&self) -> Result<String> {
-        let (_, object) = self.watch.sightings().last().context("nothing has been seen")?;
+        let object = self.watch.last().context("nothing has been seen")?;
         let reason = text(object, "/status/rejected/reason");
         ensure!(
             reason == "SmokeTestFailed",
@@ -461,8 +453,8 @@ impl Stage<'_> {
     }
 
     fn is_contracted(&self) -> bool {
-        let last = self.watch.sightings().last();
-        last.and_then(|(_, object)| object.pointer("/status/live/contracted")) == Some(&Value::Bool(true))
+        let last = self.watch.last();
+        last.and_then(|object| object.pointer("/status/live/contracted")) == Some(&Value::Bool(true))
     }
 
     fn show_until(&mut self, phase: &str, version: &str) -> Result<()> {
@@ -514,16 +506,14 @@ impl Stage<'_> {
                 told = Instant::now();
                 self.tell_traffic();
             }
-            let given_up = self.watch.sightings().last().is_some_and(|(_, object)| {
-                is_current(object) && is_given_up(object) && begun.elapsed() > SHOWN
-            });
+            let given_up = self
+                .watch
+                .last()
+                .is_some_and(|object| is_current(object) && is_given_up(object) && begun.elapsed() > SHOWN);
             ensure!(
                 begun.elapsed() < PATIENCE && !given_up,
                 "waited in vain until {what}: {}",
-                self.watch
-                    .sightings()
-                    .last()
-                    .map_or_else(String::new, |(_, object)| message(object))
+                self.watch.last().map_or_else(String::new, message)
             );
         }
     }

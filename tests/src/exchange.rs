@@ -624,7 +624,7 @@ impl Watch {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if self.next(left)?.is_none() {
-                let last = self.sightings.last().map(|(_, object)| &object["status"]);
+                let last = self.last().map(|object| &object["status"]);
                 return Err(anyhow!(
                     "waited in vain for {what}; status: {:#}",
                     last.unwrap_or(&Value::Null)
@@ -643,7 +643,7 @@ impl Watch {
         let at = self.until(&what, patience, |object| {
             about(object) && (phase_of(object) == phase || is_given_up(object))
         })?;
-        let given_up = self.sightings.last().map(|(_, object)| object);
+        let given_up = self.last();
         match given_up.filter(|object| phase_of(object) != phase) {
             Some(object) => bail!(
                 "waited in vain for {what}: {:#}",
@@ -656,6 +656,11 @@ impl Watch {
     /// Everything seen so far, with when.
     pub fn sightings(&self) -> &[(Instant, Value)] {
         &self.sightings
+    }
+
+    /// The object as it was seen last.
+    pub fn last(&self) -> Option<&Value> {
+        self.sightings.last().map(|(_, object)| object)
     }
 }
 

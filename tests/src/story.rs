@@ -162,7 +162,7 @@ pub struct Story<'a> {
 impl<'a> Story<'a> {
     /// The object as it was last seen.
     pub fn last(&self) -> &Value {
-        &self.watch.sightings().last().unwrap().1
+        self.watch.last().unwrap()
     }
 
     /// The revision of `live`, `candidate` or `previous`; empty if there is none.

@@ -508,13 +508,13 @@ fn releases() {
     let objects = Changes::of(&session, &namespace.name, "exchangedeployments");
     let probes = Probes::start(&session, &namespace.name);
     let load = exchange.start_load(RATE).unwrap();
-    let live = |watch: &Watch| text(&watch.sightings().last().unwrap().1, "/status/live/revision").to_owned();
+    let live = |watch: &Watch| text(watch.last().unwrap(), "/status/live/revision").to_owned();
     let base = live(&watch);
     // Declares, waits until it is live and the stack before it has no connection any more.
     let mut release = |declaration: &Value| {
         let (begun, from) = (now_ms(), live(&watch));
         let generation = |object: &Value| object["metadata"]["generation"].as_i64();
-        let before = generation(&watch.sightings().last().unwrap().1);
+        let before = generation(watch.last().unwrap());
         exchange.release(declaration).unwrap();
         watch
             .until("the release to be live", PATIENCE, |object| {
@@ -658,7 +658,7 @@ fn takeovers() {
             .kubectl(&["scale", &deployment, &replicas, "--namespace", OPERATOR_NAMESPACE])
             .unwrap();
     };
-    let live = |watch: &Watch| text(&watch.sightings().last().unwrap().1, "/status/live/revision").to_owned();
+    let live = |watch: &Watch| text(watch.last().unwrap(), "/status/live/revision").to_owned();
     let mut number = 0;
     for (replicas, end, what) in [
         (

@@ -134,7 +134,7 @@ impl<'a> Trading<'a> {
     }
 
     fn last(&self) -> &Value {
-        &self.watch.sightings().last().unwrap().1
+        self.watch.last().unwrap()
     }
 
     /// The revision of `live`, `candidate` or `previous`; empty if there is none.
